@@ -1,0 +1,32 @@
+"""Dataset distillation in JAX and Equinox."""
+
+from jaxtyping import install_import_hook
+
+
+# Every argument's type and shape is checked at run time, for users too: a silent
+# broadcast is the one bug that a distilled set cannot show.
+with install_import_hook("eqdistill", "beartype.beartype"):
+    from . import datasets as datasets, plot as plot
+    from ._adjoint import DampedCG as DampedCG
+    from ._argmin_solver import ArgminSolver as ArgminSolver
+    from ._classifier import LogisticRegression as LogisticRegression
+    from ._dataset import Dataset as Dataset
+    from ._distill import (
+        distill as distill,
+        Distillation as Distillation,
+        DistillationError as DistillationError,
+        History as History,
+    )
+    from ._distilled_set import DistilledSet as DistilledSet
+    from ._evaluate import evaluate as evaluate, Evaluation as Evaluation
+    from ._fit import fit as fit
+    from ._inner_solver import (
+        AbstractInnerSolver as AbstractInnerSolver,
+        Fitted as Fitted,
+        inner_loss as inner_loss,
+    )
+    from ._losses import cross_entropy as cross_entropy
+    from ._outer_loss import outer_loss as outer_loss
+
+
+__version__ = "0.1.0"

@@ -1,0 +1,267 @@
+import contextlib
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import Float, PRNGKeyArray, PyTree
+
+from ._argmin_solver import ArgminSolver
+from ._checks import check_data, check_inner
+from ._dataset import Dataset
+from ._distilled_set import DistilledSet
+from ._inner_solver import AbstractInnerSolver
+from ._outer_loop import Problem, run_block, State, Status, StepInfo
+
+
+class History(eqx.Module):
+    """What happened at each step of the outer loop, before its update.
+
+    **Attributes:**
+
+    - `loss`: the outer loss, in nats per image: on the step's batch, if batches are
+        used.
+    - `gradient_norm`: the Euclidean norm of the hypergradient over all that is
+        learned.
+    - `inner_residual`: the `gradient_norm` of the step's [`eqdistill.Fitted`][].
+    """
+
+    loss: Float[np.ndarray, " steps"]
+    gradient_norm: Float[np.ndarray, " steps"]
+    inner_residual: Float[np.ndarray, " steps"]
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+
+class Distillation(eqx.Module):
+    """The result of [`eqdistill.distill`][].
+
+    **Attributes:**
+
+    - `distilled`: the distilled set, after the last update.
+    - `history`: what happened at each step.
+    - `converged`: whether the gradient norm reached the tolerance that was asked for.
+    """
+
+    distilled: DistilledSet
+    history: History
+    converged: bool
+
+
+class DistillationError(RuntimeError):
+    """Raised when a distillation cannot go on.
+
+    **Attributes:**
+
+    - `distillation`: a [`eqdistill.Distillation`][] with the last good distilled set:
+        the last one at which the outer loss and its gradient were known to be finite
+        and the inner solver to converge, or else the one that it began with.
+    """
+
+    distillation: Distillation
+
+    def __init__(self, message: str, distillation: Distillation):
+        super().__init__(message)
+        self.distillation = distillation
+
+
+def distill(
+    distilled: DistilledSet,
+    classifier: PyTree,
+    train: Dataset,
+    *,
+    inner: AbstractInnerSolver = ArgminSolver(),
+    optimiser: optax.GradientTransformation = optax.adam(0.02),
+    steps: int = 50,
+    learn: PyTree[bool] | None = None,
+    batch_size: int | None = None,
+    key: PRNGKeyArray | None = None,
+    tolerance: float = 0.0,
+    block_size: int = 10,
+    callback: Callable[[Distillation], bool | None] | None = None,
+    progress: bool = False,
+) -> Distillation:
+    r"""Distils a dataset: minimises the outer loss over a distilled set,
+
+    $$\min_\theta F(\theta) = \frac{1}{N} \sum_{i=1}^N \ell(y_i,
+    w^\star(\theta)(x_i)),$$
+
+    by the steps of an Optax optimiser along the hypergradient $\nabla F$.
+
+    **Arguments:**
+
+    - `distilled`: the distilled set to begin with.
+    - `classifier`: as for [`eqdistill.fit`][].
+    - `train`: the real data to distil.
+
+    All other arguments are keyword only.
+
+    - `inner`: how to fit the classifier.
+    - `optimiser`: any Optax optimiser. Those with a line search, such as
+        `optax.lbfgs`, are given the value, gradient and value function that they need.
+        A convex inner problem and all of the data in each step converge in far fewer
+        steps with `optax.lbfgs(learning_rate=1.0, linesearch=None)`.
+    - `steps`: the most steps to take.
+    - `learn`: what is learned: a pytree of bools with the structure of `distilled`.
+        Defaults to its images.
+    - `batch_size`: the number of real images in a step, drawn without replacement
+        until all have been used. Defaults to all of them.
+    - `key`: a `jax.random.key` for the order of the batches. Needed for them alone.
+    - `tolerance`: stop when the Euclidean norm of the hypergradient is at most this.
+    - `block_size`: the number of steps that are compiled into one call, between which
+        progress is shown and `callback` is called.
+    - `callback`: called after each block with the [`eqdistill.Distillation`][] so far.
+        Distillation stops early if it returns `True`.
+    - `progress`: whether to show a progress bar. Needs `tqdm`.
+
+    **Returns:**
+
+    A [`eqdistill.Distillation`][].
+
+    **Raises:**
+
+    - A `TypeError` or `ValueError` as [`eqdistill.outer_loss`][], or for an argument
+        that is out of its range.
+    - A [`eqdistill.DistillationError`][], with the last good distilled set in it, if
+        the inner solver fails, or the loss, its gradient or the distilled set stop
+        being finite.
+
+    Source: the bilevel problem is that of JAXopt's dataset-distillation notebook; its
+    gradient by implicit differentiation, Pedregosa 2016, equation (2).
+    """
+    distilled = check_inner(distilled, classifier)
+    check_data("train", train, distilled, classifier)
+    for name, value in (("steps", steps), ("block_size", block_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {value}.")
+    if not tolerance >= 0:
+        raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
+    if batch_size is None:
+        key = jr.key(0) if key is None else key
+    elif not 1 <= batch_size <= len(train):
+        raise ValueError(
+            f"`batch_size` must be from 1 to {len(train)}, the number of images in "
+            f"`train`; got {batch_size}."
+        )
+    elif key is None:
+        raise ValueError("`key` must be given with `batch_size`, to draw batches by.")
+    if not isinstance(optimiser, optax.GradientTransformation):
+        raise TypeError(
+            "`optimiser` must be an Optax optimiser, an "
+            f"`optax.GradientTransformation`; got a {type(optimiser).__name__}."
+        )
+    learned, frozen = _partition(distilled, learn)
+
+    problem = Problem(
+        frozen=frozen,
+        classifier=classifier,
+        images=train.floating(),
+        labels=train.labels,
+        inner=inner,
+        optimiser=optax.with_extra_args_support(optimiser),
+        tolerance=tolerance,
+        batch_size=batch_size,
+    )
+    state = State(
+        learned=learned,
+        last_good=learned,
+        optimiser_state=optimiser.init(learned),
+        key=key,
+        order=jnp.arange(len(train)),
+        step=jnp.array(0),
+        status=Status.running,
+    )
+    blocks = []
+
+    def so_far(learned) -> Distillation:
+        return Distillation(
+            distilled=eqx.combine(learned, frozen),
+            history=jax.tree.map(lambda *x: np.concatenate(x), _NO_HISTORY, *blocks),
+            converged=bool(state.status == Status.converged),
+        )
+
+    with _progress_bar(steps, progress) as show:
+        while int(state.step) < steps:
+            start = int(state.step)
+            num_steps = min(block_size, steps - start)
+            try:
+                state, info = run_block(
+                    state, jnp.array(num_steps), problem, block_size
+                )
+                end = int(state.step)
+            except eqx.EquinoxRuntimeError as e:
+                raise DistillationError(
+                    f"Distillation stopped in the {num_steps} steps after step "
+                    f"{start}: {e}",
+                    so_far(state.last_good),
+                ) from e
+            blocks.append(_history(info, end - start))
+            show(blocks[-1])
+            if bool(state.status == Status.converged):
+                break
+            if not bool(state.status == Status.running):
+                raise DistillationError(
+                    f"Distillation stopped at step {end}: {Status[state.status]}.",
+                    so_far(state.last_good),
+                )
+            if callback is not None and callback(so_far(state.learned)):
+                break
+    return so_far(state.learned)
+
+
+_NO_HISTORY = History(*[np.zeros(0, np.float32)] * 3)
+
+
+def _history(info: StepInfo, num_steps: int) -> History:
+    loss, gradient_norm, inner_residual = (
+        np.asarray(x)[:num_steps]
+        for x in (info.loss, info.gradient_norm, info.inner_residual)
+    )
+    return History(loss, gradient_norm, inner_residual)
+
+
+def _partition(
+    distilled: DistilledSet, learn: PyTree[bool] | None
+) -> tuple[PyTree, PyTree]:
+    if learn is None:
+        nothing = jax.tree.map(lambda _: False, distilled)
+        learn = eqx.tree_at(lambda d: d.images, nothing, True)
+    try:
+        learned, frozen = eqx.partition(distilled, learn)
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            "`learn` must be a pytree of bools with the structure of `distilled`; got "
+            f"{learn}."
+        ) from e
+    leaves = jax.tree.leaves(learned)
+    if len(leaves) == 0 or not all(map(eqx.is_inexact_array, leaves)):
+        raise ValueError(
+            "`learn` must pick at least one array of `distilled`, and none but those "
+            f"of floating point; it picks {learned}."
+        )
+    return learned, frozen
+
+
+@contextlib.contextmanager
+def _progress_bar(steps: int, progress: bool):
+    if not progress:
+        yield lambda history: None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as e:
+        raise ImportError(
+            "`progress=True` needs tqdm: pip install 'eqdistill[progress]'."
+        ) from e
+    with tqdm(total=steps, unit="step") as bar:
+
+        def show(history: History) -> None:
+            if len(history) > 0:
+                bar.set_postfix(loss=f"{history.loss[-1]:.4f}", refresh=False)
+                bar.update(len(history))
+
+        yield show

@@ -1,0 +1,142 @@
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
+
+from ._dataset import Dataset
+from ._error import error_if
+
+
+class DistilledSet(eqx.Module):
+    r"""A distilled set: synthetic images, their labels, and the ridge with which a
+    classifier is to be fitted to them. It is all that one needs in order to retrain.
+
+    **Attributes:**
+
+    - `images`: the synthetic images $\theta$, in the units of the real images that the
+        classifier is meant for, and of any sign.
+    - `labels`: class indices in $[0, c)$, or the logits of soft labels.
+    - `log_l2`: the logarithm of the ridge $\lambda$, so that it stays positive when it
+        is learned.
+    """
+
+    images: Float[Array, "n *shape"]
+    labels: Int[Array, " n"] | Float[Array, "n c"]
+    log_l2: Float[Array, ""]
+
+    def __init__(self, images: ArrayLike, labels: ArrayLike, *, l2: ArrayLike = 0.1):
+        r"""**Arguments:**
+
+        - `images`: shape `(n, *shape)`, floating point, finite.
+        - `labels`: either integer class indices of shape `(n,)`, or floating-point
+            logits of soft labels of shape `(n, c)`.
+        - `l2`: the ridge $\lambda > 0$.
+
+        **Raises:**
+
+        A `TypeError` for images or labels of the wrong dtype, a `ValueError` for those
+        of the wrong shape, and an error (at run time, if the values are traced) if the
+        images or soft labels are not finite, a class index is negative, or `l2` is not
+        positive and finite.
+        """
+        images = jnp.asarray(images)
+        labels = jnp.asarray(labels)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise TypeError(
+                "`images` must be floating point, since they are to be learned; got "
+                f"dtype {images.dtype}. Real images become so by "
+                "`Dataset.floating`."
+            )
+        if images.ndim < 2 or images.size == 0:
+            raise ValueError(
+                "`images` must have shape (n, *shape) and hold at least one pixel; got "
+                f"shape {images.shape}."
+            )
+        if jnp.issubdtype(labels.dtype, jnp.integer):
+            wanted, ndim, valid = "class indices of shape (n,)", 1, labels >= 0
+        elif jnp.issubdtype(labels.dtype, jnp.floating):
+            wanted, ndim = "logits of soft labels of shape (n, c)", 2
+            valid = jnp.isfinite(labels)
+        else:
+            raise TypeError(
+                "`labels` must be integer class indices or floating-point logits; got "
+                f"dtype {labels.dtype}."
+            )
+        if labels.ndim != ndim or labels.shape[0] != images.shape[0]:
+            raise ValueError(
+                f"`labels` of dtype {labels.dtype} must be {wanted} with "
+                f"n = {images.shape[0]} as in `images`; got shape {labels.shape}."
+            )
+        l2 = jnp.asarray(l2, images.dtype)
+        if l2.shape != ():
+            raise ValueError(f"`l2` must be a scalar; got shape {l2.shape}.")
+        self.images = error_if(
+            images,
+            ~jnp.isfinite(images).all(),
+            "`images` must be finite; some pixels are NaN or infinite.",
+        )
+        self.labels = error_if(
+            labels,
+            ~valid.all(),
+            "`labels` must be non-negative class indices or finite logits; some are "
+            "not.",
+        )
+        self.log_l2 = jnp.log(
+            error_if(
+                l2,
+                ~((l2 > 0) & jnp.isfinite(l2)),
+                f"`l2` must be positive and finite; got {l2}.",
+            )
+        )
+
+    @classmethod
+    def from_noise(
+        cls,
+        train: Dataset,
+        n: int | None = None,
+        *,
+        l2: ArrayLike = 0.1,
+        scale: float | None = None,
+        key: PRNGKeyArray,
+    ) -> "DistilledSet":
+        r"""Images of independent normal noise, $\theta_{ij} \sim \mathcal{N}(0, s^2)$.
+
+        **Arguments:**
+
+        - `train`: the dataset to distil, for the shape of its images and its classes.
+        - `n`: the number of images. Their labels run through the classes in turn, so
+            that `n = m * num_classes` gives `m` images per class. Defaults to one
+            image per class.
+        - `l2`: the ridge $\lambda > 0$.
+        - `scale`: the standard deviation $s$. Defaults to one over the number of
+            pixels of an image, which suits a convex inner problem. A network trains
+            better from noise as strong as its data: try 0.3.
+        - `key`: a `jax.random.key` for the noise. (Keyword only argument.)
+
+        **Returns:**
+
+        A `DistilledSet` with hard labels.
+
+        Source: the start of JAXopt's dataset-distillation notebook.
+        """
+        labels = _cyclic_labels(train, n)
+        scale = 1 / math.prod(train.shape) if scale is None else scale
+        images = scale * jr.normal(key, (labels.shape[0], *train.shape))
+        return cls(images, labels, l2=l2)
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def l2(self) -> Float[Array, ""]:
+        r"""The ridge $\lambda$."""
+        return jnp.exp(self.log_l2)
+
+
+def _cyclic_labels(train: Dataset, n: int | None) -> Int[Array, " n"]:
+    n = train.num_classes if n is None else n
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1; got {n}.")
+    return jnp.arange(n) % train.num_classes

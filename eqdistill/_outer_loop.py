@@ -1,0 +1,185 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from ._distilled_set import DistilledSet
+from ._inner_solver import AbstractInnerSolver, Fitted
+from ._losses import classification_loss
+
+
+class Status(eqx.Enumeration):
+    running = "running"
+    converged = "the gradient norm reached the tolerance"
+    inner_failed = "the inner solver did not converge"
+    loss_not_finite = "the outer loss is not finite"
+    gradient_not_finite = "the hypergradient is not finite"
+    update_not_finite = "the updated distilled set is not finite"
+
+
+class Problem(eqx.Module):
+    """All that stays fixed over the outer loop. `frozen` is what is not learned of the
+    distilled set."""
+
+    frozen: DistilledSet
+    classifier: PyTree
+    images: Float[Array, "N *shape"]
+    labels: Int[Array, " N"]
+    inner: AbstractInnerSolver
+    optimiser: optax.GradientTransformationExtraArgs
+    tolerance: float
+    batch_size: int | None = eqx.field(static=True)
+
+
+class State(eqx.Module):
+    """All that changes over the outer loop. `last_good` trails `learned` by a step, as
+    `learned` is known to be good only once it has been differentiated at."""
+
+    learned: PyTree[Float[Array, "..."]]
+    last_good: PyTree[Float[Array, "..."]]
+    optimiser_state: PyTree
+    key: PRNGKeyArray
+    order: Int[Array, " N"]
+    step: Int[Array, ""]
+    status: Status
+
+
+class StepInfo(eqx.Module):
+    loss: Float[Array, "*steps"]
+    gradient_norm: Float[Array, "*steps"]
+    inner_residual: Float[Array, "*steps"]
+
+
+@eqx.filter_jit
+def run_block(
+    state: State, num_steps: Int[Array, ""], problem: Problem, block_size: int
+) -> tuple[State, StepInfo]:
+    """Takes `num_steps` steps of the outer loop, or fewer if its status changes.
+
+    `block_size`, the length of the history that is returned, is static; `num_steps` is
+    not, so that a shorter last block is not compiled anew.
+    """
+    first = state.step
+    dynamic, static = eqx.partition(state, eqx.is_array)
+    dtype = problem.images.dtype
+    history = StepInfo(*(jnp.full(block_size, jnp.nan, dtype) for _ in range(3)))
+
+    def cond_fun(carry):
+        state = eqx.combine(carry[0], static)
+        return (state.status == Status.running) & (state.step < first + num_steps)
+
+    def body_fun(carry):
+        dynamic, history = carry
+        state = eqx.combine(dynamic, static)
+        new_state, info = _step(state, problem)
+        history = jax.tree.map(
+            lambda h, i: h.at[state.step - first].set(i), history, info
+        )
+        return eqx.filter(new_state, eqx.is_array), history
+
+    dynamic, history = jax.lax.while_loop(cond_fun, body_fun, (dynamic, history))
+    return eqx.combine(dynamic, static), history
+
+
+def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
+    images, labels, state = _next_batch(state, problem)
+
+    def objective(learned):
+        distilled = eqx.combine(learned, problem.frozen)
+        fitted = problem.inner(problem.classifier, distilled)
+        return classification_loss(fitted.classifier, images, labels), fitted
+
+    loss, gradient, fitted = _value_and_grad(objective, state, problem)
+    updates, optimiser_state = problem.optimiser.update(
+        gradient,
+        state.optimiser_state,
+        state.learned,
+        value=loss,
+        grad=gradient,
+        value_fn=lambda learned: objective(learned)[0],
+    )
+    updated = eqx.apply_updates(state.learned, updates)
+    gradient_norm = optax.tree.norm(gradient)
+
+    # The first of these that holds is what is reported.
+    status = Status.running
+    for pred, outcome in (
+        (~_all_finite(updated), Status.update_not_finite),
+        (gradient_norm <= problem.tolerance, Status.converged),
+        (~jnp.isfinite(gradient_norm), Status.gradient_not_finite),
+        (~jnp.isfinite(loss), Status.loss_not_finite),
+        (~fitted.converged, Status.inner_failed),
+    ):
+        status = Status.where(pred, outcome, status)
+
+    here_is_good = (
+        (status == Status.running)
+        | (status == Status.converged)
+        | (status == Status.update_not_finite)
+    )
+    new_state = State(
+        learned=optax.tree.where(status == Status.running, updated, state.learned),
+        last_good=optax.tree.where(here_is_good, state.learned, state.last_good),
+        optimiser_state=optimiser_state,
+        key=state.key,
+        order=state.order,
+        step=state.step + here_is_good,
+        status=status,
+    )
+    return new_state, StepInfo(loss, gradient_norm, fitted.gradient_norm)
+
+
+def _value_and_grad(
+    objective, state: State, problem: Problem
+) -> tuple[Float[Array, ""], PyTree, Fitted]:
+    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    stored_loss = optax.tree.get(state.optimiser_state, "value")
+    stored_gradient = optax.tree.get(state.optimiser_state, "grad")
+    # A line search ends where the next step begins, and keeps what it evaluated there.
+    # That is of no use if the next step is on another batch.
+    if (
+        problem.batch_size is not None
+        or stored_loss is None
+        or jax.tree.structure(stored_gradient) != jax.tree.structure(state.learned)
+    ):
+        (loss, fitted), gradient = value_and_grad(state.learned)
+        return loss, gradient, fitted
+
+    def evaluate(learned):
+        (loss, _), gradient = value_and_grad(learned)
+        return loss, gradient
+
+    loss, gradient = jax.lax.cond(
+        jnp.isfinite(stored_loss),
+        lambda _: (stored_loss, stored_gradient),
+        evaluate,
+        state.learned,
+    )
+    distilled = eqx.combine(state.learned, problem.frozen)
+    return loss, gradient, problem.inner(problem.classifier, distilled)
+
+
+def _next_batch(
+    state: State, problem: Problem
+) -> tuple[Float[Array, "batch *shape"], Int[Array, " batch"], State]:
+    if problem.batch_size is None:
+        return problem.images, problem.labels, state
+    batches_per_epoch = problem.labels.shape[0] // problem.batch_size
+    epoch, batch = jnp.divmod(state.step, batches_per_epoch)
+    order = jax.lax.cond(
+        batch == 0,
+        lambda order: jr.permutation(jr.fold_in(state.key, epoch), order),
+        lambda order: order,
+        state.order,
+    )
+    indices = jax.lax.dynamic_slice_in_dim(
+        order, batch * problem.batch_size, problem.batch_size
+    )
+    state = eqx.tree_at(lambda s: s.order, state, order)
+    return problem.images[indices], problem.labels[indices], state
+
+
+def _all_finite(tree: PyTree) -> Bool[Array, ""]:
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))

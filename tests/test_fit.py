@@ -1,0 +1,97 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from sklearn.linear_model import LogisticRegression as SklearnLogisticRegression
+
+import eqdistill as eqd
+
+from .conftest import exact, subset
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("use_intercept", [False, True])
+@pytest.mark.parametrize("l2", [1.0, 0.01])
+def test_agrees_with_scikit_learn(digits, use_intercept, l2):
+    real = subset(digits[0], 40)
+    x, y = real.floating(), real.labels
+    classifier = eqd.LogisticRegression(64, 10, use_intercept=use_intercept)
+    fitted = eqd.fit(eqd.DistilledSet(x, y, l2=l2), classifier, exact())
+    reference = SklearnLogisticRegression(
+        C=1 / (40 * l2),
+        fit_intercept=use_intercept,
+        solver="newton-cholesky",
+        tol=1e-12,
+    ).fit(np.asarray(x).reshape(40, 64), np.asarray(y))
+    np.testing.assert_allclose(
+        fitted.classifier.weights, reference.coef_.T, rtol=0, atol=1e-6
+    )
+    if use_intercept:
+        # A softmax does not tell one shift of all its logits from another.
+        got = fitted.classifier.intercept - fitted.classifier.intercept.mean()
+        np.testing.assert_allclose(got, reference.intercept_, rtol=0, atol=1e-6)
+    assert fitted.converged
+    assert fitted.gradient_norm < 1e-10
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**30), log10_l2=st.floats(-2, 1))
+def test_is_a_stationary_point(seed, log10_l2):
+    distilled = eqd.DistilledSet(
+        jr.normal(jr.key(seed), (5, 3, 3)), jnp.arange(5) % 3, l2=10**log10_l2
+    )
+    fitted = eqd.fit(distilled, eqd.LogisticRegression(9, 3))
+    gradient = eqx.filter_grad(eqd.inner_loss)(fitted.classifier, distilled)
+    norm = jnp.linalg.norm(gradient.weights)
+    np.testing.assert_allclose(fitted.gradient_norm, norm, rtol=1e-3, atol=1e-6)
+    assert norm < 1e-3
+    # By the representer theorem, which the solver knows nothing of.
+    weights, basis = fitted.classifier.weights, distilled.images.reshape(5, 9).T
+    residual = weights - basis @ jnp.linalg.lstsq(basis, weights)[0]
+    assert jnp.abs(residual).max() < 1e-4
+
+
+@pytest.mark.usefixtures("x64")
+def test_hard_labels_are_the_limit_of_soft_ones():
+    images = jr.normal(jr.key(0), (4, 6))
+    classifier = eqd.LogisticRegression(6, 3)
+    labels = jnp.array([0, 2, 1, 0])
+    hard = eqd.fit(eqd.DistilledSet(images, labels), classifier, exact())
+    logits = 100 * jax.nn.one_hot(labels, 3)
+    soft = eqd.fit(eqd.DistilledSet(images, logits), classifier, exact())
+    np.testing.assert_allclose(
+        hard.classifier.weights, soft.classifier.weights, atol=1e-9
+    )
+
+
+def test_failure_is_raised_or_told():
+    distilled = eqd.DistilledSet(jr.normal(jr.key(0), (4, 6)), jnp.arange(4), l2=1e-3)
+    classifier = eqd.LogisticRegression(6, 4)
+    real = eqd.Dataset(distilled.images, distilled.labels)
+    inner = eqd.ArgminSolver(max_steps=2)
+    fitted = eqd.fit(distilled, classifier, inner, throw=False)
+    assert not fitted.converged
+    assert fitted.steps == 2
+    with pytest.raises(RuntimeError, match="inner solver did not converge"):
+        eqd.fit(distilled, classifier, inner)
+    with pytest.raises(RuntimeError, match="inner solver did not converge"):
+        eqd.evaluate(distilled, classifier, real, inner=inner)
+
+
+def test_evaluate_measures_the_fitted_classifier(digits):
+    train, test = digits
+    distilled = eqd.DistilledSet(train.floating()[:100], train.labels[:100], l2=0.01)
+    evaluation = eqd.evaluate(distilled, eqd.LogisticRegression(64, 10), test)
+    predicted = np.argmax(
+        np.asarray(test.floating()).reshape(-1, 64)
+        @ np.asarray(evaluation.fitted.classifier.weights),
+        axis=1,
+    )
+    want = np.mean(predicted == np.asarray(test.labels))
+    np.testing.assert_allclose(evaluation.accuracy, want, rtol=1e-6)
+    assert 0.7 < evaluation.accuracy <= 1
+    loss = eqd.outer_loss(distilled, eqd.LogisticRegression(64, 10), test)
+    np.testing.assert_allclose(evaluation.loss, loss, rtol=1e-5)
