@@ -83,9 +83,12 @@ class DampedCG(lx.AbstractLinearSolver):
             jnp.zeros_like(scale),
         )
         _, u, residual, damping = jax.lax.while_loop(keep_going, body, init)
+        # A cotangent that is not finite is somebody else's error, and is passed on.
+        finite = jnp.isfinite(scale)
+        u = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), u)
         u = eqx.error_if(
             u,
-            ~(residual <= self.max_residual),
+            finite & ~(residual <= self.max_residual),
             "The hypergradient is useless: the adjoint linear solve of the inner "
             "problem stopped at a relative residual above `DampedCG.max_residual`. "
             "The inner problem is likely singular: raise its ridge `l2`, or solve it "

@@ -196,7 +196,7 @@ def distill(
             except eqx.EquinoxRuntimeError as e:
                 raise DistillationError(
                     f"Distillation stopped in the {num_steps} steps after step "
-                    f"{start}: {e}",
+                    f"{start}: the inner solver raised the error above.",
                     so_far(state.last_good),
                 ) from e
             blocks.append(_history(info, end - start))

@@ -1,0 +1,176 @@
+"""Each error names the argument, what came, and what was wanted."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eqdistill as eqd
+
+
+IMAGES = np.zeros((4, 3, 3), np.float32)
+LABELS = np.array([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "l2", "match"),
+    [
+        (IMAGES.astype(np.uint8), LABELS, 0.1, "`images` must be floating.*uint8"),
+        (IMAGES[:, 0, 0], LABELS, 0.1, r"`images` must have shape.*got shape \(4,\)"),
+        (IMAGES[:0], LABELS[:0], 0.1, r"`images` must have.*got shape \(0, 3, 3\)"),
+        (IMAGES + np.nan, LABELS, 0.1, "`images` must be finite"),
+        (IMAGES + np.inf, LABELS, 0.1, "`images` must be finite"),
+        (IMAGES, LABELS[:3], 0.1, r"`labels`.*n = 4.*got shape \(3,\)"),
+        (IMAGES, LABELS - 1, 0.1, "`labels` must be non-negative"),
+        (IMAGES, LABELS.astype(np.float32), 0.1, r"`labels` of dtype float32 must be"),
+        (IMAGES, LABELS[:, None], 0.1, r"class indices of shape.*got shape \(4, 1\)"),
+        (IMAGES, LABELS == 1, 0.1, "`labels` must be integer.*bool"),
+        (IMAGES, np.full((4, 3), np.nan), 0.1, "`labels` must be.*finite"),
+        (IMAGES, LABELS, -0.1, "`l2` must be positive and finite; got -0.1"),
+        (IMAGES, LABELS, 0.0, "`l2` must be positive and finite; got 0.0"),
+        (IMAGES, LABELS, np.inf, "`l2` must be positive and finite; got inf"),
+        (IMAGES, LABELS, np.ones(4), r"`l2` must be a scalar; got shape \(4,\)"),
+        ("four", LABELS, 0.1, "'images'"),
+    ],
+)
+def test_distilled_set(images, labels, l2, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        eqd.DistilledSet(images, labels, l2=l2)
+
+
+def test_distilled_set_under_jit():
+    make = eqx.filter_jit(lambda images: eqd.DistilledSet(images, jnp.array(LABELS)))
+    make(jnp.array(IMAGES))
+    with pytest.raises(RuntimeError, match="`images` must be finite"):
+        make(jnp.array(IMAGES + np.nan))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "num_classes", "match"),
+    [
+        (IMAGES.astype(np.int32), LABELS, 3, "`images` must be uint8 or.*int32"),
+        (IMAGES[:0], LABELS[:0], 3, r"`images`.*got shape \(0, 3, 3\)"),
+        (IMAGES, LABELS[:2], 3, r"`labels` must have one.*\(2,\)"),
+        (IMAGES, LABELS.astype(float), 3, "`labels` must be integer.*float64"),
+        (IMAGES, LABELS, 2, r"`labels` must be in \[0, 2\).*from 0 to 2"),
+        (IMAGES, LABELS - 1, 3, r"`labels` must be in \[0, 3\).*from -1 to 1"),
+        (IMAGES + np.nan, LABELS, 3, "`images` must be finite; 36 of 36"),
+    ],
+)
+def test_dataset(images, labels, num_classes, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        eqd.Dataset(images, labels, num_classes)
+
+
+class Scalar(eqx.Module):
+    weight: jax.Array = eqx.field(default_factory=lambda: jnp.ones(()))
+
+    def __call__(self, image):
+        return self.weight * image.sum()
+
+
+class Parameterless(eqx.Module):
+    def __call__(self, image):
+        return image.reshape(-1)
+
+
+def good():
+    distilled = eqd.DistilledSet(IMAGES, LABELS)
+    return distilled, eqd.LogisticRegression(9, 3), eqd.Dataset(IMAGES, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "match"),
+    [
+        (eqd.LogisticRegression(8, 3), r"applied.*shape \(3, 3\).*must have 8 pixels"),
+        (Scalar(), r"must map one image to floating-point logits of shape \(c,\)"),
+        (Parameterless(), "`classifier` must have parameters"),
+        ("LogisticRegression", "`classifier` must be a callable.*got a str"),
+    ],
+)
+def test_classifier(classifier, match):
+    distilled, _, data = good()
+    for call in (
+        lambda: eqd.fit(distilled, classifier),
+        lambda: eqd.outer_loss(distilled, classifier, data),
+        lambda: eqd.evaluate(distilled, classifier, data),
+        lambda: eqd.distill(distilled, classifier, data),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"(?s){match}"):
+            call()
+
+
+def test_labels_out_of_range():
+    distilled, _, _ = good()
+    with pytest.raises(ValueError, match=r"`distilled.labels` must be in \[0, 2\)"):
+        eqd.fit(distilled, eqd.LogisticRegression(9, 2))
+    with pytest.raises(RuntimeError, match=r"`distilled.labels` must be in \[0, 2\)"):
+        eqx.filter_jit(eqd.fit)(distilled, eqd.LogisticRegression(9, 2))
+
+
+def test_soft_labels_of_other_classes():
+    distilled = eqd.DistilledSet(IMAGES, np.zeros((4, 5)))
+    match = r"`distilled.labels` must be logits of the 3 classes.*\(4, 5\)"
+    with pytest.raises(ValueError, match=match):
+        eqd.fit(distilled, eqd.LogisticRegression(9, 3))
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (eqd.Dataset(IMAGES[:, :2], LABELS), r"one shape; got \(2, 3\) and \(3, 3\)"),
+        (eqd.Dataset(IMAGES, LABELS, 7), "each of the 7 classes of.*it has 3"),
+    ],
+)
+def test_data(data, match):
+    distilled, classifier, _ = good()
+    for name, call in (
+        ("data", lambda: eqd.outer_loss(distilled, classifier, data)),
+        ("test", lambda: eqd.evaluate(distilled, classifier, data)),
+        ("train", lambda: eqd.distill(distilled, classifier, data)),
+    ):
+        with pytest.raises(ValueError, match=match) as info:
+            call()
+        assert f"`{name}`" in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"steps": 0}, "`steps` must be at least 1; got 0"),
+        ({"steps": 2.5}, "'steps'"),
+        ({"block_size": 0}, "`block_size` must be at least 1; got 0"),
+        ({"batch_size": 0}, "`batch_size` must be from 1 to 4.*got 0"),
+        ({"batch_size": 5}, "`batch_size` must be from 1 to 4.*got 5"),
+        ({"batch_size": 2}, "`key` must be given"),
+        ({"tolerance": -1.0}, "`tolerance` must not be negative; got -1.0"),
+        ({"tolerance": float("nan")}, "`tolerance` must not be negative; got nan"),
+        ({"optimiser": "adam"}, "'optimiser'"),
+        ({"optimiser": optax.adam}, "'optimiser'"),
+        ({"inner": optax.adam(0.1)}, "'inner'"),
+        ({"learn": {"images": True}}, "`learn` must be a pytree of bools"),
+        ({"learn": True}, "`learn` must pick.*floating point"),
+        ({"learn": False}, "`learn` must pick at least one"),
+    ],
+)
+def test_distill(kwargs, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        eqd.distill(*good(), **kwargs)
+
+
+def test_from_noise():
+    _, _, train = good()
+    with pytest.raises(ValueError, match="`n` must be at least 1; got 0"):
+        eqd.DistilledSet.from_noise(train, 0, key=jax.random.key(0))
+
+
+def test_logistic_regression():
+    with pytest.raises(ValueError, match="`num_classes` must be at least 1; got 0"):
+        eqd.LogisticRegression(3, 0)
+
+
+def test_name():
+    with pytest.raises(ValueError, match=r"`name` must be one of.*got 'emnist'"):
+        eqd.datasets.load("emnist")
