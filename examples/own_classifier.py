@@ -1,0 +1,96 @@
+"""Distils for a classifier of one's own: here a multilayer perceptron.
+
+Any `equinox.Module` from one image to its logits will do. The distilled set is then
+used to train perceptrons from other initial weights than the one it was made with.
+Writes `own_classifier.png` and `own_classifier_loss.png`.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+import eqdistill as eqd
+
+
+class Perceptron(eqx.Module):
+    mlp: eqx.nn.MLP
+
+    def __init__(self, train: eqd.Dataset, width: int, *, key: PRNGKeyArray):
+        # A smooth activation: the implicit function theorem needs a Hessian.
+        self.mlp = eqx.nn.MLP(
+            train.images[0].size,
+            train.num_classes,
+            width,
+            depth=1,
+            activation=jax.nn.softplus,
+            key=key,
+        )
+
+    def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, " c"]:
+        return self.mlp(image.reshape(-1))
+
+
+def main(
+    dataset: str,
+    images_per_class: int,
+    width: int,
+    l2: float,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    output: Path,
+) -> None:
+    start = time.perf_counter()
+    train, test = eqd.datasets.load(dataset)
+    noise_key, batch_key, *weight_keys = jr.split(jr.key(seed), 5)
+    classifier, *others = (Perceptron(train, width, key=key) for key in weight_keys)
+    distilled = eqd.DistilledSet.from_noise(
+        train, images_per_class * train.num_classes, l2=l2, scale=0.3, key=noise_key
+    )
+    result = eqd.distill(
+        distilled,
+        classifier,
+        train,
+        optimiser=optax.adam(optax.cosine_decay_schedule(0.05, steps)),
+        steps=steps,
+        batch_size=min(batch_size, len(train)),
+        key=batch_key,
+        progress=True,
+    )
+    own = eqd.evaluate(result.distilled, classifier, test)
+    print(f"test accuracy   {own.accuracy:.2%} from the weights it was distilled with")
+    for other in others:
+        evaluation = eqd.evaluate(result.distilled, other, test)
+        print(f"                {evaluation.accuracy:.2%} from other initial weights")
+    print(f"time            {time.perf_counter() - start:.1f} s")
+
+    output.mkdir(parents=True, exist_ok=True)
+    images, loss = output / "own_classifier.png", output / "own_classifier_loss.png"
+    eqd.plot.images(result.distilled).savefig(images)
+    eqd.plot.history(result.history).savefig(loss)
+    print(f"pictures        {images}, {loss}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", default="mnist", choices=["mnist", "fashion_mnist", "digits"]
+    )
+    parser.add_argument("--images-per-class", type=int, default=1)
+    parser.add_argument("--width", type=int, default=32, help="hidden units")
+    parser.add_argument("--l2", type=float, default=0.01, help="the ridge")
+    parser.add_argument("--steps", type=int, default=100, help="outer steps")
+    parser.add_argument("--batch-size", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="a folder for the pictures"
+    )
+    main(**vars(parser.parse_args()))
