@@ -9,6 +9,8 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     from . import datasets as datasets, plot as plot
     from ._adjoint import DampedCG as DampedCG
     from ._argmin_solver import ArgminSolver as ArgminSolver
+    from ._artifact import Artifact as Artifact, load as load, save as save
+    from ._auto_solver import AutoSolver as AutoSolver
     from ._classifier import LogisticRegression as LogisticRegression
     from ._dataset import Dataset as Dataset
     from ._distill import (
@@ -19,6 +21,7 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     )
     from ._distilled_set import DistilledSet as DistilledSet
     from ._evaluate import evaluate as evaluate, Evaluation as Evaluation
+    from ._export import export as export
     from ._fit import fit as fit
     from ._inner_solver import (
         AbstractInnerSolver as AbstractInnerSolver,
@@ -27,6 +30,7 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     )
     from ._losses import cross_entropy as cross_entropy
     from ._outer_loss import outer_loss as outer_loss
+    from ._span_solver import SpanSolver as SpanSolver
 
 
 __version__ = "0.1.0"

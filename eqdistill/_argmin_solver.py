@@ -1,13 +1,11 @@
 import equinox as eqx
-import jax
 import lineax as lx
-import optax
 import optimistix as optx
 from jaxtyping import PyTree
 
 from ._adjoint import DampedCG
 from ._distilled_set import DistilledSet
-from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss
+from ._inner_solver import AbstractInnerSolver, Fitted, gradient_norm, inner_loss
 
 
 class ArgminSolver(AbstractInnerSolver):
@@ -59,12 +57,10 @@ class ArgminSolver(AbstractInnerSolver):
             tags=frozenset({lx.positive_semidefinite_tag}),
             throw=False,
         )
-        # A diagnostic, which is not to be differentiated.
-        at = jax.lax.stop_gradient((solution.value, distilled))
-        gradient = jax.grad(objective)(*at)
+        fitted = eqx.combine(solution.value, static)
         return Fitted(
-            classifier=eqx.combine(solution.value, static),
+            classifier=fitted,
             converged=solution.result == optx.RESULTS.successful,
             steps=solution.stats["num_steps"],
-            gradient_norm=optax.tree.norm(gradient),
+            gradient_norm=gradient_norm(fitted, distilled),
         )

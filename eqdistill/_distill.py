@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
-from ._argmin_solver import ArgminSolver
+from ._auto_solver import AutoSolver
 from ._checks import check_data, check_inner
 from ._dataset import Dataset
 from ._distilled_set import DistilledSet
@@ -74,7 +74,7 @@ def distill(
     classifier: PyTree,
     train: Dataset,
     *,
-    inner: AbstractInnerSolver = ArgminSolver(),
+    inner: AbstractInnerSolver = AutoSolver(),
     optimiser: optax.GradientTransformation = optax.adam(0.02),
     steps: int = 50,
     learn: PyTree[bool] | None = None,

@@ -3,8 +3,10 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
+from . import _initialisers
 from ._dataset import Dataset
 from ._error import error_if
 
@@ -124,6 +126,142 @@ class DistilledSet(eqx.Module):
         labels = _cyclic_labels(train, n)
         scale = 1 / math.prod(train.shape) if scale is None else scale
         images = scale * jr.normal(key, (labels.shape[0], *train.shape))
+        return cls(images, labels, l2=l2)
+
+    @classmethod
+    def from_real(
+        cls,
+        train: Dataset,
+        n: int | None = None,
+        *,
+        l2: ArrayLike = 0.1,
+        key: PRNGKeyArray,
+    ) -> "DistilledSet":
+        r"""Random real images of each class, without repeats.
+
+        **Arguments:**
+
+        - `train`: the dataset to distil.
+        - `n`, `l2`: as for [`eqdistill.DistilledSet.from_noise`][].
+        - `key`: a `jax.random.key` for the choice. (Keyword only argument.)
+
+        **Returns:**
+
+        A `DistilledSet` with hard labels.
+
+        **Raises:**
+
+        A `ValueError` if `n` asks for more images of a class than `train` has.
+
+        Source: the baseline of random real images in Wang et al., *Dataset
+        Distillation*, 2018.
+        """
+        return cls._by_class(train, n, l2, _initialisers.real, key)
+
+    @classmethod
+    def from_class_means(
+        cls,
+        train: Dataset,
+        n: int | None = None,
+        *,
+        l2: ArrayLike = 0.1,
+        key: PRNGKeyArray,
+    ) -> "DistilledSet":
+        r"""The mean of each class; with several images per class, the means of random
+        disjoint parts of the class, equal in size to within one image.
+
+        **Arguments:**
+
+        - `train`: the dataset to distil.
+        - `n`, `l2`: as for [`eqdistill.DistilledSet.from_noise`][].
+        - `key`: a `jax.random.key` for the parts. (Keyword only argument.)
+
+        **Returns:**
+
+        A `DistilledSet` with hard labels.
+
+        **Raises:**
+
+        A `ValueError` if `n` asks for more images of a class than `train` has.
+
+        Source: the nearest class mean classifier of Mensink et al., *Distance-based
+        image classification*, 2013, whose whole knowledge of a class is its mean.
+        """
+        return cls._by_class(train, n, l2, _initialisers.class_means, key)
+
+    @classmethod
+    def from_kmeans(
+        cls,
+        train: Dataset,
+        n: int | None = None,
+        *,
+        l2: ArrayLike = 0.1,
+        key: PRNGKeyArray,
+    ) -> "DistilledSet":
+        r"""The centroids of each class by k-means, from one start that is drawn by
+        k-means++, of at most 30 iterations. With one image per class it is the class
+        mean.
+
+        **Arguments:**
+
+        - `train`: the dataset to distil.
+        - `n`, `l2`: as for [`eqdistill.DistilledSet.from_noise`][].
+        - `key`: a `jax.random.key` for the start. (Keyword only argument.)
+
+        **Returns:**
+
+        A `DistilledSet` with hard labels.
+
+        **Raises:**
+
+        A `ValueError` if `n` asks for more images of a class than `train` has.
+        An `ImportError` without scikit-learn, which is in `eqdistill[data]`.
+
+        Source: the k-means baseline of Wang et al., *Dataset Distillation*, 2018; Lloyd
+        1982.
+        """
+        return cls._by_class(train, n, l2, _initialisers.kmeans, key)
+
+    @classmethod
+    def from_herding(
+        cls,
+        train: Dataset,
+        n: int | None = None,
+        *,
+        l2: ArrayLike = 0.1,
+        key: PRNGKeyArray,
+    ) -> "DistilledSet":
+        r"""Real images of each class, chosen by greedy herding in pixel space: the
+        next is the one that brings the mean of those chosen nearest to the class mean
+        $\mu$, without repeats,
+
+        $$x_{i} = \arg\min_x \left\| \mu - \frac{1}{i} \Big(x + \sum_{j<i} x_j\Big)
+        \right\|.$$
+
+        **Arguments:**
+
+        - `train`: the dataset to distil.
+        - `n`, `l2`: as for [`eqdistill.DistilledSet.from_noise`][].
+        - `key`: not used, as there is nothing random in this. It is here so that all
+            constructors are called alike. (Keyword only argument.)
+
+        **Returns:**
+
+        A `DistilledSet` with hard labels.
+
+        **Raises:**
+
+        A `ValueError` if `n` asks for more images of a class than `train` has.
+
+        Source: Welling, *Herding dynamical weights to learn*, 2009; in this greedy
+        form, Rebuffi et al., *iCaRL*, 2017, Algorithm 4.
+        """
+        return cls._by_class(train, n, l2, _initialisers.herding, key)
+
+    @classmethod
+    def _by_class(cls, train, n, l2, choose, key):
+        labels = _cyclic_labels(train, n)
+        images = _initialisers.by_class(train, np.asarray(labels), choose, key)
         return cls(images, labels, l2=l2)
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ._argmin_solver import ArgminSolver
+from ._auto_solver import AutoSolver
 from ._checks import check_data
 from ._dataset import Dataset
 from ._distilled_set import DistilledSet
@@ -32,7 +32,7 @@ def evaluate(
     classifier: PyTree,
     test: Dataset,
     *,
-    inner: AbstractInnerSolver = ArgminSolver(),
+    inner: AbstractInnerSolver = AutoSolver(),
 ) -> Evaluation:
     """Fits a classifier to a distilled set from scratch, and measures it on real data.
 

@@ -1,7 +1,7 @@
 import equinox as eqx
 from jaxtyping import PyTree
 
-from ._argmin_solver import ArgminSolver
+from ._auto_solver import AutoSolver
 from ._checks import check_inner
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver, Fitted
@@ -10,7 +10,7 @@ from ._inner_solver import AbstractInnerSolver, Fitted
 def fit(
     distilled: DistilledSet,
     classifier: PyTree,
-    inner: AbstractInnerSolver = ArgminSolver(),
+    inner: AbstractInnerSolver = AutoSolver(),
     *,
     throw: bool = True,
 ) -> Fitted:

@@ -1,6 +1,8 @@
 import abc
 
 import equinox as eqx
+import jax
+import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._classifier import squared_norm
@@ -27,6 +29,16 @@ def inner_loss(classifier: PyTree, distilled: DistilledSet) -> Float[Array, ""]:
     """
     loss = classification_loss(classifier, distilled.images, distilled.labels)
     return loss + 0.5 * distilled.l2 * squared_norm(classifier)
+
+
+def gradient_norm(classifier: PyTree, distilled: DistilledSet) -> Float[Array, ""]:
+    """The Euclidean norm of the inner loss's gradient in the parameters: a diagnostic,
+    which is not to be differentiated."""
+    classifier, distilled = jax.tree.map(
+        lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x,
+        (classifier, distilled),
+    )
+    return optax.tree.norm(eqx.filter_grad(inner_loss)(classifier, distilled))
 
 
 class Fitted(eqx.Module):

@@ -29,6 +29,36 @@ def cross_entropy(
     return jnp.mean(losses)
 
 
+def label_residual(
+    logits: Float[Array, "n c"],
+    labels: Int[Array, " n"] | Float[Array, "n c"],
+) -> Float[Array, "n c"]:
+    r"""The labels' probabilities less those of a classifier, $t - \mathrm{softmax}(z)$.
+
+    Each entry is found to full relative precision, even where the two nearly cancel:
+    the weights of a fit with a small ridge depend on nothing else.
+    """
+    log_p = jax.nn.log_softmax(logits)
+    c = logits.shape[1]
+    if labels.ndim == 1:
+        is_top = jax.nn.one_hot(labels, c, dtype=bool)
+        difference = -jnp.exp(log_p)
+    else:
+        log_t = jax.nn.log_softmax(labels)
+        is_top = jax.nn.one_hot(jnp.argmax(log_t, axis=1), c, dtype=bool)
+        ratio = log_p - log_t
+        is_close = jnp.abs(ratio) < 1
+        difference = jnp.where(
+            is_close,
+            -jnp.exp(log_t) * jnp.expm1(jnp.where(is_close, ratio, 0)),
+            jnp.exp(log_t) - jnp.exp(log_p),
+        )
+    # The rows sum to zero: what is left for the most likely class is a sum of small
+    # terms, rather than a difference of large ones.
+    others = jnp.where(is_top, 0, difference)
+    return jnp.where(is_top, -jnp.sum(others, axis=1, keepdims=True), others)
+
+
 def classification_loss(
     classifier: PyTree,
     images: Float[Array, "n *shape"],

@@ -1,7 +1,7 @@
 import equinox as eqx
 from jaxtyping import Array, Float, PyTree
 
-from ._argmin_solver import ArgminSolver
+from ._auto_solver import AutoSolver
 from ._checks import check_data
 from ._dataset import Dataset
 from ._distilled_set import DistilledSet
@@ -14,7 +14,7 @@ def outer_loss(
     distilled: DistilledSet,
     classifier: PyTree,
     data: Dataset,
-    inner: AbstractInnerSolver = ArgminSolver(),
+    inner: AbstractInnerSolver = AutoSolver(),
     *,
     throw: bool = True,
 ) -> Float[Array, ""]:

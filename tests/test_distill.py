@@ -23,12 +23,6 @@ OPTIMISERS = {
     ),
     "lbfgs": optax.lbfgs(),
     "lbfgs without line search": LBFGS,
-    "backtracking": optax.chain(
-        optax.sgd(1.0),
-        optax.scale_by_backtracking_linesearch(
-            max_backtracking_steps=10, store_grad=True
-        ),
-    ),
 }
 
 
@@ -170,7 +164,7 @@ def test_last_good_state_is_that_of_the_last_step(problem):
 
 
 def test_inner_failure_returns_the_last_good_state(problem):
-    inner = eqd.ArgminSolver(max_steps=1)
+    inner = eqd.SpanSolver(max_steps=1)
     match = "inner solver did not converge"
     with pytest.raises(eqd.DistillationError, match=match) as info:
         eqd.distill(*problem, inner=inner, optimiser=ADAM)
@@ -197,21 +191,19 @@ def test_progress_bar(problem, capsys):
 
 
 @pytest.mark.parametrize(
-    ("make", "l2s", "floor"),
+    "make",
     [
-        (lambda key: CNN(key=key), (0.1, 0.01), 0.8),
-        (lambda key: MLP(64, 32, jax.nn.softplus, key=key), (0.1, 0.01), 0.8),
-        # No Hessian is to be had at the kinks of a ReLU, where its minima lie.
-        (lambda key: MLP(64, 32, jax.nn.relu, key=key), (0.1,), 0.7),
+        lambda key: CNN(key=key),
+        lambda key: MLP(64, 32, jax.nn.softplus, key=key),
     ],
-    ids=["softplus CNN", "softplus MLP", "ReLU MLP"],
+    ids=["softplus CNN", "softplus MLP"],
 )
-def test_networks(digits, make, l2s, floor):
+def test_networks(digits, make):
     train, test = digits
     classifier = make(jr.key(11))
-    for l2 in l2s:
+    for l2 in (0.1, 0.01):
         # The second reuses what was compiled for the first.
         distilled = eqd.DistilledSet.from_noise(train, l2=l2, scale=0.3, key=jr.key(1))
         result = eqd.distill(distilled, classifier, train, steps=60)
         evaluation = eqd.evaluate(result.distilled, classifier, test)
-        assert evaluation.accuracy >= floor
+        assert evaluation.accuracy >= 0.8

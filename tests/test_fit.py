@@ -71,7 +71,7 @@ def test_failure_is_raised_or_told():
     distilled = eqd.DistilledSet(jr.normal(jr.key(0), (4, 6)), jnp.arange(4), l2=1e-3)
     classifier = eqd.LogisticRegression(6, 4)
     real = eqd.Dataset(distilled.images, distilled.labels)
-    inner = eqd.ArgminSolver(max_steps=2)
+    inner = eqd.SpanSolver(max_steps=2)
     fitted = eqd.fit(distilled, classifier, inner, throw=False)
     assert not fitted.converged
     assert fitted.steps == 2

@@ -1,0 +1,111 @@
+"""Ten images as good as sixty thousand: learns the ridge together with the images.
+
+At the fixed ridge of 0.1, ten images cannot do better than 88% on MNIST. Here the ridge
+is learned by the same hypergradient. Writes `learned_ridge.png`, the images before and
+after and the course of loss and ridge, and `learned_ridge.safetensors`, which
+`python -m eqdistill.evaluate` checks.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import eqdistill as eqd
+
+
+def main(
+    dataset: str, l2: float, intercept: bool, steps: int, seed: int, output: Path
+) -> None:
+    begin = time.perf_counter()
+    train, test = eqd.datasets.load(dataset)
+    classifier = eqd.LogisticRegression(
+        train.images[0].size, train.num_classes, use_intercept=intercept
+    )
+    start = eqd.DistilledSet.from_noise(train, l2=l2, key=jr.key(seed))
+    nothing = jax.tree.map(lambda _: False, start)
+    ridges = [float(start.l2)]
+    result = eqd.distill(
+        start,
+        classifier,
+        train,
+        learn=eqx.tree_at(lambda d: (d.images, d.log_l2), nothing, (True, True)),
+        optimiser=optax.lbfgs(learning_rate=1.0, linesearch=None),
+        steps=steps,
+        callback=lambda so_far: ridges.append(float(so_far.distilled.l2)),
+        progress=True,
+    )
+    on_train = eqd.evaluate(result.distilled, classifier, train)
+    on_test = eqd.evaluate(result.distilled, classifier, test)
+    seconds = time.perf_counter() - begin
+
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "learned_ridge.safetensors"
+    eqd.save(
+        file,
+        result.distilled,
+        classifier,
+        on_test,
+        dataset=dataset,
+        learned=("images", "log_l2"),
+        seed=seed,
+    )
+    picture = output / "learned_ridge.png"
+    draw(start, result, ridges).savefig(picture)
+    print(f"outer loss      {on_train.loss:.4f}")
+    print(f"train accuracy  {on_train.accuracy:.2%}")
+    print(f"test accuracy   {on_test.accuracy:.2%}")
+    print(f"ridge           {start.l2:.2g} -> {result.distilled.l2:.2g}")
+    print(f"time            {seconds:.1f} s")
+    print(f"files           {picture}, {file}")
+
+
+def draw(
+    start: eqd.DistilledSet, result: eqd.Distillation, ridges: list[float]
+) -> Figure:
+    """The images before and after, each row on a symmetric scale of its own, and the
+    course of the loss and of the ridge."""
+    n = len(start)
+    figure = Figure(figsize=(0.8 * n, 4.2), dpi=200, layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.2)).flat
+    axes = np.asarray(above.subplots(2, n))
+    rows = (("before", start), ("after", result.distilled))
+    for row, (name, distilled) in zip(axes, rows, strict=True):
+        limit = np.abs(distilled.images).max()
+        for axis, image in zip(row, distilled.images, strict=True):
+            axis.imshow(image, cmap="gray_r", vmin=-limit, vmax=limit)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(name)
+    left, right = below.subplots(1, 2)
+    left.semilogy(result.history.loss, color="black")
+    left.set(xlabel="outer step", ylabel="outer loss (nats per image)")
+    steps = np.linspace(0, len(result.history), len(ridges))
+    right.semilogy(steps, ridges, color="black", marker=".")
+    right.set(xlabel="outer step", ylabel="ridge")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", default="mnist", choices=["mnist", "fashion_mnist", "digits"]
+    )
+    parser.add_argument("--l2", type=float, default=0.01, help="the ridge at the start")
+    parser.add_argument("--intercept", action="store_true", help="add an intercept")
+    parser.add_argument("--steps", type=int, default=100, help="outer steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="a folder for the results"
+    )
+    main(**vars(parser.parse_args()))

@@ -1,0 +1,558 @@
+"""What is saved is what is loaded; what is not as it was saved is refused."""
+
+import json
+import os
+import pickle
+import re
+import runpy
+import subprocess
+import sys
+
+import equinox as eqx
+import hypothesis as hp
+import hypothesis.extra.numpy as hpn
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optimistix as optx
+import pytest
+import safetensors
+import safetensors.numpy
+from PIL import Image
+
+import eqdistill as eqd
+
+
+C = 3
+
+
+def small(soft: bool = False, dtype: type = np.float32):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(4, 2, 3)).astype(dtype)
+    labels = rng.normal(size=(4, C)).astype(dtype) if soft else np.array([0, 1, 2, 0])
+    return eqd.DistilledSet(images, labels, l2=0.03)
+
+
+class Pairs(eqx.Module):
+    """A classifier that is not of this package."""
+
+    weights: jax.Array
+
+    def __call__(self, image):
+        return jnp.sum(jnp.tanh(image @ self.weights), axis=0)
+
+
+def claim(accuracy):
+    fitted = eqd.Fitted(None, jnp.array(True), jnp.array(1), jnp.array(0.0))
+    return eqd.Evaluation(jnp.array(0.5), jnp.array(accuracy), fitted)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A good file."""
+    path = tmp_path / "good.safetensors"
+    classifier = eqd.LogisticRegression(6, C)
+    eqd.save(path, small(), classifier, claim(0.75), dataset="mnist", seed=7)
+    return path
+
+
+def read(path):
+    with safetensors.safe_open(path, "numpy") as file:
+        return safetensors.numpy.load_file(path), file.metadata()
+
+
+def change(path, tensors=None, **metadata):
+    """Changes tensors and metadata of a file; `None` removes."""
+    old_tensors, old_metadata = read(path)
+    new_tensors = old_tensors | (tensors or {})
+    texts = {k: x if x is None else json.dumps(x) for k, x in metadata.items()}
+    safetensors.numpy.save_file(
+        {k: np.asarray(x) for k, x in new_tensors.items() if x is not None},
+        path,
+        {k: x for k, x in (old_metadata | texts).items() if x is not None},
+    )
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@st.composite
+def distilled_sets(draw):
+    # Few, since JAX compiles for each.
+    shape = draw(st.sampled_from([(1, 1), (4, 3), (3, 1, 2, 2)]))
+    floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    images = draw(hpn.arrays(np.float32, shape, elements=floats))
+    if draw(st.booleans()):
+        labels = draw(hpn.arrays(np.float32, (shape[0], C), elements=floats))
+    else:
+        dtype = draw(st.sampled_from([np.int32, np.uint8, np.int16]))
+        labels = draw(hpn.arrays(dtype, shape[0], elements=st.integers(0, C - 1)))
+    return eqd.DistilledSet(images, labels, l2=draw(st.floats(1e-30, 1e30)))
+
+
+@hp.settings(deadline=None, max_examples=20)
+@hp.given(distilled_sets(), st.booleans())
+def test_round_trip(tmp_path_factory, distilled, use_intercept):
+    path = tmp_path_factory.mktemp("round") / "trip.safetensors"
+    in_features = distilled.images[0].size
+    classifier = eqd.LogisticRegression(
+        in_features, C, use_intercept=use_intercept, dtype=jnp.float32
+    )
+    eqd.save(path, distilled, classifier)
+    artifact = eqd.load(path)
+    assert_same(artifact.distilled, distilled)
+    assert_same(artifact.classifier, classifier)
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_what_is_said_of_it(path):
+    artifact = eqd.load(path)
+    assert artifact.accuracy == 0.75
+    assert artifact.dataset == "mnist"
+    assert artifact.sha256 == eqd.datasets._SOURCES["mnist"].sha256
+    assert artifact.learned == ("images",)
+    assert artifact.seed == 7
+    assert not artifact.x64
+    assert artifact.versions["jax"] == jax.__version__
+    assert artifact.inner == eqd.AutoSolver()
+    text = "LogisticRegression(in_features=6, num_classes=3, use_intercept=False)"
+    assert artifact.classifier_description == text
+
+
+def test_nothing_more_need_be_said(tmp_path):
+    path = tmp_path / "a.safetensors"
+    eqd.save(path, small(soft=True), eqd.LogisticRegression(6, C), learned=())
+    artifact = eqd.load(path)
+    assert artifact.accuracy is artifact.dataset is artifact.seed is None
+    assert artifact.sha256 == {}
+    assert artifact.learned == ()
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [eqd.SpanSolver(), eqd.SpanSolver(1e-3, 0.0, 9), eqd.ArgminSolver(max_steps=5)],
+)
+def test_inner_solver_is_rebuilt(path, inner):
+    eqd.save(path, small(), eqd.LogisticRegression(6, C), inner=inner)
+    assert eqx.tree_equal(eqd.load(path).inner, inner)
+
+
+def test_what_cannot_be_rebuilt_is_described(path):
+    inner = eqd.ArgminSolver(optx.BFGS(rtol=1e-4, atol=1e-4))
+    eqd.save(path, small(), Pairs(jnp.ones((3, 3))), inner=inner)
+    artifact = eqd.load(path)
+    assert artifact.classifier is artifact.inner is None
+    assert artifact.classifier_description.endswith(
+        "test_artifact.Pairs(num_classes=3)"
+    )
+    assert "BFGS" in artifact.inner_description
+    assert "rtol=0.0001" in artifact.inner_description
+
+
+def test_double_precision(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with jax.enable_x64(True):
+        distilled = small(soft=True, dtype=np.float64)
+        eqd.save(path, distilled, eqd.LogisticRegression(6, C))
+        artifact = eqd.load(path)
+        assert artifact.x64
+        assert artifact.distilled.images.dtype == jnp.float64
+        assert_same(artifact.distilled, distilled)
+        assert isinstance(artifact.classifier, eqd.LogisticRegression)
+        assert artifact.classifier.weights.dtype == jnp.float64
+    single = eqd.load(path)
+    assert isinstance(single.classifier, eqd.LogisticRegression)
+    assert single.distilled.images.dtype == single.classifier.weights.dtype
+    assert_same(
+        single.distilled,
+        jax.tree.map(lambda x: np.asarray(x, np.float32), distilled),
+    )
+    # In single precision it is infinite.
+    change(path, {"images": np.full((4, 2, 3), 1e300)})
+    with pytest.raises(ValueError, match="`images` must be finite"):
+        eqd.load(path)
+    with jax.enable_x64(True):
+        eqd.load(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "match"),
+    [
+        ("images", jnp.full((4, 2, 3), jnp.nan), "`images` must be finite"),
+        ("images", jnp.ones((4, 2, 3), jnp.bfloat16), "`images`.*dtypes.*got 'BF16'"),
+        ("log_l2", jnp.array(jnp.inf), "`log_l2` must be from -87.0 to 87.0; got inf"),
+        ("log_l2", jnp.array(-90.0), "`log_l2` must be from.*got -90.0"),
+        ("labels", jnp.array([0, 1, 2, 3]), r"`distilled.labels` must be in \[0, 3\)"),
+    ],
+)
+def test_refuses_to_save(path, where, value, match):
+    before = path.read_bytes()
+    distilled = eqx.tree_at(lambda d: getattr(d, where), small(), value)
+    with pytest.raises(ValueError, match=match):
+        eqd.save(path, distilled, eqd.LogisticRegression(6, C))
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_refuses_to_save_what_is_said(tmp_path):
+    args = small(), eqd.LogisticRegression(6, C)
+    path = tmp_path / "a.safetensors"
+    for name in ("a.npz", "safetensors", "a.safetensors.txt"):
+        with pytest.raises(ValueError, match=r"`path` must end in '.safetensors'; got"):
+            eqd.save(tmp_path / name, *args)
+    with pytest.raises(FileNotFoundError, match=r"`path`.*folder that exists; got '.*"):
+        eqd.save(tmp_path / "no" / "a.safetensors", *args)
+    with pytest.raises(ValueError, match=r"`learned` must name.*'pixels'"):
+        eqd.save(path, *args, learned=("pixels",))
+    for accuracy in (1.5, np.nan):
+        with pytest.raises(ValueError, match=f"`accuracy` must be.*{accuracy}"):
+            eqd.save(path, *args, claim(accuracy))
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "match"),
+    [
+        ({"labels": None}, r"must be images, labels, log_l2; got \['images', 'log_l2'"),
+        ({"weights": np.zeros(3)}, r"must be images, labels, log_l2; got.*'weights'"),
+        ({"images": np.zeros((4, 2, 3), np.float16)}, "`images`.*got 'F16'"),
+        ({"images": np.zeros((4, 2, 3), np.int32)}, "`images`.*got 'I32'"),
+        ({"images": np.full((4, 2, 3), -np.inf)}, "`images` must be finite"),
+        ({"images": np.zeros((5, 2, 3))}, r"`labels` must have shape \(5,\)"),
+        ({"images": np.zeros((4, 0, 3))}, r"`images`.*none of them empty.*4, 0, 3"),
+        ({"images": np.zeros((0, 2, 3)), "labels": np.zeros(0, int)}, "none of them"),
+        ({"images": np.zeros((4, *[1] * 9))}, "`images` must have at most 8 axes"),
+        ({"images": np.zeros(4)}, r"`images` must have shape \(n, ...\); got \(4,\)"),
+        ({"images": np.zeros((4, 2, 2))}, "`in_features` = 4.*got 6"),
+        ({"labels": np.zeros(4)}, r"`labels` must have shape \(4, 3\); got \(4,\)"),
+        ({"labels": np.zeros((4, 2))}, r"`labels` must have shape \(4, 3\)"),
+        ({"labels": np.full((4, 3), np.nan)}, "`labels` must be finite"),
+        ({"labels": np.zeros(4, bool)}, "`labels`.*got 'BOOL'"),
+        ({"labels": np.array([0, 1, 2, -1])}, "got values from -1 to 2"),
+        ({"labels": np.array([0, 1, 2, 2**32])}, "values from 0 to 4294967296"),
+        ({"log_l2": np.zeros(1)}, r"`log_l2` must be a scalar; got shape \(1,\)"),
+        ({"log_l2": np.array(np.nan)}, "`log_l2` must be from.*got nan"),
+        ({"log_l2": np.array(1e308)}, "`log_l2` must be from.*got inf"),
+    ],
+)
+def test_refuses_tensors(path, tensors, match):
+    change(path, tensors)
+    with pytest.raises(ValueError, match=match) as info:
+        eqd.load(path)
+    assert str(info.value).startswith(f"Cannot load {path}: ")
+
+
+LOGISTIC = {"type": "LogisticRegression", "num_classes": 3, "use_intercept": False}
+SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "match"),
+    [
+        ({"format": None}, "`format` must be 'eqdistill'; got None"),
+        ({"format": "pt"}, "`format` must be 'eqdistill'; got 'pt'"),
+        ({"format_version": 2}, "`format_version` must be 1.*got 2"),
+        ({"format_version": True}, "`format_version` must be 1.*got True"),
+        ({"seed": None}, "must have the keys.*'seed'"),
+        ({"code": "print(1)"}, "must have the keys.*got.*'code'"),
+        ({"seed": 1.5}, "`seed` must be null or an integer; got 1.5"),
+        ({"x64": 1}, "`x64` must be"),
+        ({"versions": {"jax": 1}}, "`versions` must be"),
+        ({"learned": ["weights"]}, r"`learned` must be.*got \['weights'\]"),
+        ({"learned": [["images"]]}, "`learned` must be"),
+        ({"learned": ["images", "images"]}, "`learned` must be"),
+        ({"accuracy": 0.5}, "`accuracy` must be"),
+        ({"accuracy": {"value": 1.1, "split": "test"}}, "`accuracy` must be.*1.1"),
+        ({"accuracy": {"value": np.nan, "split": "test"}}, "`accuracy` must be.*nan"),
+        ({"accuracy": {"value": 0.5, "split": "train"}}, "`accuracy` must be.*'train'"),
+        ({"dataset": "mnist"}, "`dataset` must be"),
+        ({"dataset": {"name": "mnist", "sha256": {"a": 1}}}, "`dataset` must be"),
+        ({"classifier": "LogisticRegression"}, "`classifier` must be"),
+        ({"classifier": LOGISTIC}, "`classifier` must be"),
+        ({"classifier": LOGISTIC | {"in_features": 6.0}}, "`classifier` must be"),
+        ({"classifier": LOGISTIC | {"in_features": 10**9}}, "`classifier` must be"),
+        ({"classifier": LOGISTIC | {"in_features": 7}}, "`in_features` = 6.*got 7"),
+        ({"inner": SPAN}, "`inner` must be"),
+        ({"inner": SPAN | {"max_steps": 0}}, "`inner` must be"),
+        ({"inner": SPAN | {"max_steps": 1, "rtol": np.inf}}, "`inner` must be"),
+        ({"inner": {"type": "os.system", "args": "true"}}, "`inner` must be"),
+        ({"inner": ["os.system"]}, "`inner` must be"),
+    ],
+)
+def test_refuses_metadata(path, metadata, match):
+    change(path, **metadata)
+    with pytest.raises(ValueError, match=match) as info:
+        eqd.load(path)
+    assert str(path) in str(info.value)
+
+
+def test_refuses_metadata_that_are_not_json(path):
+    tensors, metadata = read(path)
+    for text in ("", "7 7", "[" * 100_000, "9" * 5000, '{"value": 1, "value": 1}'):
+        safetensors.numpy.save_file(tensors, path, metadata | {"seed": text})
+        with pytest.raises(ValueError, match="its metadata 'seed' is not JSON"):
+            eqd.load(path)
+
+
+def framed(header):
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "too short for a safetensors file: 0 bytes"),
+        (b"\1\0\0", "too short"),
+        (pickle.dumps({"images": np.zeros(3)}), "not a safetensors file"),
+        (b"\xff" * 100, "its header would have 18446744073709551615 bytes"),
+        (framed(b" " * 2**20 + b"{}"), "at most 1048576 are allowed"),
+        ((99).to_bytes(8, "little") + b"{}", "would have 99 bytes.*2 are there"),
+        (framed(b"\xff\xfe"), "its header is not JSON"),
+        (framed(b"[" * 200_000), "its header is not JSON"),
+        (framed(b"[]"), "its header must be a JSON object"),
+        (framed(b"{}"), "must have metadata"),
+        (framed(b'{"__metadata__": {"format": 1}}'), "map strings to strings"),
+        (framed(b'{"a": 1, "a": 1}'), "it has a key twice"),
+    ],
+)
+def test_refuses_other_files(tmp_path, data, match):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=match) as info:
+        eqd.load(path)
+    assert str(path) in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        7,
+        {},
+        {"dtype": "F32", "shape": 4},
+        {"dtype": ["F32"], "shape": [4, 2, 3], "data_offsets": [0, 96]},
+        {"dtype": "F32", "shape": [-4, -2, 3], "data_offsets": [0, 96]},
+        {"dtype": "F32", "shape": [2**62, 2, 3], "data_offsets": [0, 96]},
+        {"dtype": "F32", "shape": [2**30, 2**30, 2**30], "data_offsets": [0, 96]},
+        {"dtype": "F32", "shape": [4, 2, 3], "data_offsets": [0, 2**63]},
+        {"dtype": "F32", "shape": [4, 2, 3], "data_offsets": [96, 0]},
+        {"dtype": "F32", "shape": [4, 2, 3], "data_offsets": [16, 112]},
+        {"dtype": "F32", "shape": [4, 2, 3], "data_offsets": "all"},
+        {"dtype": "F32", "shape": [4, 2, 3]},
+    ],
+)
+def test_refuses_hostile_entries(path, entry):
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end]) | {"images": entry}
+    path.write_bytes(framed(json.dumps(header).encode()) + data[end:])
+    with pytest.raises(ValueError, match="Cannot load"):
+        eqd.load(path)
+
+
+def test_refuses_what_is_no_file(tmp_path, path):
+    with pytest.raises(FileNotFoundError, match="`path` must be a file that exists"):
+        eqd.load(tmp_path / "no.safetensors")
+    for other in (tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match="not a regular file"):
+            eqd.load(other)
+    os.truncate(path, 2**30 + 1)  # Sparse: takes no room on the disk.
+    with pytest.raises(ValueError, match="must have at most 1073741824 bytes"):
+        eqd.load(path)
+
+
+@hp.settings(
+    deadline=None,
+    max_examples=300,
+    suppress_health_check=[hp.HealthCheck.function_scoped_fixture],
+)
+@hp.given(data=st.data())
+def test_spoilt_files_are_loaded_or_refused(path, data):
+    good = path.read_bytes()
+    spoilt = bytearray(good)
+    places = st.integers(0, len(good) - 1)
+    for place, byte in data.draw(
+        st.lists(st.tuples(places, st.integers(0, 255)), max_size=3)
+    ):
+        spoilt[place] = byte
+    if data.draw(st.booleans()):
+        del spoilt[data.draw(places) :]
+    bad = path.with_name("bad.safetensors")
+    bad.write_bytes(spoilt)
+    try:
+        artifact = eqd.load(bad)
+    except ValueError as e:
+        assert str(e).startswith(f"Cannot load {bad}: ")  # noqa: PT017
+        return
+    # Then it is one that could have been saved.
+    distilled = artifact.distilled
+    assert jnp.isfinite(distilled.images).all()
+    assert jnp.isfinite(distilled.l2)
+    assert distilled.labels.shape == distilled.images.shape[:1]
+    if artifact.classifier is not None:
+        eqd.save(path.with_name("again.safetensors"), distilled, artifact.classifier)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, digits):
+    """A file with a true claim."""
+    train, test = digits
+    _, first = np.unique(train.labels, return_index=True)
+    distilled = eqd.DistilledSet(train.floating()[first], train.labels[first])
+    classifier = eqd.LogisticRegression(64, 10)
+    evaluation = eqd.evaluate(distilled, classifier, test)
+    assert evaluation.accuracy > 0.5
+    path = tmp_path_factory.mktemp("published") / "digits.safetensors"
+    eqd.save(path, distilled, classifier, evaluation, dataset="digits")
+    return path
+
+
+def run(monkeypatch, capsys, *args):
+    """The command, in this process: a fresh one takes seconds to start."""
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, args)])
+    with pytest.raises(SystemExit) as info:
+        runpy.run_module("eqdistill.evaluate", run_name="__main__")
+    return info.value.code, *capsys.readouterr()
+
+
+def test_command_in_a_fresh_process(published):
+    result = subprocess.run(
+        [
+            *(sys.executable, "-W", "error::RuntimeWarning"),
+            *("-m", "eqdistill.evaluate", str(published), "--dataset", "digits"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    accuracy = f"{eqd.load(published).accuracy:.3%}"
+    assert f"claimed {accuracy}, measured {accuracy}" in result.stdout
+
+
+def test_command_finds_a_false_claim(published, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "false.safetensors"
+    path.write_bytes(published.read_bytes())
+    true = eqd.load(path).accuracy
+    assert true is not None
+    change(path, accuracy={"value": true + 0.01, "split": "test"})
+    status, out, _ = run(monkeypatch, capsys, path)
+    assert status == 1
+    assert f"claimed {true + 0.01:.3%}, measured {true:.3%}, difference 1.000" in out
+    status, _, _ = run(monkeypatch, capsys, path, "--tolerance", "0.02")
+    assert status == 0
+    assert jnp.result_type(float) == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("args", "metadata", "match"),
+    [
+        (["--dataset", "mnist"], {}, "is of the dataset 'digits', but --dataset says"),
+        (["--tolerance", "-1"], {}, "--tolerance: must be from 0 to 1; got -1"),
+        (["--tolerance", "nan"], {}, "--tolerance: must be from 0 to 1; got nan"),
+        (["--tolerance", "few"], {}, "--tolerance: invalid"),
+        (["--data-dir"], {}, "--data-dir: expected one argument"),
+        ([], {"seed": "\x1b[31m"}, "`seed` must be"),
+        ([], {"accuracy": "null"}, "claims no accuracy"),
+        ([], {"dataset": "null"}, "names no dataset: give one by --dataset"),
+        ([], {"dataset": {"name": "x", "sha256": {}}}, "`name` must be one of"),
+        (
+            [],
+            {"dataset": {"name": "mnist", "sha256": {"a": "b"}}},
+            "other files of 'mnist'",
+        ),
+        ([], {"classifier": {"type": "a.B", "num_classes": 10}}, "classifier of"),
+        ([], {"inner": {"type": "a.B", "text": "B()"}}, r"inner of.*'B\(\)'"),
+    ],
+)
+def test_command_refuses(
+    published, tmp_path, monkeypatch, capsys, args, metadata, match
+):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(published.read_bytes())
+    tensors, old = read(path)
+    texts = {k: x if x == "null" else json.dumps(x) for k, x in metadata.items()}
+    safetensors.numpy.save_file(tensors, path, old | texts)
+    status, out, err = run(monkeypatch, capsys, path, *args)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "\x1b" not in err
+    assert re.search(match, err)
+
+
+def test_command_refuses_what_is_no_file(tmp_path, monkeypatch, capsys):
+    status, _, err = run(monkeypatch, capsys, tmp_path / "no.safetensors")
+    assert status == 2
+    assert "`path` must be a file that exists" in err
+    assert err.count("\n") == 1
+
+
+def test_function_is_not_hidden_by_the_command():
+    function = eqd.evaluate
+    with pytest.raises(ImportError, match="not to be imported, but to be run"):
+        import eqdistill.evaluate  # noqa: F401
+    assert eqd.evaluate is function
+    assert callable(function)
+
+
+def recover(folder):
+    description = json.loads((folder / "export.json").read_text())
+    levels = [np.asarray(Image.open(folder / i["file"])) for i in description["images"]]
+    pictures = description["scale"] * (np.stack(levels) - float(description["zero"]))
+    return pictures, description
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits"),
+    [
+        ((5, 4), 16),
+        ((1, 5, 4), 16),
+        ((5, 4, 1), 16),
+        ((1, 4), 16),
+        ((3, 5, 4), 8),
+        ((5, 4, 3), 8),
+    ],
+)
+def test_export(tmp_path, shape, bits):
+    images = np.random.default_rng(0).normal(size=(11, *shape)).astype(np.float32)
+    distilled = eqd.DistilledSet(images, np.arange(11), l2=0.03)
+    eqd.export(tmp_path / "new" / "folder", distilled)
+    pictures, description = recover(tmp_path / "new" / "folder")
+    if shape == (3, 5, 4):
+        images = np.moveaxis(images, 1, 3)
+    error = np.abs(pictures - images.reshape(pictures.shape)).max()
+    assert error <= 0.5001 * description["scale"]
+    assert description["bits"] == bits
+    assert description["scale"] * (2 ** (bits - 1) - 1) == np.abs(images).max()
+    assert tuple(description["shape"]) == shape
+    np.testing.assert_allclose(description["l2"], 0.03, rtol=1e-6)
+    assert [image["label"] for image in description["images"]] == list(range(11))
+    assert description["images"][3]["file"] == "03.png"
+
+
+def test_export_of_zeros_and_soft_labels(tmp_path):
+    p = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]], np.float32)
+    eqd.export(tmp_path, eqd.DistilledSet(np.zeros((2, 3, 3), np.float32), np.log(p)))
+    pictures, description = recover(tmp_path)
+    assert not pictures.any()
+    probabilities = [image["probabilities"] for image in description["images"]]
+    np.testing.assert_allclose(probabilities, p, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5, 4), (1, 1, 5), (2, 2, 2, 2)])
+def test_export_refuses(tmp_path, shape):
+    distilled = eqd.DistilledSet(np.ones((2, *shape), np.float32), np.arange(2))
+    with pytest.raises(ValueError, match="`distilled` must have grey images") as info:
+        eqd.export(tmp_path, distilled)
+    assert str(shape) in str(info.value)
+
+
+def test_export_without_pillow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r"needs Pillow: pip install 'eqdistill"):
+        eqd.export(tmp_path, small())

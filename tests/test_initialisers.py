@@ -1,0 +1,211 @@
+"""Distilled sets made of real images: where to begin, and baselines."""
+
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import eqdistill as eqd
+
+
+METHODS = {
+    "noise": eqd.DistilledSet.from_noise,
+    "real": eqd.DistilledSet.from_real,
+    "class means": eqd.DistilledSet.from_class_means,
+    "k-means": eqd.DistilledSet.from_kmeans,
+    "herding": eqd.DistilledSet.from_herding,
+}
+FROM_DATA = [name for name in METHODS if name != "noise"]
+
+
+def rows(data, class_):
+    """The images of a class of the real data or of a distilled set, as rows."""
+    images = data.floating() if isinstance(data, eqd.Dataset) else data.images
+    images = np.asarray(images).reshape(len(data), -1)
+    return images[np.asarray(data.labels) == class_]
+
+
+def distances(x, y):
+    return np.linalg.norm(x[:, None] - y[None], axis=-1)
+
+
+@pytest.mark.parametrize("n", [None, 7, 23])
+@pytest.mark.parametrize("name", METHODS)
+def test_labels(digits, name, n):
+    train, _ = digits
+    distilled = METHODS[name](train, n, l2=0.3, key=jr.key(0))
+    n = 10 if n is None else n
+    assert distilled.images.shape == (n, 8, 8)
+    assert distilled.images.dtype == jnp.float32
+    assert distilled.labels.tolist() == [i % 10 for i in range(n)]
+    assert distilled.l2 == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("n", [3, 10, 47])
+@pytest.mark.parametrize("name", ["real", "herding"])
+def test_real_images(digits, name, n):
+    train, _ = digits
+    distilled = METHODS[name](train, n, key=jr.key(1))
+    for class_ in range(10):
+        chosen = rows(distilled, class_)
+        is_equal = (chosen[:, None] == rows(train, class_)[None]).all(axis=-1)
+        assert is_equal.any(axis=1).all()
+    # The digits have no two equal images.
+    assert len(np.unique(distilled.images, axis=0)) == n
+
+
+@pytest.mark.parametrize("name", ["real", "herding"])
+def test_all_images_of_a_class(name):
+    images = np.random.default_rng(0).normal(size=(6, 2, 2)).astype(np.float32)
+    train = eqd.Dataset(images, np.arange(6) % 2)
+    distilled = METHODS[name](train, 6, key=jr.key(0))
+    assert len(np.unique(distilled.images, axis=0)) == 6
+
+
+def test_class_means(digits):
+    train, _ = digits
+    one = eqd.DistilledSet.from_class_means(train, key=jr.key(0))
+    several = eqd.DistilledSet.from_class_means(train, 40, key=jr.key(0))
+    for class_ in range(10):
+        x = rows(train, class_)
+        np.testing.assert_allclose(
+            rows(one, class_)[0], x.mean(axis=0), rtol=1e-5, atol=1e-6
+        )
+        # The parts are disjoint, make up all of the class, and are equal in size to
+        # within an image.
+        means = rows(several, class_)
+        sizes = np.array([len(part) for part in np.array_split(np.arange(len(x)), 4)])
+        np.testing.assert_allclose(
+            sizes @ means / len(x), x.mean(axis=0), rtol=1e-5, atol=1e-6
+        )
+        assert distances(means, means)[0, 1] > 0.1
+
+
+def test_class_means_of_single_images():
+    images = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
+    train = eqd.Dataset(images, np.arange(4) % 2)
+    distilled = eqd.DistilledSet.from_class_means(train, 4, key=jr.key(0))
+    for class_ in range(2):
+        means, x = rows(distilled, class_), rows(train, class_)
+        np.testing.assert_array_equal(np.sort(means, axis=0), np.sort(x, axis=0))
+
+
+def test_kmeans(digits):
+    train, _ = digits
+    one = eqd.DistilledSet.from_kmeans(train, key=jr.key(0))
+    several = eqd.DistilledSet.from_kmeans(train, 50, key=jr.key(0))
+    means = eqd.DistilledSet.from_class_means(train, 50, key=jr.key(0))
+    for class_ in range(10):
+        x = rows(train, class_)
+        np.testing.assert_allclose(
+            rows(one, class_)[0], x.mean(axis=0), rtol=1e-4, atol=1e-5
+        )
+        # Each centroid is the mean of the images that it is nearest to, as Lloyd's
+        # algorithm has come to rest on so few.
+        centroids = rows(several, class_)
+        nearest = distances(x, centroids).argmin(axis=1)
+        for i, centroid in enumerate(centroids):
+            np.testing.assert_allclose(
+                centroid, x[nearest == i].mean(axis=0), rtol=1e-3, atol=1e-4
+            )
+        error = distances(x, centroids).min(axis=1)
+        assert (error**2).sum() < (
+            distances(x, rows(means, class_)).min(axis=1) ** 2
+        ).sum()
+
+
+def test_herding(digits):
+    train, _ = digits
+    k = 8
+    herded = eqd.DistilledSet.from_herding(train, 10 * k, key=jr.key(0))
+
+    def error(distilled, class_, i):
+        running_mean = rows(distilled, class_)[:i].mean(axis=0)
+        return np.linalg.norm(running_mean - rows(train, class_).mean(axis=0))
+
+    for class_ in range(10):
+        x, chosen = rows(train, class_), rows(herded, class_)
+        mean = x.mean(axis=0)
+        nearest = np.linalg.norm(x - mean, axis=1).argmin()
+        np.testing.assert_array_equal(chosen[0], x[nearest])
+        # By brute force: no other image that is left would have been better.
+        for i in range(1, k):
+            running = (chosen[:i].sum(axis=0) + x) / (i + 1)
+            is_left = ~(x[:, None] == chosen[None, :i]).all(axis=-1).any(axis=1)
+            best = np.linalg.norm(running - mean, axis=1)[is_left].min()
+            assert error(herded, class_, i + 1) == pytest.approx(best, rel=1e-4)
+
+    for seed in range(5):
+        random = eqd.DistilledSet.from_real(train, 10 * k, key=jr.key(seed))
+        for i in (1, 2, 4, 8):
+            herded_error, random_error = (
+                np.mean([error(distilled, class_, i) for class_ in range(10)])
+                for distilled in (herded, random)
+            )
+            assert herded_error < 0.7 * random_error
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_key(digits, name):
+    train, _ = digits
+    first, again, other = (
+        METHODS[name](train, 30, key=jr.key(seed)) for seed in (0, 0, 1)
+    )
+    assert eqx.tree_equal(first, again)
+    is_random = name != "herding"
+    assert eqx.tree_equal(first, other) is not is_random
+    assert eqx.tree_equal(first, METHODS[name](train, 30, key=jr.PRNGKey(0)))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", FROM_DATA)
+def test_floating_point_images(name, dtype):
+    pixels = np.random.default_rng(0).normal(size=(60, 3, 2, 2))
+    train = eqd.Dataset(pixels.astype(dtype), np.arange(60) % 3)
+    distilled = METHODS[name](train, 6, key=jr.key(0))
+    assert distilled.images.shape == (6, 3, 2, 2)
+    assert distilled.images.dtype == dtype
+    # Units are those of the data.
+    assert jnp.abs(distilled.images).max() > 0.2
+
+
+@pytest.mark.parametrize("name", FROM_DATA)
+def test_too_many(name):
+    images = np.random.default_rng(0).normal(size=(5, 2, 2)).astype(np.float32)
+    labels = np.array([0, 0, 0, 1, 1])
+    train = eqd.Dataset(images, labels, num_classes=3)
+    METHODS[name](train, 2, key=jr.key(0))
+    for n, match in (
+        (3, "`n` = 3 asks for 1 images of class 2; `train` has 0"),
+        (0, "`n` must be at least 1; got 0"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            METHODS[name](train, n, key=jr.key(0))
+    train = eqd.Dataset(images, labels)
+    METHODS[name](train, 5, key=jr.key(0))
+    match = "`n` = 6 asks for 3 images of class 1; `train` has 2"
+    with pytest.raises(ValueError, match=match):
+        METHODS[name](train, 6, key=jr.key(0))
+
+
+def test_kmeans_without_scikit_learn(digits, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(ImportError, match=r"from_kmeans.*eqdistill\[data\]"):
+        eqd.DistilledSet.from_kmeans(digits[0], key=jr.key(0))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_start_and_baseline(digits, name):
+    train, test = digits
+    classifier = eqd.LogisticRegression(64, 10)
+    start = METHODS[name](train, key=jr.key(0))
+    baseline = eqd.evaluate(start, classifier, test)
+    if name != "noise":
+        assert baseline.accuracy > 0.5
+    result = eqd.distill(start, classifier, train, steps=3)
+    assert result.history.loss[-1] < result.history.loss[0]
+    assert jax.tree.structure(result.distilled) == jax.tree.structure(start)
