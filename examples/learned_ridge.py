@@ -73,7 +73,7 @@ def draw(
     course of the loss and of the ridge."""
     n = len(start)
     figure = Figure(figsize=(0.8 * n, 4.2), dpi=200, layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.2)).flat
+    above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 1.2)))
     axes = np.asarray(above.subplots(2, n))
     rows = (("before", start), ("after", result.distilled))
     for row, (name, distilled) in zip(axes, rows, strict=True):
@@ -84,7 +84,7 @@ def draw(
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(name)
     left, right = below.subplots(1, 2)
-    left.semilogy(result.history.loss, color="black")
+    left.plot(result.history.loss, color="black")
     left.set(xlabel="outer step", ylabel="outer loss (nats per image)")
     steps = np.linspace(0, len(result.history), len(ridges))
     right.semilogy(steps, ridges, color="black", marker=".")
