@@ -183,9 +183,6 @@ class DistilledSet(eqx.Module):
         **Raises:**
 
         A `ValueError` if `n` asks for more images of a class than `train` has.
-
-        Source: the nearest class mean classifier of Mensink et al., *Distance-based
-        image classification*, 2013, whose whole knowledge of a class is its mean.
         """
         return cls._by_class(train, n, l2, _initialisers.class_means, key)
 

@@ -87,7 +87,7 @@ if __name__ == "__main__":
     parser.add_argument("--images-per-class", type=int, default=1)
     parser.add_argument("--width", type=int, default=32, help="hidden units")
     parser.add_argument("--l2", type=float, default=0.01, help="the ridge")
-    parser.add_argument("--steps", type=int, default=100, help="outer steps")
+    parser.add_argument("--steps", type=int, default=60, help="outer steps")
     parser.add_argument("--batch-size", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
