@@ -21,6 +21,7 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     )
     from ._distilled_set import DistilledSet as DistilledSet
     from ._evaluate import evaluate as evaluate, Evaluation as Evaluation
+    from ._exact import distill_exactly as distill_exactly
     from ._export import export as export
     from ._fit import fit as fit
     from ._inner_solver import (
