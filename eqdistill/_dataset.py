@@ -1,7 +1,8 @@
 import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, UInt8
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, UInt8
 
 
 class Dataset(eqx.Module):
@@ -82,6 +83,37 @@ class Dataset(eqx.Module):
     def shape(self) -> tuple[int, ...]:
         """The shape of one image."""
         return self.images.shape[1:]
+
+    def split(
+        self, fraction: float, *, key: PRNGKeyArray
+    ) -> tuple["Dataset", "Dataset"]:
+        """Holds out a random part, to watch a distillation by.
+
+        **Arguments:**
+
+        - `fraction`: the fraction of the images to hold out, between 0 and 1.
+        - `key`: a `jax.random.key` for their choice. (Keyword only argument.)
+
+        **Returns:**
+
+        The images that are kept, and those held out, in random order.
+
+        **Raises:**
+
+        A `ValueError` if either would be empty.
+        """
+        num_held_out = round(fraction * len(self))
+        if not 0 < num_held_out < len(self):
+            raise ValueError(
+                f"`fraction` must leave at least one of {len(self)} images on either "
+                f"side; got {fraction}."
+            )
+        order = jr.permutation(key, len(self))
+        kept, held_out = (
+            Dataset(self.images[part], self.labels[part], self.num_classes)
+            for part in (order[num_held_out:], order[:num_held_out])
+        )
+        return kept, held_out
 
     def floating(self) -> Float[Array, "N *shape"]:
         """The images as floating point: `uint8` is scaled to the range 0 to 1."""

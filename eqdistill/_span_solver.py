@@ -37,9 +37,9 @@ class SpanSolver(AbstractInnerSolver):
 
     !!! info
 
-        It takes a dense matrix of size $r c \times r c$: 4 MB for 100 images of 10
-        classes in single precision, and 100 times that for 1,000. For so many, use
-        [`eqdistill.ArgminSolver`][].
+        Up to 2,000 unknowns $r c$, each step solves with a dense matrix of them, of 16
+        MB at most in single precision. Above, it takes conjugate gradients, which need
+        no matrix, and many iterations where the ridge is small.
 
     **Attributes:**
 
@@ -76,12 +76,16 @@ class SpanSolver(AbstractInnerSolver):
         span = _Span.of(fixed.images, c)
 
         tolerance = float(jnp.finfo(images.dtype).eps) ** 0.5
+        # A matrix of all the unknowns, for as long as it is small.
+        is_small = min(images.shape) * c <= 2000
+        linear_solver = lx.LU() if is_small else lx.CG(rtol=tolerance, atol=0.0)
         solution = optx.root_find(
             lambda y, problem: span.gradient(y, span.logits(y), problem),
             _ConvexNewton(
                 rtol=tolerance if self.rtol is None else self.rtol,
                 atol=tolerance if self.atol is None else self.atol,
                 norm=lambda y: jnp.max(jnp.abs(span.logits(y))),
+                linear_solver=linear_solver,
             ),
             span.zero(classifier.intercept is not None),
             args=fixed,
@@ -93,11 +97,12 @@ class SpanSolver(AbstractInnerSolver):
         free = eqx.tree_at(lambda p: p.labels, fixed, problem.labels)
         coordinates = optx.root_find(
             lambda y, args: span.gradient(y, anchor.logits(y, args[0]), args[1]),
-            optx.Newton(rtol=0.0, atol=0.0),
+            optx.Newton(rtol=0.0, atol=0.0, linear_solver=linear_solver),
             solution.value,
             args=(problem, free),
             max_steps=1,
-            adjoint=optx.ImplicitAdjoint(lx.LU()),
+            tags=frozenset({lx.positive_semidefinite_tag}),
+            adjoint=optx.ImplicitAdjoint(linear_solver),
             throw=False,
         ).value
         intercept = coordinates.intercept
@@ -266,6 +271,7 @@ class _ConvexNewton(optx.AbstractRootFinder):
     rtol: float
     atol: float
     norm: Callable[[PyTree], Scalar]
+    linear_solver: lx.AbstractLinearSolver
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, y, args, options, f_struct, aux_struct, tags
@@ -274,8 +280,10 @@ class _ConvexNewton(optx.AbstractRootFinder):
     def step(self, fn, y, args, options, state, tags):
         del options, state, tags
         gradient, lin_fn, aux = jax.linearize(lambda y: fn(y, args), y, has_aux=True)
-        hessian = lx.FunctionLinearOperator(lin_fn, jax.eval_shape(lambda: y))
-        newton = lx.linear_solve(hessian, gradient, lx.LU(), throw=False)
+        hessian = lx.FunctionLinearOperator(
+            lin_fn, jax.eval_shape(lambda: y), lx.positive_semidefinite_tag
+        )
+        newton = lx.linear_solve(hessian, gradient, self.linear_solver, throw=False)
         step = optax.tree.scale(-1.0, newton.value)
         slope = optax.tree.vdot(gradient, step)
 
