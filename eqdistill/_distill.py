@@ -15,6 +15,7 @@ from ._dataset import Dataset
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver
 from ._outer_loop import Problem, run_block, State, Status, StepInfo
+from ._outer_loss import outer_loss
 
 
 class History(eqx.Module):
@@ -42,14 +43,18 @@ class Distillation(eqx.Module):
 
     **Attributes:**
 
-    - `distilled`: the distilled set, after the last update.
+    - `distilled`: the distilled set, after the last update; with held-out data, the
+        best by these.
     - `history`: what happened at each step.
     - `converged`: whether the gradient norm reached the tolerance that was asked for.
+    - `held_out_loss`: the outer loss on the held-out data after each block of steps, in
+        nats per image. Empty if no data were held out.
     """
 
     distilled: DistilledSet
     history: History
     converged: bool
+    held_out_loss: Float[np.ndarray, " blocks"]
 
 
 class DistillationError(RuntimeError):
@@ -82,6 +87,8 @@ def distill(
     key: PRNGKeyArray | None = None,
     tolerance: float = 0.0,
     block_size: int = 10,
+    held_out: Dataset | None = None,
+    patience: int = 3,
     callback: Callable[[Distillation], bool | None] | None = None,
     progress: bool = False,
 ) -> Distillation:
@@ -114,6 +121,10 @@ def distill(
     - `tolerance`: stop when the Euclidean norm of the hypergradient is at most this.
     - `block_size`: the number of steps that are compiled into one call, between which
         progress is shown and `callback` is called.
+    - `held_out`: real data to watch for overfitting by, which are not in `train`: see
+        [`eqdistill.Dataset.split`][]. After each block the outer loss on them is taken,
+        and the distilled set with the least is what is returned.
+    - `patience`: stop after so many blocks without a lesser loss on `held_out`.
     - `callback`: called after each block with the [`eqdistill.Distillation`][] so far.
         Distillation stops early if it returns `True`.
     - `progress`: whether to show a progress bar. Needs `tqdm`.
@@ -135,7 +146,13 @@ def distill(
     """
     distilled = check_inner(distilled, classifier)
     check_data("train", train, distilled, classifier)
-    for name, value in (("steps", steps), ("block_size", block_size)):
+    if held_out is not None:
+        check_data("held_out", held_out, distilled, classifier)
+    for name, value in (
+        ("steps", steps),
+        ("block_size", block_size),
+        ("patience", patience),
+    ):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1; got {value}.")
     if not tolerance >= 0:
@@ -176,12 +193,15 @@ def distill(
         status=Status.running,
     )
     blocks = []
+    held_out_losses = []
+    best, least_loss, since_best = learned, np.inf, 0
 
     def so_far(learned) -> Distillation:
         return Distillation(
             distilled=eqx.combine(learned, frozen),
             history=jax.tree.map(lambda *x: np.concatenate(x), _NO_HISTORY, *blocks),
             converged=bool(state.status == Status.converged),
+            held_out_loss=np.array(held_out_losses, np.float32),
         )
 
     with _progress_bar(steps, progress) as show:
@@ -201,16 +221,26 @@ def distill(
                 ) from e
             blocks.append(_history(info, end - start))
             show(blocks[-1])
-            if bool(state.status == Status.converged):
-                break
-            if not bool(state.status == Status.running):
+            has_converged = bool(state.status == Status.converged)
+            if not (has_converged or bool(state.status == Status.running)):
                 raise DistillationError(
                     f"Distillation stopped at step {end}: {Status[state.status]}.",
                     so_far(state.last_good),
                 )
-            if callback is not None and callback(so_far(state.learned)):
+            if held_out is None:
+                best = state.learned
+            else:
+                here = eqx.combine(state.learned, frozen)
+                loss = float(outer_loss(here, classifier, held_out, inner, throw=False))
+                held_out_losses.append(loss)
+                since_best += 1
+                if loss < least_loss:
+                    best, least_loss, since_best = state.learned, loss, 0
+            if has_converged or since_best >= patience:
                 break
-    return so_far(state.learned)
+            if callback is not None and callback(so_far(best)):
+                break
+    return so_far(best)
 
 
 _NO_HISTORY = History(*[np.zeros(0, np.float32)] * 3)

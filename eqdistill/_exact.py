@@ -7,7 +7,7 @@ import optax
 import optimistix as optx
 import scipy.linalg
 import scipy.special
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from ._checks import check_inner
 from ._classifier import LogisticRegression
@@ -17,7 +17,7 @@ from ._losses import label_residual
 
 def distill_exactly(
     start: DistilledSet,
-    classifier: LogisticRegression,
+    classifier: PyTree,
     *,
     l2: float | None = None,
 ) -> DistilledSet:
@@ -103,7 +103,9 @@ def distill_exactly(
         free, fixed = start.labels, start.labels
         free, fixed = (None, fixed) if fixed.ndim == 1 else (fixed.astype(float), None)
         for ridge in ridges:
-            images, labels, error = _solve(target, pixels, free, fixed, ridge)
+            images, labels, error = _solve(
+                target, pixels, free, fixed, jnp.asarray(ridge)
+            )
             if error < 1e-9:
                 break
         else:
@@ -222,7 +224,7 @@ def _solve(
     images: Float[Array, "n p"],
     free_labels: Float[Array, "n c"] | None,
     fixed_labels: Int[Array, " n"] | None,
-    l2: float | Float[Array, ""],
+    l2: Float[Array, ""],
 ) -> tuple[Float[Array, "n p"], Array, Float[Array, ""]]:
     """The images and labels, and the largest relative residual of the equations."""
     s = target.singular_values

@@ -84,7 +84,12 @@ def distilled(
     def run(problem: Problem, n: int, key: PRNGKeyArray) -> float:
         start = eqd.DistilledSet.from_noise(problem.train, n, l2=l2, key=key)
         if soft_labels:
-            logits = 5 * jax.nn.one_hot(start.labels, problem.train.num_classes)
+            num_classes = problem.train.num_classes
+            if n < num_classes:
+                # Each image has to stand for several classes: chance says for which.
+                logits = 0.5 * jr.normal(key, (n, num_classes))
+            else:
+                logits = 5 * jax.nn.one_hot(start.labels, num_classes)
             start = eqd.DistilledSet(start.images, logits, l2=l2)
         learn = eqx.tree_at(
             lambda d: (d.images, d.labels, d.log_l2),

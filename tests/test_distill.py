@@ -207,3 +207,53 @@ def test_networks(digits, make):
         result = eqd.distill(distilled, classifier, train, steps=60)
         evaluation = eqd.evaluate(result.distilled, classifier, test)
         assert evaluation.accuracy >= 0.8
+
+
+def test_each_part_has_its_own_optimiser(problem):
+    hard, classifier, train = problem
+    distilled = eqd.DistilledSet(hard.images, 3 * jnp.eye(10), l2=hard.l2)
+    optimiser = optax.multi_transform(
+        {"images": optax.adam(0.05), "labels": optax.sgd(0.5), "l2": optax.sgd(0.0)},
+        eqx.tree_at(
+            lambda d: (d.images, d.labels, d.log_l2),
+            distilled,
+            ("images", "labels", "l2"),
+        ),
+    )
+    result = eqd.distill(
+        distilled,
+        classifier,
+        train,
+        optimiser=optimiser,
+        learn=jax.tree.map(lambda _: True, distilled),
+        steps=STEPS,
+    )
+    assert result.history.loss[-1] < result.history.loss[0]
+    assert not jnp.array_equal(result.distilled.labels, distilled.labels)
+    assert not jnp.array_equal(result.distilled.images, distilled.images)
+    # Its steps are of length zero.
+    assert jnp.array_equal(result.distilled.log_l2, distilled.log_l2)
+
+
+def test_stops_early_on_held_out_data(digits):
+    # So few images are soon overfitted.
+    few, held_out = subset(digits[0], 150).split(2 / 3, key=jr.key(0))
+    distilled = eqd.DistilledSet.from_noise(few, l2=1e-3, key=jr.key(0))
+    classifier = eqd.LogisticRegression(64, 10)
+    learn = eqx.tree_at(
+        lambda d: (d.images, d.log_l2),
+        jax.tree.map(lambda _: False, distilled),
+        (True, True),
+    )
+    args = {"optimiser": LBFGS, "learn": learn, "steps": 100, "patience": 2}
+    result = eqd.distill(distilled, classifier, few, held_out=held_out, **args)
+    losses = result.held_out_loss
+    assert 10 * len(losses) == len(result.history) < 100
+    assert len(losses) == np.argmin(losses) + 1 + 2
+    got = eqd.outer_loss(result.distilled, classifier, held_out)
+    np.testing.assert_allclose(got, losses.min(), rtol=1e-6)
+    # Without, it goes on: to less on what it sees, and to more on what it does not.
+    blind = eqd.distill(distilled, classifier, few, **args)
+    assert blind.held_out_loss.size == 0
+    assert blind.history.loss[-1] < result.history.loss[-1]
+    assert eqd.outer_loss(blind.distilled, classifier, held_out) > 1.5 * got
