@@ -89,28 +89,25 @@ def distill_exactly(
     with jax.enable_x64(True):
         target = _Target.of(classifier)
         _check_solvable(start, target)
-        if l2 is None:
-            ridges = [target.max_l2 / 2**i for i in range(1, 9)]
-        elif 0 < l2 <= target.max_l2:
-            ridges = [l2]
-        else:
+        if l2 is not None and not 0 < l2 <= target.max_l2:
             raise ValueError(
                 f"`l2` must be positive and at most {target.max_l2:.4g}, above which "
                 "no images and labels have the weights of `classifier` as their fit; "
                 f"got {l2:.4g}."
             )
         pixels = jnp.asarray(start.images, float).reshape(len(start), -1)
-        free, fixed = start.labels, start.labels
-        free, fixed = (None, fixed) if fixed.ndim == 1 else (fixed.astype(float), None)
-        for ridge in ridges:
-            images, labels, error = _solve(
-                target, pixels, free, fixed, jnp.asarray(ridge)
-            )
-            if error < 1e-9:
+        hard = start.labels.ndim == 1
+        labels = start.labels if hard else start.labels.astype(float)
+        ridge = target.max_l2 / 2 if l2 is None else l2
+        smallest = target.max_l2 / 256 if l2 is None else l2
+        while True:
+            images, found, error = _solve(target, pixels, labels, jnp.asarray(ridge))
+            if error < 1e-9 or ridge <= smallest:
                 break
-        else:
+            ridge /= 2
+        if not error < 1e-9:
             advice = "a smaller `l2`" if l2 is not None else "more images"
-            if fixed is not None:
+            if hard:
                 advice += " or soft labels"
             raise ValueError(
                 "No images were found, starting from `start`, that have `classifier` "
@@ -118,11 +115,10 @@ def distill_exactly(
                 f"relative residual of {error:.1g} in the equations; 1e-9 is wanted. "
                 f"Try {advice}."
             )
-        images, labels = np.asarray(images), np.asarray(labels)
+        images, found = np.asarray(images), np.asarray(found)
     dtype = start.images.dtype
-    labels = labels if free is None else labels.astype(dtype)
     images = images.reshape(start.images.shape).astype(dtype)
-    return DistilledSet(images, labels, l2=ridge)
+    return DistilledSet(images, found if hard else found.astype(dtype), l2=ridge)
 
 
 class _Target(eqx.Module):
@@ -222,22 +218,21 @@ def _check_solvable(start: DistilledSet, target: _Target) -> None:
 def _solve(
     target: _Target,
     images: Float[Array, "n p"],
-    free_labels: Float[Array, "n c"] | None,
-    fixed_labels: Int[Array, " n"] | None,
+    labels: Int[Array, " n"] | Float[Array, "n c"],
     l2: Float[Array, ""],
-) -> tuple[Float[Array, "n p"], Array, Float[Array, ""]]:
+) -> tuple[
+    Float[Array, "n p"], Int[Array, " n"] | Float[Array, "n c"], Float[Array, ""]
+]:
     """The images and labels, and the largest relative residual of the equations."""
     s = target.singular_values
     num_contrasts = len(target.contrasts)
     scale = len(images) * l2
     wanted = jnp.zeros((len(s), num_contrasts)).at[:, : len(s)].set(jnp.diag(s))
 
-    labels = fixed_labels if free_labels is None else free_labels
-
     def residuals(unknowns):
-        coordinates, labels = unknowns
-        labels = fixed_labels if labels is None else labels
-        return label_residual(target.logits(coordinates), labels)
+        coordinates, logits = unknowns
+        soft_or_hard = labels if logits is None else logits
+        return label_residual(target.logits(coordinates), soft_or_hard)
 
     def equations(unknowns, _):
         a = residuals(unknowns)
@@ -252,11 +247,11 @@ def _solve(
             atol=1e-24,
             linear_solver=lx.LSMR(rtol=1e-13, atol=1e-13, conlim=1e12),
         ),
-        (target.start(labels), free_labels),
+        (target.start(labels), None if labels.ndim == 1 else labels),
         max_steps=100,
         throw=False,
     )
-    coordinates, labels = solution.value
+    coordinates, logits = solution.value
     error = optax.tree.norm(equations(solution.value, None), ord=jnp.inf)
 
     # Outside the span of W, the images must not add to the weights: they are made
@@ -266,4 +261,4 @@ def _solve(
     left = jnp.where(sizes > 1e-10 * sizes[0], left, 0)
     outside = outside - left @ (left.T @ outside)
     images = coordinates @ target.basis.T + outside
-    return images, fixed_labels if labels is None else labels, error
+    return images, labels if logits is None else logits, error

@@ -40,8 +40,10 @@ def error_of_fit(distilled, classifier) -> float:
     want = centred(classifier.weights)
     error = np.linalg.norm(fitted.weights - want) / np.linalg.norm(want)
     if classifier.intercept is None:
-        return error
-    return max(error, np.abs(fitted.intercept - centred(classifier.intercept)).max())
+        return float(error)
+    return max(
+        float(error), np.abs(fitted.intercept - centred(classifier.intercept)).max()
+    )
 
 
 def error_of_scikit_learn(distilled, classifier) -> float:
@@ -64,7 +66,7 @@ def error_of_scikit_learn(distilled, classifier) -> float:
         sample_weight=np.asarray(weights).ravel(),
     )
     want = centred(classifier.weights)
-    return np.linalg.norm(reference.coef_.T - want) / np.linalg.norm(want)
+    return float(np.linalg.norm(reference.coef_.T - want) / np.linalg.norm(want))
 
 
 @pytest.mark.usefixtures("x64")
