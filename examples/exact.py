@@ -1,0 +1,180 @@
+"""Gives a distilled set the very weights that a fit to all the training data has.
+
+Fits a logistic regression to all the training images, and then finds a few images,
+near real ones, whose fit has the same weights: it takes no gradient of any outer loss,
+and no pass over the data. Both eqdistill and scikit-learn are then fitted to these
+images from scratch. Writes `exact.png`, the images before and after and the weights of
+both fits, and `exact.safetensors`, which `python -m eqdistill.evaluate` checks.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from matplotlib.figure import Figure
+from sklearn.linear_model import LogisticRegression as SklearnLogisticRegression
+
+import eqdistill as eqd
+
+
+def main(
+    dataset: str,
+    n: int,
+    intercept: bool,
+    noise: bool,
+    l2: float,
+    seed: int,
+    output: Path,
+) -> None:
+    train, test = eqd.datasets.load(dataset)
+    p, c = train.images[0].size, train.num_classes
+    untrained = eqd.LogisticRegression(p, c, use_intercept=intercept)
+
+    begin = time.perf_counter()
+    everything = eqd.DistilledSet(train.floating(), train.labels, l2=l2)
+    full = jax.block_until_ready(eqd.fit(everything, untrained).classifier)
+    seconds_of_fit = time.perf_counter() - begin
+
+    # In double precision, for single would hide how well the weights agree.
+    with jax.enable_x64(True):
+        full, untrained = to_double(full), to_double(untrained)
+        constructor = (
+            eqd.DistilledSet.from_noise if noise else eqd.DistilledSet.from_real
+        )
+        start = to_double(constructor(train, n, key=jr.key(seed)))
+        begin = time.perf_counter()
+        exact = jax.block_until_ready(eqd.distill_exactly(start, full))
+        seconds = time.perf_counter() - begin
+        refit = eqd.evaluate(exact, untrained, test, inner=eqd.SpanSolver())
+        by_scikit_learn = fit_by_scikit_learn(exact, untrained)
+
+        output.mkdir(parents=True, exist_ok=True)
+        file, picture = output / "exact.safetensors", output / "exact.png"
+        eqd.save(file, exact, untrained, refit, inner=eqd.SpanSolver(), dataset=dataset)
+        draw(start, exact, full, refit.fitted.classifier).savefig(picture)
+        print(f"fit to all {len(train)} images: {seconds_of_fit:.1f} s")
+        print(f"{n} images from its weights: {seconds:.1f} s, ridge {exact.l2:.3g}\n")
+        print("| fitted to | by | test accuracy | error of the weights |")
+        print("|---|---|---|---|")
+        for rows in (
+            (f"{len(train)} images", "eqdistill", full),
+            (f"{n} images", "eqdistill", refit.fitted.classifier),
+            (f"{n} images", "scikit-learn", by_scikit_learn),
+        ):
+            *names, classifier = rows
+            print(
+                f"| {' | '.join(names)} | {accuracy(classifier, test):.2%} "
+                f"| {relative_error(classifier, full):.1e} |"
+            )
+    print(f"\nfiles {picture}, {file}")
+
+
+def to_double(tree):
+    return jax.tree.map(
+        lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, tree
+    )
+
+
+def accuracy(classifier: eqd.LogisticRegression, data: eqd.Dataset) -> float:
+    logits = jax.vmap(classifier)(data.floating())
+    return float(jnp.mean(jnp.argmax(logits, axis=1) == data.labels))
+
+
+def relative_error(
+    classifier: eqd.LogisticRegression, want: eqd.LogisticRegression
+) -> float:
+    """Of the weights, less their mean over the classes, which has no effect."""
+    weights, wanted = (
+        k.weights - jnp.mean(k.weights, axis=1, keepdims=True)
+        for k in (classifier, want)
+    )
+    return float(jnp.linalg.norm(weights - wanted) / jnp.linalg.norm(wanted))
+
+
+def fit_by_scikit_learn(
+    distilled: eqd.DistilledSet, classifier: eqd.LogisticRegression
+) -> eqd.LogisticRegression:
+    """Each image goes in once for each class, with a weight of zero where it is not of
+    that class: scikit-learn must have seen a class to give it weights."""
+    n, c = len(distilled), classifier.weights.shape[1]
+    fitted = SklearnLogisticRegression(
+        C=1 / (n * float(distilled.l2)),
+        fit_intercept=classifier.intercept is not None,
+        solver="newton-cg",
+        tol=1e-12,
+        max_iter=1000,
+    ).fit(
+        np.repeat(np.reshape(distilled.images, (n, -1)), c, axis=0),
+        np.tile(np.arange(c), n),
+        sample_weight=np.ravel(jax.nn.one_hot(distilled.labels, c)),
+    )
+    arrays = jnp.asarray(fitted.coef_.T), jnp.asarray(fitted.intercept_)
+    return eqx.tree_at(
+        lambda k: (k.weights, k.intercept),
+        classifier,
+        arrays if classifier.intercept is not None else (arrays[0], None),
+        is_leaf=lambda x: x is None,
+    )
+
+
+def draw(
+    start: eqd.DistilledSet,
+    exact: eqd.DistilledSet,
+    full: eqd.LogisticRegression,
+    refit: eqd.LogisticRegression,
+) -> Figure:
+    """For the first images and their classes; each row is on a symmetric scale of its
+    own, but for the weights, which share theirs."""
+    shape = start.images.shape[1:]
+    num_columns = min(len(start), 10)
+    labels = np.asarray(start.labels[:num_columns])
+    pixels = lambda k: np.reshape(k.weights.T[labels], (-1, *shape))
+    rows = {
+        "start": start.images[:num_columns],
+        "exact": exact.images[:num_columns],
+        "weights,\nall data": pixels(full),
+        "weights,\nrefitted": pixels(refit),
+    }
+    figure = Figure(
+        figsize=(0.8 * num_columns + 0.4, 3.6), dpi=200, layout="constrained"
+    )
+    axes = np.asarray(figure.subplots(len(rows), num_columns, squeeze=False))
+    for row, (name, images) in zip(axes, rows.items(), strict=True):
+        limit = np.abs(images).max()
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(image, cmap="gray_r", vmin=-limit, vmax=limit)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(name, fontsize=8)
+    for axis, label in zip(axes[0], labels, strict=True):
+        axis.set_title(label, fontsize=9)
+    return figure
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", default="mnist", choices=["mnist", "fashion_mnist", "digits"]
+    )
+    parser.add_argument(
+        "--images", dest="n", type=int, default=10, help="number of images"
+    )
+    parser.add_argument("--intercept", action="store_true", help="add an intercept")
+    parser.add_argument(
+        "--noise", action="store_true", help="start from noise, not from real images"
+    )
+    parser.add_argument(
+        "--l2", type=float, default=1e-5, help="the ridge of the fit to all images"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="a folder for the results"
+    )
+    main(**vars(parser.parse_args()))
