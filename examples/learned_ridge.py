@@ -80,7 +80,7 @@ def main(
     picture = output / "learned_ridge.png"
     draw(start, result, ridges).savefig(picture)
     print(
-        f"outer steps     {best_steps} (held-out loss {min(trial.held_out_loss):.4f})"
+    print(f"outer steps     {steps}")
     )
     print(f"outer loss      {on_train.loss:.4f}")
     print(f"train accuracy  {on_train.accuracy:.2%}")
