@@ -79,9 +79,7 @@ def main(
     )
     picture = output / "learned_ridge.png"
     draw(start, result, ridges).savefig(picture)
-    print(
     print(f"outer steps     {steps}")
-    )
     print(f"outer loss      {on_train.loss:.4f}")
     print(f"train accuracy  {on_train.accuracy:.2%}")
     print(f"test accuracy   {on_test.accuracy:.2%}")
