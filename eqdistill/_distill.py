@@ -14,6 +14,7 @@ from ._checks import check_data, check_inner
 from ._dataset import Dataset
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver
+from ._layout import Layout
 from ._outer_loop import Problem, run_block, State, Status, StepInfo
 from ._outer_loss import outer_loss
 
@@ -176,8 +177,7 @@ def distill(
     problem = Problem(
         frozen=frozen,
         classifier=classifier,
-        images=train.floating(),
-        labels=train.labels,
+        layout=Layout.of(train, classifier),
         inner=inner,
         optimiser=optax.with_extra_args_support(optimiser),
         tolerance=tolerance,

@@ -22,11 +22,17 @@ def cross_entropy(
 
     The loss, in nats per image.
     """
+    return jnp.mean(cross_entropies(logits, labels))
+
+
+def cross_entropies(
+    logits: Float[Array, "n c"],
+    labels: Int[Array, " n"] | Float[Array, "n c"],
+) -> Float[Array, " n"]:
+    """The terms of [`eqdistill.cross_entropy`][], one for each image."""
     if labels.ndim == 1:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    else:
-        losses = optax.softmax_cross_entropy(logits, jax.nn.softmax(labels))
-    return jnp.mean(losses)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return optax.softmax_cross_entropy(logits, jax.nn.softmax(labels))
 
 
 def label_residual(

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver, Fitted
-from ._losses import classification_loss
+from ._layout import data_loss, Layout
 
 
 class Status(eqx.Enumeration):
@@ -25,8 +25,7 @@ class Problem(eqx.Module):
 
     frozen: DistilledSet
     classifier: PyTree
-    images: Float[Array, "N *shape"]
-    labels: Int[Array, " N"]
+    layout: Layout
     inner: AbstractInnerSolver
     optimiser: optax.GradientTransformationExtraArgs
     tolerance: float
@@ -63,7 +62,7 @@ def run_block(
     """
     first = state.step
     dynamic, static = eqx.partition(state, eqx.is_array)
-    dtype = problem.images.dtype
+    dtype = problem.layout.images.dtype
     history = StepInfo(*(jnp.full(block_size, jnp.nan, dtype) for _ in range(3)))
 
     def cond_fun(carry):
@@ -84,12 +83,12 @@ def run_block(
 
 
 def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
-    images, labels, state = _next_batch(state, problem)
+    batch, state = _next_batch(state, problem)
 
     def objective(learned):
         distilled = eqx.combine(learned, problem.frozen)
         fitted = problem.inner(problem.classifier, distilled)
-        return classification_loss(fitted.classifier, images, labels), fitted
+        return data_loss(fitted.classifier, batch), fitted
 
     loss, gradient, fitted = _value_and_grad(objective, state, problem)
     updates, optimiser_state = problem.optimiser.update(
@@ -161,12 +160,11 @@ def _value_and_grad(
     return loss, gradient, problem.inner(problem.classifier, distilled)
 
 
-def _next_batch(
-    state: State, problem: Problem
-) -> tuple[Float[Array, "batch *shape"], Int[Array, " batch"], State]:
+def _next_batch(state: State, problem: Problem) -> tuple[Layout, State]:
+    layout = problem.layout
     if problem.batch_size is None:
-        return problem.images, problem.labels, state
-    batches_per_epoch = problem.labels.shape[0] // problem.batch_size
+        return layout, state
+    batches_per_epoch = layout.num_images // problem.batch_size
     epoch, batch = jnp.divmod(state.step, batches_per_epoch)
     order = jax.lax.cond(
         batch == 0,
@@ -177,8 +175,7 @@ def _next_batch(
     indices = jax.lax.dynamic_slice_in_dim(
         order, batch * problem.batch_size, problem.batch_size
     )
-    state = eqx.tree_at(lambda s: s.order, state, order)
-    return problem.images[indices], problem.labels[indices], state
+    return layout.batch(indices), eqx.tree_at(lambda s: s.order, state, order)
 
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:
