@@ -32,6 +32,7 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     from ._losses import cross_entropy as cross_entropy
     from ._outer_loss import outer_loss as outer_loss
     from ._span_solver import SpanSolver as SpanSolver
+    from ._whitened import whitened as whitened
 
 
 __version__ = "0.1.0"

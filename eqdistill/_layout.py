@@ -12,10 +12,9 @@ from ._losses import cross_entropies
 class Layout(eqx.Module):
     r"""Real images, laid out once for many passes over them.
 
-    They are taken in chunks, which stay in a CPU's cache between the forward and the
-    backward product with them, and of which a network needs the activations of but one
-    at a time. A [`eqdistill.LogisticRegression`][] is not given pixels that are the
-    same in all images: what they add to the logits is one vector.
+    For a [`eqdistill.LogisticRegression`][] they are taken in chunks, which stay in a
+    CPU's cache between the forward and the backward product with them, and without the
+    pixels that are the same in all images: what these add to the logits is one vector.
     """
 
     images: Float[Array, "rows *shape"]
@@ -27,24 +26,30 @@ class Layout(eqx.Module):
 
     @staticmethod
     def of(data: Dataset, classifier: PyTree) -> "Layout":
-        varying = constants = None
-        num_values = int(np.prod(data.shape))
-        if isinstance(classifier, LogisticRegression):
-            pixels = np.asarray(data.images).reshape(len(data), -1)
-            is_constant = pixels.min(axis=0) == pixels.max(axis=0)
-            if is_constant.all():
-                is_constant[0] = False
-            first = Dataset(data.images[:1], data.labels[:1], data.num_classes)
-            first = np.asarray(first.floating()).reshape(-1)
-            if np.any(first[is_constant] != 0):
-                constants = jnp.asarray(np.where(is_constant, first, 0))
-            varying = jnp.asarray(np.flatnonzero(~is_constant))
-            num_values = len(varying)
-        num_chunks = -(-len(data) * num_values * 4 // _chunk_bytes())
-        num_chunks = min(num_chunks, len(data))
+        if not isinstance(classifier, LogisticRegression):
+            images, labels = _arrange(data, None, len(data))
+            return Layout(images, labels, None, None, len(data), num_chunks=1)
+        pixels = np.asarray(data.images).reshape(len(data), -1)
+        is_constant = pixels.min(axis=0) == pixels.max(axis=0)
+        is_constant[0] &= not is_constant.all()
+        first = Dataset(data.images[:1], data.labels[:1], data.num_classes)
+        constants = np.where(is_constant, np.ravel(first.floating()), 0)
+        varying = np.flatnonzero(~is_constant)
+        # On a CPU, a chunk is what its last cache holds with room to spare; an
+        # accelerator takes all at once.
+        num_bytes = 4 * len(data) * len(varying)
+        is_cpu = jax.default_backend() == "cpu"
+        num_chunks = min(-(-num_bytes // 2**23), len(data)) if is_cpu else 1
         chunk_size = -(-len(data) // num_chunks)
-        images, labels = _arrange(data, varying, num_chunks * chunk_size)
-        return Layout(images, labels, varying, constants, len(data), num_chunks)
+        images, labels = _arrange(data, jnp.asarray(varying), num_chunks * chunk_size)
+        return Layout(
+            images,
+            labels,
+            jnp.asarray(varying),
+            jnp.asarray(constants) if constants.any() else None,
+            num_images=len(data),
+            num_chunks=num_chunks,
+        )
 
     def batch(self, indices: Int[Array, " batch"]) -> "Layout":
         """Some of the images, for one pass over them."""
@@ -96,12 +101,6 @@ def _(residuals, cotangent, perturbed, weights, images):
     del residuals, perturbed, weights
     # Not with the padding, as it would be by default.
     return cotangent.T @ images
-
-
-def _chunk_bytes() -> int:
-    # On a CPU, what its last cache holds with room to spare; elsewhere, what is large
-    # enough to keep an accelerator busy.
-    return 2**23 if jax.default_backend() == "cpu" else 2**28
 
 
 @eqx.filter_jit

@@ -1,0 +1,137 @@
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from ._dataset import Dataset
+
+
+def whitened(
+    optimiser: optax.GradientTransformation,
+    train: Dataset,
+    *,
+    damping: float = 0.01,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Has an optimiser work in coordinates in which the real images are white: for
+    images $\theta$ of $p$ pixels, in $\theta L$ with
+
+    $$L L^\top = C + \delta \, \mathrm{tr}(C) \, I, \qquad
+    C = \frac{1}{m} \sum_{i=1}^m x_i x_i^\top.$$
+
+    For a linear classifier, $C$ is to within a factor that varies little what the
+    Hessian of the outer loss does to pixels: in these coordinates it is far better
+    conditioned, and L-BFGS takes a half to a quarter of the steps. $C$ is taken over at
+    most 4,096 of the real images, evenly spaced in their order.
+
+    !!! Example
+
+        ```python
+        optimiser = optax.lbfgs(learning_rate=1.0, linesearch=None)
+        eqd.distill(start, classifier, train, optimiser=eqd.whitened(optimiser, train))
+        ```
+
+    **Arguments:**
+
+    - `optimiser`: any Optax optimiser.
+    - `train`: the real data.
+    - `damping`: $\delta > 0$. (Keyword only argument.)
+
+    **Returns:**
+
+    An Optax optimiser, for the images of a distilled set, and whatever else is learned
+    with them, which it leaves as it is. It holds a matrix of $p \times p$.
+
+    **Raises:**
+
+    A `ValueError` if `damping` is not positive, or if there are no images of the shape
+    of `train` in what it is to train.
+
+    Source: LeCun et al., *Efficient BackProp*, 1998, section 6, for the principle.
+    """
+    if not damping > 0:
+        raise ValueError(f"`damping` must be positive; got {damping}.")
+    optimiser = optax.with_extra_args_support(optimiser)
+
+    def on_images(fn, tree: PyTree) -> PyTree:
+        is_images = lambda x: x.ndim > 1 and x.shape[1:] == train.shape
+        if not any(map(is_images, jax.tree.leaves(tree))):
+            raise ValueError(
+                f"`whitened` must be given images of shape {train.shape}, as in "
+                f"`train`, to train; got {jax.tree.map(jnp.shape, tree)}."
+            )
+        flat = lambda x: fn(x.reshape(len(x), -1)).reshape(x.shape)
+        return jax.tree.map(lambda x: flat(x) if is_images(x) else x, tree)
+
+    def init(params):
+        coordinates = _Coordinates(_factor(train, damping), on_images)
+        state = optimiser.init(coordinates.of(params))
+        state = _on_stored_gradient(coordinates.gradient_back, state)
+        return _State(coordinates.factor, state)
+
+    def update(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError("`whitened` must be given `params` with each update.")
+        coordinates = _Coordinates(state.factor, on_images)
+        if "grad" in extra_args:
+            extra_args["grad"] = coordinates.of_gradient(extra_args["grad"])
+        if "value_fn" in extra_args:
+            value_fn = extra_args["value_fn"]
+            extra_args["value_fn"] = lambda params: value_fn(coordinates.back(params))
+        updates, inner = optimiser.update(
+            coordinates.of_gradient(updates),
+            _on_stored_gradient(coordinates.of_gradient, state.inner),
+            coordinates.of(params),
+            **extra_args,
+        )
+        inner = _on_stored_gradient(coordinates.gradient_back, inner)
+        return coordinates.back(updates), _State(state.factor, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _State(NamedTuple):
+    factor: Float[Array, "p p"]
+    inner: optax.OptState
+
+
+class _Coordinates(NamedTuple):
+    factor: Float[Array, "p p"]
+    on_images: Callable[[Callable[[Array], Array], PyTree], PyTree]
+
+    def of(self, params: PyTree) -> PyTree:
+        return self.on_images(lambda x: x @ self.factor, params)
+
+    def back(self, params: PyTree) -> PyTree:
+        return self.on_images(lambda x: self._solve(x.T, trans="T").T, params)
+
+    def of_gradient(self, gradient: PyTree) -> PyTree:
+        return self.on_images(lambda x: self._solve(x.T, trans="N").T, gradient)
+
+    def gradient_back(self, gradient: PyTree) -> PyTree:
+        return self.on_images(lambda x: x @ self.factor.T, gradient)
+
+    def _solve(self, vectors, trans):
+        return jax.scipy.linalg.solve_triangular(
+            self.factor, vectors, lower=True, trans=trans
+        )
+
+
+def _on_stored_gradient(fn: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
+    # A line search keeps the gradient where it ended, for the next step to use.
+    stored = optax.tree.get(state, "grad")
+    return state if stored is None else optax.tree.set(state, grad=fn(stored))
+
+
+def _factor(train: Dataset, damping: float) -> Float[Array, "p p"]:
+    step = -(-len(train) // 4096)
+    some = Dataset(train.images[::step], train.labels[::step], train.num_classes)
+    images = some.floating().reshape(len(some), -1)
+    moments = images.T @ images / len(images)
+    scale = damping * jnp.trace(moments)
+    # Images that are zero throughout leave the coordinates as they are.
+    scale = jnp.where(scale > 0, scale, 1)
+    return jnp.linalg.cholesky(moments + scale * jnp.eye(len(moments)))
