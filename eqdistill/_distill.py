@@ -112,7 +112,8 @@ def distill(
     - `optimiser`: any Optax optimiser. Those with a line search, such as
         `optax.lbfgs`, are given the value, gradient and value function that they need.
         A convex inner problem and all of the data in each step converge in far fewer
-        steps with `optax.lbfgs(learning_rate=1.0, linesearch=None)`.
+        steps with `optax.lbfgs(learning_rate=1.0, linesearch=None)`, and in fewer yet
+        if that is [`eqdistill.whitened`][].
     - `steps`: the most steps to take.
     - `learn`: what is learned: a pytree of bools with the structure of `distilled`.
         Defaults to its images.

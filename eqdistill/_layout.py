@@ -1,3 +1,5 @@
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,9 @@ from ._losses import cross_entropies
 class Layout(eqx.Module):
     r"""Real images, laid out once for many passes over them.
 
-    For a [`eqdistill.LogisticRegression`][] they are taken in chunks, which stay in a
-    CPU's cache between the forward and the backward product with them, and without the
-    pixels that are the same in all images: what these add to the logits is one vector.
+    On a CPU they are taken in chunks, which stay in its cache between the forward and
+    the backward pass. A [`eqdistill.LogisticRegression`][] is not given the pixels that
+    are the same in all images: what these add to the logits is one vector.
     """
 
     images: Float[Array, "rows *shape"]
@@ -27,39 +29,30 @@ class Layout(eqx.Module):
     @staticmethod
     def of(data: Dataset, classifier: PyTree) -> "Layout":
         if not isinstance(classifier, LogisticRegression):
-            images, labels = _arrange(data, None, len(data))
-            return Layout(images, labels, None, None, len(data), num_chunks=1)
+            # A network's activations are many times as large as its images.
+            num_chunks = _num_chunks(data, math.prod(data.shape), chunk_bytes=2**19)
+            images, labels = _arrange(data, None, num_chunks)
+            return Layout(images, labels, None, None, len(data), num_chunks)
         pixels = np.asarray(data.images).reshape(len(data), -1)
         is_constant = pixels.min(axis=0) == pixels.max(axis=0)
         is_constant[0] &= not is_constant.all()
         first = Dataset(data.images[:1], data.labels[:1], data.num_classes)
         constants = np.where(is_constant, np.ravel(first.floating()), 0)
-        varying = np.flatnonzero(~is_constant)
-        # On a CPU, a chunk is what its last cache holds with room to spare; an
-        # accelerator takes all at once.
-        num_bytes = 4 * len(data) * len(varying)
-        is_cpu = jax.default_backend() == "cpu"
-        num_chunks = min(-(-num_bytes // 2**23), len(data)) if is_cpu else 1
-        chunk_size = -(-len(data) // num_chunks)
-        images, labels = _arrange(data, jnp.asarray(varying), num_chunks * chunk_size)
-        return Layout(
-            images,
-            labels,
-            jnp.asarray(varying),
-            jnp.asarray(constants) if constants.any() else None,
-            num_images=len(data),
-            num_chunks=num_chunks,
-        )
+        varying = jnp.asarray(np.flatnonzero(~is_constant))
+        num_chunks = _num_chunks(data, len(varying), chunk_bytes=2**23)
+        images, labels = _arrange(data, varying, num_chunks)
+        constants = jnp.asarray(constants) if constants.any() else None
+        return Layout(images, labels, varying, constants, len(data), num_chunks)
 
     def batch(self, indices: Int[Array, " batch"]) -> "Layout":
         """Some of the images, for one pass over them."""
+        num_images = len(indices)
+        chunk_size = len(self.labels) // self.num_chunks
+        num_chunks = -(-num_images // chunk_size)
+        rows = jnp.pad(indices, (0, -num_images % num_chunks), mode="edge")
+        images, labels = self.images[rows], self.labels[rows]
         return Layout(
-            self.images[indices],
-            self.labels[indices],
-            self.varying,
-            self.constants,
-            num_images=len(indices),
-            num_chunks=1,
+            images, labels, self.varying, self.constants, num_images, num_chunks
         )
 
     def restrict(self, classifier: PyTree) -> PyTree:
@@ -103,14 +96,22 @@ def _(residuals, cotangent, perturbed, weights, images):
     return cotangent.T @ images
 
 
+def _num_chunks(data: Dataset, num_features: int, chunk_bytes: int) -> int:
+    # An accelerator is quickest at all of the data at once.
+    if jax.default_backend() != "cpu":
+        return 1
+    num_bytes = 4 * len(data) * num_features
+    return min(-(-num_bytes // chunk_bytes), len(data))
+
+
 @eqx.filter_jit
-def _arrange(data: Dataset, varying, num_rows: int):
+def _arrange(data: Dataset, varying, num_chunks: int):
     images = data.images
     if varying is not None:
         images = images.reshape(len(data), -1)[:, varying]
     images = Dataset.floating(eqx.tree_at(lambda d: d.images, data, images))
     # The last image again, since a network need not be differentiable at zero.
-    padding = [(0, num_rows - len(data))]
+    padding = [(0, -len(data) % num_chunks)]
     images = jnp.pad(images, padding + [(0, 0)] * (images.ndim - 1), mode="edge")
     return images, jnp.pad(data.labels, padding, mode="edge")
 

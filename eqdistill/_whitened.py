@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
@@ -43,7 +44,7 @@ def whitened(
     **Returns:**
 
     An Optax optimiser, for the images of a distilled set, and whatever else is learned
-    with them, which it leaves as it is. It holds a matrix of $p \times p$.
+    with them, which it leaves as it is. It holds two matrices of $p \times p$.
 
     **Raises:**
 
@@ -67,15 +68,20 @@ def whitened(
         return jax.tree.map(lambda x: flat(x) if is_images(x) else x, tree)
 
     def init(params):
-        coordinates = _Coordinates(_factor(train, damping), on_images)
+        factor = _factor(train, damping)
+        # Well conditioned by the damping: products with it are quicker than solves.
+        inverse = jax.scipy.linalg.solve_triangular(
+            factor, jnp.eye(len(factor)), lower=True
+        )
+        coordinates = _Coordinates(factor, inverse, on_images)
         state = optimiser.init(coordinates.of(params))
         state = _on_stored_gradient(coordinates.gradient_back, state)
-        return _State(coordinates.factor, state)
+        return _State(factor, inverse, state)
 
     def update(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError("`whitened` must be given `params` with each update.")
-        coordinates = _Coordinates(state.factor, on_images)
+        coordinates = _Coordinates(state.factor, state.inverse, on_images)
         if "grad" in extra_args:
             extra_args["grad"] = coordinates.of_gradient(extra_args["grad"])
         if "value_fn" in extra_args:
@@ -88,36 +94,33 @@ def whitened(
             **extra_args,
         )
         inner = _on_stored_gradient(coordinates.gradient_back, inner)
-        return coordinates.back(updates), _State(state.factor, inner)
+        return coordinates.back(updates), state._replace(inner=inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 class _State(NamedTuple):
     factor: Float[Array, "p p"]
+    inverse: Float[Array, "p p"]
     inner: optax.OptState
 
 
 class _Coordinates(NamedTuple):
     factor: Float[Array, "p p"]
+    inverse: Float[Array, "p p"]
     on_images: Callable[[Callable[[Array], Array], PyTree], PyTree]
 
     def of(self, params: PyTree) -> PyTree:
         return self.on_images(lambda x: x @ self.factor, params)
 
     def back(self, params: PyTree) -> PyTree:
-        return self.on_images(lambda x: self._solve(x.T, trans="T").T, params)
+        return self.on_images(lambda x: x @ self.inverse, params)
 
     def of_gradient(self, gradient: PyTree) -> PyTree:
-        return self.on_images(lambda x: self._solve(x.T, trans="N").T, gradient)
+        return self.on_images(lambda x: x @ self.inverse.T, gradient)
 
     def gradient_back(self, gradient: PyTree) -> PyTree:
         return self.on_images(lambda x: x @ self.factor.T, gradient)
-
-    def _solve(self, vectors, trans):
-        return jax.scipy.linalg.solve_triangular(
-            self.factor, vectors, lower=True, trans=trans
-        )
 
 
 def _on_stored_gradient(fn: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
@@ -126,10 +129,11 @@ def _on_stored_gradient(fn: Callable[[PyTree], PyTree], state: PyTree) -> PyTree
     return state if stored is None else optax.tree.set(state, grad=fn(stored))
 
 
+@eqx.filter_jit
 def _factor(train: Dataset, damping: float) -> Float[Array, "p p"]:
     step = -(-len(train) // 4096)
-    some = Dataset(train.images[::step], train.labels[::step], train.num_classes)
-    images = some.floating().reshape(len(some), -1)
+    some = eqx.tree_at(lambda d: d.images, train, train.images[::step])
+    images = some.floating().reshape(len(some.images), -1)
     moments = images.T @ images / len(images)
     scale = damping * jnp.trace(moments)
     # Images that are zero throughout leave the coordinates as they are.
