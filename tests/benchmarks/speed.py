@@ -303,14 +303,14 @@ def network(train, repeats):
 
 
 def draw(rows, gradient) -> Figure:
-    figure = Figure(figsize=(7.0, 2.4), dpi=200, layout="constrained")
+    figure = Figure(figsize=(7.0, 2.2), dpi=200, layout="constrained")
     left, right = figure.subplots(1, 2)
     names = list(rows)
     left.barh(names, [rows[k]["run only"] for k in names], color="0.5")
-    left.set(xlabel=f"seconds to an outer loss of {TARGET}", xscale="log")
+    left.set_xlabel(f"seconds to an outer loss of {TARGET}", fontsize=8)
     names = [k.replace("`", "") for k in gradient]
     right.barh(names, list(gradient.values()), color="0.5")
-    right.set_xlabel("one outer value-and-gradient (ms)")
+    right.set_xlabel("one outer value-and-gradient (ms)", fontsize=8)
     for axis in (left, right):
         axis.invert_yaxis()
         axis.tick_params(labelsize=7)
