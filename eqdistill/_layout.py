@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._classifier import LogisticRegression
@@ -136,7 +137,7 @@ def _(perturbed, classifier, layout):
 @_data_loss.def_bwd
 def _(gradient, loss_cotangent, perturbed, classifier, layout):
     del perturbed, classifier, layout
-    return jax.tree.map(lambda g: loss_cotangent * g, gradient)
+    return optax.tree.scale(loss_cotangent, gradient)
 
 
 def _chunk_loss(classifier, images, labels, is_real):
@@ -154,13 +155,10 @@ def _over_chunks(fn, classifier, layout):
         (layout.images, layout.labels, is_real),
     )
     first = jax.tree.map(lambda x: x[0], chunks)
-    total = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(lambda: fn(classifier, *first)),
-    )
+    zero = optax.tree.zeros_like(jax.eval_shape(lambda: fn(classifier, *first)))
 
     def body(total, chunk):
-        return jax.tree.map(jnp.add, total, fn(classifier, *chunk)), None
+        return optax.tree.add(total, fn(classifier, *chunk)), None
 
-    total, _ = jax.lax.scan(body, total, chunks)
+    total, _ = jax.lax.scan(body, zero, chunks)
     return jax.tree.map(lambda x: x / layout.num_images, total)

@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -51,37 +51,20 @@ def whitened(
     A `ValueError` if `damping` is not positive, or if there are no images of the shape
     of `train` in what it is to train.
 
-    Source: LeCun et al., *Efficient BackProp*, 1998, section 6, for the principle.
+    Source: LeCun et al., *Efficient BackProp*, 1998, for the principle.
     """
     if not damping > 0:
         raise ValueError(f"`damping` must be positive; got {damping}.")
     optimiser = optax.with_extra_args_support(optimiser)
 
-    def on_images(fn, tree: PyTree) -> PyTree:
-        is_images = lambda x: x.ndim > 1 and x.shape[1:] == train.shape
-        if not any(map(is_images, jax.tree.leaves(tree))):
-            raise ValueError(
-                f"`whitened` must be given images of shape {train.shape}, as in "
-                f"`train`, to train; got {jax.tree.map(jnp.shape, tree)}."
-            )
-        flat = lambda x: fn(x.reshape(len(x), -1)).reshape(x.shape)
-        return jax.tree.map(lambda x: flat(x) if is_images(x) else x, tree)
+    def init(params) -> Any:
+        coordinates = _Coordinates.of_data(train, damping)
+        return _State(coordinates, optimiser.init(coordinates.of(params)))
 
-    def init(params):
-        factor = _factor(train, damping)
-        # Well conditioned by the damping: products with it are quicker than solves.
-        inverse = jax.scipy.linalg.solve_triangular(
-            factor, jnp.eye(len(factor)), lower=True
-        )
-        coordinates = _Coordinates(factor, inverse, on_images)
-        state = optimiser.init(coordinates.of(params))
-        state = _on_stored_gradient(coordinates.gradient_back, state)
-        return _State(factor, inverse, state)
-
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("`whitened` must be given `params` with each update.")
-        coordinates = _Coordinates(state.factor, state.inverse, on_images)
+        coordinates = state.coordinates
         if "grad" in extra_args:
             extra_args["grad"] = coordinates.of_gradient(extra_args["grad"])
         if "value_fn" in extra_args:
@@ -94,33 +77,52 @@ def whitened(
             **extra_args,
         )
         inner = _on_stored_gradient(coordinates.gradient_back, inner)
-        return coordinates.back(updates), state._replace(inner=inner)
+        return coordinates.back(updates), _State(coordinates, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _State(NamedTuple):
+class _Coordinates(eqx.Module):
     factor: Float[Array, "p p"]
     inverse: Float[Array, "p p"]
-    inner: optax.OptState
+    shape: tuple[int, ...] = eqx.field(static=True)
 
-
-class _Coordinates(NamedTuple):
-    factor: Float[Array, "p p"]
-    inverse: Float[Array, "p p"]
-    on_images: Callable[[Callable[[Array], Array], PyTree], PyTree]
+    @staticmethod
+    def of_data(train: Dataset, damping: float) -> "_Coordinates":
+        factor = _factor(train, damping)
+        # Well conditioned by the damping: products with it are quicker than solves.
+        inverse = jax.scipy.linalg.solve_triangular(
+            factor, jnp.eye(len(factor)), lower=True
+        )
+        return _Coordinates(factor, inverse, train.shape)
 
     def of(self, params: PyTree) -> PyTree:
-        return self.on_images(lambda x: x @ self.factor, params)
+        return self._multiply(params, self.factor)
 
     def back(self, params: PyTree) -> PyTree:
-        return self.on_images(lambda x: x @ self.inverse, params)
+        return self._multiply(params, self.inverse)
 
     def of_gradient(self, gradient: PyTree) -> PyTree:
-        return self.on_images(lambda x: x @ self.inverse.T, gradient)
+        return self._multiply(gradient, self.inverse.T)
 
     def gradient_back(self, gradient: PyTree) -> PyTree:
-        return self.on_images(lambda x: x @ self.factor.T, gradient)
+        return self._multiply(gradient, self.factor.T)
+
+    def _multiply(self, tree: PyTree, matrix: Float[Array, "p p"]) -> PyTree:
+        """The images in the tree times the matrix; all else as it is."""
+        is_images = lambda x: x.ndim > 1 and x.shape[1:] == self.shape
+        if not any(map(is_images, jax.tree.leaves(tree))):
+            raise ValueError(
+                f"`whitened` must be given images of shape {self.shape}, as in "
+                f"`train`, to train; got {jax.tree.map(jnp.shape, tree)}."
+            )
+        product = lambda x: (x.reshape(len(x), -1) @ matrix).reshape(x.shape)
+        return jax.tree.map(lambda x: product(x) if is_images(x) else x, tree)
+
+
+class _State(NamedTuple):
+    coordinates: _Coordinates
+    inner: optax.OptState
 
 
 def _on_stored_gradient(fn: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:

@@ -4,9 +4,9 @@ The problem is that of JAXopt's dataset-distillation notebook, on all of MNIST. 
 programs solve it, from the same start, to the same outer loss of 0.632: the notebook's;
 one in plain JAX, Optimistix and Optax, as one would write it for oneself; and this
 package, which takes the same outer steps as the second, and then fewer, by
-[`eqdistill.whitened`][]. Then one outer value-and-gradient is
-timed, and what bounds it: reading the data once for each of its two products, or its
-arithmetic at the speed of a large product of matrices.
+`eqdistill.whitened`. Then one outer value-and-gradient is timed, and what bounds it:
+reading the data once for each of its two products, or its arithmetic at the speed of a
+large product of matrices. Last, a network's loss on real images and its gradient.
 
 What is compared is run in turn, several times over: the machine may change its speed
 within a minute. Prints Markdown tables of medians, and writes `speed.json` and
