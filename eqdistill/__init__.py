@@ -1,5 +1,13 @@
 """Dataset distillation in JAX and Equinox."""
 
+# The hook below would compile anew whatever is first imported under it.
+import equinox as equinox
+import lineax as lineax
+import optax as optax
+import optimistix as optimistix
+import safetensors.numpy
+import scipy.linalg
+import scipy.special
 from jaxtyping import install_import_hook
 
 

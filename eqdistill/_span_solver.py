@@ -85,7 +85,7 @@ class SpanSolver(AbstractInnerSolver):
                 rtol=tolerance if self.rtol is None else self.rtol,
                 atol=tolerance if self.atol is None else self.atol,
                 norm=lambda y: jnp.max(jnp.abs(span.logits(y))),
-                linear_solver=linear_solver,
+                solve=lambda y, vector: _solve(span, y, fixed, vector, linear_solver),
             ),
             span.zero(classifier.intercept is not None),
             args=fixed,
@@ -95,16 +95,11 @@ class SpanSolver(AbstractInnerSolver):
         anchor = _Anchor.of(solution.value, span, fixed)
         # Only the labels and the logits are to be differentiated in: see `_Anchor`.
         free = eqx.tree_at(lambda p: p.labels, fixed, problem.labels)
-        coordinates = optx.root_find(
-            lambda y, args: span.gradient(y, anchor.logits(y, args[0]), args[1]),
-            optx.Newton(rtol=0.0, atol=0.0, linear_solver=linear_solver),
+        coordinates = _implicit(
             solution.value,
-            args=(problem, free),
-            max_steps=1,
-            tags=frozenset({lx.positive_semidefinite_tag}),
-            adjoint=optx.ImplicitAdjoint(linear_solver),
-            throw=False,
-        ).value
+            span.gradient(solution.value, anchor.logits(problem), free),
+            (span, fixed, linear_solver),
+        )
         intercept = coordinates.intercept
         if intercept is not None:
             intercept = intercept @ span.contrasts
@@ -213,6 +208,56 @@ class _Span(eqx.Module):
             return _Coordinates(weights, None)
         return _Coordinates(weights, -self.shift @ ridge - self.outside @ residuals)
 
+    def hessian_product(
+        self, y: _Coordinates, problem: _Problem, vector: _Coordinates
+    ) -> _Coordinates:
+        """The derivative of `gradient` at `y` along `vector`."""
+        gradient = lambda y: self.gradient(y, self.logits(y), problem)
+        _, product = jax.jvp(gradient, (y,), (vector,))
+        return product
+
+
+def _solve(
+    span: _Span,
+    y: _Coordinates,
+    problem: _Problem,
+    vector: _Coordinates,
+    linear_solver: lx.AbstractLinearSolver,
+) -> _Coordinates:
+    """The inverse of the Hessian at `y`, times a vector."""
+    hessian = lx.FunctionLinearOperator(
+        lambda vector: span.hessian_product(y, problem, vector),
+        jax.eval_shape(lambda: vector),
+        lx.positive_semidefinite_tag,
+    )
+    return lx.linear_solve(hessian, vector, linear_solver, throw=False).value
+
+
+@eqx.filter_custom_jvp
+def _implicit(y, gradient, fixed):
+    """The solution `y`, which moves with its gradient as the implicit function theorem
+    has it.
+
+    `optimistix.ImplicitAdjoint` would do the same, but for Lineax's check of its linear
+    solve, an error that is raised through a callback: a program that has one is not
+    kept in JAX's persistent compilation cache.
+    """
+    del gradient, fixed
+    return y
+
+
+@_implicit.def_jvp
+def _(primals, tangents):
+    y, _, (span, problem, linear_solver) = primals
+    _, gradient_dot, _ = tangents
+    y_dot = jax.lax.custom_linear_solve(
+        lambda vector: span.hessian_product(y, problem, vector),
+        gradient_dot,
+        lambda _, vector: _solve(span, y, problem, vector, linear_solver),
+        symmetric=True,
+    )
+    return y, optax.tree.scale(-1.0, y_dot)
+
 
 class _Anchor(eqx.Module):
     r"""What is needed to differentiate a solution $W = Q V$, which leaves the span of
@@ -246,9 +291,9 @@ class _Anchor(eqx.Module):
         within = self.span.basis.T @ self.span.weights(y) @ self.span.contrasts
         return within + _only_derivative(moving)
 
-    def logits(self, y: _Coordinates, problem: _Problem) -> Float[Array, "n c"]:
+    def logits(self, problem: _Problem) -> Float[Array, "n c"]:
         moving = problem.images @ self.weights(self.at, problem)
-        return self.span.logits(y) + _only_derivative(moving)
+        return self.span.logits(self.at) + _only_derivative(moving)
 
 
 def _only_derivative(x: Array) -> Array:
@@ -265,13 +310,14 @@ class _ConvexNewton(optx.AbstractRootFinder):
 
     The step is halved until the function's slope along it is not much above zero: from
     a negative value, it can only grow. Values of the function, which rounding blurs
-    long before its gradient, are not compared.
+    long before its gradient, are not compared. `solve(y, v)` is the inverse of the
+    Hessian at `y`, times `v`.
     """
 
     rtol: float
     atol: float
     norm: Callable[[PyTree], Scalar]
-    linear_solver: lx.AbstractLinearSolver
+    solve: Callable[[PyTree, PyTree], PyTree]
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, y, args, options, f_struct, aux_struct, tags
@@ -279,12 +325,8 @@ class _ConvexNewton(optx.AbstractRootFinder):
 
     def step(self, fn, y, args, options, state, tags):
         del options, state, tags
-        gradient, lin_fn, aux = jax.linearize(lambda y: fn(y, args), y, has_aux=True)
-        hessian = lx.FunctionLinearOperator(
-            lin_fn, jax.eval_shape(lambda: y), lx.positive_semidefinite_tag
-        )
-        newton = lx.linear_solve(hessian, gradient, self.linear_solver, throw=False)
-        step = optax.tree.scale(-1.0, newton.value)
+        gradient, aux = fn(y, args)
+        step = optax.tree.scale(-1.0, self.solve(y, gradient))
         slope = optax.tree.vdot(gradient, step)
 
         def is_too_far(fraction):
