@@ -11,10 +11,12 @@ from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from ._auto_solver import AutoSolver
 from ._checks import check_data, check_inner
+from ._classifier import LogisticRegression
 from ._dataset import Dataset
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver
-from ._layout import Layout
+from ._layout import RowLayout
+from ._linear_layout import LinearLayout
 from ._outer_loop import Problem, run_block, State, Status, StepInfo
 from ._outer_loss import outer_loss
 
@@ -174,11 +176,14 @@ def distill(
             f"`optax.GradientTransformation`; got a {type(optimiser).__name__}."
         )
     learned, frozen = _partition(distilled, learn)
+    # Batches are of rows.
+    is_linear = isinstance(classifier, LogisticRegression) and batch_size is None
+    layout = LinearLayout.of(train) if is_linear else RowLayout.of(train)
 
     problem = Problem(
         frozen=frozen,
         classifier=classifier,
-        layout=Layout.of(train, classifier),
+        layout=layout,
         inner=inner,
         optimiser=optax.with_extra_args_support(optimiser),
         tolerance=tolerance,

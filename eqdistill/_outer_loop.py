@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver, Fitted
-from ._layout import data_loss, Layout
+from ._layout import AbstractLayout, data_loss, RowLayout
 
 
 class Status(eqx.Enumeration):
@@ -25,7 +25,7 @@ class Problem(eqx.Module):
 
     frozen: DistilledSet
     classifier: PyTree
-    layout: Layout
+    layout: AbstractLayout
     inner: AbstractInnerSolver
     optimiser: optax.GradientTransformationExtraArgs
     tolerance: float
@@ -62,7 +62,7 @@ def run_block(
     """
     first = state.step
     dynamic, static = eqx.partition(state, eqx.is_array)
-    dtype = problem.layout.images.dtype
+    dtype = jnp.result_type(*jax.tree.leaves(state.learned))
     history = StepInfo(*(jnp.full(block_size, jnp.nan, dtype) for _ in range(3)))
 
     def cond_fun(carry):
@@ -160,10 +160,11 @@ def _value_and_grad(
     return loss, gradient, problem.inner(problem.classifier, distilled)
 
 
-def _next_batch(state: State, problem: Problem) -> tuple[Layout, State]:
+def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:
     layout = problem.layout
     if problem.batch_size is None:
         return layout, state
+    assert isinstance(layout, RowLayout)
     batches_per_epoch = layout.num_images // problem.batch_size
     epoch, batch = jnp.divmod(state.step, batches_per_epoch)
     order = jax.lax.cond(

@@ -1,0 +1,158 @@
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._classifier import LogisticRegression
+from ._dataset import Dataset
+from ._layout import AbstractLayout, count_chunks
+
+
+class LinearLayout(AbstractLayout):
+    r"""Images for a [`eqdistill.LogisticRegression`][], in which rare pixels are
+    multiplied for rare images alone.
+
+    The background is the least value of each pixel, and is taken off. The pixels are
+    sorted by how often they are more than that, and the images by the rarest pixel in
+    which they are. A chunk of the sorted images then needs but the pixels up to its
+    rarest. Of MNIST that leaves 428 of 784 in the mean.
+
+    A chunk lies in memory by pixels, which is how CPUs multiply it fastest both for the
+    logits, $W^\top X$, and for the gradient, $X R$.
+    """
+
+    chunks: tuple["_Chunk", ...]
+    order: Int[Array, " p"]
+    background: Float[Array, " p"] | None
+    num_images: int = eqx.field(static=True)
+
+    @staticmethod
+    def of(data: Dataset) -> "LinearLayout":
+        # On the host: the shapes of the chunks depend on what is in the images.
+        pixels = np.asarray(data.images).reshape(len(data), -1)
+        labels = np.asarray(data.labels)
+        dtype = jax.eval_shape(data.floating).dtype
+        num_chunks = min(count_chunks(*pixels.shape, chunk_bytes=2**23), _MOST_CHUNKS)
+        chunk_size = -(-len(pixels) // num_chunks)
+        chunk_size += -chunk_size % _LANES
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = np.array_split(pixels, num_chunks)
+            extrema = pool.map(lambda part: (part.min(axis=0), part.max(axis=0)), parts)
+            minima, maxima = zip(*extrema, strict=True)
+            background = np.min(minima, axis=0)
+            is_constant = np.max(maxima, axis=0) == background
+            order = _by_frequency(pixels, background, is_constant)
+            # In so few steps as fit a byte, to be quick.
+            levels = np.linspace(0, 255, len(order)).astype(np.uint8)
+            rarity = np.empty_like(levels)
+            rarity[order] = levels
+            rarest = pool.map(
+                lambda part: np.max((part != background) * rarity, axis=1), parts
+            )
+            rarest = np.concatenate(list(rarest))
+            num_varying = max(np.sum(~is_constant), 1)
+
+            def cut(rows):
+                q = np.searchsorted(levels, rarest[rows[-1]], side="right")
+                varying = order[: min(q, num_varying)]
+                chunk = pixels[rows].T[varying] - background[varying][:, None]
+                return _floating(chunk, dtype), labels[rows]
+
+            rows = np.argsort(rarest, kind="stable")
+            rows = np.split(rows, range(chunk_size, len(rows), chunk_size))
+            chunks = jax.device_put(list(pool.map(cut, rows)))
+        return LinearLayout(
+            chunks=tuple(_Chunk(*chunk) for chunk in chunks),
+            order=jnp.asarray(order),
+            background=(
+                jnp.asarray(_floating(background, dtype)) if background.any() else None
+            ),
+            num_images=len(data),
+        )
+
+    def value(self, classifier):
+        losses, _ = self._by_chunk(classifier)
+        return sum(losses) / self.num_images
+
+    def value_and_grad(self, classifier):
+        losses, residuals = self._by_chunk(classifier)
+        weights = jnp.zeros_like(classifier.weights)
+        for chunk, residual in zip(self.chunks, residuals, strict=True):
+            product = chunk.multiply_back(residual)
+            weights = weights.at[: len(product)].add(product)
+        weights = jnp.zeros_like(weights).at[self.order].set(weights)
+        intercept = sum(jnp.sum(residual, axis=1) for residual in residuals)
+        if self.background is not None:
+            weights = weights + jnp.outer(self.background, intercept)
+        gradient = eqx.tree_at(lambda c: c.weights, classifier, weights)
+        if classifier.intercept is not None:
+            gradient = eqx.tree_at(lambda c: c.intercept, gradient, intercept)
+        total = (sum(losses), gradient)
+        return jax.tree.map(lambda x: x / self.num_images, total)
+
+    def _by_chunk(self, classifier: PyTree):
+        """The sum of the losses of each chunk, and its gradient in the logits."""
+        offset = classifier.intercept
+        if self.background is not None:
+            constant = self.background @ classifier.weights
+            offset = constant if offset is None else offset + constant
+        weights = classifier.weights[self.order].T
+        losses, residuals = [], []
+        for chunk in self.chunks:
+            logits = chunk.multiply(weights)
+            if offset is not None:
+                logits = logits + offset[:, None]
+            loss, residual = jax.value_and_grad(_sum_of_losses)(logits, chunk.labels)
+            losses.append(loss)
+            residuals.append(residual)
+        return losses, residuals
+
+
+# So many programs in one are still compiled in less than a second.
+_MOST_CHUNKS = 32
+# CPUs multiply by so many numbers at once.
+_LANES = 16
+
+
+class _Chunk(eqx.Module):
+    """Of `m` images, the first `q` of the sorted pixels, less the background."""
+
+    pixels: Float[Array, "q m"]
+    labels: Int[Array, " m"]
+
+    def multiply(self, weights: Float[Array, "c p"]) -> Float[Array, "c m"]:
+        return weights[:, : len(self.pixels)] @ self.pixels
+
+    def multiply_back(self, residual: Float[Array, "c m"]) -> Float[Array, "q c"]:
+        num_classes = len(residual)
+        padded = jnp.pad(residual, ((0, -num_classes % _LANES), (0, 0)))
+        return (self.pixels @ padded.T)[:, :num_classes]
+
+
+def _sum_of_losses(logits: Float[Array, "c m"], labels: Int[Array, " m"]):
+    targets = jax.nn.one_hot(labels, len(logits), axis=0)
+    return jnp.sum(optax.softmax_cross_entropy(logits, targets, axis=0))
+
+
+def _by_frequency(
+    pixels: np.ndarray, background: np.ndarray, is_constant: np.ndarray
+) -> np.ndarray:
+    """The pixels, from those most often not in the background to those never."""
+    some = pixels[:: -(-len(pixels) // 4096)]
+    frequency = np.mean(some != background, axis=0)
+    return np.argsort(is_constant - frequency, kind="stable")
+
+
+def _floating(pixels: np.ndarray, dtype) -> np.ndarray:
+    """As `Dataset.floating`, in memory that JAX need not copy."""
+    size = pixels.size * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    out = buffer[start : start + size].view(dtype).reshape(pixels.shape)
+    scale = 255 if pixels.dtype == np.uint8 else 1
+    return np.divide(pixels, dtype.type(scale), out=out)
