@@ -65,6 +65,17 @@ def label_residual(
     return jnp.where(is_top, -jnp.sum(others, axis=1, keepdims=True), others)
 
 
+def softmax_covariance(logits: Float[Array, "n c"]) -> Float[Array, "n c c"]:
+    r"""$\mathrm{diag}(p) - p p^\top$ with $p = \mathrm{softmax}(z)$, the Hessian of the
+    cross-entropy in the logits. Each entry is found to full relative precision."""
+    p = jax.nn.softmax(logits)
+    products = p[:, :, None] * p[:, None, :]
+    is_diagonal = jnp.eye(logits.shape[1], dtype=bool)
+    # The rows sum to zero.
+    others = jnp.where(is_diagonal, 0, products)
+    return jnp.where(is_diagonal, jnp.sum(others, axis=2, keepdims=True), -products)
+
+
 def classification_loss(
     classifier: PyTree,
     images: Float[Array, "n *shape"],

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver, Fitted, gradient_norm
-from ._losses import label_residual
+from ._losses import label_residual, softmax_covariance
 
 
 class SpanSolver(AbstractInnerSolver):
@@ -208,12 +208,21 @@ class _Span(eqx.Module):
             return _Coordinates(weights, None)
         return _Coordinates(weights, -self.shift @ ridge - self.outside @ residuals)
 
-    def hessian_product(
-        self, y: _Coordinates, problem: _Problem, vector: _Coordinates
-    ) -> _Coordinates:
-        """The derivative of `gradient` at `y` along `vector`."""
-        gradient = lambda y: self.gradient(y, self.logits(y), problem)
-        _, product = jax.jvp(gradient, (y,), (vector,))
+    def hessian(
+        self, y: _Coordinates, problem: _Problem
+    ) -> Callable[[_Coordinates], _Coordinates]:
+        """The derivative of `gradient` at `y`, as a function of the direction."""
+        covariance = softmax_covariance(self.logits(y))
+
+        def product(vector):
+            change = jnp.einsum("nkl,nl->nk", covariance, self.logits(vector))
+            change = change @ self.contrasts.T
+            ridge = problem.scale * self.weights(vector)
+            weights = ridge + self.features.T @ change
+            if y.intercept is None:
+                return _Coordinates(weights, None)
+            return _Coordinates(weights, self.outside @ change - self.shift @ ridge)
+
         return product
 
 
@@ -226,7 +235,7 @@ def _solve(
 ) -> _Coordinates:
     """The inverse of the Hessian at `y`, times a vector."""
     hessian = lx.FunctionLinearOperator(
-        lambda vector: span.hessian_product(y, problem, vector),
+        span.hessian(y, problem),
         jax.eval_shape(lambda: vector),
         lx.positive_semidefinite_tag,
     )
@@ -251,7 +260,7 @@ def _(primals, tangents):
     y, _, (span, problem, linear_solver) = primals
     _, gradient_dot, _ = tangents
     y_dot = jax.lax.custom_linear_solve(
-        lambda vector: span.hessian_product(y, problem, vector),
+        span.hessian(y, problem),
         gradient_dot,
         lambda _, vector: _solve(span, y, problem, vector, linear_solver),
         symmetric=True,
