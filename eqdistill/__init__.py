@@ -1,13 +1,14 @@
 """Dataset distillation in JAX and Equinox."""
 
-# The hook below would compile anew whatever is first imported under it.
-import equinox as equinox
-import lineax as lineax
-import optax as optax
-import optimistix as optimistix
-import safetensors.numpy
-import scipy.linalg
-import scipy.special
+# The hook below compiles anew what is first imported under it: not these, which take
+# twice as long then.
+import equinox  # noqa: F401
+import lineax  # noqa: F401
+import optax  # noqa: F401
+import optimistix  # noqa: F401
+import safetensors.numpy  # noqa: F401
+import scipy.linalg  # noqa: F401
+import scipy.special  # noqa: F401
 from jaxtyping import install_import_hook
 
 

@@ -30,7 +30,7 @@ def check_inner(distilled: DistilledSet, classifier: PyTree) -> DistilledSet:
         return distilled
     labels = error_if(
         labels,
-        jnp.any((labels < 0) | (labels >= num_classes)),
+        lambda x: ((x < 0) | (x >= num_classes)).any(),
         f"`distilled.labels` must be in [0, {num_classes}), the classes of "
         "`classifier`; some are not.",
     )

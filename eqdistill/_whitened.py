@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -89,11 +90,8 @@ class _Coordinates(eqx.Module):
 
     @staticmethod
     def of_data(train: Dataset, damping: float) -> "_Coordinates":
-        factor = _factor(train, damping)
-        # Well conditioned by the damping: products with it are quicker than solves.
-        inverse = jax.scipy.linalg.solve_triangular(
-            factor, jnp.eye(len(factor)), lower=True
-        )
+        some = np.asarray(train.images)[:: -(-len(train) // 4096)]
+        factor, inverse = _factor(eqx.tree_at(lambda d: d.images, train, some), damping)
         return _Coordinates(factor, inverse, train.shape)
 
     def of(self, params: PyTree) -> PyTree:
@@ -132,12 +130,14 @@ def _on_stored_gradient(fn: Callable[[PyTree], PyTree], state: PyTree) -> PyTree
 
 
 @eqx.filter_jit
-def _factor(train: Dataset, damping: float) -> Float[Array, "p p"]:
-    step = -(-len(train) // 4096)
-    some = eqx.tree_at(lambda d: d.images, train, train.images[::step])
+def _factor(some: Dataset, damping: float):
     images = some.floating().reshape(len(some.images), -1)
     moments = images.T @ images / len(images)
     scale = damping * jnp.trace(moments)
     # Images that are zero throughout leave the coordinates as they are.
     scale = jnp.where(scale > 0, scale, 1)
-    return jnp.linalg.cholesky(moments + scale * jnp.eye(len(moments)))
+    identity = jnp.eye(len(moments))
+    factor = jnp.linalg.cholesky(moments + scale * identity)
+    # Well conditioned by the damping: products with it are quicker than solves.
+    inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
+    return factor, inverse
