@@ -1,5 +1,6 @@
 import equinox as eqx
 import lineax as lx
+import optax
 import optimistix as optx
 from jaxtyping import PyTree
 
@@ -41,17 +42,21 @@ class ArgminSolver(AbstractInnerSolver):
     adjoint: optx.AbstractAdjoint = optx.ImplicitAdjoint(DampedCG())
     max_steps: int = 4096
 
-    def __call__(self, classifier: PyTree, distilled: DistilledSet) -> Fitted:
+    def __call__(
+        self, classifier: PyTree, distilled: DistilledSet, tilt: PyTree | None = None
+    ) -> Fitted:
         params, static = eqx.partition(classifier, eqx.is_inexact_array)
 
-        def objective(params, distilled):
-            return inner_loss(eqx.combine(params, static), distilled)
+        def objective(params, args):
+            distilled, tilt = args
+            loss = inner_loss(eqx.combine(params, static), distilled)
+            return loss if tilt is None else loss + optax.tree.vdot(tilt, params)
 
         solution = optx.minimise(
             objective,
             self.solver,
             params,
-            args=distilled,
+            args=(distilled, tilt),
             max_steps=self.max_steps,
             adjoint=self.adjoint,
             tags=frozenset({lx.positive_semidefinite_tag}),

@@ -13,10 +13,12 @@ class AutoSolver(AbstractInnerSolver):
     2,000 unknowns $n c$, and [`eqdistill.ArgminSolver`][] for all else.
     """
 
-    def __call__(self, classifier: PyTree, distilled: DistilledSet) -> Fitted:
+    def __call__(
+        self, classifier: PyTree, distilled: DistilledSet, tilt: PyTree | None = None
+    ) -> Fitted:
         """As [`eqdistill.AbstractInnerSolver`][]."""
         if isinstance(classifier, LogisticRegression):
             _, num_classes = classifier.weights.shape
             if len(distilled) * num_classes <= 2000:
-                return SpanSolver()(classifier, distilled)
-        return ArgminSolver()(classifier, distilled)
+                return SpanSolver()(classifier, distilled, tilt)
+        return ArgminSolver()(classifier, distilled, tilt)

@@ -31,11 +31,21 @@ class History(eqx.Module):
     - `gradient_norm`: the Euclidean norm of the hypergradient over all that is
         learned.
     - `inner_residual`: the `gradient_norm` of the step's [`eqdistill.Fitted`][].
+    - `adjoint_residual`: that of the adjoint's linear system, relative to its right-hand
+        side.
+    - `error_bound`: a bound on the Euclidean distance of the hypergradient from the
+        exact one, but for rounding errors. It holds for an
+        [`eqdistill.LogisticRegression`][] without an intercept, and is infinite for
+        all else, for which none is known.
+
+    The last two are infinite for a step whose gradient is what a line search kept.
     """
 
     loss: Float[np.ndarray, " steps"]
     gradient_norm: Float[np.ndarray, " steps"]
     inner_residual: Float[np.ndarray, " steps"]
+    adjoint_residual: Float[np.ndarray, " steps"]
+    error_bound: Float[np.ndarray, " steps"]
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -249,15 +259,11 @@ def distill(
     return so_far(best)
 
 
-_NO_HISTORY = History(*[np.zeros(0, np.float32)] * 3)
+_NO_HISTORY = History(*[np.zeros(0, np.float32)] * 5)
 
 
 def _history(info: StepInfo, num_steps: int) -> History:
-    loss, gradient_norm, inner_residual = (
-        np.asarray(x)[:num_steps]
-        for x in (info.loss, info.gradient_norm, info.inner_residual)
-    )
-    return History(loss, gradient_norm, inner_residual)
+    return History(*(np.asarray(x)[:num_steps] for x in jax.tree.leaves(info)))
 
 
 def _partition(

@@ -67,7 +67,9 @@ class AbstractInnerSolver(eqx.Module):
     """
 
     @abc.abstractmethod
-    def __call__(self, classifier: PyTree, distilled: DistilledSet) -> Fitted:
+    def __call__(
+        self, classifier: PyTree, distilled: DistilledSet, tilt: PyTree | None = None
+    ) -> Fitted:
         """Fits the classifier to the distilled set.
 
         **Arguments:**
@@ -75,10 +77,15 @@ class AbstractInnerSolver(eqx.Module):
         - `classifier`: the classifier whose parameters are to be fitted; where they
             start, for solvers that need a start.
         - `distilled`: the distilled set to fit it to.
+        - `tilt`: a linear term that is added to the inner loss: its inner product with
+            the parameters, the floating-point arrays of the classifier, whose structure
+            it has. Zero, which is as good as `None`, but that one may differentiate in
+            it: minus the derivative of an outer loss is the adjoint, which tells how
+            exact a hypergradient is.
 
         **Returns:**
 
         A [`eqdistill.Fitted`][], whose `classifier` may be differentiated with respect
-        to every array in `distilled`. It is returned whether or not the solve
-        succeeded: see its `converged`.
+        to every array in `distilled` and `tilt`. It is returned whether or not the
+        solve succeeded: see its `converged`.
         """

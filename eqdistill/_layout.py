@@ -22,6 +22,10 @@ class AbstractLayout(eqx.Module):
     def value_and_grad(self, classifier: PyTree) -> tuple[Float[Array, ""], PyTree]:
         """The same, and its gradient in the floating-point arrays of the classifier."""
 
+    @abc.abstractmethod
+    def mean_square(self) -> Float[Array, ""]:
+        r"""The mean of $\|x\|^2$ over the images."""
+
 
 @eqx.filter_custom_vjp
 def data_loss(classifier: PyTree, layout: AbstractLayout) -> Float[Array, ""]:
@@ -71,6 +75,10 @@ class RowLayout(AbstractLayout):
 
     def value_and_grad(self, classifier):
         return self._over_chunks(eqx.filter_value_and_grad(_sum_of_losses), classifier)
+
+    def mean_square(self):
+        squares = jnp.sum(self.images[: self.num_images] ** 2)
+        return squares / self.num_images
 
     def _over_chunks(self, fn, classifier):
         """The sum of a function of a chunk over all chunks, divided by the number of

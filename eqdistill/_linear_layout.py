@@ -29,6 +29,7 @@ class LinearLayout(AbstractLayout):
     chunks: tuple["_Chunk", ...]
     order: Int[Array, " p"]
     background: Float[Array, " p"] | None
+    sum_of_squares: Float[Array, ""]
     num_images: int = eqx.field(static=True)
 
     @staticmethod
@@ -57,23 +58,33 @@ class LinearLayout(AbstractLayout):
             rarest = np.concatenate(list(rarest))
             num_varying = max(np.sum(~is_constant), 1)
 
+            floating = _floating(background, dtype)
+
             def cut(rows):
                 q = np.searchsorted(levels, rarest[rows[-1]], side="right")
                 varying = order[: min(q, num_varying)]
                 chunk = pixels[rows].T[varying] - background[varying][:, None]
-                return _floating(chunk, dtype), labels[rows]
+                chunk = _floating(chunk, dtype)
+                # Of |x|^2, what is not of the background alone.
+                squares = np.vdot(chunk, chunk)
+                if background.any():
+                    squares += 2 * np.vdot(floating[varying], chunk.sum(axis=1))
+                return chunk, labels[rows], squares
 
             rows = np.argsort(rarest, kind="stable")
             rows = np.split(rows, range(chunk_size, len(rows), chunk_size))
-            chunks = jax.device_put(list(pool.map(cut, rows)))
+            *chunks, squares = zip(*pool.map(cut, rows), strict=True)
+        squares = sum(squares) + len(data) * np.vdot(floating, floating)
         return LinearLayout(
-            chunks=tuple(_Chunk(*chunk) for chunk in chunks),
+            chunks=tuple(map(_Chunk, *jax.device_put(chunks))),
             order=jnp.asarray(order),
-            background=(
-                jnp.asarray(_floating(background, dtype)) if background.any() else None
-            ),
+            background=jnp.asarray(floating) if background.any() else None,
+            sum_of_squares=jnp.asarray(squares),
             num_images=len(data),
         )
+
+    def mean_square(self):
+        return self.sum_of_squares / self.num_images
 
     def value(self, classifier):
         losses, _ = self._by_chunk(classifier)

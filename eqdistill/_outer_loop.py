@@ -5,8 +5,10 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
-from ._inner_solver import AbstractInnerSolver, Fitted
+from ._error_bound import adjoint_residual, error_bound
+from ._inner_solver import AbstractInnerSolver
 from ._layout import AbstractLayout, data_loss, RowLayout
 
 
@@ -49,6 +51,8 @@ class StepInfo(eqx.Module):
     loss: Float[Array, "*steps"]
     gradient_norm: Float[Array, "*steps"]
     inner_residual: Float[Array, "*steps"]
+    adjoint_residual: Float[Array, "*steps"]
+    error_bound: Float[Array, "*steps"]
 
 
 @eqx.filter_jit
@@ -63,7 +67,7 @@ def run_block(
     first = state.step
     dynamic, static = eqx.partition(state, eqx.is_array)
     dtype = jnp.result_type(*jax.tree.leaves(state.learned))
-    history = StepInfo(*(jnp.full(block_size, jnp.nan, dtype) for _ in range(3)))
+    history = StepInfo(*(jnp.full(block_size, jnp.nan, dtype) for _ in range(5)))
 
     def cond_fun(carry):
         state = eqx.combine(carry[0], static)
@@ -85,19 +89,33 @@ def run_block(
 def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     batch, state = _next_batch(state, problem)
 
-    def objective(learned):
-        distilled = eqx.combine(learned, problem.frozen)
-        fitted = problem.inner(problem.classifier, distilled)
-        return data_loss(fitted.classifier, batch), fitted
+    params, static = eqx.partition(problem.classifier, eqx.is_inexact_array)
 
-    loss, gradient, fitted = _value_and_grad(objective, state, problem)
+    def fit(learned, tilt):
+        distilled = eqx.combine(learned, problem.frozen)
+        fitted = problem.inner(problem.classifier, distilled, tilt)
+        return eqx.filter(fitted.classifier, eqx.is_inexact_array), fitted
+
+    def loss_of(params):
+        return data_loss(eqx.combine(params, static), batch)
+
+    def evaluate(learned):
+        tilt = optax.tree.zeros_like(params)
+        fitted_params, pull_back, fitted = jax.vjp(fit, learned, tilt, has_aux=True)
+        loss, cotangent = jax.value_and_grad(loss_of)(fitted_params)
+        gradient, minus_adjoint = pull_back(cotangent)
+        adjoint = optax.tree.scale(-1.0, minus_adjoint)
+        errors = _errors(learned, gradient, fitted, adjoint, cotangent, batch, problem)
+        return loss, gradient, fitted, errors
+
+    loss, gradient, fitted, errors = _unless_stored(evaluate, fit, state, problem)
     updates, optimiser_state = problem.optimiser.update(
         gradient,
         state.optimiser_state,
         state.learned,
         value=loss,
         grad=gradient,
-        value_fn=lambda learned: objective(learned)[0],
+        value_fn=lambda learned: loss_of(fit(learned, None)[0]),
     )
     updated = eqx.apply_updates(state.learned, updates)
     gradient_norm = optax.tree.norm(gradient)
@@ -127,13 +145,35 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
         step=state.step + here_is_good,
         status=status,
     )
-    return new_state, StepInfo(loss, gradient_norm, fitted.gradient_norm)
+    return new_state, StepInfo(loss, gradient_norm, fitted.gradient_norm, *errors)
 
 
-def _value_and_grad(
-    objective, state: State, problem: Problem
-) -> tuple[Float[Array, ""], PyTree, Fitted]:
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+def _errors(learned, gradient, fitted, adjoint, cotangent, batch, problem):
+    """The relative residual of the adjoint, and the bound on the hypergradient's error:
+    infinite where none is known."""
+    distilled = eqx.combine(learned, problem.frozen)
+    classifier, inner_residual = fitted.classifier, fitted.gradient_norm
+    residual = adjoint_residual(classifier, distilled, adjoint, cotangent)
+    scale = optax.tree.norm(cotangent)
+    relative = optax.tree.norm(residual) / jnp.where(scale > 0, scale, 1)
+    if not isinstance(classifier, LogisticRegression) or (
+        classifier.intercept is not None
+    ):
+        return relative, jnp.full_like(relative, jnp.inf)
+    bound = error_bound(
+        classifier,
+        distilled,
+        learned,
+        gradient,
+        adjoint,
+        residual,
+        inner_residual,
+        batch.mean_square(),
+    )
+    return relative, bound
+
+
+def _unless_stored(evaluate, fit, state: State, problem: Problem):
     stored_loss = optax.tree.get(state.optimiser_state, "value")
     stored_gradient = optax.tree.get(state.optimiser_state, "grad")
     # A line search ends where the next step begins, and keeps what it evaluated there.
@@ -143,21 +183,22 @@ def _value_and_grad(
         or stored_loss is None
         or jax.tree.structure(stored_gradient) != jax.tree.structure(state.learned)
     ):
-        (loss, fitted), gradient = value_and_grad(state.learned)
-        return loss, gradient, fitted
+        return evaluate(state.learned)
 
-    def evaluate(learned):
-        (loss, _), gradient = value_and_grad(learned)
-        return loss, gradient
+    def stored(_):
+        # The search does not keep the adjoint.
+        unknown = (jnp.full_like(stored_loss, jnp.inf),) * 2
+        return stored_loss, stored_gradient, unknown
 
-    loss, gradient = jax.lax.cond(
-        jnp.isfinite(stored_loss),
-        lambda _: (stored_loss, stored_gradient),
-        evaluate,
-        state.learned,
+    def anew(learned):
+        loss, gradient, _, errors = evaluate(learned)
+        return loss, gradient, errors
+
+    loss, gradient, errors = jax.lax.cond(
+        jnp.isfinite(stored_loss), stored, anew, state.learned
     )
-    distilled = eqx.combine(state.learned, problem.frozen)
-    return loss, gradient, problem.inner(problem.classifier, distilled)
+    _, fitted = fit(state.learned, None)
+    return loss, gradient, fitted, errors
 
 
 def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:

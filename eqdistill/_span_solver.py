@@ -56,7 +56,9 @@ class SpanSolver(AbstractInnerSolver):
     atol: float | None = None
     max_steps: int = 100
 
-    def __call__(self, classifier: PyTree, distilled: DistilledSet) -> Fitted:
+    def __call__(
+        self, classifier: PyTree, distilled: DistilledSet, tilt: PyTree | None = None
+    ) -> Fitted:
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
@@ -71,7 +73,12 @@ class SpanSolver(AbstractInnerSolver):
         n = len(distilled)
         _, c = classifier.weights.shape
         images = distilled.images.reshape(n, -1)
-        problem = _Problem(images, distilled.labels, n * distilled.l2)
+        problem = _Problem(
+            images,
+            distilled.labels,
+            n * distilled.l2,
+            None if tilt is None else optax.tree.scale(n, tilt),
+        )
         fixed = jax.lax.stop_gradient(problem)
         span = _Span.of(fixed.images, c)
 
@@ -93,8 +100,13 @@ class SpanSolver(AbstractInnerSolver):
             throw=False,
         )
         anchor = _Anchor.of(solution.value, span, fixed)
-        # Only the labels and the logits are to be differentiated in: see `_Anchor`.
-        free = eqx.tree_at(lambda p: p.labels, fixed, problem.labels)
+        # Not in the images and the ridge: see `_Anchor`.
+        free = eqx.tree_at(
+            lambda p: (p.labels, p.tilt),
+            fixed,
+            (problem.labels, problem.tilt),
+            is_leaf=lambda x: x is None,
+        )
         coordinates = _implicit(
             solution.value,
             span.gradient(solution.value, anchor.logits(problem), free),
@@ -118,9 +130,12 @@ class SpanSolver(AbstractInnerSolver):
 
 
 class _Problem(eqx.Module):
+    """With `n` times the ridge, and `n` times the tilt, which is zero."""
+
     images: Float[Array, "n p"]
     labels: Int[Array, " n"] | Float[Array, "n c"]
     scale: Float[Array, ""]
+    tilt: LogisticRegression | None
 
 
 class _Coordinates(eqx.Module):
@@ -206,7 +221,10 @@ class _Span(eqx.Module):
         weights = ridge - self.features.T @ residuals
         if y.intercept is None:
             return _Coordinates(weights, None)
-        return _Coordinates(weights, -self.shift @ ridge - self.outside @ residuals)
+        intercept = -self.shift @ ridge - self.outside @ residuals
+        if problem.tilt is not None and problem.tilt.intercept is not None:
+            intercept = intercept + self.contrasts @ problem.tilt.intercept
+        return _Coordinates(weights, intercept)
 
     def hessian(
         self, y: _Coordinates, problem: _Problem
@@ -275,11 +293,12 @@ class _Anchor(eqx.Module):
     Let $A$ be its residuals. To first order in a change of the images and the ridge,
     the solution is
 
-    $$W = \theta^\top A / n \lambda + Q \, (V - V_0)$$
+    $$W = (\theta^\top A - n \tau) / n \lambda + Q \, (V - V_0)$$
 
-    with $A$, $Q$ and the coordinates $V_0$ held fixed: the change of $A$ is multiplied
-    by the old images, and so stays in their span. For the first term's value $Q V_0$ is
-    put: it is exact to rounding, where a small difference over a small ridge is not.
+    with the tilt $\tau$, and with $A$, $Q$ and the coordinates $V_0$ held fixed: the
+    change of $A$ is multiplied by the old images, and so stays in their span. For the
+    first term's value $Q V_0$ is put: it is exact to rounding, where a small difference
+    over a small ridge is not.
     """
 
     span: _Span
@@ -296,7 +315,10 @@ class _Anchor(eqx.Module):
         return jax.lax.stop_gradient(_Anchor(span, y, outside + problem.scale * within))
 
     def weights(self, y: _Coordinates, problem: _Problem) -> Float[Array, "p c"]:
-        moving = problem.images.T @ self.residuals / problem.scale
+        moving = problem.images.T @ self.residuals
+        if problem.tilt is not None:
+            moving = moving - problem.tilt.weights
+        moving = moving / problem.scale
         within = self.span.basis.T @ self.span.weights(y) @ self.span.contrasts
         return within + _only_derivative(moving)
 

@@ -34,9 +34,9 @@ def test_colour_is_refused():
 
 
 def test_history(tmp_path):
-    loss, norm, residual = np.geomspace(1, 1e-3, 60, dtype=np.float32).reshape(3, 20)
-    figure = eqd.plot.history(eqd.History(loss, norm, residual))
+    series = np.geomspace(1, 1e-4, 100, dtype=np.float32).reshape(5, 20)
+    figure = eqd.plot.history(eqd.History(*series))
     left, right = figure.axes
-    np.testing.assert_array_equal(left.lines[0].get_ydata(), loss)
+    np.testing.assert_array_equal(left.lines[0].get_ydata(), series[0])
     assert right.get_yscale() == "log"
     figure.savefig(tmp_path / "history.png")

@@ -1,0 +1,104 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from ._classifier import LogisticRegression
+from ._distilled_set import DistilledSet
+from ._inner_solver import inner_loss
+from ._losses import label_residual, softmax_covariance
+
+
+def adjoint_residual(
+    classifier: PyTree, distilled: DistilledSet, adjoint: PyTree, cotangent: PyTree
+) -> PyTree:
+    r"""$H u - v$, by which an adjoint $u$ fails to solve its linear system, with the
+    Hessian $H$ of the inner loss and the gradient $v$ of the outer loss, both in the
+    parameters of the classifier."""
+    params, static = eqx.partition(classifier, eqx.is_inexact_array)
+    gradient = jax.grad(lambda p: inner_loss(eqx.combine(p, static), distilled))
+    _, product = jax.jvp(gradient, (params,), (adjoint,))
+    return optax.tree.sub(product, cotangent)
+
+
+def error_bound(
+    classifier: LogisticRegression,
+    distilled: DistilledSet,
+    learned: PyTree,
+    hypergradient: PyTree,
+    adjoint: LogisticRegression,
+    residual: LogisticRegression,
+    inner_residual: Float[Array, ""],
+    mean_square: Float[Array, ""],
+) -> Float[Array, ""]:
+    r"""A bound on the Euclidean distance of a hypergradient from the true one, for
+    logistic regression without an intercept. `docs/mathematics.md` proves it.
+
+    **Arguments:**
+
+    - `classifier`: that at which the hypergradient was taken: near the inner problem's
+        solution.
+    - `distilled`: the distilled set.
+    - `learned`: the same, with what is not learned left out.
+    - `hypergradient`: that which is to be checked, of the structure of `learned`.
+    - `adjoint`: $u$, with which it should have been taken.
+    - `residual`: $H u - v$.
+    - `inner_residual`: the norm of the inner loss's gradient at the classifier.
+    - `mean_square`: the mean of $\|x\|^2$ over the real images.
+
+    **Returns:**
+
+    The bound, in exact arithmetic: it knows nothing of rounding, nor of the sampling
+    error where the real images are a batch.
+
+    Source: Blondel et al., *Efficient and modular implicit differentiation*, 2022,
+    Theorem 1, and Pedregosa, *Hyperparameter optimization with approximate gradient*,
+    2016, Theorem 1, for the principle, with the constants of logistic regression.
+    """
+    n, c = len(distilled), classifier.weights.shape[1]
+    l2 = distilled.l2
+    images = distilled.images.reshape(n, -1)
+    weights, u = classifier.weights, adjoint.weights
+    logits, q = images @ weights, images @ u
+    a = label_residual(logits, distilled.labels)
+    norms = jnp.linalg.norm(images, axis=1)
+    spread = jnp.max(q, axis=1) - jnp.min(q, axis=1)
+
+    # Of the classifier, and of the adjoint.
+    delta = inner_residual / l2
+    hessian_change = jnp.mean(norms**2 * spread) / 2
+    epsilon = (
+        delta * (mean_square / 2 + hessian_change) + optax.tree.norm(residual)
+    ) / l2
+
+    # The hypergradient in each part, as it follows from the adjoint, and how far it may
+    # be moved by these two errors.
+    u_norm, w_norm, q_norm = (
+        jnp.linalg.norm(u),
+        jnp.linalg.norm(weights),
+        jnp.linalg.norm(q, axis=1),
+    )
+    change = jnp.einsum("nkl,nl->nk", softmax_covariance(logits), q)
+    follows, moves = {}, {}
+    follows["images"] = (a @ u.T - change @ weights.T) / n
+    moves["images"] = (
+        epsilon * (jnp.linalg.norm(a, axis=1) + norms * delta / 2)
+        + u_norm * norms * delta / 2
+        + delta * (q_norm + epsilon * norms) / 2
+        + w_norm * (epsilon * norms + spread * norms * delta) / 2
+    ) / n
+    follows["log_l2"] = -l2 * jnp.sum(u * weights)
+    moves["log_l2"] = l2 * (epsilon * (w_norm + delta) + u_norm * delta)
+    if distilled.labels.ndim == 2:
+        labels = softmax_covariance(distilled.labels)
+        follows["labels"] = jnp.einsum("nkl,nl->nk", labels, q) / n
+        moves["labels"] = epsilon * norms / (2 * n)
+
+    total = jnp.zeros(())
+    for name in follows:
+        if getattr(learned, name) is not None:
+            got = getattr(hypergradient, name)
+            apart = jnp.linalg.norm(got - follows[name].reshape(got.shape))
+            total = total + (apart + jnp.linalg.norm(moves[name])) ** 2
+    return jnp.sqrt(total)
