@@ -14,8 +14,9 @@ from ._checks import check_data, check_inner
 from ._classifier import LogisticRegression
 from ._dataset import Dataset
 from ._distilled_set import DistilledSet
+from ._growing_batch import GrowingBatch, GrowingLayout
 from ._inner_solver import AbstractInnerSolver
-from ._layout import RowLayout
+from ._layout import AbstractLayout, RowLayout
 from ._linear_layout import LinearLayout
 from ._outer_loop import Problem, run_block, State, Status, StepInfo
 from ._outer_loss import outer_loss
@@ -37,8 +38,9 @@ class History(eqx.Module):
         exact one, but for rounding errors. It holds for an
         [`eqdistill.LogisticRegression`][] without an intercept, and is infinite for
         all else, for which none is known.
+    - `num_images`: the number of real images in the step's batch.
 
-    The last two are infinite for a step whose gradient is what a line search kept.
+    The two before the last are infinite for a step whose gradient a line search kept.
     """
 
     loss: Float[np.ndarray, " steps"]
@@ -46,6 +48,7 @@ class History(eqx.Module):
     inner_residual: Float[np.ndarray, " steps"]
     adjoint_residual: Float[np.ndarray, " steps"]
     error_bound: Float[np.ndarray, " steps"]
+    num_images: Float[np.ndarray, " steps"]
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -96,7 +99,7 @@ def distill(
     optimiser: optax.GradientTransformation = optax.adam(0.02),
     steps: int = 50,
     learn: PyTree[bool] | None = None,
-    batch_size: int | None = None,
+    batch_size: int | GrowingBatch | None = None,
     key: PRNGKeyArray | None = None,
     tolerance: float = 0.0,
     block_size: int = 10,
@@ -130,8 +133,9 @@ def distill(
     - `learn`: what is learned: a pytree of bools with the structure of `distilled`.
         Defaults to its images.
     - `batch_size`: the number of real images in a step, drawn without replacement
-        until all have been used. Defaults to all of them.
-    - `key`: a `jax.random.key` for the order of the batches. Needed for them alone.
+        until all have been used; or a [`eqdistill.GrowingBatch`][]. Defaults to all of
+        them.
+    - `key`: a `jax.random.key` for the choice of the batches. Needed for them alone.
     - `tolerance`: stop when the Euclidean norm of the hypergradient is at most this.
     - `block_size`: the number of steps that are compiled into one call, between which
         progress is shown and `callback` is called.
@@ -173,7 +177,7 @@ def distill(
         raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
     if batch_size is None:
         key = jr.key(0) if key is None else key
-    elif not 1 <= batch_size <= len(train):
+    elif isinstance(batch_size, int) and not 1 <= batch_size <= len(train):
         raise ValueError(
             f"`batch_size` must be from 1 to {len(train)}, the number of images in "
             f"`train`; got {batch_size}."
@@ -186,9 +190,8 @@ def distill(
             f"`optax.GradientTransformation`; got a {type(optimiser).__name__}."
         )
     learned, frozen = _partition(distilled, learn)
-    # Batches are of rows.
-    is_linear = isinstance(classifier, LogisticRegression) and batch_size is None
-    layout = LinearLayout.of(train) if is_linear else RowLayout.of(train)
+    layout = _lay_out(train, classifier, batch_size, key)
+    optimiser_state = optimiser.init(learned)
 
     problem = Problem(
         frozen=frozen,
@@ -198,13 +201,17 @@ def distill(
         optimiser=optax.with_extra_args_support(optimiser),
         tolerance=tolerance,
         batch_size=batch_size,
+        new_optimiser_state=(
+            optimiser_state if isinstance(batch_size, GrowingBatch) else None
+        ),
     )
     state = State(
         learned=learned,
         last_good=learned,
-        optimiser_state=optimiser.init(learned),
+        optimiser_state=optimiser_state,
         key=key,
         order=jnp.arange(len(train)),
+        is_whole=jnp.array(False),
         step=jnp.array(0),
         status=Status.running,
     )
@@ -259,7 +266,34 @@ def distill(
     return so_far(best)
 
 
-_NO_HISTORY = History(*[np.zeros(0, np.float32)] * 5)
+_NO_HISTORY = History(*[np.zeros(0, np.float32)] * 6)
+
+
+def _lay_out(train: Dataset, classifier: PyTree, batch_size, key) -> AbstractLayout:
+    is_linear = isinstance(classifier, LogisticRegression)
+    if isinstance(batch_size, int):
+        # Of any rows.
+        return RowLayout.of(train)
+    of = LinearLayout.of if is_linear else RowLayout.of
+    if batch_size is None:
+        return of(train)
+    half = round(batch_size.fraction * len(train) / 2)
+    if not 0 < 2 * half < len(train):
+        raise ValueError(
+            "`batch_size.fraction` must leave at least one image in each half of the "
+            f"part to start on, and beyond it; got {batch_size.fraction} of {len(train)}."
+        )
+    order = np.asarray(jr.permutation(key, len(train)))
+    images, labels = np.asarray(train.images), np.asarray(train.labels)
+    first, second, others = (
+        of(
+            eqx.tree_at(
+                lambda d: (d.images, d.labels), train, (images[rows], labels[rows])
+            )
+        )
+        for rows in np.split(order, (half, 2 * half))
+    )
+    return GrowingLayout((first, second), others, jnp.array(False))
 
 
 def _history(info: StepInfo, num_steps: int) -> History:

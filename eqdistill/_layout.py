@@ -14,6 +14,13 @@ from ._losses import cross_entropies
 class AbstractLayout(eqx.Module):
     """Real images, laid out once for many passes over them."""
 
+    num_images: eqx.AbstractVar[int]
+
+    @property
+    def num_images_now(self) -> int | Int[Array, ""]:
+        """How many of them a pass goes over."""
+        return self.num_images
+
     @abc.abstractmethod
     def value(self, classifier: PyTree) -> Float[Array, ""]:
         """Mean cross-entropy of a classifier on all images."""
@@ -22,6 +29,7 @@ class AbstractLayout(eqx.Module):
     def value_and_grad(self, classifier: PyTree) -> tuple[Float[Array, ""], PyTree]:
         """The same, and its gradient in the floating-point arrays of the classifier."""
 
+    @property
     @abc.abstractmethod
     def mean_square(self) -> Float[Array, ""]:
         r"""The mean of $\|x\|^2$ over the images."""
@@ -76,6 +84,7 @@ class RowLayout(AbstractLayout):
     def value_and_grad(self, classifier):
         return self._over_chunks(eqx.filter_value_and_grad(_sum_of_losses), classifier)
 
+    @property
     def mean_square(self):
         squares = jnp.sum(self.images[: self.num_images] ** 2)
         return squares / self.num_images

@@ -37,7 +37,7 @@ class LinearLayout(AbstractLayout):
         # On the host: the shapes of the chunks depend on what is in the images.
         pixels = np.asarray(data.images).reshape(len(data), -1)
         labels = np.asarray(data.labels)
-        dtype = jax.eval_shape(data.floating).dtype
+        dtype = jax.eval_shape(Dataset.floating, data).dtype
         num_chunks = min(count_chunks(*pixels.shape, chunk_bytes=2**23), _MOST_CHUNKS)
         chunk_size = -(-len(pixels) // num_chunks)
         chunk_size += -chunk_size % _LANES
@@ -83,6 +83,7 @@ class LinearLayout(AbstractLayout):
             num_images=len(data),
         )
 
+    @property
     def mean_square(self):
         return self.sum_of_squares / self.num_images
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
 from ._error_bound import adjoint_residual, error_bound
+from ._growing_batch import GrowingBatch, GrowingLayout
 from ._inner_solver import AbstractInnerSolver
 from ._layout import AbstractLayout, data_loss, RowLayout
 
@@ -31,7 +32,8 @@ class Problem(eqx.Module):
     inner: AbstractInnerSolver
     optimiser: optax.GradientTransformationExtraArgs
     tolerance: float
-    batch_size: int | None = eqx.field(static=True)
+    batch_size: int | GrowingBatch | None = eqx.field(static=True)
+    new_optimiser_state: PyTree
 
 
 class State(eqx.Module):
@@ -43,6 +45,7 @@ class State(eqx.Module):
     optimiser_state: PyTree
     key: PRNGKeyArray
     order: Int[Array, " N"]
+    is_whole: Bool[Array, ""]
     step: Int[Array, ""]
     status: Status
 
@@ -53,6 +56,7 @@ class StepInfo(eqx.Module):
     inner_residual: Float[Array, "*steps"]
     adjoint_residual: Float[Array, "*steps"]
     error_bound: Float[Array, "*steps"]
+    num_images: Float[Array, "*steps"]
 
 
 @eqx.filter_jit
@@ -67,7 +71,7 @@ def run_block(
     first = state.step
     dynamic, static = eqx.partition(state, eqx.is_array)
     dtype = jnp.result_type(*jax.tree.leaves(state.learned))
-    history = StepInfo(*(jnp.full(block_size, jnp.nan, dtype) for _ in range(5)))
+    history = StepInfo(*(jnp.full(block_size, jnp.nan, dtype) for _ in range(6)))
 
     def cond_fun(carry):
         state = eqx.combine(carry[0], static)
@@ -102,13 +106,25 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     def evaluate(learned):
         tilt = optax.tree.zeros_like(params)
         fitted_params, pull_back, fitted = jax.vjp(fit, learned, tilt, has_aux=True)
-        loss, cotangent = jax.value_and_grad(loss_of)(fitted_params)
+        noise = jnp.zeros(())
+        if isinstance(batch, GrowingLayout):
+            (loss, cotangent), difference = batch.value_grad_and_difference(
+                fitted.classifier
+            )
+            cotangent, difference = eqx.filter(
+                (cotangent, difference), eqx.is_inexact_array
+            )
+            noise = optax.tree.norm(pull_back(difference)[0])
+        else:
+            loss, cotangent = jax.value_and_grad(loss_of)(fitted_params)
         gradient, minus_adjoint = pull_back(cotangent)
         adjoint = optax.tree.scale(-1.0, minus_adjoint)
         errors = _errors(learned, gradient, fitted, adjoint, cotangent, batch, problem)
-        return loss, gradient, fitted, errors
+        return loss, gradient, fitted, (noise, *errors)
 
-    loss, gradient, fitted, errors = _unless_stored(evaluate, fit, state, problem)
+    loss, gradient, fitted, (noise, *errors) = _unless_stored(
+        evaluate, fit, state, problem
+    )
     updates, optimiser_state = problem.optimiser.update(
         gradient,
         state.optimiser_state,
@@ -120,11 +136,22 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     updated = eqx.apply_updates(state.learned, updates)
     gradient_norm = optax.tree.norm(gradient)
 
+    is_part, grow = jnp.array(False), jnp.array(False)
+    if isinstance(problem.batch_size, GrowingBatch):
+        is_part = ~state.is_whole
+        grow = is_part & (noise >= problem.batch_size.ratio * gradient_norm)
+        optimiser_state = jax.tree.map(
+            lambda new, x, old: x if x is old else jnp.where(grow, new, x),
+            problem.new_optimiser_state,
+            optimiser_state,
+            state.optimiser_state,
+        )
+
     # The first of these that holds is what is reported.
     status = Status.running
     for pred, outcome in (
         (~_all_finite(updated), Status.update_not_finite),
-        (gradient_norm <= problem.tolerance, Status.converged),
+        ((gradient_norm <= problem.tolerance) & ~is_part, Status.converged),
         (~jnp.isfinite(gradient_norm), Status.gradient_not_finite),
         (~jnp.isfinite(loss), Status.loss_not_finite),
         (~fitted.converged, Status.inner_failed),
@@ -142,10 +169,14 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
         optimiser_state=optimiser_state,
         key=state.key,
         order=state.order,
+        is_whole=state.is_whole | grow,
         step=state.step + here_is_good,
         status=status,
     )
-    return new_state, StepInfo(loss, gradient_norm, fitted.gradient_norm, *errors)
+    num_images = jnp.asarray(batch.num_images_now, loss.dtype)
+    return new_state, StepInfo(
+        loss, gradient_norm, fitted.gradient_norm, *errors, num_images
+    )
 
 
 def _errors(learned, gradient, fitted, adjoint, cotangent, batch, problem):
@@ -168,7 +199,7 @@ def _errors(learned, gradient, fitted, adjoint, cotangent, batch, problem):
         adjoint,
         residual,
         inner_residual,
-        batch.mean_square(),
+        batch.mean_square,
     )
     return relative, bound
 
@@ -179,7 +210,7 @@ def _unless_stored(evaluate, fit, state: State, problem: Problem):
     # A line search ends where the next step begins, and keeps what it evaluated there.
     # That is of no use if the next step is on another batch.
     if (
-        problem.batch_size is not None
+        isinstance(problem.batch_size, int)
         or stored_loss is None
         or jax.tree.structure(stored_gradient) != jax.tree.structure(state.learned)
     ):
@@ -188,7 +219,7 @@ def _unless_stored(evaluate, fit, state: State, problem: Problem):
     def stored(_):
         # The search does not keep the adjoint.
         unknown = (jnp.full_like(stored_loss, jnp.inf),) * 2
-        return stored_loss, stored_gradient, unknown
+        return stored_loss, stored_gradient, (jnp.zeros_like(stored_loss), *unknown)
 
     def anew(learned):
         loss, gradient, _, errors = evaluate(learned)
@@ -205,6 +236,8 @@ def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:
     layout = problem.layout
     if problem.batch_size is None:
         return layout, state
+    if isinstance(layout, GrowingLayout):
+        return eqx.tree_at(lambda l: l.is_whole, layout, state.is_whole), state
     assert isinstance(layout, RowLayout)
     batches_per_epoch = layout.num_images // problem.batch_size
     epoch, batch = jnp.divmod(state.step, batches_per_epoch)
