@@ -22,8 +22,9 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     from ._auto_solver import AutoSolver as AutoSolver
     from ._classifier import LogisticRegression as LogisticRegression
     from ._dataset import Dataset as Dataset
-    from ._distill import (
-        distill as distill,
+    from ._distill import distill as distill
+    from ._distill_each import distill_each as distill_each
+    from ._distillation import (
         Distillation as Distillation,
         DistillationError as DistillationError,
         History as History,

@@ -4,90 +4,26 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import Float, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from ._auto_solver import AutoSolver
-from ._checks import check_data, check_inner
-from ._classifier import LogisticRegression
+from ._checks import check_data
 from ._dataset import Dataset
+from ._distillation import (
+    Distillation,
+    DistillationError,
+    History,
+    NO_HISTORY,
+    to_history,
+)
 from ._distilled_set import DistilledSet
-from ._growing_batch import GrowingBatch, GrowingLayout
+from ._growing_batch import GrowingBatch
 from ._inner_solver import AbstractInnerSolver
-from ._layout import AbstractLayout, RowLayout
-from ._linear_layout import LinearLayout
-from ._outer_loop import Problem, run_block, State, Status, StepInfo
+from ._outer_loop import new_state, run_block, Status
 from ._outer_loss import outer_loss
-
-
-class History(eqx.Module):
-    """What happened at each step of the outer loop, before its update.
-
-    **Attributes:**
-
-    - `loss`: the outer loss, in nats per image: on the step's batch, if batches are
-        used.
-    - `gradient_norm`: the Euclidean norm of the hypergradient over all that is
-        learned.
-    - `inner_residual`: the `gradient_norm` of the step's [`eqdistill.Fitted`][].
-    - `adjoint_residual`: that of the adjoint's linear system, relative to its right-hand
-        side.
-    - `error_bound`: a bound on the Euclidean distance of the hypergradient from the
-        exact one, but for rounding errors. It holds for an
-        [`eqdistill.LogisticRegression`][] without an intercept, and is infinite for
-        all else, for which none is known.
-    - `num_images`: the number of real images in the step's batch.
-
-    The two before the last are infinite for a step whose gradient a line search kept.
-    """
-
-    loss: Float[np.ndarray, " steps"]
-    gradient_norm: Float[np.ndarray, " steps"]
-    inner_residual: Float[np.ndarray, " steps"]
-    adjoint_residual: Float[np.ndarray, " steps"]
-    error_bound: Float[np.ndarray, " steps"]
-    num_images: Float[np.ndarray, " steps"]
-
-    def __len__(self) -> int:
-        return len(self.loss)
-
-
-class Distillation(eqx.Module):
-    """The result of [`eqdistill.distill`][].
-
-    **Attributes:**
-
-    - `distilled`: the distilled set, after the last update; with held-out data, the
-        best by these.
-    - `history`: what happened at each step.
-    - `converged`: whether the gradient norm reached the tolerance that was asked for.
-    - `held_out_loss`: the outer loss on the held-out data after each block of steps, in
-        nats per image. Empty if no data were held out.
-    """
-
-    distilled: DistilledSet
-    history: History
-    converged: bool
-    held_out_loss: Float[np.ndarray, " blocks"]
-
-
-class DistillationError(RuntimeError):
-    """Raised when a distillation cannot go on.
-
-    **Attributes:**
-
-    - `distillation`: a [`eqdistill.Distillation`][] with the last good distilled set:
-        the last one at which the outer loss and its gradient were known to be finite
-        and the inner solver to converge, or else the one that it began with.
-    """
-
-    distillation: Distillation
-
-    def __init__(self, message: str, distillation: Distillation):
-        super().__init__(message)
-        self.distillation = distillation
+from ._set_up import set_up
 
 
 def distill(
@@ -162,8 +98,6 @@ def distill(
     Source: the bilevel problem is that of JAXopt's dataset-distillation notebook; its
     gradient by implicit differentiation, Pedregosa 2016, equation (2).
     """
-    distilled = check_inner(distilled, classifier)
-    check_data("train", train, distilled, classifier)
     if held_out is not None:
         check_data("held_out", held_out, distilled, classifier)
     for name, value in (
@@ -173,56 +107,26 @@ def distill(
     ):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1; got {value}.")
-    if not tolerance >= 0:
-        raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
-    if batch_size is None:
-        key = jr.key(0) if key is None else key
-    elif isinstance(batch_size, int) and not 1 <= batch_size <= len(train):
-        raise ValueError(
-            f"`batch_size` must be from 1 to {len(train)}, the number of images in "
-            f"`train`; got {batch_size}."
-        )
-    elif key is None:
-        raise ValueError("`key` must be given with `batch_size`, to draw batches by.")
-    if not isinstance(optimiser, optax.GradientTransformation):
-        raise TypeError(
-            "`optimiser` must be an Optax optimiser, an "
-            f"`optax.GradientTransformation`; got a {type(optimiser).__name__}."
-        )
-    learned, frozen = _partition(distilled, learn)
-    layout = _lay_out(train, classifier, batch_size, key)
-    optimiser_state = optimiser.init(learned)
-
-    problem = Problem(
-        frozen=frozen,
-        classifier=classifier,
-        layout=layout,
+    problem, learned = set_up(
+        distilled,
+        classifier,
+        train,
         inner=inner,
-        optimiser=optax.with_extra_args_support(optimiser),
-        tolerance=tolerance,
+        optimiser=optimiser,
+        learn=learn,
         batch_size=batch_size,
-        new_optimiser_state=(
-            optimiser_state if isinstance(batch_size, GrowingBatch) else None
-        ),
-    )
-    state = State(
-        learned=learned,
-        last_good=learned,
-        optimiser_state=optimiser_state,
         key=key,
-        order=jnp.arange(len(train)),
-        is_whole=jnp.array(False),
-        step=jnp.array(0),
-        status=Status.running,
+        tolerance=tolerance,
     )
+    state = new_state(learned, problem)
     blocks = []
     held_out_losses = []
     best, least_loss, since_best = learned, np.inf, 0
 
     def so_far(learned) -> Distillation:
         return Distillation(
-            distilled=eqx.combine(learned, frozen),
-            history=jax.tree.map(lambda *x: np.concatenate(x), _NO_HISTORY, *blocks),
+            distilled=eqx.combine(learned, problem.frozen),
+            history=jax.tree.map(lambda *x: np.concatenate(x), NO_HISTORY, *blocks),
             converged=bool(state.status == Status.converged),
             held_out_loss=np.array(held_out_losses, np.float32),
         )
@@ -242,7 +146,7 @@ def distill(
                     f"{start}: the inner solver raised the error above.",
                     so_far(state.last_good),
                 ) from e
-            blocks.append(_history(info, end - start))
+            blocks.append(to_history(info, end - start))
             show(blocks[-1])
             has_converged = bool(state.status == Status.converged)
             if not (has_converged or bool(state.status == Status.running)):
@@ -253,7 +157,7 @@ def distill(
             if held_out is None:
                 best = state.learned
             else:
-                here = eqx.combine(state.learned, frozen)
+                here = eqx.combine(state.learned, problem.frozen)
                 loss = float(outer_loss(here, classifier, held_out, inner, throw=False))
                 held_out_losses.append(loss)
                 since_best += 1
@@ -264,62 +168,6 @@ def distill(
             if callback is not None and callback(so_far(best)):
                 break
     return so_far(best)
-
-
-_NO_HISTORY = History(*[np.zeros(0, np.float32)] * 6)
-
-
-def _lay_out(train: Dataset, classifier: PyTree, batch_size, key) -> AbstractLayout:
-    is_linear = isinstance(classifier, LogisticRegression)
-    if isinstance(batch_size, int):
-        # Of any rows.
-        return RowLayout.of(train)
-    of = LinearLayout.of if is_linear else RowLayout.of
-    if batch_size is None:
-        return of(train)
-    half = round(batch_size.fraction * len(train) / 2)
-    if not 0 < 2 * half < len(train):
-        raise ValueError(
-            "`batch_size.fraction` must leave at least one image in each half of the "
-            f"part to start on, and beyond it; got {batch_size.fraction} of {len(train)}."
-        )
-    order = np.asarray(jr.permutation(key, len(train)))
-    images, labels = np.asarray(train.images), np.asarray(train.labels)
-    first, second, others = (
-        of(
-            eqx.tree_at(
-                lambda d: (d.images, d.labels), train, (images[rows], labels[rows])
-            )
-        )
-        for rows in np.split(order, (half, 2 * half))
-    )
-    return GrowingLayout((first, second), others, jnp.array(False))
-
-
-def _history(info: StepInfo, num_steps: int) -> History:
-    return History(*(np.asarray(x)[:num_steps] for x in jax.tree.leaves(info)))
-
-
-def _partition(
-    distilled: DistilledSet, learn: PyTree[bool] | None
-) -> tuple[PyTree, PyTree]:
-    if learn is None:
-        nothing = jax.tree.map(lambda _: False, distilled)
-        learn = eqx.tree_at(lambda d: d.images, nothing, True)
-    try:
-        learned, frozen = eqx.partition(distilled, learn)
-    except (TypeError, ValueError) as e:
-        raise ValueError(
-            "`learn` must be a pytree of bools with the structure of `distilled`; got "
-            f"{learn}."
-        ) from e
-    leaves = jax.tree.leaves(learned)
-    if len(leaves) == 0 or not all(map(eqx.is_inexact_array, leaves)):
-        raise ValueError(
-            "`learn` must pick at least one array of `distilled`, and none but those "
-            f"of floating point; it picks {learned}."
-        )
-    return learned, frozen
 
 
 @contextlib.contextmanager

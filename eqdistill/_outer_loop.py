@@ -33,18 +33,20 @@ class Problem(eqx.Module):
     optimiser: optax.GradientTransformationExtraArgs
     tolerance: float
     batch_size: int | GrowingBatch | None = eqx.field(static=True)
-    new_optimiser_state: PyTree
+    key: PRNGKeyArray
 
 
 class State(eqx.Module):
     """All that changes over the outer loop. `last_good` trails `learned` by a step, as
-    `learned` is known to be good only once it has been differentiated at."""
+    `learned` is known to be good only once it has been differentiated at.
+    `new_optimiser_state` is there for when the batch grows, and `order` if batches are
+    drawn in it."""
 
     learned: PyTree[Float[Array, "..."]]
     last_good: PyTree[Float[Array, "..."]]
     optimiser_state: PyTree
-    key: PRNGKeyArray
-    order: Int[Array, " N"]
+    new_optimiser_state: PyTree
+    order: Int[Array, " N"] | None
     is_whole: Bool[Array, ""]
     step: Int[Array, ""]
     status: Status
@@ -57,6 +59,22 @@ class StepInfo(eqx.Module):
     adjoint_residual: Float[Array, "*steps"]
     error_bound: Float[Array, "*steps"]
     num_images: Float[Array, "*steps"]
+
+
+def new_state(learned: PyTree, problem: Problem) -> State:
+    optimiser_state = problem.optimiser.init(learned)
+    is_growing = isinstance(problem.batch_size, GrowingBatch)
+    in_batches = isinstance(problem.batch_size, int)
+    return State(
+        learned=learned,
+        last_good=learned,
+        optimiser_state=optimiser_state,
+        new_optimiser_state=optimiser_state if is_growing else None,
+        order=jnp.arange(problem.layout.num_images) if in_batches else None,
+        is_whole=jnp.array(not is_growing),
+        step=jnp.array(0),
+        status=Status.running,
+    )
 
 
 @eqx.filter_jit
@@ -142,7 +160,7 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
         grow = is_part & (noise >= problem.batch_size.ratio * gradient_norm)
         optimiser_state = jax.tree.map(
             lambda new, x, old: x if x is old else jnp.where(grow, new, x),
-            problem.new_optimiser_state,
+            state.new_optimiser_state,
             optimiser_state,
             state.optimiser_state,
         )
@@ -167,7 +185,7 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
         learned=optax.tree.where(status == Status.running, updated, state.learned),
         last_good=optax.tree.where(here_is_good, state.learned, state.last_good),
         optimiser_state=optimiser_state,
-        key=state.key,
+        new_optimiser_state=state.new_optimiser_state,
         order=state.order,
         is_whole=state.is_whole | grow,
         step=state.step + here_is_good,
@@ -243,7 +261,7 @@ def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:
     epoch, batch = jnp.divmod(state.step, batches_per_epoch)
     order = jax.lax.cond(
         batch == 0,
-        lambda order: jr.permutation(jr.fold_in(state.key, epoch), order),
+        lambda order: jr.permutation(jr.fold_in(problem.key, epoch), order),
         lambda order: order,
         state.order,
     )

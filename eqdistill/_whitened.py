@@ -57,14 +57,15 @@ def whitened(
     if not damping > 0:
         raise ValueError(f"`damping` must be positive; got {damping}.")
     optimiser = optax.with_extra_args_support(optimiser)
+    coordinates = _Coordinates.of_data(train, damping)
 
     def init(params) -> Any:
-        coordinates = _Coordinates.of_data(train, damping)
         return _State(coordinates, optimiser.init(coordinates.of(params)))
 
     def update(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("`whitened` must be given `params` with each update.")
+        # Not those around it, which would become a constant of the program.
         coordinates = state.coordinates
         if "grad" in extra_args:
             extra_args["grad"] = coordinates.of_gradient(extra_args["grad"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ._distill import History
+from ._distillation import History
 from ._distilled_set import DistilledSet
 
 

@@ -1,0 +1,116 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from ._checks import check_data, check_inner
+from ._classifier import LogisticRegression
+from ._dataset import Dataset
+from ._distilled_set import DistilledSet
+from ._growing_batch import GrowingBatch, GrowingLayout
+from ._inner_solver import AbstractInnerSolver
+from ._layout import AbstractLayout, RowLayout
+from ._linear_layout import LinearLayout
+from ._outer_loop import Problem
+
+
+def set_up(
+    distilled: DistilledSet,
+    classifier: PyTree,
+    train: Dataset,
+    *,
+    inner: AbstractInnerSolver,
+    optimiser: optax.GradientTransformation,
+    learn: PyTree[bool] | None,
+    batch_size: int | GrowingBatch | None,
+    key: PRNGKeyArray | None,
+    tolerance: float,
+) -> tuple[Problem, PyTree]:
+    """All that stays fixed over the outer loop, and what is to be learned.
+
+    **Raises:**
+
+    As [`eqdistill.distill`][], for an argument that is not as it should be.
+    """
+    distilled = check_inner(distilled, classifier)
+    check_data("train", train, distilled, classifier)
+    if not tolerance >= 0:
+        raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
+    if batch_size is None:
+        key = jr.key(0) if key is None else key
+    elif isinstance(batch_size, int) and not 1 <= batch_size <= len(train):
+        raise ValueError(
+            f"`batch_size` must be from 1 to {len(train)}, the number of images in "
+            f"`train`; got {batch_size}."
+        )
+    elif key is None:
+        raise ValueError("`key` must be given with `batch_size`, to draw batches by.")
+    if not isinstance(optimiser, optax.GradientTransformation):
+        raise TypeError(
+            "`optimiser` must be an Optax optimiser, an "
+            f"`optax.GradientTransformation`; got a {type(optimiser).__name__}."
+        )
+    learned, frozen = partition(distilled, learn)
+    problem = Problem(
+        frozen=frozen,
+        classifier=classifier,
+        layout=_lay_out(train, classifier, batch_size, key),
+        inner=inner,
+        optimiser=optax.with_extra_args_support(optimiser),
+        tolerance=tolerance,
+        batch_size=batch_size,
+        key=key,
+    )
+    return problem, learned
+
+
+def partition(
+    distilled: DistilledSet, learn: PyTree[bool] | None
+) -> tuple[PyTree, PyTree]:
+    if learn is None:
+        nothing = jax.tree.map(lambda _: False, distilled)
+        learn = eqx.tree_at(lambda d: d.images, nothing, True)
+    try:
+        learned, frozen = eqx.partition(distilled, learn)
+    except (TypeError, ValueError) as e:
+        raise ValueError(
+            "`learn` must be a pytree of bools with the structure of `distilled`; got "
+            f"{learn}."
+        ) from e
+    leaves = jax.tree.leaves(learned)
+    if len(leaves) == 0 or not all(map(eqx.is_inexact_array, leaves)):
+        raise ValueError(
+            "`learn` must pick at least one array of `distilled`, and none but those "
+            f"of floating point; it picks {learned}."
+        )
+    return learned, frozen
+
+
+def _lay_out(train: Dataset, classifier: PyTree, batch_size, key) -> AbstractLayout:
+    is_linear = isinstance(classifier, LogisticRegression)
+    if isinstance(batch_size, int):
+        # Of any rows.
+        return RowLayout.of(train)
+    of = LinearLayout.of if is_linear else RowLayout.of
+    if batch_size is None:
+        return of(train)
+    half = round(batch_size.fraction * len(train) / 2)
+    if not 0 < 2 * half < len(train):
+        raise ValueError(
+            "`batch_size.fraction` must leave at least one image in each half of the "
+            f"part to start on, and beyond it; got {batch_size.fraction} of {len(train)}."
+        )
+    order = np.asarray(jr.permutation(key, len(train)))
+    images, labels = np.asarray(train.images), np.asarray(train.labels)
+    first, second, others = (
+        of(
+            eqx.tree_at(
+                lambda d: (d.images, d.labels), train, (images[rows], labels[rows])
+            )
+        )
+        for rows in np.split(order, (half, 2 * half))
+    )
+    return GrowingLayout((first, second), others, jnp.array(False))
