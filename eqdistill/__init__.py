@@ -7,7 +7,7 @@ import lineax  # noqa: F401
 import optax  # noqa: F401
 import optimistix  # noqa: F401
 import safetensors.numpy  # noqa: F401
-import scipy.linalg  # noqa: F401
+import scipy.linalg
 import scipy.special  # noqa: F401
 from jaxtyping import install_import_hook
 

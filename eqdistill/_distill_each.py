@@ -27,9 +27,9 @@ def distill_each(
     learn: PyTree[bool] | None = None,
     tolerance: float = 0.0,
 ) -> list[Distillation]:
-    """Distils from several starts at once, as from the noise of several seeds: as
-    [`eqdistill.distill`][] from each of them, in one program under `jax.vmap`, for which
-    the real data are laid out once and read once a step.
+    """Distils from several starts at once, such as the noise of several seeds: as
+    [`eqdistill.distill`][] from each of them, in one program under `jax.vmap`, for
+    which the real data are laid out once, and read once a step.
 
     !!! Example
 
@@ -83,7 +83,7 @@ def distill_each(
     results = []
     for i in range(len(starts)):
         state, info = jax.tree.map(lambda x, i=i: x[i], (states, infos))
-        is_good = bool((state.status == Status.running))
+        is_good = bool(state.status == Status.running)
         has_converged = bool(state.status == Status.converged)
         at = state.learned if is_good or has_converged else state.last_good
         result = Distillation(

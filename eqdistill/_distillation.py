@@ -1,7 +1,7 @@
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from ._distilled_set import DistilledSet
 from ._outer_loop import StepInfo
@@ -17,8 +17,8 @@ class History(eqx.Module):
     - `gradient_norm`: the Euclidean norm of the hypergradient over all that is
         learned.
     - `inner_residual`: the `gradient_norm` of the step's [`eqdistill.Fitted`][].
-    - `adjoint_residual`: that of the adjoint's linear system, relative to its right-hand
-        side.
+    - `adjoint_residual`: that of the adjoint's linear system, relative to its
+        right-hand side.
     - `error_bound`: a bound on the Euclidean distance of the hypergradient from the
         exact one, but for rounding errors. It holds for an
         [`eqdistill.LogisticRegression`][] without an intercept, and is infinite for

@@ -56,7 +56,7 @@ def error_bound(
     Theorem 1, and Pedregosa, *Hyperparameter optimization with approximate gradient*,
     2016, Theorem 1, for the principle, with the constants of logistic regression.
     """
-    n, c = len(distilled), classifier.weights.shape[1]
+    n = len(distilled)
     l2 = distilled.l2
     images = distilled.images.reshape(n, -1)
     weights, u = classifier.weights, adjoint.weights

@@ -52,7 +52,9 @@ class GrowingLayout(AbstractLayout):
     is_whole: Bool[Array, ""]
 
     def value(self, classifier):
-        part = _mean([(half.num_images, half.value(classifier)) for half in self.halves])
+        part = _mean(
+            [(half.num_images, half.value(classifier)) for half in self.halves]
+        )
         return self._and_others(part, lambda: self.others.value(classifier))
 
     def value_and_grad(self, classifier):

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._classifier import LogisticRegression
 from ._dataset import Dataset
 from ._layout import AbstractLayout, count_chunks
 

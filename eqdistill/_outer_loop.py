@@ -255,7 +255,7 @@ def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:
     if problem.batch_size is None:
         return layout, state
     if isinstance(layout, GrowingLayout):
-        return eqx.tree_at(lambda l: l.is_whole, layout, state.is_whole), state
+        return eqx.tree_at(lambda x: x.is_whole, layout, state.is_whole), state
     assert isinstance(layout, RowLayout)
     batches_per_epoch = layout.num_images // problem.batch_size
     epoch, batch = jnp.divmod(state.step, batches_per_epoch)

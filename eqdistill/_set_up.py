@@ -100,8 +100,8 @@ def _lay_out(train: Dataset, classifier: PyTree, batch_size, key) -> AbstractLay
     half = round(batch_size.fraction * len(train) / 2)
     if not 0 < 2 * half < len(train):
         raise ValueError(
-            "`batch_size.fraction` must leave at least one image in each half of the "
-            f"part to start on, and beyond it; got {batch_size.fraction} of {len(train)}."
+            "`batch_size.fraction` must leave an image in each half of the part to "
+            f"start on, and beyond it; got {batch_size.fraction} of {len(train)}."
         )
     order = np.asarray(jr.permutation(key, len(train)))
     images, labels = np.asarray(train.images), np.asarray(train.labels)

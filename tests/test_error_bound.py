@@ -48,7 +48,9 @@ class Perturbed(eqd.AbstractInnerSolver):
         )
         loss = lambda c: eqd.inner_loss(c, distilled)
         residual = optax.tree.norm(eqx.filter_grad(loss)(at.classifier))
-        return eqx.tree_at(lambda f: f.gradient_norm, at, jax.lax.stop_gradient(residual))
+        return eqx.tree_at(
+            lambda f: f.gradient_norm, at, jax.lax.stop_gradient(residual)
+        )
 
 
 def gradient_and_bound(start, train, inner):
