@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
-from ._inner_solver import inner_loss
+from ._inner_solver import Fitted, inner_loss
 from ._losses import label_residual, softmax_covariance
 
 
@@ -23,13 +23,12 @@ def adjoint_residual(
 
 
 def error_bound(
-    classifier: LogisticRegression,
+    fitted: Fitted,
     distilled: DistilledSet,
     learned: PyTree,
     hypergradient: PyTree,
     adjoint: LogisticRegression,
     residual: LogisticRegression,
-    inner_residual: Float[Array, ""],
     mean_square: Float[Array, ""],
 ) -> Float[Array, ""]:
     r"""A bound on the Euclidean distance of a hypergradient from the true one, for
@@ -37,14 +36,12 @@ def error_bound(
 
     **Arguments:**
 
-    - `classifier`: that at which the hypergradient was taken: near the inner problem's
-        solution.
+    - `fitted`: where the hypergradient was taken: near the inner problem's solution.
     - `distilled`: the distilled set.
     - `learned`: the same, with what is not learned left out.
     - `hypergradient`: that which is to be checked, of the structure of `learned`.
     - `adjoint`: $u$, with which it should have been taken.
     - `residual`: $H u - v$.
-    - `inner_residual`: the norm of the inner loss's gradient at the classifier.
     - `mean_square`: the mean of $\|x\|^2$ over the real images.
 
     **Returns:**
@@ -59,14 +56,14 @@ def error_bound(
     n = len(distilled)
     l2 = distilled.l2
     images = distilled.images.reshape(n, -1)
-    weights, u = classifier.weights, adjoint.weights
+    weights, u = fitted.classifier.weights, adjoint.weights
     logits, q = images @ weights, images @ u
     a = label_residual(logits, distilled.labels)
     norms = jnp.linalg.norm(images, axis=1)
     spread = jnp.max(q, axis=1) - jnp.min(q, axis=1)
 
     # Of the classifier, and of the adjoint.
-    delta = inner_residual / l2
+    delta = fitted.gradient_norm / l2
     hessian_change = jnp.mean(norms**2 * spread) / 2
     epsilon = (
         delta * (mean_square / 2 + hessian_change) + optax.tree.norm(residual)

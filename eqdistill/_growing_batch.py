@@ -50,6 +50,7 @@ class GrowingLayout(AbstractLayout):
     halves: tuple[AbstractLayout, AbstractLayout]
     others: AbstractLayout
     is_whole: Bool[Array, ""]
+    num_images: int = eqx.field(static=True)
 
     def value(self, classifier):
         part = _mean(
@@ -58,12 +59,12 @@ class GrowingLayout(AbstractLayout):
         return self._and_others(part, lambda: self.others.value(classifier))
 
     def value_and_grad(self, classifier):
-        total, _ = self.value_grad_and_difference(classifier)
-        return total
+        loss, gradient, _ = self.value_grad_and_difference(classifier)
+        return loss, gradient
 
     def value_grad_and_difference(
         self, classifier: PyTree
-    ) -> tuple[tuple[Float[Array, ""], PyTree], PyTree]:
+    ) -> tuple[Float[Array, ""], PyTree, PyTree]:
         """The loss and its gradient, and half of the difference between the gradients
         of the two halves."""
         (_, first), (_, second) = halves = [
@@ -71,12 +72,10 @@ class GrowingLayout(AbstractLayout):
         ]
         sizes = [half.num_images for half in self.halves]
         part = _mean(list(zip(sizes, halves, strict=True)))
-        total = self._and_others(part, lambda: self.others.value_and_grad(classifier))
-        return total, optax.tree.scale(0.5, optax.tree.sub(first, second))
-
-    @property
-    def num_images(self) -> int:
-        return self._part_size + self.others.num_images
+        loss, gradient = self._and_others(
+            part, lambda: self.others.value_and_grad(classifier)
+        )
+        return loss, gradient, optax.tree.scale(0.5, optax.tree.sub(first, second))
 
     @property
     def num_images_now(self):

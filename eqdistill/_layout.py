@@ -68,7 +68,12 @@ class RowLayout(AbstractLayout):
         # A network's activations are many times as large as its images.
         num_chunks = count_chunks(len(data), math.prod(data.shape), chunk_bytes=2**19)
         images, labels = _pad(data, num_chunks)
-        return RowLayout(images, labels, len(data), num_chunks)
+        return RowLayout(
+            images=images,
+            labels=labels,
+            num_images=len(data),
+            num_chunks=num_chunks,
+        )
 
     def batch(self, indices: Int[Array, " batch"]) -> "RowLayout":
         """Some of the images, for one pass over them."""
@@ -76,7 +81,12 @@ class RowLayout(AbstractLayout):
         chunk_size = len(self.labels) // self.num_chunks
         num_chunks = -(-num_images // chunk_size)
         rows = jnp.pad(indices, (0, -num_images % num_chunks), mode="edge")
-        return RowLayout(self.images[rows], self.labels[rows], num_images, num_chunks)
+        return RowLayout(
+            images=self.images[rows],
+            labels=self.labels[rows],
+            num_images=num_images,
+            num_chunks=num_chunks,
+        )
 
     def value(self, classifier):
         return self._over_chunks(_sum_of_losses, classifier)

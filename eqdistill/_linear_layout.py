@@ -88,7 +88,7 @@ class LinearLayout(AbstractLayout):
 
     def value(self, classifier):
         losses, _ = self._by_chunk(classifier)
-        return sum(losses) / self.num_images
+        return _sum(losses) / self.num_images
 
     def value_and_grad(self, classifier):
         losses, residuals = self._by_chunk(classifier)
@@ -97,13 +97,13 @@ class LinearLayout(AbstractLayout):
             product = chunk.multiply_back(residual)
             weights = weights.at[: len(product)].add(product)
         weights = jnp.zeros_like(weights).at[self.order].set(weights)
-        intercept = sum(jnp.sum(residual, axis=1) for residual in residuals)
+        intercept = _sum([jnp.sum(residual, axis=1) for residual in residuals])
         if self.background is not None:
             weights = weights + jnp.outer(self.background, intercept)
         gradient = eqx.tree_at(lambda c: c.weights, classifier, weights)
         if classifier.intercept is not None:
             gradient = eqx.tree_at(lambda c: c.intercept, gradient, intercept)
-        total = (sum(losses), gradient)
+        total = (_sum(losses), gradient)
         return jax.tree.map(lambda x: x / self.num_images, total)
 
     def _by_chunk(self, classifier: PyTree):
@@ -148,6 +148,10 @@ class _Chunk(eqx.Module):
 def _sum_of_losses(logits: Float[Array, "c m"], labels: Int[Array, " m"]):
     targets = jax.nn.one_hot(labels, len(logits), axis=0)
     return jnp.sum(optax.softmax_cross_entropy(logits, targets, axis=0))
+
+
+def _sum(arrays: list[Array]) -> Array:
+    return jnp.sum(jnp.stack(arrays), axis=0)
 
 
 def _by_frequency(

@@ -5,11 +5,10 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
-from ._error_bound import adjoint_residual, error_bound
 from ._growing_batch import GrowingBatch, GrowingLayout
-from ._inner_solver import AbstractInnerSolver
+from ._hypergradient import Hypergradient, hypergradient
+from ._inner_solver import AbstractInnerSolver, Fitted
 from ._layout import AbstractLayout, data_loss, RowLayout
 
 
@@ -111,45 +110,20 @@ def run_block(
 def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     batch, state = _next_batch(state, problem)
 
-    params, static = eqx.partition(problem.classifier, eqx.is_inexact_array)
-
-    def fit(learned, tilt):
+    def value_fn(learned):
         distilled = eqx.combine(learned, problem.frozen)
-        fitted = problem.inner(problem.classifier, distilled, tilt)
-        return eqx.filter(fitted.classifier, eqx.is_inexact_array), fitted
+        fitted = problem.inner(problem.classifier, distilled)
+        return data_loss(fitted.classifier, batch)
 
-    def loss_of(params):
-        return data_loss(eqx.combine(params, static), batch)
-
-    def evaluate(learned):
-        tilt = optax.tree.zeros_like(params)
-        fitted_params, pull_back, fitted = jax.vjp(fit, learned, tilt, has_aux=True)
-        noise = jnp.zeros(())
-        if isinstance(batch, GrowingLayout):
-            (loss, cotangent), difference = batch.value_grad_and_difference(
-                fitted.classifier
-            )
-            cotangent, difference = eqx.filter(
-                (cotangent, difference), eqx.is_inexact_array
-            )
-            noise = optax.tree.norm(pull_back(difference)[0])
-        else:
-            loss, cotangent = jax.value_and_grad(loss_of)(fitted_params)
-        gradient, minus_adjoint = pull_back(cotangent)
-        adjoint = optax.tree.scale(-1.0, minus_adjoint)
-        errors = _errors(learned, gradient, fitted, adjoint, cotangent, batch, problem)
-        return loss, gradient, fitted, (noise, *errors)
-
-    loss, gradient, fitted, (noise, *errors) = _unless_stored(
-        evaluate, fit, state, problem
-    )
+    here, fitted = _unless_stored(state, problem, batch)
+    loss, gradient = here.loss, here.gradient
     updates, optimiser_state = problem.optimiser.update(
         gradient,
         state.optimiser_state,
         state.learned,
         value=loss,
         grad=gradient,
-        value_fn=lambda learned: loss_of(fit(learned, None)[0]),
+        value_fn=value_fn,
     )
     updated = eqx.apply_updates(state.learned, updates)
     gradient_norm = optax.tree.norm(gradient)
@@ -157,7 +131,7 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     is_part, grow = jnp.array(False), jnp.array(False)
     if isinstance(problem.batch_size, GrowingBatch):
         is_part = ~state.is_whole
-        grow = is_part & (noise >= problem.batch_size.ratio * gradient_norm)
+        grow = is_part & (here.noise >= problem.batch_size.ratio * gradient_norm)
         optimiser_state = jax.tree.map(
             lambda new, x, old: x if x is old else jnp.where(grow, new, x),
             state.new_optimiser_state,
@@ -191,63 +165,44 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
         step=state.step + here_is_good,
         status=status,
     )
-    num_images = jnp.asarray(batch.num_images_now, loss.dtype)
     return new_state, StepInfo(
-        loss, gradient_norm, fitted.gradient_norm, *errors, num_images
+        loss=loss,
+        gradient_norm=gradient_norm,
+        inner_residual=fitted.gradient_norm,
+        adjoint_residual=here.adjoint_residual,
+        error_bound=here.error_bound,
+        num_images=jnp.asarray(batch.num_images_now, loss.dtype),
     )
 
 
-def _errors(learned, gradient, fitted, adjoint, cotangent, batch, problem):
-    """The relative residual of the adjoint, and the bound on the hypergradient's error:
-    infinite where none is known."""
-    distilled = eqx.combine(learned, problem.frozen)
-    classifier, inner_residual = fitted.classifier, fitted.gradient_norm
-    residual = adjoint_residual(classifier, distilled, adjoint, cotangent)
-    scale = optax.tree.norm(cotangent)
-    relative = optax.tree.norm(residual) / jnp.where(scale > 0, scale, 1)
-    if not isinstance(classifier, LogisticRegression) or (
-        classifier.intercept is not None
-    ):
-        return relative, jnp.full_like(relative, jnp.inf)
-    bound = error_bound(
-        classifier,
-        distilled,
-        learned,
-        gradient,
-        adjoint,
-        residual,
-        inner_residual,
-        batch.mean_square,
-    )
-    return relative, bound
+def _unless_stored(
+    state: State, problem: Problem, batch: AbstractLayout
+) -> tuple[Hypergradient, Fitted]:
+    def evaluate(learned):
+        fixed = problem.frozen, problem.classifier, problem.inner, batch
+        return hypergradient(learned, *fixed)
 
-
-def _unless_stored(evaluate, fit, state: State, problem: Problem):
-    stored_loss = optax.tree.get(state.optimiser_state, "value")
-    stored_gradient = optax.tree.get(state.optimiser_state, "grad")
+    loss = optax.tree.get(state.optimiser_state, "value")
+    gradient = optax.tree.get(state.optimiser_state, "grad")
     # A line search ends where the next step begins, and keeps what it evaluated there.
     # That is of no use if the next step is on another batch.
     if (
         isinstance(problem.batch_size, int)
-        or stored_loss is None
-        or jax.tree.structure(stored_gradient) != jax.tree.structure(state.learned)
+        or loss is None
+        or jax.tree.structure(gradient) != jax.tree.structure(state.learned)
     ):
         return evaluate(state.learned)
-
-    def stored(_):
-        # The search does not keep the adjoint.
-        unknown = (jnp.full_like(stored_loss, jnp.inf),) * 2
-        return stored_loss, stored_gradient, (jnp.zeros_like(stored_loss), *unknown)
-
-    def anew(learned):
-        loss, gradient, _, errors = evaluate(learned)
-        return loss, gradient, errors
-
-    loss, gradient, errors = jax.lax.cond(
-        jnp.isfinite(stored_loss), stored, anew, state.learned
+    # It does not keep the adjoint.
+    unknown = jnp.full_like(loss, jnp.inf)
+    stored = Hypergradient(loss, gradient, jnp.zeros_like(loss), unknown, unknown)
+    here = jax.lax.cond(
+        jnp.isfinite(loss),
+        lambda _: stored,
+        lambda learned: evaluate(learned)[0],
+        state.learned,
     )
-    _, fitted = fit(state.learned, None)
-    return loss, gradient, fitted, errors
+    distilled = eqx.combine(state.learned, problem.frozen)
+    return here, problem.inner(problem.classifier, distilled)
 
 
 def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:
@@ -257,6 +212,7 @@ def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:
     if isinstance(layout, GrowingLayout):
         return eqx.tree_at(lambda x: x.is_whole, layout, state.is_whole), state
     assert isinstance(layout, RowLayout)
+    assert isinstance(problem.batch_size, int)
     batches_per_epoch = layout.num_images // problem.batch_size
     epoch, batch = jnp.divmod(state.step, batches_per_epoch)
     order = jax.lax.cond(

@@ -113,4 +113,9 @@ def _lay_out(train: Dataset, classifier: PyTree, batch_size, key) -> AbstractLay
         )
         for rows in np.split(order, (half, 2 * half))
     )
-    return GrowingLayout((first, second), others, jnp.array(False))
+    return GrowingLayout(
+        halves=(first, second),
+        others=others,
+        is_whole=jnp.array(False),
+        num_images=len(train),
+    )

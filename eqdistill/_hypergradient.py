@@ -1,0 +1,68 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from ._classifier import LogisticRegression
+from ._error_bound import adjoint_residual, error_bound
+from ._growing_batch import GrowingLayout
+from ._inner_solver import AbstractInnerSolver, Fitted
+from ._layout import AbstractLayout, data_loss
+
+
+class Hypergradient(eqx.Module):
+    """The outer loss on a batch, its gradient, and what is known of the errors in it.
+
+    `noise` is that of sampling a part of the real images, if the batch is to grow, and
+    zero if not. The other two are as in [`eqdistill.History`][].
+    """
+
+    loss: Float[Array, ""]
+    gradient: PyTree
+    noise: Float[Array, ""]
+    adjoint_residual: Float[Array, ""]
+    error_bound: Float[Array, ""]
+
+
+def hypergradient(
+    learned: PyTree,
+    frozen: PyTree,
+    classifier: PyTree,
+    inner: AbstractInnerSolver,
+    batch: AbstractLayout,
+) -> tuple[Hypergradient, Fitted]:
+    """Step by step, rather than by `jax.grad`: the fit, the gradient of the loss in the
+    classifier's parameters, and that pulled back. The derivative in the tilt of the
+    inner problem, which is the adjoint, is had with it."""
+    params = eqx.filter(classifier, eqx.is_inexact_array)
+
+    def fit(learned, tilt):
+        fitted = inner(classifier, eqx.combine(learned, frozen), tilt)
+        return eqx.filter(fitted.classifier, eqx.is_inexact_array), fitted
+
+    tilt = optax.tree.zeros_like(params)
+    _, pull_back, fitted = jax.vjp(fit, learned, tilt, has_aux=True)
+    noise = jnp.zeros(())
+    if isinstance(batch, GrowingLayout):
+        loss, cotangent, difference = batch.value_grad_and_difference(fitted.classifier)
+        noise_gradient, _ = pull_back(eqx.filter(difference, eqx.is_inexact_array))
+        noise = optax.tree.norm(noise_gradient)
+    else:
+        value_and_grad = eqx.filter_value_and_grad(data_loss)
+        loss, cotangent = value_and_grad(fitted.classifier, batch)
+    cotangent = eqx.filter(cotangent, eqx.is_inexact_array)
+    gradient, minus_adjoint = pull_back(cotangent)
+    adjoint = optax.tree.scale(-1.0, minus_adjoint)
+
+    distilled = eqx.combine(learned, frozen)
+    residual = adjoint_residual(fitted.classifier, distilled, adjoint, cotangent)
+    scale = optax.tree.norm(cotangent)
+    relative = optax.tree.norm(residual) / jnp.where(scale > 0, scale, 1)
+    if isinstance(classifier, LogisticRegression) and classifier.intercept is None:
+        bound = error_bound(
+            fitted, distilled, learned, gradient, adjoint, residual, batch.mean_square
+        )
+    else:
+        bound = jnp.full_like(relative, jnp.inf)
+    return Hypergradient(loss, gradient, noise, relative, bound), fitted
