@@ -38,13 +38,10 @@ def fit(
     images, if its output is not a vector of logits, or if the labels are not of its
     classes; and as `throw` says.
     """
-    return _fit(check_inner(distilled, classifier), classifier, inner, throw)
-
-
-@eqx.filter_jit
-def _fit(distilled, classifier, inner, throw) -> Fitted:
-    fitted = inner(classifier, distilled)
+    fitted = _fit(check_inner(distilled, classifier), classifier, inner)
     if throw:
+        # Not in the program: with an error in it, it would not be kept in JAX's
+        # persistent compilation cache.
         fitted = eqx.error_if(
             fitted,
             ~fitted.converged,
@@ -52,3 +49,8 @@ def _fit(distilled, classifier, inner, throw) -> Fitted:
             "distilled set. Give it more steps or a looser tolerance, or raise `l2`.",
         )
     return fitted
+
+
+@eqx.filter_jit
+def _fit(distilled, classifier, inner) -> Fitted:
+    return inner(classifier, distilled)

@@ -9,6 +9,7 @@ import optimistix as optx
 import scipy.linalg
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
+from ._adjoint import DampedCG
 from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver, Fitted, gradient_norm
@@ -85,7 +86,7 @@ class SpanSolver(AbstractInnerSolver):
         tolerance = float(jnp.finfo(images.dtype).eps) ** 0.5
         # A matrix of all the unknowns, for as long as it is small.
         is_small = min(images.shape) * c <= 2000
-        linear_solver = lx.LU() if is_small else lx.CG(rtol=tolerance, atol=0.0)
+        linear_solver = lx.LU() if is_small else DampedCG(rtol=tolerance)
         solution = optx.root_find(
             lambda y, problem: span.gradient(y, span.logits(y), problem),
             _ConvexNewton(

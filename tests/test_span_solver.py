@@ -149,6 +149,18 @@ def test_derivative_agrees_with_central_differences(digits):
     check_grads(loss, learned, 1, modes=("rev",), rtol=1e-6, atol=1e-9, eps=1e-5)
 
 
+def test_many_images(mnist):
+    # More unknowns than fit in a matrix.
+    real = subset(mnist[0], 250)
+    distilled = eqd.DistilledSet(real.floating(), real.labels, l2=1e-2)
+    fitted = eqd.fit(distilled, eqd.LogisticRegression(784, 10), eqd.SpanSolver())
+    reference = SklearnLogisticRegression(
+        C=1 / (250 * 1e-2), fit_intercept=False, solver="lbfgs", tol=1e-8, max_iter=1000
+    ).fit(np.asarray(real.floating(), np.float64).reshape(250, 784), real.labels)
+    error = np.abs(fitted.classifier.weights - reference.coef_.T).max()
+    assert error <= 1e-4 * np.abs(reference.coef_).max()
+
+
 def test_refuses_what_is_not_linear(digits):
     classifier = MLP(64, 8, jax.nn.softplus, key=jax.random.key(0))
     distilled = eqd.DistilledSet.from_noise(digits[0], key=jax.random.key(0))
