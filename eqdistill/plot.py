@@ -60,7 +60,8 @@ def images(distilled: DistilledSet, *, columns: int = 5) -> "Figure":
 
 def history(history: History) -> "Figure":
     """Draws the outer loss, and the norms of the hypergradient and of the inner
-    residual, against the step.
+    residual, against the step; and the bound on the hypergradient's error, where one is
+    known.
 
     **Arguments:**
 
@@ -75,6 +76,8 @@ def history(history: History) -> "Figure":
     left.plot(history.loss, color="black")
     left.set_ylabel("outer loss (nats per image)")
     right.semilogy(history.gradient_norm, color="black", label="hypergradient")
+    if np.isfinite(history.error_bound).any():
+        right.semilogy(history.error_bound, color="tab:blue", label="bound on its error")
     right.semilogy(history.inner_residual, color="tab:orange", label="inner residual")
     right.set_ylabel("norm")
     right.legend(frameon=False, fontsize=8)

@@ -177,4 +177,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--output", type=Path, default=Path("output"), help="a folder for the results"
     )
-    main(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    # The next run loads what this one compiles.
+    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    main(**vars(args))

@@ -1,0 +1,198 @@
+"""How the time and the memory of distillation grow.
+
+The time of one outer step against the number of real images, of pixels, of distilled
+images and of classes, on images of noise, in which no pixel is rare; of a whole run
+against its number of steps, and of `eqdistill.distill_each` against its number of
+starts, on MNIST. The memory is the highest that a process holds while it distils MNIST.
+
+Prints Markdown tables of medians with the slopes between logarithms, and writes
+`growth.json` and `growth.png`. Run on demand, by `python tests/benchmarks/growth.py`,
+on Linux.
+"""
+
+import gc
+import multiprocessing
+import re
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import jax.random as jr
+import numpy as np
+import optax
+from _timing import in_turn, machine, parser, write
+from matplotlib.figure import Figure
+
+import eqdistill as eqd
+
+
+BASE = {"N": 20_000, "p": 784, "n": 10, "c": 10}
+GRID = {
+    "N": [5_000, 10_000, 20_000, 40_000, 80_000],
+    "p": [98, 196, 392, 784, 1568],
+    "n": [10, 20, 50, 100, 200, 400],
+    "c": [5, 10, 20, 40],
+}
+NAMES = {
+    "N": "real images $N$",
+    "p": "pixels $p$",
+    "n": "distilled images $n$",
+    "c": "classes $c$",
+    "steps": "outer steps",
+    "starts": "starts at once",
+}
+STEPS = 32
+
+
+def noise(N: int, p: int, n: int, c: int):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (N, p), np.uint8)
+    train = eqd.Dataset(images, rng.integers(0, c, N), c)
+    start = eqd.DistilledSet(images[:n] / np.float32(255), np.arange(n) % c, l2=0.1)
+    return start, eqd.LogisticRegression(p, c), train
+
+
+def step_seconds(sizes: dict[str, int], repeats: int) -> float:
+    """Of one outer step: the difference between many and few."""
+    problem = noise(**sizes)
+    # At a learning rate of zero, each step is as the first.
+    optimiser = optax.sgd(0.0)
+    run = lambda steps: (
+        lambda: eqd.distill(
+            *problem, optimiser=optimiser, steps=steps, block_size=STEPS + 2
+        )
+    )
+    times = in_turn({"few": run(2), "many": run(STEPS + 2)}, repeats)
+    return float(np.median(times["many"] - times["few"])) / STEPS
+
+
+def of_sizes(repeats: int) -> dict[str, dict[int, float]]:
+    found = {}
+    for letter, values in GRID.items():
+        # There are at least as many distilled images as classes.
+        base = {**BASE, "n": 40} if letter == "c" else BASE
+        found[letter] = {
+            value: step_seconds({**base, letter: value}, repeats) for value in values
+        }
+    return found
+
+
+def of_runs(repeats: int) -> dict[str, dict[int, float]]:
+    train, _ = eqd.datasets.load("mnist")
+    classifier = eqd.LogisticRegression(28 * 28, 10)
+    keys = jr.split(jr.key(0), 32)
+    starts = [eqd.DistilledSet.from_noise(train, key=key) for key in keys]
+    lbfgs = optax.lbfgs(learning_rate=1.0, linesearch=None)
+    whitened = eqd.whitened(lbfgs, train)
+    one = lambda steps, optimiser: (
+        lambda: eqd.distill(
+            starts[0], classifier, train, optimiser=optimiser, steps=steps
+        )
+    )
+    each = lambda n: (
+        lambda: eqd.distill_each(
+            starts[:n], classifier, train, optimiser=whitened, steps=8
+        )
+    )
+    lengths = in_turn({s: one(s, lbfgs) for s in (10, 20, 40, 80, 160)}, repeats)
+    counts = in_turn(
+        {0: one(8, whitened), **{n: each(n) for n in (1, 2, 4, 8, 16, 32)}}, repeats
+    )
+    return {
+        "steps": {k: float(np.median(v)) for k, v in lengths.items()},
+        "starts": {k: float(np.median(v)) for k, v in counts.items()},
+    }
+
+
+def memory() -> dict[str, float]:
+    """Megabytes that a process holds, before it distils and at the most."""
+    train, _ = eqd.datasets.load("mnist")
+    start = eqd.DistilledSet.from_noise(train, key=jr.key(0))
+    optimiser = optax.adam(0.02)
+    run = lambda: eqd.distill(
+        start, eqd.LogisticRegression(28 * 28, 10), train, optimiser=optimiser, steps=20
+    )
+    # What is compiled is not data.
+    run()
+    gc.collect()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    run()
+    peak = _status("VmHWM")
+    as_bytes = train.images.nbytes / 1e6
+    return {
+        "bytes": as_bytes,
+        "floats": 4 * as_bytes,
+        "held": peak - before + as_bytes,
+        "of floats": (peak - before + as_bytes) / (4 * as_bytes),
+    }
+
+
+def _status(name: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"{name}:\s+(\d+) kB", status)
+    assert match is not None
+    return int(match[1]) * 1024 / 1e6
+
+
+def slope(times: dict[int, float]) -> float:
+    """Between the two largest."""
+    (a, s), (b, t) = sorted(times.items())[-2:]
+    return float(np.log(t / s) / np.log(b / a))
+
+
+def show(found: dict[str, dict[int, float]]) -> None:
+    for letter, times in found.items():
+        times = {k: v for k, v in times.items() if k > 0}
+        print(f"| {NAMES[letter]} | " + " | ".join(map(str, times)) + " | slope |")
+        print("|---|" + "---|" * (len(times) + 1))
+        cells = " | ".join(f"{1e3 * t:.1f}" for t in times.values())
+        print(f"| ms | {cells} | {slope(times):.2f} |\n")
+    starts = found["starts"]
+    ratio = starts[32] / starts[0]
+    print(
+        f"32 starts at once, of 8 steps: {ratio:.1f} times the time of one run of "
+        f"`distill` ({1e3 * starts[0]:.0f} ms), and so {32 / ratio:.1f} times as fast "
+        "as one by one.\n"
+    )
+
+
+def draw(found: dict[str, dict[int, float]]) -> Figure:
+    figure = Figure(figsize=(7.0, 3.6), dpi=200, layout="constrained")
+    axes = np.ravel(figure.subplots(2, 3))
+    for axis, (letter, times) in zip(axes, found.items(), strict=True):
+        sizes = [k for k in times if k > 0]
+        milliseconds = [1e3 * times[k] for k in sizes]
+        axis.loglog(sizes, milliseconds, color="black", marker="o", markersize=3)
+        # In proportion, for comparison.
+        last = milliseconds[-1] / sizes[-1]
+        axis.loglog(sizes, [last * k for k in sizes], color="0.7", linestyle="--")
+        axis.set_xticks(sizes, [f"{k:,}" for k in sizes], fontsize=6, rotation=30)
+        axis.minorticks_off()
+        axis.set_xlabel(NAMES[letter], fontsize=8)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("ms per step", fontsize=8)
+    axes[3].set_ylabel("ms per step", fontsize=8)
+    for axis in axes[4:]:
+        axis.set_ylabel("ms per run", fontsize=8)
+    return figure
+
+
+def main(repeats: int, output: Path) -> None:
+    results = {"machine": machine()}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as pool:
+        held = pool.submit(memory).result()
+    print(
+        f"Distilling MNIST holds {held['held']:.0f} MB, {held['of floats']:.2f} of its "
+        f"{held['floats']:.0f} MB as floats; as bytes it has {held['bytes']:.0f} MB.\n"
+    )
+    found = {**of_sizes(repeats), **of_runs(repeats)}
+    show(found)
+    results |= {"memory": held, "seconds": found}
+    write(results, output / "growth.json")
+    draw(found).savefig(output / "growth.png")
+
+
+if __name__ == "__main__":
+    main(**vars(parser(__doc__, repeats=5).parse_args()))

@@ -1,0 +1,81 @@
+"""How long a user waits for the first outer step, from the start of the process.
+
+A process of its own imports the package, loads MNIST, and takes one outer step on all
+of it: first with an empty compilation cache of JAX, and then with what this has left.
+
+Prints a Markdown table of medians, with what each part takes, and writes
+`startup.json`. Run on demand, by `python tests/benchmarks/startup.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from _timing import machine, parser, write
+
+
+PROGRAM = """
+import json, time
+marks = [("import", time.time())]
+
+import jax.random as jr
+import optax
+import eqdistill as eqd
+
+marks.append(("data", time.time()))
+train, _ = eqd.datasets.load("mnist")
+marks.append(("start", time.time()))
+classifier = eqd.LogisticRegression(28 * 28, 10)
+start = eqd.DistilledSet.from_noise(train, key=jr.key(0))
+marks.append(("first step", time.time()))
+optimiser = optax.lbfgs(learning_rate=1.0, linesearch=None)
+eqd.distill(start, classifier, train, optimiser=optimiser, steps=1)
+marks.append(("", time.time()))
+print(json.dumps(marks))
+"""
+
+
+def run(cache: str) -> dict[str, float]:
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    begin = time.time()
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    marks = json.loads(process.stdout)
+    names = ["interpreter", *(name for name, _ in marks[:-1])]
+    lengths = np.diff([begin, *(at for _, at in marks)])
+    return {**dict(zip(names, lengths.tolist(), strict=True)), "all": lengths.sum()}
+
+
+def main(repeats: int, output: Path) -> None:
+    results = {"machine": machine()}
+    cold, warm = [], []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as cache:
+            cold.append(run(cache))
+            warm.append(run(cache))
+    print("| cache | " + " | ".join(cold[0]) + " |")
+    print("|---|" + "---|" * len(cold[0]))
+    for name, runs in (("empty", cold), ("warm", warm)):
+        medians = {k: float(np.median([r[k] for r in runs])) for k in runs[0]}
+        cells = " | ".join(f"{v:.2f} s" for v in medians.values())
+        print(f"| {name} | {cells} |")
+        results[name] = medians
+    write(results, output / "startup.json")
+
+
+if __name__ == "__main__":
+    main(**vars(parser(__doc__, repeats=3).parse_args()))
