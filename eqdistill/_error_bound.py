@@ -12,14 +12,20 @@ from ._losses import label_residual, softmax_covariance
 
 def adjoint_residual(
     classifier: PyTree, distilled: DistilledSet, adjoint: PyTree, cotangent: PyTree
-) -> PyTree:
-    r"""$H u - v$, by which an adjoint $u$ fails to solve its linear system, with the
-    Hessian $H$ of the inner loss and the gradient $v$ of the outer loss, both in the
-    parameters of the classifier."""
+) -> Float[Array, ""]:
+    r"""$\|H u - v\| / \|v\|$, by which an adjoint $u$ fails to solve its linear system,
+    with the Hessian $H$ of the inner loss and the gradient $v$ of the outer loss, both
+    in the parameters of the classifier."""
     params, static = eqx.partition(classifier, eqx.is_inexact_array)
     gradient = jax.grad(lambda p: inner_loss(eqx.combine(p, static), distilled))
     _, product = jax.jvp(gradient, (params,), (adjoint,))
-    return optax.tree.sub(product, cotangent)
+    residual = optax.tree.norm(optax.tree.sub(product, cotangent))
+    return _relative(residual, cotangent)
+
+
+def _relative(residual: Float[Array, ""], cotangent: PyTree) -> Float[Array, ""]:
+    scale = optax.tree.norm(cotangent)
+    return residual / jnp.where(scale > 0, scale, 1)
 
 
 def error_bound(
@@ -28,9 +34,9 @@ def error_bound(
     learned: PyTree,
     hypergradient: PyTree,
     adjoint: LogisticRegression,
-    residual: LogisticRegression,
+    cotangent: LogisticRegression,
     mean_square: Float[Array, ""],
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     r"""A bound on the Euclidean distance of a hypergradient from the true one, for
     logistic regression without an intercept. `docs/mathematics.md` proves it.
 
@@ -41,13 +47,13 @@ def error_bound(
     - `learned`: the same, with what is not learned left out.
     - `hypergradient`: that which is to be checked, of the structure of `learned`.
     - `adjoint`: $u$, with which it should have been taken.
-    - `residual`: $H u - v$.
+    - `cotangent`: the gradient $v$ of the outer loss in the classifier's parameters.
     - `mean_square`: the mean of $\|x\|^2$ over the real images.
 
     **Returns:**
 
-    The bound, in exact arithmetic: it knows nothing of rounding, nor of the sampling
-    error where the real images are a batch.
+    The `adjoint_residual`, and the bound. That is in exact arithmetic: it knows nothing
+    of rounding, nor of the sampling error where the real images are a batch.
 
     Source: Blondel et al., *Efficient and modular implicit differentiation*, 2022,
     Theorem 1, and Pedregosa, *Hyperparameter optimization with approximate gradient*,
@@ -61,13 +67,13 @@ def error_bound(
     a = label_residual(logits, distilled.labels)
     norms = jnp.linalg.norm(images, axis=1)
     spread = jnp.max(q, axis=1) - jnp.min(q, axis=1)
+    change = jnp.einsum("nkl,nl->nk", softmax_covariance(logits), q)
+    residual = jnp.linalg.norm(images.T @ change / n + l2 * u - cotangent.weights)
 
     # Of the classifier, and of the adjoint.
     delta = fitted.gradient_norm / l2
     hessian_change = jnp.mean(norms**2 * spread) / 2
-    epsilon = (
-        delta * (mean_square / 2 + hessian_change) + optax.tree.norm(residual)
-    ) / l2
+    epsilon = (delta * (mean_square / 2 + hessian_change) + residual) / l2
 
     # The hypergradient in each part, as it follows from the adjoint, and how far it may
     # be moved by these two errors.
@@ -76,7 +82,6 @@ def error_bound(
         jnp.linalg.norm(weights),
         jnp.linalg.norm(q, axis=1),
     )
-    change = jnp.einsum("nkl,nl->nk", softmax_covariance(logits), q)
     follows, moves = {}, {}
     follows["images"] = (a @ u.T - change @ weights.T) / n
     moves["images"] = (
@@ -98,4 +103,4 @@ def error_bound(
             got = getattr(hypergradient, name)
             apart = jnp.linalg.norm(got - follows[name].reshape(got.shape))
             total = total + (apart + jnp.linalg.norm(moves[name])) ** 2
-    return jnp.sqrt(total)
+    return _relative(residual, cotangent), jnp.sqrt(total)

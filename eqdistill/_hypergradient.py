@@ -56,13 +56,11 @@ def hypergradient(
     adjoint = optax.tree.scale(-1.0, minus_adjoint)
 
     distilled = eqx.combine(learned, frozen)
-    residual = adjoint_residual(fitted.classifier, distilled, adjoint, cotangent)
-    scale = optax.tree.norm(cotangent)
-    relative = optax.tree.norm(residual) / jnp.where(scale > 0, scale, 1)
     if isinstance(classifier, LogisticRegression) and classifier.intercept is None:
-        bound = error_bound(
-            fitted, distilled, learned, gradient, adjoint, residual, batch.mean_square
+        residual, bound = error_bound(
+            fitted, distilled, learned, gradient, adjoint, cotangent, batch.mean_square
         )
     else:
-        bound = jnp.full_like(relative, jnp.inf)
-    return Hypergradient(loss, gradient, noise, relative, bound), fitted
+        residual = adjoint_residual(fitted.classifier, distilled, adjoint, cotangent)
+        bound = jnp.full_like(residual, jnp.inf)
+    return Hypergradient(loss, gradient, noise, residual, bound), fitted

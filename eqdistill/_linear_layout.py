@@ -1,3 +1,4 @@
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,6 +38,7 @@ class LinearLayout(AbstractLayout):
         pixels = np.asarray(data.images).reshape(len(data), -1)
         labels = np.asarray(data.labels)
         dtype = jax.eval_shape(Dataset.floating, data).dtype
+        scale = dtype.type(255 if pixels.dtype == np.uint8 else 1)
         num_chunks = min(count_chunks(*pixels.shape, chunk_bytes=2**23), _MOST_CHUNKS)
         chunk_size = -(-len(pixels) // num_chunks)
         chunk_size += -chunk_size % _LANES
@@ -57,13 +59,17 @@ class LinearLayout(AbstractLayout):
             rarest = np.concatenate(list(rarest))
             num_varying = max(np.sum(~is_constant), 1)
 
-            floating = _floating(background, dtype)
+            floating = np.divide(background, scale, dtype=dtype)
 
             def cut(rows):
                 q = np.searchsorted(levels, rarest[rows[-1]], side="right")
                 varying = order[: min(q, num_varying)]
-                chunk = pixels[rows].T[varying] - background[varying][:, None]
-                chunk = _floating(chunk, dtype)
+                chunk = _aligned((len(varying), len(rows)), dtype)
+                # As many at a time as a cache holds, since they are transposed.
+                for i in range(0, len(rows), 512):
+                    some = pixels[rows[i : i + 512]].T[varying]
+                    some = some - background[varying][:, None]
+                    np.divide(some, scale, out=chunk[:, i : i + 512])
                 # Of |x|^2, what is not of the background alone.
                 squares = np.vdot(chunk, chunk)
                 if background.any():
@@ -124,8 +130,8 @@ class LinearLayout(AbstractLayout):
         return losses, residuals
 
 
-# So many programs in one are still compiled in less than a second.
-_MOST_CHUNKS = 32
+# More are no quicker to multiply, but slower to compile: they are not in a loop.
+_MOST_CHUNKS = 8
 # CPUs multiply by so many numbers at once.
 _LANES = 16
 
@@ -163,11 +169,9 @@ def _by_frequency(
     return np.argsort(is_constant - frequency, kind="stable")
 
 
-def _floating(pixels: np.ndarray, dtype) -> np.ndarray:
-    """As `Dataset.floating`, in memory that JAX need not copy."""
-    size = pixels.size * dtype.itemsize
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX need not copy."""
+    size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
-    out = buffer[start : start + size].view(dtype).reshape(pixels.shape)
-    scale = 255 if pixels.dtype == np.uint8 else 1
-    return np.divide(pixels, dtype.type(scale), out=out)
+    return buffer[start : start + size].view(dtype).reshape(shape)

@@ -88,7 +88,7 @@ def run_block(
     first = state.step
     dynamic, static = eqx.partition(state, eqx.is_array)
     dtype = jnp.result_type(*jax.tree.leaves(state.learned))
-    history = StepInfo(*(jnp.full(block_size, jnp.nan, dtype) for _ in range(6)))
+    history = jnp.full((block_size, 6), jnp.nan, dtype)
 
     def cond_fun(carry):
         state = eqx.combine(carry[0], static)
@@ -98,13 +98,12 @@ def run_block(
         dynamic, history = carry
         state = eqx.combine(dynamic, static)
         new_state, info = _step(state, problem)
-        history = jax.tree.map(
-            lambda h, i: h.at[state.step - first].set(i), history, info
-        )
+        row = jnp.stack(jax.tree.leaves(info))
+        history = history.at[state.step - first].set(row)
         return eqx.filter(new_state, eqx.is_array), history
 
     dynamic, history = jax.lax.while_loop(cond_fun, body_fun, (dynamic, history))
-    return eqx.combine(dynamic, static), history
+    return eqx.combine(dynamic, static), StepInfo(*history.T)
 
 
 def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:

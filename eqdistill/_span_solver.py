@@ -86,7 +86,7 @@ class SpanSolver(AbstractInnerSolver):
         tolerance = float(jnp.finfo(images.dtype).eps) ** 0.5
         # A matrix of all the unknowns, for as long as it is small.
         is_small = min(images.shape) * c <= 2000
-        linear_solver = lx.LU() if is_small else DampedCG(rtol=tolerance)
+        linear_solver = lx.Cholesky() if is_small else DampedCG(rtol=tolerance)
         solution = optx.root_find(
             lambda y, problem: span.gradient(y, span.logits(y), problem),
             _ConvexNewton(

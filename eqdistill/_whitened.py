@@ -27,7 +27,7 @@ def whitened(
     For a linear classifier, $C$ is to within a factor that varies little what the
     Hessian of the outer loss does to pixels: in these coordinates it is far better
     conditioned, and L-BFGS takes a half to a quarter of the steps. $C$ is taken over at
-    most 4,096 of the real images, evenly spaced in their order.
+    most 1,024 of the real images, evenly spaced in their order.
 
     !!! Example
 
@@ -91,7 +91,7 @@ class _Coordinates(eqx.Module):
 
     @staticmethod
     def of_data(train: Dataset, damping: float) -> "_Coordinates":
-        some = np.asarray(train.images)[:: -(-len(train) // 4096)]
+        some = np.asarray(train.images)[:: -(-len(train) // 1024)]
         factor, inverse = _factor(eqx.tree_at(lambda d: d.images, train, some), damping)
         return _Coordinates(factor, inverse, train.shape)
 

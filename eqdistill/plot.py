@@ -77,7 +77,9 @@ def history(history: History) -> "Figure":
     left.set_ylabel("outer loss (nats per image)")
     right.semilogy(history.gradient_norm, color="black", label="hypergradient")
     if np.isfinite(history.error_bound).any():
-        right.semilogy(history.error_bound, color="tab:blue", label="bound on its error")
+        right.semilogy(
+            history.error_bound, color="tab:blue", label="bound on its error"
+        )
     right.semilogy(history.inner_residual, color="tab:orange", label="inner residual")
     right.set_ylabel("norm")
     right.legend(frameon=False, fontsize=8)
