@@ -21,7 +21,7 @@ from ._distillation import (
 from ._distilled_set import DistilledSet
 from ._growing_batch import GrowingBatch
 from ._inner_solver import AbstractInnerSolver
-from ._outer_loop import new_state, run_block, Status
+from ._outer_loop import new_state, on_host, run_block, Status
 from ._outer_loss import outer_loss
 from ._set_up import set_up
 
@@ -127,7 +127,7 @@ def distill(
         return Distillation(
             distilled=eqx.combine(learned, problem.frozen),
             history=jax.tree.map(lambda *x: np.concatenate(x), NO_HISTORY, *blocks),
-            converged=bool(state.status == Status.converged),
+            converged=bool(on_host(state.status) == Status.converged),
             held_out_loss=np.array(held_out_losses, np.float32),
         )
 
@@ -148,10 +148,11 @@ def distill(
                 ) from e
             blocks.append(to_history(info, end - start))
             show(blocks[-1])
-            has_converged = bool(state.status == Status.converged)
-            if not (has_converged or bool(state.status == Status.running)):
+            status = on_host(state.status)
+            has_converged = bool(status == Status.converged)
+            if not (has_converged or bool(status == Status.running)):
                 raise DistillationError(
-                    f"Distillation stopped at step {end}: {Status[state.status]}.",
+                    f"Distillation stopped at step {end}: {Status[status]}.",
                     so_far(state.last_good),
                 )
             if held_out is None:

@@ -12,7 +12,7 @@ from ._dataset import Dataset
 from ._distillation import Distillation, DistillationError, to_history
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver
-from ._outer_loop import new_state, Problem, run_block, Status
+from ._outer_loop import new_state, on_host, Problem, run_block, Status
 from ._set_up import partition, set_up
 
 
@@ -83,8 +83,9 @@ def distill_each(
     results = []
     for i in range(len(starts)):
         state, info = jax.tree.map(lambda x, i=i: x[i], (states, infos))
-        is_good = bool(state.status == Status.running)
-        has_converged = bool(state.status == Status.converged)
+        status = on_host(state.status)
+        is_good = bool(status == Status.running)
+        has_converged = bool(status == Status.converged)
         at = state.learned if is_good or has_converged else state.last_good
         result = Distillation(
             distilled=eqx.combine(at, jax.tree.map(lambda x, i=i: x[i], frozen)),
@@ -95,7 +96,7 @@ def distill_each(
         if not (is_good or has_converged):
             raise DistillationError(
                 f"Distillation from the start of index {i} stopped at step "
-                f"{int(state.step)}: {Status[state.status]}.",
+                f"{int(state.step)}: {Status[status]}.",
                 result,
             )
         results.append(result)

@@ -2,6 +2,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -74,6 +75,11 @@ def new_state(learned: PyTree, problem: Problem) -> State:
         step=jnp.array(0),
         status=Status.running,
     )
+
+
+def on_host(status: Status) -> Status:
+    """To be compared there, for which nothing need be compiled."""
+    return jax.tree.map(np.asarray, status)
 
 
 @eqx.filter_jit

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg
 import numpy as np
 import optax
+import scipy.linalg
 from jaxtyping import Array, Float, PyTree
 
 from ._dataset import Dataset
@@ -91,9 +91,21 @@ class _Coordinates(eqx.Module):
 
     @staticmethod
     def of_data(train: Dataset, damping: float) -> "_Coordinates":
+        # On the host, where nothing need be compiled for it.
         some = np.asarray(train.images)[:: -(-len(train) // 1024)]
-        factor, inverse = _factor(eqx.tree_at(lambda d: d.images, train, some), damping)
-        return _Coordinates(factor, inverse, train.shape)
+        dtype = jnp.result_type(float)
+        images = some.reshape(len(some), -1).astype(dtype)
+        if some.dtype == np.uint8:
+            images /= 255
+        moments = images.T @ images / len(images)
+        # Images that are zero throughout leave the coordinates as they are.
+        scale = damping * np.trace(moments) or 1.0
+        moments[np.diag_indices_from(moments)] += scale
+        factor = scipy.linalg.cholesky(moments, lower=True)
+        # Well conditioned by the damping: products with it are quicker than solves.
+        identity = np.eye(len(factor), dtype=dtype)
+        inverse = scipy.linalg.solve_triangular(factor, identity, lower=True)
+        return _Coordinates(jnp.asarray(factor), jnp.asarray(inverse), train.shape)
 
     def of(self, params: PyTree) -> PyTree:
         return self._multiply(params, self.factor)
@@ -128,17 +140,3 @@ def _on_stored_gradient(fn: Callable[[PyTree], PyTree], state: PyTree) -> PyTree
     # A line search keeps the gradient where it ended, for the next step to use.
     stored = optax.tree.get(state, "grad")
     return state if stored is None else optax.tree.set(state, grad=fn(stored))
-
-
-@eqx.filter_jit
-def _factor(some: Dataset, damping: float):
-    images = some.floating().reshape(len(some.images), -1)
-    moments = images.T @ images / len(images)
-    scale = damping * jnp.trace(moments)
-    # Images that are zero throughout leave the coordinates as they are.
-    scale = jnp.where(scale > 0, scale, 1)
-    identity = jnp.eye(len(moments))
-    factor = jnp.linalg.cholesky(moments + scale * identity)
-    # Well conditioned by the damping: products with it are quicker than solves.
-    inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
-    return factor, inverse
