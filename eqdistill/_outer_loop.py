@@ -33,7 +33,7 @@ class Problem(eqx.Module):
     optimiser: optax.GradientTransformationExtraArgs
     tolerance: float
     batch_size: int | GrowingBatch | None = eqx.field(static=True)
-    key: PRNGKeyArray
+    key: PRNGKeyArray | None
 
 
 class State(eqx.Module):
@@ -62,7 +62,8 @@ class StepInfo(eqx.Module):
 
 
 def new_state(learned: PyTree, problem: Problem) -> State:
-    optimiser_state = problem.optimiser.init(learned)
+    # Compiled as one.
+    optimiser_state = jax.jit(problem.optimiser.init)(learned)
     is_growing = isinstance(problem.batch_size, GrowingBatch)
     in_batches = isinstance(problem.batch_size, int)
     return State(
@@ -218,11 +219,13 @@ def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:
         return eqx.tree_at(lambda x: x.is_whole, layout, state.is_whole), state
     assert isinstance(layout, RowLayout)
     assert isinstance(problem.batch_size, int)
+    assert problem.key is not None
+    key = problem.key
     batches_per_epoch = layout.num_images // problem.batch_size
     epoch, batch = jnp.divmod(state.step, batches_per_epoch)
     order = jax.lax.cond(
         batch == 0,
-        lambda order: jr.permutation(jr.fold_in(problem.key, epoch), order),
+        lambda order: jr.permutation(jr.fold_in(key, epoch), order),
         lambda order: order,
         state.order,
     )

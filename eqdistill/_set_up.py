@@ -39,14 +39,12 @@ def set_up(
     check_data("train", train, distilled, classifier)
     if not tolerance >= 0:
         raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
-    if batch_size is None:
-        key = jr.key(0) if key is None else key
-    elif isinstance(batch_size, int) and not 1 <= batch_size <= len(train):
+    if isinstance(batch_size, int) and not 1 <= batch_size <= len(train):
         raise ValueError(
             f"`batch_size` must be from 1 to {len(train)}, the number of images in "
             f"`train`; got {batch_size}."
         )
-    elif key is None:
+    if batch_size is not None and key is None:
         raise ValueError("`key` must be given with `batch_size`, to draw batches by.")
     if not isinstance(optimiser, optax.GradientTransformation):
         raise TypeError(
