@@ -21,7 +21,7 @@ from ._distillation import (
 from ._distilled_set import DistilledSet
 from ._growing_batch import GrowingBatch
 from ._inner_solver import AbstractInnerSolver
-from ._outer_loop import new_state, on_host, run_block, Status
+from ._outer_loop import new_state, on_host, quiet_blas, run_block, Status
 from ._outer_loss import outer_loss
 from ._set_up import set_up
 
@@ -131,7 +131,7 @@ def distill(
             held_out_loss=np.array(held_out_losses, np.float32),
         )
 
-    with _progress_bar(steps, progress) as show:
+    with quiet_blas(), _progress_bar(steps, progress) as show:
         while int(state.step) < steps:
             start = int(state.step)
             num_steps = min(block_size, steps - start)

@@ -12,7 +12,7 @@ from ._dataset import Dataset
 from ._distillation import Distillation, DistillationError, to_history
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver
-from ._outer_loop import new_state, on_host, Problem, run_block, Status
+from ._outer_loop import new_state, on_host, Problem, quiet_blas, run_block, Status
 from ._set_up import partition, set_up
 
 
@@ -79,7 +79,9 @@ def distill_each(
     )
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
     learned, frozen = partition(stacked, learn)
-    states, infos = _run(learned, frozen, problem, jnp.array(steps), steps)
+    with quiet_blas():
+        states, infos = _run(learned, frozen, problem, jnp.array(steps), steps)
+        jax.block_until_ready(infos)
     results = []
     for i in range(len(starts)):
         state, info = jax.tree.map(lambda x, i=i: x[i], (states, infos))

@@ -1,3 +1,5 @@
+from contextlib import AbstractContextManager
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -5,6 +7,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from threadpoolctl import threadpool_limits
 
 from ._distilled_set import DistilledSet
 from ._growing_batch import GrowingBatch, GrowingLayout
@@ -81,6 +84,14 @@ def new_state(learned: PyTree, problem: Problem) -> State:
 def on_host(status: Status) -> Status:
     """To be compared there, for which nothing need be compiled."""
     return jax.tree.map(np.asarray, status)
+
+
+def quiet_blas() -> AbstractContextManager:
+    """In which LAPACK, which JAX calls on a CPU to decompose the small matrices of an
+    inner problem, takes one thread. Those of OpenBLAS go on spinning after it has
+    returned, and hold up the passes over the data: by as much again, at twenty images.
+    """
+    return threadpool_limits(limits=1, user_api="blas")
 
 
 @eqx.filter_jit

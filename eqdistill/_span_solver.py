@@ -3,10 +3,12 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.scipy.linalg
 import lineax as lx
 import optax
 import optimistix as optx
 import scipy.linalg
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from ._adjoint import DampedCG
@@ -84,16 +86,13 @@ class SpanSolver(AbstractInnerSolver):
         span = _Span.of(fixed.images, c)
 
         tolerance = float(jnp.finfo(images.dtype).eps) ** 0.5
-        # A matrix of all the unknowns, for as long as it is small.
-        is_small = min(images.shape) * c <= 2000
-        linear_solver = lx.Cholesky() if is_small else DampedCG(rtol=tolerance)
         solution = optx.root_find(
             lambda y, problem: span.gradient(y, span.logits(y), problem),
             _ConvexNewton(
                 rtol=tolerance if self.rtol is None else self.rtol,
                 atol=tolerance if self.atol is None else self.atol,
                 norm=lambda y: jnp.max(jnp.abs(span.logits(y))),
-                solve=lambda y, vector: _solve(span, y, fixed, vector, linear_solver),
+                solve=lambda y, vector: _solve(span, y, fixed, vector),
             ),
             span.zero(classifier.intercept is not None),
             args=fixed,
@@ -111,7 +110,7 @@ class SpanSolver(AbstractInnerSolver):
         coordinates = _implicit(
             solution.value,
             span.gradient(solution.value, anchor.logits(problem), free),
-            (span, fixed, linear_solver),
+            (span, fixed),
         )
         intercept = coordinates.intercept
         if intercept is not None:
@@ -227,38 +226,49 @@ class _Span(eqx.Module):
             intercept = intercept + self.contrasts @ problem.tilt.intercept
         return _Coordinates(weights, intercept)
 
-    def hessian(
-        self, y: _Coordinates, problem: _Problem
-    ) -> Callable[[_Coordinates], _Coordinates]:
-        """The derivative of `gradient` at `y`, as a function of the direction."""
+    def hessian_product(
+        self, y: _Coordinates, problem: _Problem, vector: _Coordinates
+    ) -> _Coordinates:
+        """The derivative of `gradient` at `y` along `vector`."""
         covariance = softmax_covariance(self.logits(y))
+        change = jnp.einsum("nkl,nl->nk", covariance, self.logits(vector))
+        change = change @ self.contrasts.T
+        ridge = problem.scale * self.weights(vector)
+        weights = ridge + self.features.T @ change
+        if y.intercept is None:
+            return _Coordinates(weights, None)
+        return _Coordinates(weights, self.outside @ change - self.shift @ ridge)
 
-        def product(vector):
-            change = jnp.einsum("nkl,nl->nk", covariance, self.logits(vector))
-            change = change @ self.contrasts.T
-            ridge = problem.scale * self.weights(vector)
-            weights = ridge + self.features.T @ change
-            if y.intercept is None:
-                return _Coordinates(weights, None)
-            return _Coordinates(weights, self.outside @ change - self.shift @ ridge)
-
-        return product
+    def hessian(self, y: _Coordinates, problem: _Problem) -> Float[Array, "m m"]:
+        """The same derivative as a matrix, of the coordinates one after the other."""
+        covariance = softmax_covariance(self.logits(y))
+        covariance = self.contrasts @ covariance @ self.contrasts.T
+        features, ridge = self.features, jnp.eye(len(self.singular_values))
+        if y.intercept is not None:
+            features = jnp.concatenate([features, self.outside[:, None]], axis=1)
+            ridge = jnp.concatenate([ridge, -self.shift[:, None]], axis=1)
+        matrix = jnp.einsum("na,nb,nkl->akbl", features, features, covariance)
+        k = len(self.contrasts)
+        ridge = jnp.einsum("ra,rb,kl->akbl", ridge, ridge, problem.scale * jnp.eye(k))
+        return (matrix + ridge).reshape(features.shape[1] * k, -1)
 
 
 def _solve(
-    span: _Span,
-    y: _Coordinates,
-    problem: _Problem,
-    vector: _Coordinates,
-    linear_solver: lx.AbstractLinearSolver,
+    span: _Span, y: _Coordinates, problem: _Problem, vector: _Coordinates
 ) -> _Coordinates:
     """The inverse of the Hessian at `y`, times a vector."""
+    flat, unravel = ravel_pytree(vector)
+    # A matrix of all the unknowns, for as long as it is small.
+    if flat.size <= 2000:
+        factor = jax.scipy.linalg.cho_factor(span.hessian(y, problem))
+        return unravel(jax.scipy.linalg.cho_solve(factor, flat))
     hessian = lx.FunctionLinearOperator(
-        span.hessian(y, problem),
+        lambda vector: span.hessian_product(y, problem, vector),
         jax.eval_shape(lambda: vector),
         lx.positive_semidefinite_tag,
     )
-    return lx.linear_solve(hessian, vector, linear_solver, throw=False).value
+    solver = DampedCG(rtol=float(jnp.finfo(flat.dtype).eps) ** 0.5)
+    return lx.linear_solve(hessian, vector, solver, throw=False).value
 
 
 @eqx.filter_custom_jvp
@@ -276,12 +286,12 @@ def _implicit(y, gradient, fixed):
 
 @_implicit.def_jvp
 def _(primals, tangents):
-    y, _, (span, problem, linear_solver) = primals
+    y, _, (span, problem) = primals
     _, gradient_dot, _ = tangents
     y_dot = jax.lax.custom_linear_solve(
-        span.hessian(y, problem),
+        lambda vector: span.hessian_product(y, problem, vector),
         gradient_dot,
-        lambda _, vector: _solve(span, y, problem, vector, linear_solver),
+        lambda _, vector: _solve(span, y, problem, vector),
         symmetric=True,
     )
     return y, optax.tree.scale(-1.0, y_dot)
