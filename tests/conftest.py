@@ -8,6 +8,13 @@ import pytest
 import eqdistill as eqd
 
 
+def pytest_configure(config):
+    # Most of what the tests do is to compile, and much of it several times over.
+    folder = config.cache.mkdir("jax")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 @pytest.fixture
 def x64():
     """Double precision, for tests in which precision is the point."""

@@ -8,6 +8,8 @@ import optax
 import pytest
 
 import eqdistill as eqd
+from eqdistill._layout import RowLayout
+from eqdistill._linear_layout import LinearLayout
 
 from .conftest import MLP, subset
 
@@ -20,19 +22,20 @@ def with_constants(images):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "kind", ["constant pixels", "all constant", "network", "chunks"]
+    "kind", ["constant pixels", "all constant", "network", "chunks", "bytes"]
 )
 def test_first_step_is_along_the_public_gradient(digits, mnist, kind):
     train = subset(digits[0], 101)
-    if kind == "chunks":  # More than one, the last of which is not full.
-        train = subset(mnist[0], 3001)
-        train = eqd.Dataset(np.asarray(train.images) / 255.0, train.labels, 10)
+    if kind in ("chunks", "bytes"):  # More than one, the last of which is not full.
+        train = subset(mnist[0], 7001)
+        if kind == "chunks":
+            train = eqd.Dataset(np.asarray(train.images) / 255.0, train.labels, 10)
     elif kind == "all constant":
         train = eqd.Dataset(np.full((101, 8, 8), 0.5), train.labels, 10)
     elif kind != "network":
         train = eqd.Dataset(with_constants(train.images), train.labels, 10)
     p = int(np.prod(train.shape))
-    classifier = eqd.LogisticRegression(p, 10, use_intercept=kind != "chunks")
+    classifier = eqd.LogisticRegression(p, 10, use_intercept=p == 64)
     if kind == "network":
         classifier = MLP(p, 5, jnp.tanh, key=jr.key(1))
     start = eqd.DistilledSet.from_noise(train, l2=0.1, scale=0.3, key=jr.key(0))
@@ -41,3 +44,14 @@ def test_first_step_is_along_the_public_gradient(digits, mnist, kind):
     np.testing.assert_allclose(result.history.loss[0], loss, rtol=1e-10)
     got = start.images - result.distilled.images
     np.testing.assert_allclose(got, gradient.images, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "constant pixels"])
+def test_mean_square(digits, kind):
+    train = subset(digits[0], 101)
+    if kind == "constant pixels":
+        images = with_constants(train.images).astype(np.float32)
+        train = eqd.Dataset(images, train.labels, 10)
+    want = np.mean(np.sum(np.asarray(train.floating()) ** 2, axis=(1, 2)))
+    for layout in (LinearLayout.of(train), RowLayout.of(train)):
+        np.testing.assert_allclose(layout.mean_square, want, rtol=1e-5)
