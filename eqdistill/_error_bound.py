@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
-from ._inner_solver import Fitted, inner_loss
+from ._inner_solver import inner_loss
 from ._losses import label_residual, softmax_covariance
 
 
@@ -29,7 +29,7 @@ def _relative(residual: Float[Array, ""], cotangent: PyTree) -> Float[Array, ""]
 
 
 def error_bound(
-    fitted: Fitted,
+    classifier: LogisticRegression,
     distilled: DistilledSet,
     learned: PyTree,
     hypergradient: PyTree,
@@ -42,7 +42,8 @@ def error_bound(
 
     **Arguments:**
 
-    - `fitted`: where the hypergradient was taken: near the inner problem's solution.
+    - `classifier`: where the hypergradient was taken: near the inner problem's
+        solution.
     - `distilled`: the distilled set.
     - `learned`: the same, with what is not learned left out.
     - `hypergradient`: that which is to be checked, of the structure of `learned`.
@@ -62,7 +63,7 @@ def error_bound(
     n = len(distilled)
     l2 = distilled.l2
     images = distilled.images.reshape(n, -1)
-    weights, u = fitted.classifier.weights, adjoint.weights
+    weights, u = classifier.weights, adjoint.weights
     logits, q = images @ weights, images @ u
     a = label_residual(logits, distilled.labels)
     norms = jnp.linalg.norm(images, axis=1)
@@ -71,7 +72,7 @@ def error_bound(
     residual = jnp.linalg.norm(images.T @ change / n + l2 * u - cotangent.weights)
 
     # Of the classifier, and of the adjoint.
-    delta = fitted.gradient_norm / l2
+    delta = jnp.linalg.norm(l2 * weights - images.T @ a / n) / l2
     hessian_change = jnp.mean(norms**2 * spread) / 2
     epsilon = (delta * (mean_square / 2 + hessian_change) + residual) / l2
 

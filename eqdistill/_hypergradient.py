@@ -56,11 +56,12 @@ def hypergradient(
     adjoint = optax.tree.scale(-1.0, minus_adjoint)
 
     distilled = eqx.combine(learned, frozen)
+    solved = fitted.classifier, distilled
     if isinstance(classifier, LogisticRegression) and classifier.intercept is None:
         residual, bound = error_bound(
-            fitted, distilled, learned, gradient, adjoint, cotangent, batch.mean_square
+            *solved, learned, gradient, adjoint, cotangent, batch.mean_square
         )
     else:
-        residual = adjoint_residual(fitted.classifier, distilled, adjoint, cotangent)
+        residual = adjoint_residual(*solved, adjoint, cotangent)
         bound = jnp.full_like(residual, jnp.inf)
     return Hypergradient(loss, gradient, noise, residual, bound), fitted

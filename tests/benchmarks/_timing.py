@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -18,9 +19,12 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+_Name = TypeVar("_Name")
+
+
 def in_turn(
-    runs: Mapping[str, Callable[[], object]], repeats: int
-) -> dict[str, np.ndarray]:
+    runs: Mapping[_Name, Callable[[], object]], repeats: int
+) -> dict[_Name, np.ndarray]:
     """Seconds of each run, the first of which, with its compiling, is not counted. What
     is compared is run in turn: the machine may change its speed within a minute."""
     for run in runs.values():

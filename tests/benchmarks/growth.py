@@ -179,7 +179,7 @@ def draw(found: dict[str, dict[int, float]]) -> Figure:
 
 
 def main(repeats: int, output: Path) -> None:
-    results = {"machine": machine()}
+    results: dict[str, object] = {"machine": machine()}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as pool:
         held = pool.submit(memory).result()

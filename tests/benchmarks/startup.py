@@ -61,7 +61,7 @@ def run(cache: str) -> dict[str, float]:
 
 
 def main(repeats: int, output: Path) -> None:
-    results = {"machine": machine()}
+    results: dict[str, object] = {"machine": machine()}
     cold, warm = [], []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
