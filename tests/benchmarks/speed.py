@@ -5,7 +5,7 @@ notebook's program, one in plain JAX, Optimistix and Optax, as one would write i
 oneself, and this package solve it from the same start to the same outer loss of 0.632.
 The package does so with the same outer steps as the second, with a line search, and
 with what takes fewer passes over the data: `eqdistill.whitened`, and
-`eqdistill.GrowingBatch`. Then one outer value-and-gradient is timed, and what bounds it
+`eqdistill.GrowingBatch`, which is timed on five times the data too. Then one outer value-and-gradient is timed, and what bounds it
 on this machine: reading the data once for each of its two products, or its arithmetic
 at the speed of a large product of matrices. Last, a network's loss on real images and
 its gradient.
@@ -248,6 +248,44 @@ def to_the_target(train, start, repeats):
     return rows
 
 
+def more_data(train, start, repeats):
+    """Seconds to within 0.3% of the optimum on 300,000 images: MNIST's, and the same
+    moved by a pixel up, down, left and right."""
+    images, labels = np.asarray(train.images), np.asarray(train.labels)
+    moves = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
+    moved = [np.roll(images, move, (1, 2)) for move in moves]
+    train = eqd.Dataset(np.concatenate(moved), np.tile(labels, 5), 10)
+    classifier = eqd.LogisticRegression(28 * 28, 10)
+    programs = {
+        "whitened": Eqdistill(train, start, whitened=True),
+        "whitened, growing": Eqdistill(train, start, whitened=True, growing=True),
+    }
+    target = 1.003 * programs["whitened"].distill(30).history.loss[-1]
+    runs, rows = {}, {}
+    for name, program in programs.items():
+        for steps in range(6, 20):
+            result = program.distill(steps)
+            is_whole = result.history.num_images[-1] == len(train)
+            loss = eqd.outer_loss(result.distilled, classifier, train)
+            if is_whole and loss <= target:
+                break
+        passes = float(np.sum(result.history.num_images)) / len(train)
+        runs[name] = program.run(steps)
+        rows[name] = {"steps": steps, "passes": passes}
+    times = in_turn(runs, repeats)
+    print(f"\nTo an outer loss of {target:.4f} on {len(train):,} images:\n")
+    print("| program | steps | passes | run only | ratio |")
+    print("|---|---|---|---|---|")
+    for name, row in rows.items():
+        row["run only"] = float(np.median(times[name]))
+        ratio = rows["whitened"]["run only"] / row["run only"]
+        print(
+            f"| {name} | {row['steps']} | {row['passes']:.1f} "
+            f"| {row['run only']:.2f} s | {ratio:.1f} |"
+        )
+    return rows
+
+
 def one_gradient(train, start, repeats):
     """Milliseconds of one outer value-and-gradient, and of what bounds it."""
     classifier = eqd.LogisticRegression(28 * 28, 10)
@@ -360,12 +398,15 @@ def draw(rows, gradient) -> Figure:
 def main(repeats: int, output: Path) -> None:
     train, _ = eqd.datasets.load("mnist")
     start = eqd.DistilledSet.from_noise(train, l2=0.1, key=jr.key(0))
-    results = {"machine": machine()}
-    results["target"] = to_the_target(train, start, repeats)
-    results["gradient"] = one_gradient(train, start, 5 * repeats)
+    results: dict[str, object] = {"machine": machine()}
+    rows = to_the_target(train, start, repeats)
+    results["target"] = rows
+    results["more data"] = more_data(train, start, repeats)
+    gradient = one_gradient(train, start, 5 * repeats)
+    results["gradient"] = gradient
     results["network"] = network(train, repeats)
     write(results, output / "speed.json")
-    draw(results["target"], results["gradient"]).savefig(output / "speed.png")
+    draw(rows, gradient).savefig(output / "speed.png")
 
 
 if __name__ == "__main__":
