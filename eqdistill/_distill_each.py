@@ -79,7 +79,7 @@ def distill_each(
     )
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
     learned, frozen = partition(stacked, learn)
-    with quiet_blas():
+    with quiet_blas(problem, len(starts[0])):
         states, infos = _run(learned, frozen, problem, jnp.array(steps), steps)
         jax.block_until_ready(infos)
     results = []

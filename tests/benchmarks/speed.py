@@ -5,10 +5,10 @@ notebook's program, one in plain JAX, Optimistix and Optax, as one would write i
 oneself, and this package solve it from the same start to the same outer loss of 0.632.
 The package does so with the same outer steps as the second, with a line search, and
 with what takes fewer passes over the data: `eqdistill.whitened`, and
-`eqdistill.GrowingBatch`, which is timed on five times the data too. Then one outer value-and-gradient is timed, and what bounds it
-on this machine: reading the data once for each of its two products, or its arithmetic
-at the speed of a large product of matrices. Last, a network's loss on real images and
-its gradient.
+`eqdistill.GrowingBatch`, which is timed on five times the data too. Then one outer
+value-and-gradient is timed, and what bounds it on this machine: reading the data once
+for each of its two products, or its arithmetic at the speed of a large product of
+matrices. Last, a network's loss on real images and its gradient.
 
 Prints Markdown tables of medians, and writes `speed.json` and `speed.png`. Run on
 demand, by `python tests/benchmarks/speed.py`.
@@ -263,13 +263,15 @@ def more_data(train, start, repeats):
     target = 1.003 * programs["whitened"].distill(30).history.loss[-1]
     runs, rows = {}, {}
     for name, program in programs.items():
-        for steps in range(6, 20):
+        steps, is_good = 6, False
+        while not is_good:
+            steps += 1
             result = program.distill(steps)
             is_whole = result.history.num_images[-1] == len(train)
             loss = eqd.outer_loss(result.distilled, classifier, train)
-            if is_whole and loss <= target:
-                break
-        passes = float(np.sum(result.history.num_images)) / len(train)
+            is_good = is_whole and loss <= target
+        sizes = program.distill(steps).history.num_images
+        passes = float(np.sum(sizes)) / len(train)
         runs[name] = program.run(steps)
         rows[name] = {"steps": steps, "passes": passes}
     times = in_turn(runs, repeats)
