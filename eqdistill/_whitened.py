@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import scipy.linalg
 from jaxtyping import Array, Float, PyTree
+from threadpoolctl import threadpool_limits
 
 from ._dataset import Dataset
 
@@ -91,20 +92,22 @@ class _Coordinates(eqx.Module):
 
     @staticmethod
     def of_data(train: Dataset, damping: float) -> "_Coordinates":
-        # On the host, where nothing need be compiled for it.
+        # On the host, where nothing need be compiled for it; and on one thread, since
+        # OpenBLAS's go on spinning after it has returned.
         some = np.asarray(train.images)[:: -(-len(train) // 1024)]
         dtype = jnp.result_type(float)
         images = some.reshape(len(some), -1).astype(dtype)
         if some.dtype == np.uint8:
             images /= 255
-        moments = images.T @ images / len(images)
-        # Images that are zero throughout leave the coordinates as they are.
-        scale = damping * np.trace(moments) or 1.0
-        moments[np.diag_indices_from(moments)] += scale
-        factor = scipy.linalg.cholesky(moments, lower=True)
-        # Well conditioned by the damping: products with it are quicker than solves.
-        identity = np.eye(len(factor), dtype=dtype)
-        inverse = scipy.linalg.solve_triangular(factor, identity, lower=True)
+        with threadpool_limits(limits=1, user_api="blas"):
+            moments = images.T @ images / len(images)
+            # Images that are zero throughout leave the coordinates as they are.
+            scale = damping * np.trace(moments) or 1.0
+            moments[np.diag_indices_from(moments)] += scale
+            factor = scipy.linalg.cholesky(moments, lower=True)
+            # Well conditioned by the damping: products with it are quicker than solves.
+            identity = np.eye(len(factor), dtype=dtype)
+            inverse = scipy.linalg.solve_triangular(factor, identity, lower=True)
         return _Coordinates(jnp.asarray(factor), jnp.asarray(inverse), train.shape)
 
     def of(self, params: PyTree) -> PyTree:
