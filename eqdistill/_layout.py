@@ -4,6 +4,7 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -64,7 +65,10 @@ class RowLayout(AbstractLayout):
     num_chunks: int = eqx.field(static=True)
 
     @staticmethod
-    def of(data: Dataset) -> "RowLayout":
+    def of(data: Dataset, rows: np.ndarray | None = None) -> "RowLayout":
+        if rows is not None:
+            some = np.asarray(data.images)[rows], np.asarray(data.labels)[rows]
+            data = eqx.tree_at(lambda d: (d.images, d.labels), data, some)
         # A network's activations are many times as large as its images.
         num_chunks = count_chunks(len(data), math.prod(data.shape), chunk_bytes=2**19)
         images, labels = _pad(data, num_chunks)

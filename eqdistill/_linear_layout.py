@@ -32,18 +32,20 @@ class LinearLayout(AbstractLayout):
     num_images: int = eqx.field(static=True)
 
     @staticmethod
-    def of(data: Dataset) -> "LinearLayout":
+    def of(data: Dataset, rows: np.ndarray | None = None) -> "LinearLayout":
         # On the host: the shapes of the chunks depend on what is in the images.
         pixels = np.asarray(data.images).reshape(len(data), -1)
         labels = np.asarray(data.labels)
         dtype = jax.eval_shape(Dataset.floating, data).dtype
         scale = dtype.type(255 if pixels.dtype == np.uint8 else 1)
-        num_chunks = min(count_chunks(*pixels.shape, chunk_bytes=2**23), _MOST_CHUNKS)
-        chunk_size = -(-len(pixels) // num_chunks)
+        rows = np.arange(len(pixels)) if rows is None else rows
+        num_chunks = count_chunks(len(rows), pixels.shape[1], chunk_bytes=2**23)
+        num_chunks = min(num_chunks, _MOST_CHUNKS)
+        chunk_size = -(-len(rows) // num_chunks)
         chunk_size += -chunk_size % _LANES
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            parts = np.array_split(pixels, num_chunks)
-            extrema = pool.map(lambda part: (part.min(axis=0), part.max(axis=0)), parts)
+            parts = np.array_split(rows, -(-len(rows) // 4096))
+            extrema = pool.map(lambda part: _extrema(pixels[part]), parts)
             minima, maxima = zip(*extrema, strict=True)
             background = np.min(minima, axis=0)
             is_constant = np.max(maxima, axis=0) == background
@@ -53,38 +55,41 @@ class LinearLayout(AbstractLayout):
             rarity = np.empty_like(levels)
             rarity[order] = levels
             rarest = pool.map(
-                lambda part: np.max((part != background) * rarity, axis=1), parts
+                lambda part: np.max((pixels[part] != background) * rarity, axis=1),
+                parts,
             )
             rarest = np.concatenate(list(rarest))
             num_varying = max(np.sum(~is_constant), 1)
 
             floating = np.divide(background, scale, dtype=dtype)
+            has_background = bool(background.any())
 
-            def cut(rows):
-                q = np.searchsorted(levels, rarest[rows[-1]], side="right")
+            def cut(at):
+                q = np.searchsorted(levels, rarest[at[-1]], side="right")
+                chosen = rows[at]
                 varying = order[: min(q, num_varying)]
-                chunk = _aligned((len(varying), len(rows)), dtype)
+                chunk = _aligned((len(varying), len(chosen)), dtype)
+                squares = 0.0
                 # As many at a time as a cache holds, since they are transposed.
-                for i in range(0, len(rows), 512):
-                    some = pixels[rows[i : i + 512]].T[varying]
-                    some = some - background[varying][:, None]
-                    np.divide(some, scale, out=chunk[:, i : i + 512])
-                # Of |x|^2, what is not of the background alone.
-                squares = np.vdot(chunk, chunk)
-                if background.any():
-                    squares += 2 * np.vdot(floating[varying], chunk.sum(axis=1))
-                return chunk, labels[rows], squares
+                for i in range(0, len(chosen), 512):
+                    some = pixels[chosen[i : i + 512]].T[varying]
+                    some = np.divide(some - background[varying][:, None], scale)
+                    chunk[:, i : i + 512] = some
+                    # Of |x|^2, what is not of the background alone.
+                    cross = 2 * floating[varying][:, None] if has_background else 0
+                    squares += float(np.sum(some * (some + cross)))
+                return chunk, labels[chosen], squares
 
-            rows = np.argsort(rarest, kind="stable")
-            rows = np.split(rows, range(chunk_size, len(rows), chunk_size))
-            *chunks, squares = zip(*pool.map(cut, rows), strict=True)
-        squares = sum(squares) + len(data) * np.vdot(floating, floating)
+            by_rarity = np.argsort(rarest, kind="stable")
+            cuts = np.split(by_rarity, range(chunk_size, len(rows), chunk_size))
+            *chunks, squares = zip(*pool.map(cut, cuts), strict=True)
+        squares = sum(squares) + len(rows) * float(np.sum(floating**2))
         return LinearLayout(
             chunks=tuple(map(_Chunk, *jax.device_put(chunks))),
             order=jnp.asarray(order),
-            background=jnp.asarray(floating) if background.any() else None,
-            sum_of_squares=jnp.asarray(squares),
-            num_images=len(data),
+            background=jnp.asarray(floating) if has_background else None,
+            sum_of_squares=jnp.asarray(squares, dtype),
+            num_images=len(rows),
         )
 
     @property
@@ -155,6 +160,10 @@ def _loss_and_residual(logits: Float[Array, "c m"], labels: Int[Array, " m"]):
     log_p = jax.nn.log_softmax(logits, axis=0)
     targets = jax.nn.one_hot(labels, len(logits), axis=0, dtype=logits.dtype)
     return -jnp.sum(targets * log_p), jnp.exp(log_p) - targets
+
+
+def _extrema(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return pixels.min(axis=0), pixels.max(axis=0)
 
 
 def _sum(arrays: list[Array]) -> Array:

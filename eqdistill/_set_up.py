@@ -102,15 +102,8 @@ def _lay_out(train: Dataset, classifier: PyTree, batch_size, key) -> AbstractLay
             f"start on, and beyond it; got {batch_size.fraction} of {len(train)}."
         )
     order = np.asarray(jr.permutation(key, len(train)))
-    images, labels = np.asarray(train.images), np.asarray(train.labels)
-    first, second, others = (
-        of(
-            eqx.tree_at(
-                lambda d: (d.images, d.labels), train, (images[rows], labels[rows])
-            )
-        )
-        for rows in np.split(order, (half, 2 * half))
-    )
+    parts = np.split(order, (half, 2 * half))
+    first, second, others = (of(train, rows) for rows in parts)
     return GrowingLayout(
         halves=(first, second),
         others=others,
