@@ -327,6 +327,8 @@ def one_gradient(train, start, repeats):
     arithmetic = flops / speed
     read = times.pop("reading the data")
     limit = max(2 * read, arithmetic)
+    multiplied = sum(chunk.pixels.size for chunk in layout.chunks) / len(train)
+    print(f"\nOf 784 pixels an image, {multiplied:.0f} are multiplied.")
     print(f"\nOne outer value-and-gradient, medians of {repeats} runs:\n")
     print("| program | ms | of the limit |")
     print("|---|---|---|")
