@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Int, PyTree
 
 from ._auto_solver import AutoSolver
+from ._checks import check_inner
 from ._dataset import Dataset
 from ._distillation import Distillation, DistillationError, to_history
 from ._distilled_set import DistilledSet
@@ -77,6 +78,8 @@ def distill_each(
         key=None,
         tolerance=tolerance,
     )
+    for start in starts[1:]:
+        check_inner(start, classifier)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
     learned, frozen = partition(stacked, learn)
     with quiet_blas(problem, len(starts[0])):

@@ -53,9 +53,7 @@ class GrowingLayout(AbstractLayout):
     num_images: int = eqx.field(static=True)
 
     def value(self, classifier):
-        part = _mean(
-            [(half.num_images, half.value(classifier)) for half in self.halves]
-        )
+        part = _mean(self._half_sizes, [half.value(classifier) for half in self.halves])
         return self._and_others(part, lambda: self.others.value(classifier))
 
     def value_and_grad(self, classifier):
@@ -70,8 +68,7 @@ class GrowingLayout(AbstractLayout):
         (_, first), (_, second) = halves = [
             half.value_and_grad(classifier) for half in self.halves
         ]
-        sizes = [half.num_images for half in self.halves]
-        part = _mean(list(zip(sizes, halves, strict=True)))
+        part = _mean(self._half_sizes, halves)
         loss, gradient = self._and_others(
             part, lambda: self.others.value_and_grad(classifier)
         )
@@ -83,25 +80,30 @@ class GrowingLayout(AbstractLayout):
 
     @property
     def mean_square(self):
-        sizes = [half.num_images for half in self.halves]
-        squares = [half.mean_square for half in self.halves]
-        part = _mean(list(zip(sizes, squares, strict=True)))
+        part = _mean(self._half_sizes, [half.mean_square for half in self.halves])
         return self._and_others(part, lambda: self.others.mean_square)
 
     @property
+    def _half_sizes(self) -> list[int]:
+        return [half.num_images for half in self.halves]
+
+    @property
     def _part_size(self) -> int:
-        return sum(half.num_images for half in self.halves)
+        return sum(self._half_sizes)
 
     def _and_others(self, part: PyTree, others) -> PyTree:
-        sizes = self._part_size, self.others.num_images
+        sizes = [self._part_size, self.others.num_images]
         return jax.lax.cond(
             self.is_whole,
-            lambda: _mean(list(zip(sizes, (part, others()), strict=True))),
+            lambda: _mean(sizes, [part, others()]),
             lambda: part,
         )
 
 
-def _mean(weighted: list[tuple[int, PyTree]]) -> PyTree:
-    total = sum(size for size, _ in weighted)
-    terms = [optax.tree.scale(size / total, tree) for size, tree in weighted]
+def _mean(sizes: list[int], trees: list[PyTree]) -> PyTree:
+    total = sum(sizes)
+    terms = [
+        optax.tree.scale(size / total, tree)
+        for size, tree in zip(sizes, trees, strict=True)
+    ]
     return jax.tree.map(lambda *x: sum(x), *terms)

@@ -151,10 +151,10 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     updated = eqx.apply_updates(state.learned, updates)
     gradient_norm = optax.tree.norm(gradient)
 
-    is_part, grow = jnp.array(False), jnp.array(False)
+    grow = jnp.array(False)
     if isinstance(problem.batch_size, GrowingBatch):
-        is_part = ~state.is_whole
-        grow = is_part & (here.noise >= problem.batch_size.ratio * gradient_norm)
+        is_noise = here.noise >= problem.batch_size.ratio * gradient_norm
+        grow = ~state.is_whole & is_noise
         optimiser_state = jax.tree.map(
             lambda new, x, old: x if x is old else jnp.where(grow, new, x),
             state.new_optimiser_state,
@@ -166,7 +166,7 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     status = Status.running
     for pred, outcome in (
         (~_all_finite(updated), Status.update_not_finite),
-        ((gradient_norm <= problem.tolerance) & ~is_part, Status.converged),
+        ((gradient_norm <= problem.tolerance) & state.is_whole, Status.converged),
         (~jnp.isfinite(gradient_norm), Status.gradient_not_finite),
         (~jnp.isfinite(loss), Status.loss_not_finite),
         (~fitted.converged, Status.inner_failed),
@@ -208,9 +208,9 @@ def _unless_stored(
     loss = optax.tree.get(state.optimiser_state, "value")
     gradient = optax.tree.get(state.optimiser_state, "grad")
     # A line search ends where the next step begins, and keeps what it evaluated there.
-    # That is of no use if the next step is on another batch.
+    # That is of no use if the next step is on another batch, nor to see the noise in.
     if (
-        isinstance(problem.batch_size, int)
+        problem.batch_size is not None
         or loss is None
         or jax.tree.structure(gradient) != jax.tree.structure(state.learned)
     ):

@@ -66,5 +66,8 @@ def test_bad_input(train):
     other = eqd.DistilledSet.from_noise(train, 5, key=jr.key(0))
     with pytest.raises(ValueError, match=r"of one shape; .*\(10, 8, 8\).*\(5, 8, 8\)"):
         eqd.distill_each([*starts(train), other], classifier, train)
+    labels = eqx.tree_at(lambda d: d.labels, starts(train)[0], jnp.arange(10) + 1)
+    with pytest.raises(ValueError, match=r"`distilled.labels` must be in \[0, 10\)"):
+        eqd.distill_each([*starts(train), labels], classifier, train)
     with pytest.raises(ValueError, match="`steps` must be at least 1; got 0"):
         eqd.distill_each(starts(train), classifier, train, steps=0)

@@ -87,6 +87,15 @@ def test_any_classifier_and_the_last_of_the_images(digits):
     assert jnp.array_equal(result.distilled.images, start.images)
 
 
+def test_grows_under_a_line_search(digits):
+    # Which keeps gradients, but not the noise in them.
+    train, _ = digits
+    args = (train, eqd.LogisticRegression(64, 10))
+    _, result = run(*args, ratio=0.5, optimiser=optax.lbfgs())
+    assert set(result.history.num_images) == {168, 1347}
+    assert result.history.num_images[1] == 168
+
+
 def test_tolerance_is_for_all_of_the_images(digits):
     train, _ = digits
     _, result = run(train, eqd.LogisticRegression(64, 10), tolerance=0.5, ratio=1e-3)
