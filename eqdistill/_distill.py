@@ -136,7 +136,7 @@ def distill(
             start = int(state.step)
             num_steps = min(block_size, steps - start)
             try:
-                state, info = run_block(
+                state, rows = run_block(
                     state, jnp.array(num_steps), problem, block_size
                 )
                 end = int(state.step)
@@ -146,7 +146,7 @@ def distill(
                     f"{start}: the inner solver raised the error above.",
                     so_far(state.last_good),
                 ) from e
-            blocks.append(to_history(info, end - start))
+            blocks.append(to_history(rows, end - start))
             show(blocks[-1])
             status = on_host(state.status)
             has_converged = bool(status == Status.converged)

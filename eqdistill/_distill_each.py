@@ -83,18 +83,18 @@ def distill_each(
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
     learned, frozen = partition(stacked, learn)
     with quiet_blas(problem, len(starts[0])):
-        states, infos = _run(learned, frozen, problem, jnp.array(steps), steps)
-        jax.block_until_ready(infos)
+        states, blocks = _run(learned, frozen, problem, jnp.array(steps), steps)
+        jax.block_until_ready(blocks)
     results = []
     for i in range(len(starts)):
-        state, info = jax.tree.map(lambda x, i=i: x[i], (states, infos))
+        state, rows = jax.tree.map(lambda x, i=i: x[i], (states, blocks))
         status = on_host(state.status)
         is_good = bool(status == Status.running)
         has_converged = bool(status == Status.converged)
         at = state.learned if is_good or has_converged else state.last_good
         result = Distillation(
             distilled=eqx.combine(at, jax.tree.map(lambda x, i=i: x[i], frozen)),
-            history=to_history(info, int(state.step)),
+            history=to_history(rows, int(state.step)),
             converged=has_converged,
             held_out_loss=np.zeros(0, np.float32),
         )
@@ -126,8 +126,8 @@ def _run(
 ):
     def run(learned, frozen):
         own = eqx.tree_at(lambda p: p.frozen, problem, frozen)
-        state, info = run_block(new_state(learned, own), num_steps, own, block_size)
+        state, rows = run_block(new_state(learned, own), num_steps, own, block_size)
         # Not what is the same for all, of which there would then be many copies.
-        return eqx.tree_at(lambda s: s.optimiser_state, state, None), info
+        return eqx.tree_at(lambda s: s.optimiser_state, state, None), rows
 
     return eqx.filter_vmap(run)(learned, frozen)

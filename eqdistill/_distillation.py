@@ -4,7 +4,6 @@ import numpy as np
 from jaxtyping import Float
 
 from ._distilled_set import DistilledSet
-from ._outer_loop import StepInfo
 
 
 class History(eqx.Module):
@@ -78,5 +77,5 @@ class DistillationError(RuntimeError):
 NO_HISTORY = History(*[np.zeros(0, np.float32)] * 6)
 
 
-def to_history(info: StepInfo, num_steps: int) -> History:
-    return History(*(np.asarray(x)[:num_steps] for x in jax.tree.leaves(info)))
+def to_history(rows: Float[jax.Array, "block fields"], num_steps: int) -> History:
+    return History(*np.asarray(rows)[:num_steps].T)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PyTree
 from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
 from ._inner_solver import inner_loss
-from ._losses import label_residual, softmax_covariance
+from ._losses import label_residual, softmax_change
 
 
 def adjoint_residual(
@@ -68,11 +68,11 @@ def error_bound(
     a = label_residual(logits, distilled.labels)
     norms = jnp.linalg.norm(images, axis=1)
     spread = jnp.max(q, axis=1) - jnp.min(q, axis=1)
-    change = jnp.einsum("nkl,nl->nk", softmax_covariance(logits), q)
+    change = softmax_change(logits, q)
     residual = jnp.linalg.norm(images.T @ change / n + l2 * u - cotangent.weights)
 
     # Of the classifier, and of the adjoint.
-    delta = jnp.linalg.norm(l2 * weights - images.T @ a / n) / l2
+    delta = jnp.linalg.norm(n * l2 * weights - images.T @ a) / (n * l2)
     hessian_change = jnp.mean(norms**2 * spread) / 2
     epsilon = (delta * (mean_square / 2 + hessian_change) + residual) / l2
 
@@ -94,8 +94,7 @@ def error_bound(
     follows["log_l2"] = -l2 * jnp.sum(u * weights)
     moves["log_l2"] = l2 * (epsilon * (w_norm + delta) + u_norm * delta)
     if distilled.labels.ndim == 2:
-        labels = softmax_covariance(distilled.labels)
-        follows["labels"] = jnp.einsum("nkl,nl->nk", labels, q) / n
+        follows["labels"] = softmax_change(distilled.labels, q) / n
         moves["labels"] = epsilon * norms / (2 * n)
 
     total = jnp.zeros(())

@@ -27,6 +27,7 @@ class LinearLayout(AbstractLayout):
 
     chunks: tuple["_Chunk", ...]
     order: Int[Array, " p"]
+    rank: Int[Array, " p"]
     background: Float[Array, " p"] | None
     sum_of_squares: Float[Array, ""]
     num_images: int = eqx.field(static=True)
@@ -38,14 +39,18 @@ class LinearLayout(AbstractLayout):
         labels = np.asarray(data.labels)
         dtype = jax.eval_shape(Dataset.floating, data).dtype
         scale = dtype.type(255 if pixels.dtype == np.uint8 else 1)
-        rows = np.arange(len(pixels)) if rows is None else rows
-        num_chunks = count_chunks(len(rows), pixels.shape[1], chunk_bytes=2**23)
+        # In order, they are sliced rather than gathered.
+        num_images = len(pixels) if rows is None else len(rows)
+        starts = range(0, num_images, _AT_ONCE)
+        blocks = [slice(start, start + _AT_ONCE) for start in starts]
+        if rows is not None:
+            blocks = [rows[block] for block in blocks]
+        num_chunks = count_chunks(num_images, pixels.shape[1], chunk_bytes=2**23)
         num_chunks = min(num_chunks, _MOST_CHUNKS)
-        chunk_size = -(-len(rows) // num_chunks)
+        chunk_size = -(-num_images // num_chunks)
         chunk_size += -chunk_size % _LANES
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            parts = np.array_split(rows, -(-len(rows) // 4096))
-            extrema = pool.map(lambda part: _extrema(pixels[part]), parts)
+            extrema = pool.map(lambda block: _extrema(pixels[block]), blocks)
             minima, maxima = zip(*extrema, strict=True)
             background = np.min(minima, axis=0)
             is_constant = np.max(maxima, axis=0) == background
@@ -54,11 +59,12 @@ class LinearLayout(AbstractLayout):
             levels = np.linspace(0, 255, len(order)).astype(np.uint8)
             rarity = np.empty_like(levels)
             rarity[order] = levels
-            rarest = pool.map(
-                lambda part: np.max((pixels[part] != background) * rarity, axis=1),
-                parts,
-            )
-            rarest = np.concatenate(list(rarest))
+
+            def rarest_of(block):
+                is_other = (pixels[block] != background).view(np.uint8)
+                return np.max(np.multiply(is_other, rarity, out=is_other), axis=1)
+
+            rarest = np.concatenate(list(pool.map(rarest_of, blocks)))
             num_varying = max(np.sum(~is_constant), 1)
 
             floating = np.divide(background, scale, dtype=dtype)
@@ -66,30 +72,39 @@ class LinearLayout(AbstractLayout):
 
             def cut(at):
                 q = np.searchsorted(levels, rarest[at[-1]], side="right")
-                chosen = rows[at]
+                chosen = at if rows is None else rows[at]
                 varying = order[: min(q, num_varying)]
-                chunk = _aligned((len(varying), len(chosen)), dtype)
+                # What is left of the last chunk is zero, with labels of no class.
+                chunk = _aligned((len(varying), chunk_size), dtype)
+                chunk[:, len(chosen) :] = 0
+                classes = np.full(chunk_size, -1, labels.dtype)
+                classes[: len(chosen)] = labels[chosen]
                 squares = 0.0
                 # As many at a time as a cache holds, since they are transposed.
                 for i in range(0, len(chosen), 512):
                     some = pixels[chosen[i : i + 512]].T[varying]
-                    some = np.divide(some - background[varying][:, None], scale)
-                    chunk[:, i : i + 512] = some
+                    if has_background:
+                        some = some - background[varying][:, None]
+                    out = chunk[:, i : i + some.shape[1]]
+                    np.divide(some, scale, out=out)
                     # Of |x|^2, what is not of the background alone.
-                    cross = 2 * floating[varying][:, None] if has_background else 0
-                    squares += float(np.sum(some * (some + cross)))
-                return chunk, labels[chosen], squares
+                    by_pixel = np.einsum("qm,qm->q", out, out)
+                    if has_background:
+                        by_pixel += 2 * floating[varying] * np.sum(out, axis=1)
+                    squares += float(np.sum(by_pixel))
+                return chunk, classes, squares
 
             by_rarity = np.argsort(rarest, kind="stable")
-            cuts = np.split(by_rarity, range(chunk_size, len(rows), chunk_size))
+            cuts = np.split(by_rarity, range(chunk_size, num_images, chunk_size))
             *chunks, squares = zip(*pool.map(cut, cuts), strict=True)
-        squares = sum(squares) + len(rows) * float(np.sum(floating**2))
+        squares = sum(squares) + num_images * float(np.sum(floating**2))
         return LinearLayout(
             chunks=tuple(map(_Chunk, *jax.device_put(chunks))),
             order=jnp.asarray(order),
+            rank=jnp.asarray(np.argsort(order)),
             background=jnp.asarray(floating) if has_background else None,
             sum_of_squares=jnp.asarray(squares, dtype),
-            num_images=len(rows),
+            num_images=num_images,
         )
 
     @property
@@ -98,22 +113,27 @@ class LinearLayout(AbstractLayout):
 
     def value(self, classifier):
         losses, _ = self._by_chunk(classifier)
-        return _sum(losses) / self.num_images
+        return sum(losses) / self.num_images
 
     def value_and_grad(self, classifier):
         losses, residuals = self._by_chunk(classifier)
-        weights = jnp.zeros_like(classifier.weights)
-        for chunk, residual in zip(self.chunks, residuals, strict=True):
-            product = chunk.multiply_back(residual)
-            weights = weights.at[: len(product)].add(product)
-        weights = jnp.zeros_like(weights).at[self.order].set(weights)
-        intercept = _sum([jnp.sum(residual, axis=1) for residual in residuals])
+        products = [
+            _multiply_back(chunk.pixels, residual)
+            for chunk, residual in zip(self.chunks, residuals, strict=True)
+        ]
+        num_pixels = len(self.order)
+        weights = sum(
+            jnp.pad(product, ((0, num_pixels - len(product)), (0, 0)))
+            for product in products
+        )
+        weights = _take(weights, self.rank)
+        intercept = sum(jnp.sum(residual, axis=1) for residual in residuals)
         if self.background is not None:
             weights = weights + jnp.outer(self.background, intercept)
         gradient = eqx.tree_at(lambda c: c.weights, classifier, weights)
         if classifier.intercept is not None:
             gradient = eqx.tree_at(lambda c: c.intercept, gradient, intercept)
-        total = (_sum(losses), gradient)
+        total = (sum(losses), gradient)
         return jax.tree.map(lambda x: x / self.num_images, total)
 
     def _by_chunk(self, classifier: PyTree):
@@ -122,10 +142,10 @@ class LinearLayout(AbstractLayout):
         if self.background is not None:
             constant = self.background @ classifier.weights
             offset = constant if offset is None else offset + constant
-        weights = classifier.weights[self.order].T
+        weights = _take(classifier.weights, self.order).T
         losses, residuals = [], []
         for chunk in self.chunks:
-            logits = chunk.multiply(weights)
+            logits = weights[:, : len(chunk.pixels)] @ chunk.pixels
             if offset is not None:
                 logits = logits + offset[:, None]
             loss, residual = _loss_and_residual(logits, chunk.labels)
@@ -138,36 +158,58 @@ class LinearLayout(AbstractLayout):
 _MOST_CHUNKS = 8
 # CPUs multiply by so many numbers at once.
 _LANES = 16
+# Images that the host looks at at once.
+_AT_ONCE = 1024
 
 
 class _Chunk(eqx.Module):
-    """Of `m` images, the first `q` of the sorted pixels, less the background."""
+    """Of `m` images, the first `q` of the sorted pixels, less the background. Those
+    without a class, of label -1, only fill it up."""
 
     pixels: Float[Array, "q m"]
     labels: Int[Array, " m"]
 
-    def multiply(self, weights: Float[Array, "c p"]) -> Float[Array, "c m"]:
-        return weights[:, : len(self.pixels)] @ self.pixels
 
-    def multiply_back(self, residual: Float[Array, "c m"]) -> Float[Array, "q c"]:
-        num_classes = len(residual)
-        padded = jnp.pad(residual, ((0, -num_classes % _LANES), (0, 0)))
-        return (self.pixels @ padded.T)[:, :num_classes]
+def _product(
+    pixels: Float[Array, "q m"], residual: Float[Array, "c m"]
+) -> Float[Array, "q c"]:
+    num_classes = len(residual)
+    padded = jnp.pad(residual, ((0, -num_classes % _LANES), (0, 0)))
+    return (pixels @ padded.T)[:, :num_classes]
+
+
+_multiply_back = jax.custom_batching.custom_vmap(_product)
+
+
+@_multiply_back.def_vmap
+def _(axis_size, is_batched, pixels, residual):
+    if is_batched == [False, True]:
+        # Many classifiers are as one of many classes, which is padded less.
+        together = residual.reshape(-1, residual.shape[2])
+        product = _multiply_back(pixels, together).reshape(len(pixels), axis_size, -1)
+        return jnp.moveaxis(product, 1, 0), True
+    axes = [0 if batched else None for batched in is_batched]
+    return jax.vmap(_product, axes)(pixels, residual), True
 
 
 def _loss_and_residual(logits: Float[Array, "c m"], labels: Int[Array, " m"]):
     """The sum of the cross-entropies, and its gradient in the logits."""
-    log_p = jax.nn.log_softmax(logits, axis=0)
-    targets = jax.nn.one_hot(labels, len(logits), axis=0, dtype=logits.dtype)
-    return -jnp.sum(targets * log_p), jnp.exp(log_p) - targets
+    largest = jnp.max(logits, axis=0)
+    exponentials = jnp.exp(logits - largest)
+    total = jnp.sum(exponentials, axis=0)
+    is_label = jnp.arange(len(logits))[:, None] == labels
+    is_real = labels >= 0
+    of_label = jnp.sum(logits, axis=0, where=is_label)
+    loss = jnp.sum(largest + jnp.log(total) - of_label, where=is_real)
+    return loss, jnp.where(is_real, exponentials / total, 0) - is_label
+
+
+def _take(array: Float[Array, "p c"], order: Int[Array, " p"]) -> Float[Array, "p c"]:
+    return array.at[order].get(mode="promise_in_bounds", unique_indices=True)
 
 
 def _extrema(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return pixels.min(axis=0), pixels.max(axis=0)
-
-
-def _sum(arrays: list[Array]) -> Array:
-    return jnp.sum(jnp.stack(arrays), axis=0)
 
 
 def _by_frequency(

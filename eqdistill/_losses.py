@@ -35,6 +35,7 @@ def cross_entropies(
     return optax.softmax_cross_entropy(logits, jax.nn.softmax(labels))
 
 
+@jax.custom_jvp
 def label_residual(
     logits: Float[Array, "n c"],
     labels: Int[Array, " n"] | Float[Array, "n c"],
@@ -65,15 +66,36 @@ def label_residual(
     return jnp.where(is_top, -jnp.sum(others, axis=1, keepdims=True), others)
 
 
+@label_residual.defjvp
+def _(primals, tangents):
+    # By the covariance, which solvers have at hand, rather than step by step.
+    logits, labels = primals
+    logits_dot, labels_dot = tangents
+    change = -softmax_change(logits, logits_dot)
+    if labels.ndim == 2:
+        change = change + softmax_change(labels, labels_dot)
+    return label_residual(logits, labels), change
+
+
 def softmax_covariance(logits: Float[Array, "n c"]) -> Float[Array, "n c c"]:
     r"""$\mathrm{diag}(p) - p p^\top$ with $p = \mathrm{softmax}(z)$, the Hessian of the
     cross-entropy in the logits. Each entry is found to full relative precision."""
-    p = jax.nn.softmax(logits)
+    # As `label_residual` has it, so that XLA compiles it once.
+    p = jnp.exp(jax.nn.log_softmax(logits))
     products = p[:, :, None] * p[:, None, :]
     is_diagonal = jnp.eye(logits.shape[1], dtype=bool)
     # The rows sum to zero.
     others = jnp.where(is_diagonal, 0, products)
     return jnp.where(is_diagonal, jnp.sum(others, axis=2, keepdims=True), -products)
+
+
+def softmax_change(
+    logits: Float[Array, "n c"], by: Float[Array, "n c"]
+) -> Float[Array, "n c"]:
+    """By how much the softmax of the logits changes with them: their
+    [`softmax_covariance`][] times `by`."""
+    # Not by `einsum`: XLA compiles small batched products slowly.
+    return jnp.sum(softmax_covariance(logits) * by[:, None, :], axis=2)
 
 
 def classification_loss(

@@ -57,12 +57,14 @@ class State(eqx.Module):
 
 
 class StepInfo(eqx.Module):
-    loss: Float[Array, "*steps"]
-    gradient_norm: Float[Array, "*steps"]
-    inner_residual: Float[Array, "*steps"]
-    adjoint_residual: Float[Array, "*steps"]
-    error_bound: Float[Array, "*steps"]
-    num_images: Float[Array, "*steps"]
+    """A step's part of the [`eqdistill.History`][], whose fields it has."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    inner_residual: Float[Array, ""]
+    adjoint_residual: Float[Array, ""]
+    error_bound: Float[Array, ""]
+    num_images: Float[Array, ""]
 
 
 def new_state(learned: PyTree, problem: Problem) -> State:
@@ -103,8 +105,9 @@ def quiet_blas(problem: Problem, num_images: int) -> AbstractContextManager:
 @eqx.filter_jit
 def run_block(
     state: State, num_steps: Int[Array, ""], problem: Problem, block_size: int
-) -> tuple[State, StepInfo]:
-    """Takes `num_steps` steps of the outer loop, or fewer if its status changes.
+) -> tuple[State, Float[Array, "block fields"]]:
+    """Takes `num_steps` steps of the outer loop, or fewer if its status changes, and
+    returns the state after them and the [`StepInfo`][] of each, in a row.
 
     `block_size`, the length of the history that is returned, is static; `num_steps` is
     not, so that a shorter last block is not compiled anew.
@@ -123,11 +126,13 @@ def run_block(
         state = eqx.combine(dynamic, static)
         new_state, info = _step(state, problem)
         row = jnp.stack(jax.tree.leaves(info))
-        history = history.at[state.step - first].set(row)
+        history = jax.lax.dynamic_update_index_in_dim(
+            history, row, state.step - first, axis=0
+        )
         return eqx.filter(new_state, eqx.is_array), history
 
     dynamic, history = jax.lax.while_loop(cond_fun, body_fun, (dynamic, history))
-    return eqx.combine(dynamic, static), StepInfo(*history.T)
+    return eqx.combine(dynamic, static), history
 
 
 def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:

@@ -15,7 +15,7 @@ from ._adjoint import DampedCG
 from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver, Fitted
-from ._losses import label_residual, softmax_covariance
+from ._losses import label_residual, softmax_change, softmax_covariance
 
 
 class SpanSolver(AbstractInnerSolver):
@@ -230,9 +230,7 @@ class _Span(eqx.Module):
         self, y: _Coordinates, problem: _Problem, vector: _Coordinates
     ) -> _Coordinates:
         """The derivative of `gradient` at `y` along `vector`."""
-        covariance = softmax_covariance(self.logits(y))
-        change = jnp.einsum("nkl,nl->nk", covariance, self.logits(vector))
-        change = change @ self.contrasts.T
+        change = softmax_change(self.logits(y), self.logits(vector)) @ self.contrasts.T
         ridge = problem.scale * self.weights(vector)
         weights = ridge + self.features.T @ change
         if y.intercept is None:
@@ -243,14 +241,17 @@ class _Span(eqx.Module):
         """The same derivative as a matrix, of the coordinates one after the other."""
         covariance = softmax_covariance(self.logits(y))
         covariance = self.contrasts @ covariance @ self.contrasts.T
-        features, ridge = self.features, jnp.eye(len(self.singular_values))
+        features = self.features
         if y.intercept is not None:
             features = jnp.concatenate([features, self.outside[:, None]], axis=1)
-            ridge = jnp.concatenate([ridge, -self.shift[:, None]], axis=1)
         matrix = jnp.einsum("na,nb,nkl->akbl", features, features, covariance)
-        k = len(self.contrasts)
-        ridge = jnp.einsum("ra,rb,kl->akbl", ridge, ridge, problem.scale * jnp.eye(k))
-        return (matrix + ridge).reshape(features.shape[1] * k, -1)
+        num_contrasts = len(self.contrasts)
+        matrix = matrix.reshape(features.shape[1] * num_contrasts, -1)
+        if y.intercept is None:
+            return matrix + problem.scale * jnp.eye(len(matrix))
+        shift = jnp.concatenate([jnp.eye(len(self.shift)), -self.shift[:, None]], 1)
+        ridge = problem.scale * (shift.T @ shift)
+        return matrix + jnp.kron(ridge, jnp.eye(num_contrasts))
 
 
 def _solve(
@@ -260,7 +261,7 @@ def _solve(
     flat, unravel = ravel_pytree(vector)
     # A matrix of all the unknowns, for as long as it is small.
     if flat.size <= 2000:
-        factor = jax.scipy.linalg.cho_factor(span.hessian(y, problem))
+        factor = jax.scipy.linalg.cho_factor(span.hessian(y, problem), lower=True)
         return unravel(jax.scipy.linalg.cho_solve(factor, flat))
     hessian = lx.FunctionLinearOperator(
         lambda vector: span.hessian_product(y, problem, vector),
@@ -331,11 +332,11 @@ class _Anchor(eqx.Module):
             moving = moving - problem.tilt.weights
         moving = moving / problem.scale
         within = self.span.basis.T @ self.span.weights(y) @ self.span.contrasts
-        return within + _only_derivative(moving)
+        return _moving_as(within, moving)
 
     def logits(self, problem: _Problem) -> Float[Array, "n c"]:
         moving = problem.images @ self.weights(self.at, problem)
-        return self.span.logits(self.at) + _only_derivative(moving)
+        return _moving_as(self.span.logits(self.at), moving)
 
 
 def _gradient_norm(fitted: LogisticRegression, problem: _Problem) -> Float[Array, ""]:
@@ -350,12 +351,26 @@ def _gradient_norm(fitted: LogisticRegression, problem: _Problem) -> Float[Array
     return optax.tree.norm(gradient) / len(problem.images)
 
 
-def _only_derivative(x: Array) -> Array:
-    """Zero, with the derivative of `x`."""
-    return x - jax.lax.stop_gradient(x)
+@jax.custom_jvp
+def _moving_as(x: Array, y: Array) -> Array:
+    """`x`, but with the derivative of `y` added to its own."""
+    del y
+    return x
+
+
+@_moving_as.defjvp
+def _(primals, tangents):
+    x_dot, y_dot = tangents
+    return _moving_as(*primals), x_dot + y_dot
 
 
 class _NewtonState(eqx.Module):
+    """The step to take next from `y`, the function's slope along it, and the fraction
+    of it to try."""
+
+    step: PyTree
+    slope: Scalar
+    fraction: Scalar
     terminate: Bool[Array, ""]
 
 
@@ -366,6 +381,8 @@ class _ConvexNewton(optx.AbstractRootFinder):
     a negative value, it can only grow. Values of the function, which rounding blurs
     long before its gradient, are not compared. `solve(y, v)` is the inverse of the
     Hessian at `y`, times `v`.
+
+    A step of the loop tries one fraction, so that the gradient is in the program once.
     """
 
     rtol: float
@@ -374,26 +391,30 @@ class _ConvexNewton(optx.AbstractRootFinder):
     solve: Callable[[PyTree, PyTree], PyTree]
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del fn, y, args, options, f_struct, aux_struct, tags
-        return _NewtonState(jnp.array(False))
+        del fn, args, options, f_struct, aux_struct, tags
+        zero = jnp.zeros((), jnp.result_type(*jax.tree.leaves(y)))
+        return _NewtonState(optax.tree.zeros_like(y), zero, zero, jnp.array(False))
 
     def step(self, fn, y, args, options, state, tags):
-        del options, state, tags
-        gradient, aux = fn(y, args)
-        step = optax.tree.scale(-1.0, self.solve(y, gradient))
-        slope = optax.tree.vdot(gradient, step)
+        del options, tags
+        tried = optax.tree.add_scale(y, state.fraction, state.step)
+        gradient, aux = fn(tried, args)
+        slope = optax.tree.vdot(gradient, state.step)
+        is_short = (slope <= 0.9 * jnp.abs(state.slope)) | (state.fraction <= 1e-6)
 
-        def is_too_far(fraction):
-            gradient, _ = fn(optax.tree.add_scale(y, fraction, step), args)
-            new_slope = optax.tree.vdot(gradient, step)
-            return ~(new_slope <= 0.9 * jnp.abs(slope)) & (fraction > 1e-6)
+        def go_on():
+            step = optax.tree.scale(-1.0, self.solve(tried, gradient))
+            is_last = self.norm(step) <= self.atol + self.rtol * self.norm(tried)
+            y = optax.tree.add_scale(tried, is_last.astype(slope.dtype), step)
+            slope_there = optax.tree.vdot(gradient, step)
+            return y, _NewtonState(step, slope_there, jnp.ones_like(slope), is_last)
 
-        fraction = jax.lax.while_loop(
-            is_too_far, lambda fraction: fraction / 2, jnp.ones_like(slope)
-        )
-        y = optax.tree.add_scale(y, fraction, step)
-        terminate = self.norm(step) <= self.atol + self.rtol * self.norm(y)
-        return y, _NewtonState(terminate), aux
+        def halve():
+            halved = eqx.tree_at(lambda s: s.fraction, state, state.fraction / 2)
+            return y, halved
+
+        y, state = jax.lax.cond(is_short, go_on, halve)
+        return y, state, aux
 
     def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags
