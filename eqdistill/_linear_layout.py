@@ -1,5 +1,7 @@
+import functools
 import math
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import equinox as eqx
@@ -113,7 +115,7 @@ class LinearLayout(AbstractLayout):
 
     def value(self, classifier):
         losses, _ = self._by_chunk(classifier)
-        return sum(losses) / self.num_images
+        return _sum(losses) / self.num_images
 
     def value_and_grad(self, classifier):
         losses, residuals = self._by_chunk(classifier)
@@ -122,18 +124,18 @@ class LinearLayout(AbstractLayout):
             for chunk, residual in zip(self.chunks, residuals, strict=True)
         ]
         num_pixels = len(self.order)
-        weights = sum(
+        weights = _sum(
             jnp.pad(product, ((0, num_pixels - len(product)), (0, 0)))
             for product in products
         )
         weights = _take(weights, self.rank)
-        intercept = sum(jnp.sum(residual, axis=1) for residual in residuals)
+        intercept = _sum(jnp.sum(residual, axis=1) for residual in residuals)
         if self.background is not None:
             weights = weights + jnp.outer(self.background, intercept)
         gradient = eqx.tree_at(lambda c: c.weights, classifier, weights)
         if classifier.intercept is not None:
             gradient = eqx.tree_at(lambda c: c.intercept, gradient, intercept)
-        total = (sum(losses), gradient)
+        total = (_sum(losses), gradient)
         return jax.tree.map(lambda x: x / self.num_images, total)
 
     def _by_chunk(self, classifier: PyTree):
@@ -202,6 +204,10 @@ def _loss_and_residual(logits: Float[Array, "c m"], labels: Int[Array, " m"]):
     of_label = jnp.sum(logits, axis=0, where=is_label)
     loss = jnp.sum(largest + jnp.log(total) - of_label, where=is_real)
     return loss, jnp.where(is_real, exponentials / total, 0) - is_label
+
+
+def _sum(arrays: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, arrays)
 
 
 def _take(array: Float[Array, "p c"], order: Int[Array, " p"]) -> Float[Array, "p c"]:

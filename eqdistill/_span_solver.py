@@ -405,9 +405,9 @@ class _ConvexNewton(optx.AbstractRootFinder):
         def go_on():
             step = optax.tree.scale(-1.0, self.solve(tried, gradient))
             is_last = self.norm(step) <= self.atol + self.rtol * self.norm(tried)
-            y = optax.tree.add_scale(tried, is_last.astype(slope.dtype), step)
-            slope_there = optax.tree.vdot(gradient, step)
-            return y, _NewtonState(step, slope_there, jnp.ones_like(slope), is_last)
+            y = optax.tree.add_scale(tried, jnp.where(is_last, 1.0, 0.0), step)
+            new_slope = jnp.asarray(optax.tree.vdot(gradient, step))
+            return y, _NewtonState(step, new_slope, jnp.ones_like(new_slope), is_last)
 
         def halve():
             halved = eqx.tree_at(lambda s: s.fraction, state, state.fraction / 2)
