@@ -128,8 +128,9 @@ class LinearLayout(AbstractLayout):
             jnp.pad(product, ((0, num_pixels - len(product)), (0, 0)))
             for product in products
         )
-        weights = _take(weights, self.rank)
+        weights = _with_last_class(_take(weights, self.rank))
         intercept = _sum(jnp.sum(residual, axis=1) for residual in residuals)
+        intercept = _with_last_class(intercept)
         if self.background is not None:
             weights = weights + jnp.outer(self.background, intercept)
         gradient = eqx.tree_at(lambda c: c.weights, classifier, weights)
@@ -139,12 +140,16 @@ class LinearLayout(AbstractLayout):
         return jax.tree.map(lambda x: x / self.num_images, total)
 
     def _by_chunk(self, classifier: PyTree):
-        """The sum of the losses of each chunk, and its gradient in the logits."""
-        offset = classifier.intercept
+        """The sum of the losses of each chunk, and its gradient in the logits less
+        those of the last class, by which all is multiplied once less."""
+        weights, offset = jax.tree.map(
+            lambda x: x[..., :-1] - x[..., -1:],
+            (classifier.weights, classifier.intercept),
+        )
         if self.background is not None:
-            constant = self.background @ classifier.weights
+            constant = self.background @ weights
             offset = constant if offset is None else offset + constant
-        weights = _take(classifier.weights, self.order).T
+        weights = _take(weights, self.order).T
         losses, residuals = [], []
         for chunk in self.chunks:
             logits = weights[:, : len(chunk.pixels)] @ chunk.pixels
@@ -194,16 +199,24 @@ def _(axis_size, is_batched, pixels, residual):
     return jax.vmap(_product, axes)(pixels, residual), True
 
 
-def _loss_and_residual(logits: Float[Array, "c m"], labels: Int[Array, " m"]):
-    """The sum of the cross-entropies, and its gradient in the logits."""
-    largest = jnp.max(logits, axis=0)
+def _loss_and_residual(logits: Float[Array, "k m"], labels: Int[Array, " m"]):
+    """The sum of the cross-entropies, and its gradient in the logits, if there is one
+    more class after these, with a logit of zero."""
+    largest = jnp.max(logits, axis=0, initial=0.0)
     exponentials = jnp.exp(logits - largest)
-    total = jnp.sum(exponentials, axis=0)
+    total = jnp.sum(exponentials, axis=0) + jnp.exp(-largest)
     is_label = jnp.arange(len(logits))[:, None] == labels
     is_real = labels >= 0
     of_label = jnp.sum(logits, axis=0, where=is_label)
     loss = jnp.sum(largest + jnp.log(total) - of_label, where=is_real)
     return loss, jnp.where(is_real, exponentials / total, 0) - is_label
+
+
+def _with_last_class(gradient: Float[Array, "*p k"]) -> Float[Array, "*p c"]:
+    """The gradient in a linear map to the logits, if it is this for all classes but the
+    last: that is the last's less each of the others' logits, all of them together."""
+    last = -jnp.sum(gradient, axis=-1, keepdims=True)
+    return jnp.concatenate([gradient, last], axis=-1)
 
 
 def _sum(arrays: Iterable[Array]) -> Array:
