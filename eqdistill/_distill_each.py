@@ -128,6 +128,9 @@ def _run(
         own = eqx.tree_at(lambda p: p.frozen, problem, frozen)
         state, rows = run_block(new_state(learned, own), num_steps, own, block_size)
         # Not what is the same for all, of which there would then be many copies.
-        return eqx.tree_at(lambda s: s.optimiser_state, state, None), rows
+        needed = eqx.tree_at(
+            lambda s: (s.start, s.optimiser_state), state, (None, None)
+        )
+        return needed, rows
 
     return eqx.filter_vmap(run)(learned, frozen)

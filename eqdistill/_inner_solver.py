@@ -51,12 +51,16 @@ class Fitted(eqx.Module):
     - `steps`: the number of steps that it took.
     - `gradient_norm`: the Euclidean norm of the gradient of the inner loss in the
         parameters at the fitted classifier: the inner residual, zero at an exact fit.
+    - `next_start`: a classifier for the solver to start from when the distilled set has
+        changed a little, as it does from one outer step to the next; or `None`, if that
+        had better be where this fit started from.
     """
 
     classifier: PyTree
     converged: Bool[Array, ""]
     steps: Int[Array, ""]
     gradient_norm: Float[Array, ""]
+    next_start: PyTree = None
 
 
 class AbstractInnerSolver(eqx.Module):

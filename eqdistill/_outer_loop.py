@@ -48,6 +48,7 @@ class State(eqx.Module):
 
     learned: PyTree[Float[Array, "..."]]
     last_good: PyTree[Float[Array, "..."]]
+    start: PyTree
     optimiser_state: PyTree
     new_optimiser_state: PyTree
     order: Int[Array, " N"] | None
@@ -75,6 +76,7 @@ def new_state(learned: PyTree, problem: Problem) -> State:
     return State(
         learned=learned,
         last_good=learned,
+        start=problem.classifier,
         optimiser_state=optimiser_state,
         new_optimiser_state=optimiser_state if is_growing else None,
         order=jnp.arange(problem.layout.num_images) if in_batches else None,
@@ -140,7 +142,7 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
 
     def value_fn(learned):
         distilled = eqx.combine(learned, problem.frozen)
-        fitted = problem.inner(problem.classifier, distilled)
+        fitted = problem.inner(state.start, distilled)
         return data_loss(fitted.classifier, batch)
 
     here, fitted = _unless_stored(state, problem, batch)
@@ -186,6 +188,7 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     new_state = State(
         learned=optax.tree.where(status == Status.running, updated, state.learned),
         last_good=optax.tree.where(here_is_good, state.learned, state.last_good),
+        start=state.start if fitted.next_start is None else fitted.next_start,
         optimiser_state=optimiser_state,
         new_optimiser_state=state.new_optimiser_state,
         order=state.order,
@@ -207,7 +210,7 @@ def _unless_stored(
     state: State, problem: Problem, batch: AbstractLayout
 ) -> tuple[Hypergradient, Fitted]:
     def evaluate(learned):
-        fixed = problem.frozen, problem.classifier, problem.inner, batch
+        fixed = problem.frozen, state.start, problem.inner, batch
         return hypergradient(learned, *fixed)
 
     loss = optax.tree.get(state.optimiser_state, "value")
@@ -230,7 +233,7 @@ def _unless_stored(
         state.learned,
     )
     distilled = eqx.combine(state.learned, problem.frozen)
-    return here, problem.inner(problem.classifier, distilled)
+    return here, problem.inner(state.start, distilled)
 
 
 def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -15,7 +16,7 @@ from ._adjoint import DampedCG
 from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver, Fitted
-from ._losses import label_residual, softmax_change, softmax_covariance
+from ._losses import cross_entropies, label_residual, softmax_change, softmax_covariance
 
 
 class SpanSolver(AbstractInnerSolver):
@@ -30,8 +31,9 @@ class SpanSolver(AbstractInnerSolver):
     where $A$ is the residual of the labels' probabilities $T$. They thus lie in the
     span of the images: $W = Q V$, with the right singular vectors $Q$ of $\theta$. The
     problem that is left for $V$ has $r c$ unknowns, $r = \min(n, p)$, and none of the
-    $p$ pixels in it. It is solved by Newton's method with a line search, and
-    differentiated by the implicit function theorem.
+    $p$ pixels in it. It is solved by Newton's method with a line search, from what the
+    classifier's weights have in the span, and differentiated by the implicit function
+    theorem.
 
     It is exact to rounding for ridges from 1 down to 1e-8 in single precision: for hard
     and soft labels, equal images, and more images than pixels. The one exception are
@@ -94,7 +96,7 @@ class SpanSolver(AbstractInnerSolver):
                 norm=lambda y: jnp.max(jnp.abs(span.logits(y))),
                 solve=lambda y, vector: _solve(span, y, fixed, vector),
             ),
-            span.zero(classifier.intercept is not None),
+            _start(classifier, span, fixed),
             args=fixed,
             max_steps=self.max_steps,
             throw=False,
@@ -126,6 +128,7 @@ class SpanSolver(AbstractInnerSolver):
             converged=solution.result == optx.RESULTS.successful,
             steps=solution.stats["num_steps"],
             gradient_norm=_gradient_norm(fitted, fixed),
+            next_start=jax.lax.stop_gradient(fitted),
         )
 
 
@@ -193,12 +196,13 @@ class _Span(eqx.Module):
         rounding = len(outside) * jnp.finfo(outside.dtype).eps
         return jnp.where(jnp.max(jnp.abs(outside)) > rounding, outside, 0)
 
-    def zero(self, use_intercept: bool) -> _Coordinates:
-        num_contrasts, dtype = len(self.contrasts), self.basis.dtype
-        weights = jnp.zeros((len(self.singular_values), num_contrasts), dtype)
-        return _Coordinates(
-            weights, jnp.zeros(num_contrasts, dtype) if use_intercept else None
-        )
+    def coordinates(self, classifier: LogisticRegression) -> _Coordinates:
+        """Of the classifier in the span that is nearest."""
+        weights = self.basis @ classifier.weights @ self.contrasts.T
+        if classifier.intercept is None:
+            return _Coordinates(weights, None)
+        intercept = self.contrasts @ classifier.intercept
+        return _Coordinates(weights + jnp.outer(self.shift, intercept), intercept)
 
     def weights(self, y: _Coordinates) -> Float[Array, "r k"]:
         if y.intercept is None:
@@ -252,6 +256,18 @@ class _Span(eqx.Module):
         shift = jnp.concatenate([jnp.eye(len(self.shift)), -self.shift[:, None]], 1)
         ridge = problem.scale * (shift.T @ shift)
         return matrix + jnp.kron(ridge, jnp.eye(num_contrasts))
+
+
+def _start(
+    classifier: LogisticRegression, span: _Span, problem: _Problem
+) -> _Coordinates:
+    """The classifier's coordinates, unless it is worse for some image than zero is:
+    from where a softmax is wrong and saturated, Newton's method may not return."""
+    y = jax.lax.stop_gradient(span.coordinates(classifier))
+    losses = cross_entropies(span.logits(y), problem.labels)
+    _, num_classes = classifier.weights.shape
+    is_better = jnp.max(losses) < math.log(num_classes)
+    return optax.tree.where(is_better, y, optax.tree.zeros_like(y))
 
 
 def _solve(
