@@ -146,7 +146,7 @@ def distill(
                     f"{start}: the inner solver raised the error above.",
                     so_far(state.last_good),
                 ) from e
-            blocks.append(to_history(rows, end - start))
+            blocks.append(to_history(np.asarray(rows), end - start))
             show(blocks[-1])
             status = on_host(state.status)
             has_converged = bool(status == Status.converged)

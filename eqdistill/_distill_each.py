@@ -10,10 +10,15 @@ from jaxtyping import Int, PyTree
 from ._auto_solver import AutoSolver
 from ._checks import check_inner
 from ._dataset import Dataset
-from ._distillation import Distillation, DistillationError, to_history
+from ._distillation import (
+    Distillation,
+    DistillationError,
+    NO_HISTORY,
+    to_history,
+)
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver
-from ._outer_loop import new_state, on_host, Problem, quiet_blas, run_block, Status
+from ._outer_loop import new_state, Problem, quiet_blas, run_block, Status
 from ._set_up import partition, set_up
 
 
@@ -82,18 +87,25 @@ def distill_each(
         check_inner(start, classifier)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
     learned, frozen = partition(stacked, learn)
-    with quiet_blas(problem, len(starts[0])):
-        states, blocks = _run(learned, frozen, problem, jnp.array(steps), steps)
-        jax.block_until_ready(blocks)
+    try:
+        with quiet_blas(problem, len(starts[0])):
+            found = _run(learned, frozen, problem, jnp.array(steps), steps)
+            # To be taken apart on the host, where nothing need be compiled for it.
+            frozen, states, blocks = jax.device_get((frozen, *found))
+    except eqx.EquinoxRuntimeError as e:
+        raise DistillationError(
+            "Distillation stopped: the inner solver raised the error above, from one "
+            "of the starts. It is not known which; the first is as it began.",
+            Distillation(starts[0], NO_HISTORY, False, np.zeros(0, np.float32)),
+        ) from e
     results = []
     for i in range(len(starts)):
-        state, rows = jax.tree.map(lambda x, i=i: x[i], (states, blocks))
-        status = on_host(state.status)
-        is_good = bool(status == Status.running)
-        has_converged = bool(status == Status.converged)
+        own, state, rows = jax.tree.map(lambda x, i=i: x[i], (frozen, states, blocks))
+        is_good = bool(state.status == Status.running)
+        has_converged = bool(state.status == Status.converged)
         at = state.learned if is_good or has_converged else state.last_good
         result = Distillation(
-            distilled=eqx.combine(at, jax.tree.map(lambda x, i=i: x[i], frozen)),
+            distilled=jax.tree.map(jnp.asarray, eqx.combine(at, own)),
             history=to_history(rows, int(state.step)),
             converged=has_converged,
             held_out_loss=np.zeros(0, np.float32),
@@ -101,7 +113,7 @@ def distill_each(
         if not (is_good or has_converged):
             raise DistillationError(
                 f"Distillation from the start of index {i} stopped at step "
-                f"{int(state.step)}: {Status[status]}.",
+                f"{int(state.step)}: {Status[state.status]}.",
                 result,
             )
         results.append(result)

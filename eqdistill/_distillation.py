@@ -1,5 +1,4 @@
 import equinox as eqx
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -77,5 +76,5 @@ class DistillationError(RuntimeError):
 NO_HISTORY = History(*[np.zeros(0, np.float32)] * 6)
 
 
-def to_history(rows: Float[jax.Array, "block fields"], num_steps: int) -> History:
-    return History(*np.asarray(rows)[:num_steps].T)
+def to_history(rows: Float[np.ndarray, "block fields"], num_steps: int) -> History:
+    return History(*rows[:num_steps].T)

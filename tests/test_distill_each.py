@@ -71,3 +71,20 @@ def test_bad_input(train):
         eqd.distill_each([*starts(train), labels], classifier, train)
     with pytest.raises(ValueError, match="`steps` must be at least 1; got 0"):
         eqd.distill_each(starts(train), classifier, train, steps=0)
+
+
+class Raising(eqd.AbstractInnerSolver):
+    def __call__(self, classifier, distilled, tilt=None):
+        fitted = eqd.SpanSolver()(classifier, distilled, tilt)
+        is_negative = distilled.images.mean() < 0
+        return eqx.error_if(fitted, is_negative, "Useless.")
+
+
+def test_inner_solver_that_raises(train):
+    good, bad, _ = starts(train)
+    bad = eqx.tree_at(lambda d: d.images, bad, -bad.images)
+    classifier = eqd.LogisticRegression(64, 10)
+    with pytest.raises(eqd.DistillationError, match="the inner solver raised") as info:
+        eqd.distill_each([good, bad], classifier, train, inner=Raising(), steps=3)
+    assert "Useless" in str(info.value.__cause__)
+    assert len(info.value.distillation.history) == 0
