@@ -8,13 +8,15 @@ with what takes fewer passes over the data: `eqdistill.whitened`, and
 `eqdistill.GrowingBatch`, which is timed on five times the data too. Then one outer
 value-and-gradient is timed, and what bounds it on this machine: reading the data once
 for each of its two products, or its arithmetic at the speed of a large product of
-matrices. Last, a network's loss on real images and its gradient.
+matrices. Last, a network's loss on real images and its gradient, and what it takes to
+solve larger inner problems.
 
 Prints Markdown tables of medians, and writes `speed.json` and `speed.png`. Run on
 demand, by `python tests/benchmarks/speed.py`.
 """
 
 import contextlib
+import functools
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -383,6 +385,56 @@ def network(train, repeats):
     return times
 
 
+class FromZero(eqd.AbstractInnerSolver):
+    """`SpanSolver`, but always from zero."""
+
+    def __call__(self, classifier, distilled, tilt=None):
+        zero = eqx.tree_at(
+            lambda c: c.weights, classifier, jnp.zeros_like(classifier.weights)
+        )
+        return eqd.SpanSolver()(zero, distilled, tilt)
+
+
+def inner_solves(train, repeats):
+    """Milliseconds of an outer step with more images, by how the inner problem is
+    solved, and the bound on the hypergradient's error."""
+    classifier = eqd.LogisticRegression(28 * 28, 10)
+    optimiser = eqd.whitened(optax.lbfgs(learning_rate=1.0, linesearch=None), train)
+    inners = {
+        "from zero": FromZero(),
+        "from the last fit": eqd.SpanSolver(),
+        "from the last fit, roughly": eqd.SpanSolver(rtol=0.1, atol=0.1),
+    }
+    print("\nInner solves, of 12 outer steps; bounds relative to the gradient:\n")
+    print("| images | inner solves | ms | ratio | bound at step 4 | and 14 |")
+    print("|---|---|---|---|---|---|")
+    rows = {}
+    for n in (10, 50, 100, 200):
+        start = eqd.DistilledSet.from_noise(train, n, l2=0.1, key=jr.key(0))
+
+        def run(inner, steps, start=start):
+            args = {"inner": inner, "optimiser": optimiser, "steps": steps}
+            return eqd.distill(start, classifier, train, **args, block_size=14)
+
+        runs = {
+            (name, steps): functools.partial(run, inner, steps)
+            for name, inner in inners.items()
+            for steps in (2, 14)
+        }
+        times = in_turn(runs, repeats)
+        for name, inner in inners.items():
+            history = run(inner, 14).history
+            bounds = (history.error_bound / history.gradient_norm)[[3, 13]].tolist()
+            each = 1e3 * (times[name, 14] - times[name, 2]) / 12
+            rows[f"{n} {name}"] = {"ms": float(np.median(each)), "bounds": bounds}
+            ratio = rows[f"{n} from zero"]["ms"] / rows[f"{n} {name}"]["ms"]
+            print(
+                f"| {n} | {name} | {np.median(each):.1f} | {ratio:.1f} "
+                f"| {bounds[0]:.0e} | {bounds[1]:.0e} |"
+            )
+    return rows
+
+
 def draw(rows, gradient) -> Figure:
     figure = Figure(figsize=(7.0, 2.2), dpi=200, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -409,6 +461,7 @@ def main(repeats: int, output: Path) -> None:
     gradient = one_gradient(train, start, 5 * repeats)
     results["gradient"] = gradient
     results["network"] = network(train, repeats)
+    results["inner solves"] = inner_solves(train, repeats)
     write(results, output / "speed.json")
     draw(rows, gradient).savefig(output / "speed.png")
 
