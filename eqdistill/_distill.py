@@ -3,7 +3,6 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
@@ -21,7 +20,14 @@ from ._distillation import (
 from ._distilled_set import DistilledSet
 from ._growing_batch import GrowingBatch
 from ._inner_solver import AbstractInnerSolver
-from ._outer_loop import new_state, on_host, quiet_blas, run_block, Status
+from ._outer_loop import (
+    compiled,
+    new_state,
+    on_host,
+    quiet_blas,
+    run_block,
+    Status,
+)
 from ._outer_loss import outer_loss
 from ._set_up import set_up
 
@@ -119,6 +125,7 @@ def distill(
         tolerance=tolerance,
     )
     state = new_state(learned, problem)
+    run = compiled(run_block, problem, len(distilled))
     blocks = []
     held_out_losses = []
     best, least_loss, since_best = learned, np.inf, 0
@@ -136,9 +143,8 @@ def distill(
             start = int(state.step)
             num_steps = min(block_size, steps - start)
             try:
-                state, rows = run_block(
-                    state, jnp.array(num_steps), problem, block_size
-                )
+                num_steps_now = jax.device_put(np.array(num_steps))
+                state, rows = run(state, num_steps_now, problem, block_size)
                 end = int(state.step)
             except eqx.EquinoxRuntimeError as e:
                 raise DistillationError(

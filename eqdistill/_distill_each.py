@@ -18,7 +18,14 @@ from ._distillation import (
 )
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver
-from ._outer_loop import new_state, Problem, quiet_blas, run_block, Status
+from ._outer_loop import (
+    compiled,
+    new_state,
+    Problem,
+    quiet_blas,
+    run_block,
+    Status,
+)
 from ._set_up import partition, set_up
 
 
@@ -89,7 +96,8 @@ def distill_each(
     learned, frozen = partition(stacked, learn)
     try:
         with quiet_blas(problem, len(starts[0])):
-            found = _run(learned, frozen, problem, jnp.array(steps), steps)
+            run = compiled(_run_each, problem, len(starts[0]))
+            found = run(learned, frozen, problem, jnp.array(steps), steps)
             # To be taken apart on the host, where nothing need be compiled for it.
             frozen, states, blocks = jax.device_get((frozen, *found))
     except eqx.EquinoxRuntimeError as e:
@@ -128,8 +136,7 @@ def _describe(start: DistilledSet) -> str:
     )
 
 
-@eqx.filter_jit
-def _run(
+def _run_each(
     learned: PyTree,
     frozen: PyTree,
     problem: Problem,

@@ -100,12 +100,22 @@ class LinearLayout(AbstractLayout):
             cuts = np.split(by_rarity, range(chunk_size, num_images, chunk_size))
             *chunks, squares = zip(*pool.map(cut, cuts), strict=True)
         squares = sum(squares) + num_images * float(np.sum(floating**2))
+        # All by this, as `jnp.asarray` compiles a program for each shape.
+        chunks, order, rank, background, squares = jax.device_put(
+            (
+                chunks,
+                order,
+                np.argsort(order),
+                floating if has_background else None,
+                np.asarray(squares, dtype),
+            )
+        )
         return LinearLayout(
-            chunks=tuple(map(_Chunk, *jax.device_put(chunks))),
-            order=jnp.asarray(order),
-            rank=jnp.asarray(np.argsort(order)),
-            background=jnp.asarray(floating) if has_background else None,
-            sum_of_squares=jnp.asarray(squares, dtype),
+            chunks=tuple(map(_Chunk, *chunks)),
+            order=order,
+            rank=rank,
+            background=background,
+            sum_of_squares=squares,
             num_images=num_images,
         )
 
@@ -199,17 +209,19 @@ def _(axis_size, is_batched, pixels, residual):
     return jax.vmap(_product, axes)(pixels, residual), True
 
 
+# Traced once for all chunks.
+@jax.jit
 def _loss_and_residual(logits: Float[Array, "k m"], labels: Int[Array, " m"]):
     """The sum of the cross-entropies, and its gradient in the logits, if there is one
     more class after these, with a logit of zero."""
-    largest = jnp.max(logits, axis=0, initial=0.0)
+    largest = jnp.maximum(jnp.max(logits, axis=0), 0)
     exponentials = jnp.exp(logits - largest)
     total = jnp.sum(exponentials, axis=0) + jnp.exp(-largest)
     is_label = jnp.arange(len(logits))[:, None] == labels
-    is_real = labels >= 0
-    of_label = jnp.sum(logits, axis=0, where=is_label)
-    loss = jnp.sum(largest + jnp.log(total) - of_label, where=is_real)
-    return loss, jnp.where(is_real, exponentials / total, 0) - is_label
+    is_real = (labels >= 0).astype(logits.dtype)
+    losses = is_real * (largest + jnp.log(total))
+    loss = jnp.sum(losses) - jnp.sum(jnp.where(is_label, logits, 0))
+    return loss, exponentials * (is_real / total) - is_label
 
 
 def _with_last_class(gradient: Float[Array, "*p k"]) -> Float[Array, "*p c"]:

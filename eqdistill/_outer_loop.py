@@ -1,4 +1,7 @@
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -69,7 +72,7 @@ class StepInfo(eqx.Module):
 
 
 def new_state(learned: PyTree, problem: Problem) -> State:
-    # Compiled as one.
+    # Compiled as one. The rest is put on the device, for which nothing is compiled.
     optimiser_state = jax.jit(problem.optimiser.init)(learned)
     is_growing = isinstance(problem.batch_size, GrowingBatch)
     in_batches = isinstance(problem.batch_size, int)
@@ -80,8 +83,8 @@ def new_state(learned: PyTree, problem: Problem) -> State:
         optimiser_state=optimiser_state,
         new_optimiser_state=optimiser_state if is_growing else None,
         order=jnp.arange(problem.layout.num_images) if in_batches else None,
-        is_whole=jnp.array(not is_growing),
-        step=jnp.array(0),
+        is_whole=jax.device_put(np.array(not is_growing)),
+        step=jax.device_put(np.array(0)),
         status=Status.running,
     )
 
@@ -97,22 +100,48 @@ def quiet_blas(problem: Problem, num_images: int) -> AbstractContextManager:
     returned, and hold up the passes over the data: by as much again, at twenty images.
     For ten, it takes one by itself.
     """
-    if isinstance(problem.classifier, LogisticRegression):
-        _, num_classes = problem.classifier.weights.shape
-        if num_images * num_classes > 100:
-            return threadpool_limits(limits=1, user_api="blas")
+    num_unknowns = _num_unknowns(problem, num_images)
+    if num_unknowns is not None and num_unknowns > 100:
+        return threadpool_limits(limits=1, user_api="blas")
     return nullcontext()
 
 
-@eqx.filter_jit
+def compiled(fn: Callable, problem: Problem, num_images: int) -> Callable:
+    """`fn`, which is to run blocks, under `jax.jit`.
+
+    All that takes time in the outer loop of a small linear problem are products in
+    libraries. What is left for XLA to compile are some hundred small loops: for CPUs,
+    it need not optimise them as far as it can, and then takes a quarter less long.
+    """
+    num_unknowns = _num_unknowns(problem, num_images)
+    is_small = num_unknowns is not None and num_unknowns <= 1000
+    return _jit(fn, is_small and jax.default_backend() == "cpu")
+
+
+@functools.cache
+def _jit(fn: Callable, quickly: bool) -> Callable:
+    options: dict[str, Any] = {}
+    if quickly:
+        options["compiler_options"] = {"xla_backend_optimization_level": 1}
+    return eqx.filter_jit(fn, **options)
+
+
+def _num_unknowns(problem: Problem, num_images: int) -> int | None:
+    """Of the inner problem in the span of the images, if it can be solved there."""
+    if not isinstance(problem.classifier, LogisticRegression):
+        return None
+    _, num_classes = problem.classifier.weights.shape
+    return num_images * num_classes
+
+
 def run_block(
     state: State, num_steps: Int[Array, ""], problem: Problem, block_size: int
 ) -> tuple[State, Float[Array, "block fields"]]:
     """Takes `num_steps` steps of the outer loop, or fewer if its status changes, and
     returns the state after them and the [`StepInfo`][] of each, in a row.
 
-    `block_size`, the length of the history that is returned, is static; `num_steps` is
-    not, so that a shorter last block is not compiled anew.
+    To be [`compiled`][]. `block_size`, the length of the history that is returned, is
+    static; `num_steps` is not, so that a shorter last block is not compiled anew.
     """
     first = state.step
     dynamic, static = eqx.partition(state, eqx.is_array)

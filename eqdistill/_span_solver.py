@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -16,7 +15,7 @@ from ._adjoint import DampedCG
 from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver, Fitted
-from ._losses import cross_entropies, label_residual, softmax_change, softmax_covariance
+from ._losses import label_residual, softmax_change, softmax_covariance
 
 
 class SpanSolver(AbstractInnerSolver):
@@ -82,7 +81,7 @@ class SpanSolver(AbstractInnerSolver):
             images,
             distilled.labels,
             n * distilled.l2,
-            None if tilt is None else optax.tree.scale(n, tilt),
+            tilt,
         )
         fixed = jax.lax.stop_gradient(problem)
         span = _Span.of(fixed.images, c)
@@ -133,7 +132,7 @@ class SpanSolver(AbstractInnerSolver):
 
 
 class _Problem(eqx.Module):
-    """With `n` times the ridge, and `n` times the tilt, which is zero."""
+    """With `n` times the ridge, and the tilt, which is zero."""
 
     images: Float[Array, "n p"]
     labels: Int[Array, " n"] | Float[Array, "n c"]
@@ -227,7 +226,8 @@ class _Span(eqx.Module):
             return _Coordinates(weights, None)
         intercept = -self.shift @ ridge - self.outside @ residuals
         if problem.tilt is not None and problem.tilt.intercept is not None:
-            intercept = intercept + self.contrasts @ problem.tilt.intercept
+            tilt = len(logits) * problem.tilt.intercept
+            intercept = intercept + self.contrasts @ tilt
         return _Coordinates(weights, intercept)
 
     def hessian_product(
@@ -261,13 +261,13 @@ class _Span(eqx.Module):
 def _start(
     classifier: LogisticRegression, span: _Span, problem: _Problem
 ) -> _Coordinates:
-    """The classifier's coordinates, unless it is worse for some image than zero is:
-    from where a softmax is wrong and saturated, Newton's method may not return."""
+    """The classifier's coordinates, if it is nowhere as wrong as zero may be: from
+    where a softmax is wrong and saturated, Newton's method may not return."""
     y = jax.lax.stop_gradient(span.coordinates(classifier))
-    losses = cross_entropies(span.logits(y), problem.labels)
+    residuals = label_residual(span.logits(y), problem.labels)
     _, num_classes = classifier.weights.shape
-    is_better = jnp.max(losses) < math.log(num_classes)
-    return optax.tree.where(is_better, y, optax.tree.zeros_like(y))
+    is_good = jnp.max(jnp.abs(residuals)) < 1 - 1 / num_classes
+    return optax.tree.where(is_good, y, optax.tree.zeros_like(y))
 
 
 def _solve(
@@ -321,7 +321,7 @@ class _Anchor(eqx.Module):
     Let $A$ be its residuals. To first order in a change of the images and the ridge,
     the solution is
 
-    $$W = (\theta^\top A - n \tau) / n \lambda + Q \, (V - V_0)$$
+    $$W = \theta^\top A / n \lambda - \tau / \lambda + Q \, (V - V_0)$$
 
     with the tilt $\tau$, and with $A$, $Q$ and the coordinates $V_0$ held fixed: the
     change of $A$ is multiplied by the old images, and so stays in their span. For the
@@ -343,10 +343,10 @@ class _Anchor(eqx.Module):
         return jax.lax.stop_gradient(_Anchor(span, y, outside + problem.scale * within))
 
     def weights(self, y: _Coordinates, problem: _Problem) -> Float[Array, "p c"]:
-        moving = problem.images.T @ self.residuals
+        moving = problem.images.T @ self.residuals / problem.scale
         if problem.tilt is not None:
-            moving = moving - problem.tilt.weights
-        moving = moving / problem.scale
+            ridge = problem.scale / len(problem.images)
+            moving = moving - problem.tilt.weights / ridge
         within = self.span.basis.T @ self.span.weights(y) @ self.span.contrasts
         return _moving_as(within, moving)
 

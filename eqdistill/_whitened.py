@@ -18,9 +18,10 @@ def whitened(
     train: Dataset,
     *,
     damping: float = 0.01,
+    scale: float = 2.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Has an optimiser work in coordinates in which the real images are white: for
-    images $\theta$ of $p$ pixels, in $\theta L$ with
+    images $\theta$ of $p$ pixels, in $\theta L / s$ with
 
     $$L L^\top = C + \delta \, \mathrm{tr}(C) \, I, \qquad
     C = \frac{1}{m} \sum_{i=1}^m x_i x_i^\top.$$
@@ -42,23 +43,27 @@ def whitened(
     - `optimiser`: any Optax optimiser.
     - `train`: the real data.
     - `damping`: $\delta > 0$. (Keyword only argument.)
+    - `scale`: $s > 0$. The first step of L-BFGS, which is of length one in the
+        coordinates, is as much longer in the images. The default saves a step or two
+        for ridges around 0.1. (Keyword only argument.)
 
     **Returns:**
 
     An Optax optimiser, for the images of a distilled set, and whatever else is learned
-    with them, which it leaves as it is. It holds two matrices of $p \times p$.
+    with them, which it only divides by $s$. It holds two matrices of $p \times p$.
 
     **Raises:**
 
-    A `ValueError` if `damping` is not positive, or if there are no images of the shape
-    of `train` in what it is to train.
+    A `ValueError` if `damping` or `scale` is not positive, or if there are no images of
+    the shape of `train` in what it is to train.
 
     Source: LeCun et al., *Efficient BackProp*, 1998, for the principle.
     """
-    if not damping > 0:
-        raise ValueError(f"`damping` must be positive; got {damping}.")
+    for name, value in (("damping", damping), ("scale", scale)):
+        if not value > 0:
+            raise ValueError(f"`{name}` must be positive; got {value}.")
     optimiser = optax.with_extra_args_support(optimiser)
-    coordinates = _Coordinates.of_data(train, damping)
+    coordinates = _Coordinates.of_data(train, damping, scale)
 
     def init(params) -> Any:
         return _State(coordinates, optimiser.init(coordinates.of(params)))
@@ -86,12 +91,15 @@ def whitened(
 
 
 class _Coordinates(eqx.Module):
+    """Images times `factor`, all else divided by `scale`."""
+
     factor: Float[Array, "p p"]
     inverse: Float[Array, "p p"]
+    scale: float = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
 
     @staticmethod
-    def of_data(train: Dataset, damping: float) -> "_Coordinates":
+    def of_data(train: Dataset, damping: float, scale: float) -> "_Coordinates":
         # On the host, where nothing need be compiled for it; and on one thread, since
         # OpenBLAS's go on spinning after it has returned.
         some = np.asarray(train.images)[:: -(-len(train) // 1024)]
@@ -102,28 +110,31 @@ class _Coordinates(eqx.Module):
         with threadpool_limits(limits=1, user_api="blas"):
             moments = images.T @ images / len(images)
             # Images that are zero throughout leave the coordinates as they are.
-            scale = damping * np.trace(moments) or 1.0
-            moments[np.diag_indices_from(moments)] += scale
+            diagonal = damping * np.trace(moments) or 1.0
+            moments[np.diag_indices_from(moments)] += diagonal
             factor = scipy.linalg.cholesky(moments, lower=True)
             # Well conditioned by the damping: products with it are quicker than solves.
-            identity = np.eye(len(factor), dtype=dtype)
-            inverse = scipy.linalg.solve_triangular(factor, identity, lower=True)
-        return _Coordinates(jnp.asarray(factor), jnp.asarray(inverse), train.shape)
+            (invert,) = scipy.linalg.get_lapack_funcs(["trtri"], [factor])
+            inverse, _ = invert(factor, lower=True)
+        factor, inverse = jax.device_put((factor / scale, inverse * scale))
+        return _Coordinates(factor, inverse, scale, train.shape)
 
     def of(self, params: PyTree) -> PyTree:
-        return self._multiply(params, self.factor)
+        return self._multiply(params, self.factor, 1 / self.scale)
 
     def back(self, params: PyTree) -> PyTree:
-        return self._multiply(params, self.inverse)
+        return self._multiply(params, self.inverse, self.scale)
 
     def of_gradient(self, gradient: PyTree) -> PyTree:
-        return self._multiply(gradient, self.inverse.T)
+        return self._multiply(gradient, self.inverse.T, self.scale)
 
     def gradient_back(self, gradient: PyTree) -> PyTree:
-        return self._multiply(gradient, self.factor.T)
+        return self._multiply(gradient, self.factor.T, 1 / self.scale)
 
-    def _multiply(self, tree: PyTree, matrix: Float[Array, "p p"]) -> PyTree:
-        """The images in the tree times the matrix; all else as it is."""
+    def _multiply(
+        self, tree: PyTree, matrix: Float[Array, "p p"], scale: float
+    ) -> PyTree:
+        """The images in the tree times the matrix, and all else times the scale."""
         is_images = lambda x: x.ndim > 1 and x.shape[1:] == self.shape
         if not any(map(is_images, jax.tree.leaves(tree))):
             raise ValueError(
@@ -131,7 +142,7 @@ class _Coordinates(eqx.Module):
                 f"`train`, to train; got {jax.tree.map(jnp.shape, tree)}."
             )
         product = lambda x: (x.reshape(len(x), -1) @ matrix).reshape(x.shape)
-        return jax.tree.map(lambda x: product(x) if is_images(x) else x, tree)
+        return jax.tree.map(lambda x: product(x) if is_images(x) else scale * x, tree)
 
 
 class _State(NamedTuple):

@@ -23,17 +23,17 @@ def problem(digits):
 def test_gradient_descent_is_by_the_metric_of_the_data(problem):
     start, _, train = problem
     params = eqx.filter(start, eqx.is_inexact_array)
-    optimiser = eqd.whitened(optax.sgd(0.3), train, damping=0.02)
+    optimiser = eqd.whitened(optax.sgd(0.1), train, damping=0.02, scale=2.0)
     gradient = jax.tree.map(lambda x: jr.normal(jr.key(1), x.shape), params)
     updates, _ = optimiser.update(gradient, optimiser.init(params), params)
     images, log_l2 = jax.tree.leaves(updates)
     pixels = np.asarray(train.floating(), np.float64).reshape(len(train), -1)
     moments = pixels.T @ pixels / len(pixels)
     metric = moments + 0.02 * np.trace(moments) * np.eye(64)
-    want = -0.3 * np.linalg.solve(metric, np.reshape(gradient.images, (10, 64)).T).T
+    want = -0.4 * np.linalg.solve(metric, np.reshape(gradient.images, (10, 64)).T).T
     np.testing.assert_allclose(np.reshape(images, (10, 64)), want, rtol=1e-3, atol=1e-4)
-    # What has not the shape of the images is left as it is.
-    np.testing.assert_allclose(log_l2, -0.3 * gradient.log_l2)
+    # What has not the shape of the images is only divided by the scale.
+    np.testing.assert_allclose(log_l2, -0.4 * gradient.log_l2)
 
 
 def test_lbfgs_needs_fewer_steps(problem):
@@ -67,6 +67,8 @@ def test_bad_input(problem):
     start, _, train = problem
     with pytest.raises(ValueError, match=r"`damping` must be positive; got 0"):
         eqd.whitened(optax.sgd(1.0), train, damping=0.0)
+    with pytest.raises(ValueError, match=r"`scale` must be positive; got -1.0"):
+        eqd.whitened(optax.sgd(1.0), train, scale=-1.0)
     optimiser = eqd.whitened(optax.sgd(1.0), train)
     with pytest.raises(ValueError, match=r"images of shape \(8, 8\).*got"):
         optimiser.init({"labels": jnp.zeros((10, 10))})
