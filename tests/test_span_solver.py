@@ -4,8 +4,10 @@ and in single against double precision."""
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 from jax.test_util import check_grads
 from sklearn.linear_model import LogisticRegression as SklearnLogisticRegression
 
@@ -159,6 +161,37 @@ def test_many_images(mnist):
     ).fit(np.asarray(real.floating(), np.float64).reshape(250, 784), real.labels)
     error = np.abs(fitted.classifier.weights - reference.coef_.T).max()
     assert error <= 1e-4 * np.abs(reference.coef_).max()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    log_scale=st.floats(-3, 3),
+    log_l2=st.floats(-6, 0),
+    use_intercept=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_any_start(digits, log_scale, log_l2, use_intercept, seed):
+    # Also one at which the softmax is saturated on the wrong classes.
+    distilled = eqd.DistilledSet.from_real(digits[0], l2=10**log_l2, key=jr.key(seed))
+    classifier = eqd.LogisticRegression(64, 10, use_intercept=use_intercept)
+    noise = lambda x: 10**log_scale * jr.normal(jr.key(seed + 1), x.shape)
+    want = eqd.fit(distilled, classifier, eqd.SpanSolver()).classifier.weights
+    start = jax.tree.map(noise, classifier)
+    got = eqd.fit(distilled, start, eqd.SpanSolver()).classifier.weights
+    error = jnp.linalg.norm(got - want)
+    assert error <= 1e-4 * jnp.linalg.norm(want)
+
+
+def test_next_start_is_quicker(digits):
+    distilled = eqd.DistilledSet.from_real(digits[0], l2=0.01, key=jr.key(0))
+    classifier = eqd.LogisticRegression(64, 10)
+    first = eqd.fit(distilled, classifier, eqd.SpanSolver())
+    moved = eqx.tree_at(lambda d: d.images, distilled, 1.05 * distilled.images)
+    again = eqd.fit(moved, classifier, eqd.SpanSolver())
+    quicker = eqd.fit(moved, first.next_start, eqd.SpanSolver())
+    assert quicker.steps < again.steps
+    weights = quicker.classifier.weights
+    np.testing.assert_allclose(weights, again.classifier.weights, rtol=1e-4, atol=1e-6)
 
 
 def test_refuses_what_is_not_linear(digits):
