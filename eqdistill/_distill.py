@@ -138,7 +138,7 @@ def distill(
             held_out_loss=np.array(held_out_losses, np.float32),
         )
 
-    with quiet_blas(problem, len(distilled)), _progress_bar(steps, progress) as show:
+    with quiet_blas(problem), _progress_bar(steps, progress) as show:
         while int(state.step) < steps:
             start = int(state.step)
             num_steps = min(block_size, steps - start)

@@ -95,7 +95,7 @@ def distill_each(
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
     learned, frozen = partition(stacked, learn)
     try:
-        with quiet_blas(problem, len(starts[0])):
+        with quiet_blas(problem):
             run = compiled(_run_each, problem, len(starts[0]))
             found = run(learned, frozen, problem, jnp.array(steps), steps)
             # To be taken apart on the host, where nothing need be compiled for it.

@@ -94,14 +94,13 @@ def on_host(status: Status) -> Status:
     return jax.tree.map(np.asarray, status)
 
 
-def quiet_blas(problem: Problem, num_images: int) -> AbstractContextManager:
+def quiet_blas(problem: Problem) -> AbstractContextManager:
     """In which LAPACK, which JAX calls on a CPU to decompose the small matrices of an
     inner problem, takes one thread. Those of OpenBLAS go on spinning after it has
-    returned, and hold up the passes over the data: by as much again, at twenty images.
-    For ten, it takes one by itself.
+    returned, and hold up the passes over the data: by as much again, at twenty images
+    or 1,568 pixels.
     """
-    num_unknowns = _num_unknowns(problem, num_images)
-    if num_unknowns is not None and num_unknowns > 100:
+    if isinstance(problem.classifier, LogisticRegression):
         return threadpool_limits(limits=1, user_api="blas")
     return nullcontext()
 
@@ -113,8 +112,10 @@ def compiled(fn: Callable, problem: Problem, num_images: int) -> Callable:
     libraries. What is left for XLA to compile are some hundred small loops: for CPUs,
     it need not optimise them as far as it can, and then takes a quarter less long.
     """
-    num_unknowns = _num_unknowns(problem, num_images)
-    is_small = num_unknowns is not None and num_unknowns <= 1000
+    is_small = False
+    if isinstance(problem.classifier, LogisticRegression):
+        _, num_classes = problem.classifier.weights.shape
+        is_small = num_images * num_classes <= 1000
     return _jit(fn, is_small and jax.default_backend() == "cpu")
 
 
@@ -124,14 +125,6 @@ def _jit(fn: Callable, quickly: bool) -> Callable:
     if quickly:
         options["compiler_options"] = {"xla_backend_optimization_level": 1}
     return eqx.filter_jit(fn, **options)
-
-
-def _num_unknowns(problem: Problem, num_images: int) -> int | None:
-    """Of the inner problem in the span of the images, if it can be solved there."""
-    if not isinstance(problem.classifier, LogisticRegression):
-        return None
-    _, num_classes = problem.classifier.weights.shape
-    return num_images * num_classes
 
 
 def run_block(

@@ -442,14 +442,17 @@ def draw(rows, gradient) -> Figure:
     figure = Figure(figsize=(7.0, 2.2), dpi=200, layout="constrained")
     left, right = figure.subplots(1, 2)
     names = list(rows)
-    left.barh(names, [rows[k]["run only"] for k in names], color="0.5")
+    bars = left.barh(names, [rows[k]["run only"] for k in names], color="0.5")
+    left.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)
     left.set_xlabel(f"seconds to an outer loss of {TARGET}", fontsize=8)
     names = [k.replace("`", "") for k in gradient]
-    right.barh(names, list(gradient.values()), color="0.5")
+    bars = right.barh(names, list(gradient.values()), color="0.5")
+    right.bar_label(bars, fmt="%.1f", fontsize=6, padding=2)
     right.set_xlabel("one outer value-and-gradient (ms)", fontsize=8)
     for axis in (left, right):
         axis.invert_yaxis()
         axis.tick_params(labelsize=7)
+        axis.margins(x=0.1)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
