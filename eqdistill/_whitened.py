@@ -31,6 +31,12 @@ def whitened(
     conditioned, and L-BFGS takes a half to a quarter of the steps. $C$ is taken over at
     most 1,024 of the real images, evenly spaced in their order.
 
+    !!! warning
+
+        L-BFGS without a line search may diverge from where the loss is not nearly
+        convex: it does from ten real images of MNIST, and not from noise or the means
+        of classes. From there, use `optax.lbfgs()`, without `whitened`.
+
     !!! Example
 
         ```python
