@@ -50,7 +50,7 @@ class SpanSolver(AbstractInnerSolver):
     - `rtol`, `atol`: Newton's method ends with a step that moves no logit by more than
         `atol + rtol * (the largest logit)`. Its error after that step is about the
         square of this. Both default to the square root of the machine's precision.
-    - `max_steps`: the most steps of Newton's method.
+    - `max_steps`: the most steps of Newton's method and of its line search together.
 
     Source: Kimeldorf and Wahba 1971 for the representer theorem; `docs/mathematics.md`
     for the derivative.

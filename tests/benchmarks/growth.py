@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from _timing import in_turn, machine, parser, seconds, write
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 import eqdistill as eqd
 
@@ -173,6 +174,8 @@ def draw(found: dict[str, dict[int, float]]) -> Figure:
         last = milliseconds[-1] / sizes[-1]
         axis.loglog(sizes, [last * k for k in sizes], color="0.7", linestyle="--")
         axis.set_xticks(sizes, [f"{k:,}" for k in sizes], fontsize=6, rotation=30)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.minorticks_off()
         axis.set_xlabel(NAMES[letter], fontsize=8)
         axis.tick_params(axis="y", labelsize=7)
