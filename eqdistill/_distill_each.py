@@ -21,6 +21,7 @@ from ._inner_solver import AbstractInnerSolver
 from ._outer_loop import (
     compiled,
     new_state,
+    on_host,
     Problem,
     quiet_blas,
     run_block,
@@ -65,8 +66,9 @@ def distill_each(
 
     **Raises:**
 
-    As [`eqdistill.distill`][], for the first start that fails; and a `ValueError` if
-    there are no starts, or they differ in shape.
+    As [`eqdistill.distill`][], for the first start that fails, or for the first of all
+    if the inner solver raises an error of its own; and a `ValueError` if there are no
+    starts, or they differ in shape.
     """
     if len(starts) == 0:
         raise ValueError("`starts` must hold at least one distilled set; got none.")
@@ -121,7 +123,7 @@ def distill_each(
         if not (is_good or has_converged):
             raise DistillationError(
                 f"Distillation from the start of index {i} stopped at step "
-                f"{int(state.step)}: {Status[state.status]}.",
+                f"{int(state.step)}: {Status[on_host(state.status)]}.",
                 result,
             )
         results.append(result)

@@ -97,7 +97,7 @@ def error_bound(
         follows["labels"] = softmax_change(distilled.labels, q) / n
         moves["labels"] = epsilon * norms / (2 * n)
 
-    total = jnp.zeros(())
+    total = jnp.zeros_like(residual)
     for name in follows:
         if getattr(learned, name) is not None:
             got = getattr(hypergradient, name)

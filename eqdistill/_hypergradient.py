@@ -43,7 +43,7 @@ def hypergradient(
 
     tilt = optax.tree.zeros_like(params)
     _, pull_back, fitted = jax.vjp(fit, learned, tilt, has_aux=True)
-    noise = jnp.zeros(())
+    noise = None
     if isinstance(batch, GrowingLayout):
         loss, cotangent, difference = batch.value_grad_and_difference(fitted.classifier)
         noise_gradient, _ = pull_back(eqx.filter(difference, eqx.is_inexact_array))
@@ -64,4 +64,5 @@ def hypergradient(
     else:
         residual = adjoint_residual(*solved, adjoint, cotangent)
         bound = jnp.full_like(residual, jnp.inf)
+    noise = jnp.zeros_like(loss) if noise is None else noise
     return Hypergradient(loss, gradient, noise, residual, bound), fitted

@@ -48,7 +48,7 @@ class Fitted(eqx.Module):
 
     - `classifier`: the fitted classifier, differentiable in the distilled set.
     - `converged`: whether the inner solver reached its own tolerance.
-    - `steps`: the number of steps that it took.
+    - `steps`: the number of steps that it took, those of a line search included.
     - `gradient_norm`: the Euclidean norm of the gradient of the inner loss in the
         parameters at the fitted classifier: the inner residual, zero at an exact fit.
     - `next_start`: a classifier for the solver to start from when the distilled set has

@@ -52,7 +52,9 @@ def _(perturbed, classifier, layout):
 @data_loss.def_bwd
 def _(gradient, loss_cotangent, perturbed, classifier, layout):
     del perturbed, classifier, layout
-    return optax.tree.scale(loss_cotangent, gradient)
+    # The loss may be in a wider precision than the classifier.
+    scaled = optax.tree.scale(loss_cotangent, gradient)
+    return optax.tree.cast_like(scaled, gradient)
 
 
 class RowLayout(AbstractLayout):

@@ -90,6 +90,7 @@ class LinearLayout(AbstractLayout):
                     out = chunk[:, i : i + some.shape[1]]
                     np.divide(some, scale, out=out)
                     # Of |x|^2, what is not of the background alone.
+                    out = out.astype(np.promote_types(dtype, np.float32), copy=False)
                     by_pixel = np.einsum("qm,qm->q", out, out)
                     if has_background:
                         by_pixel += 2 * floating[varying] * np.sum(out, axis=1)
@@ -146,8 +147,10 @@ class LinearLayout(AbstractLayout):
         gradient = eqx.tree_at(lambda c: c.weights, classifier, weights)
         if classifier.intercept is not None:
             gradient = eqx.tree_at(lambda c: c.intercept, gradient, intercept)
-        total = (_sum(losses), gradient)
-        return jax.tree.map(lambda x: x / self.num_images, total)
+        gradient = jax.tree.map(
+            lambda x, old: (x / self.num_images).astype(old.dtype), gradient, classifier
+        )
+        return _sum(losses) / self.num_images, gradient
 
     def _by_chunk(self, classifier: PyTree):
         """The sum of the losses of each chunk, and its gradient in the logits less
@@ -214,13 +217,13 @@ def _(axis_size, is_batched, pixels, residual):
 def _loss_and_residual(logits: Float[Array, "k m"], labels: Int[Array, " m"]):
     """The sum of the cross-entropies, and its gradient in the logits, if there is one
     more class after these, with a logit of zero."""
-    largest = jnp.maximum(jnp.max(logits, axis=0), 0)
+    largest = jnp.max(logits, axis=0, initial=0)
     exponentials = jnp.exp(logits - largest)
     total = jnp.sum(exponentials, axis=0) + jnp.exp(-largest)
     is_label = jnp.arange(len(logits))[:, None] == labels
     is_real = (labels >= 0).astype(logits.dtype)
-    losses = is_real * (largest + jnp.log(total))
-    loss = jnp.sum(losses) - jnp.sum(jnp.where(is_label, logits, 0))
+    of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=0)
+    loss = jnp.sum(is_real * (largest - of_label + jnp.log(total)))
     return loss, exponentials * (is_real / total) - is_label
 
 

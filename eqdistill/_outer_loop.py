@@ -138,8 +138,7 @@ def run_block(
     """
     first = state.step
     dynamic, static = eqx.partition(state, eqx.is_array)
-    dtype = jnp.result_type(*jax.tree.leaves(state.learned))
-    history = jnp.full((block_size, 6), jnp.nan, dtype)
+    history = jnp.full((block_size, 6), jnp.nan)
 
     def cond_fun(carry):
         state = eqx.combine(carry[0], static)
@@ -149,7 +148,7 @@ def run_block(
         dynamic, history = carry
         state = eqx.combine(dynamic, static)
         new_state, info = _step(state, problem)
-        row = jnp.stack(jax.tree.leaves(info))
+        row = jnp.stack(jax.tree.leaves(info)).astype(history.dtype)
         history = jax.lax.dynamic_update_index_in_dim(
             history, row, state.step - first, axis=0
         )

@@ -37,7 +37,8 @@ class SpanSolver(AbstractInnerSolver):
     It is exact to rounding for ridges from 1 down to 1e-8 in single precision: for hard
     and soft labels, equal images, and more images than pixels. The one exception are
     equal images of different hard labels, which single precision cannot tell apart at
-    ridges below 1e-4: there it does not converge, and says so.
+    ridges below 1e-4: there it does not converge, and says so. Only its first
+    derivatives are right, forward and backward.
 
     !!! info
 
@@ -127,7 +128,11 @@ class SpanSolver(AbstractInnerSolver):
             converged=solution.result == optx.RESULTS.successful,
             steps=solution.stats["num_steps"],
             gradient_norm=_gradient_norm(fitted, fixed),
-            next_start=jax.lax.stop_gradient(fitted),
+            next_start=jax.tree.map(
+                lambda x, old: jax.lax.stop_gradient(x).astype(old.dtype),
+                fitted,
+                classifier,
+            ),
         )
 
 
@@ -252,22 +257,24 @@ class _Span(eqx.Module):
         num_contrasts = len(self.contrasts)
         matrix = matrix.reshape(features.shape[1] * num_contrasts, -1)
         if y.intercept is None:
-            return matrix + problem.scale * jnp.eye(len(matrix))
-        shift = jnp.concatenate([jnp.eye(len(self.shift)), -self.shift[:, None]], 1)
+            return matrix + problem.scale * jnp.eye(len(matrix), dtype=matrix.dtype)
+        rank, dtype = len(self.shift), matrix.dtype
+        shift = jnp.concatenate([jnp.eye(rank, dtype=dtype), -self.shift[:, None]], 1)
         ridge = problem.scale * (shift.T @ shift)
-        return matrix + jnp.kron(ridge, jnp.eye(num_contrasts))
+        return matrix + jnp.kron(ridge, jnp.eye(num_contrasts, dtype=dtype))
 
 
 def _start(
     classifier: LogisticRegression, span: _Span, problem: _Problem
 ) -> _Coordinates:
-    """The classifier's coordinates, if it is nowhere as wrong as zero may be: from
-    where a softmax is wrong and saturated, Newton's method may not return."""
+    """The classifier's coordinates, if they are near a solution, in that the gradient
+    of the loss cancels half of that of the ridge; or zero. From where a softmax is
+    saturated, Newton's method may not return."""
     y = jax.lax.stop_gradient(span.coordinates(classifier))
-    residuals = label_residual(span.logits(y), problem.labels)
-    _, num_classes = classifier.weights.shape
-    is_good = jnp.max(jnp.abs(residuals)) < 1 - 1 / num_classes
-    return optax.tree.where(is_good, y, optax.tree.zeros_like(y))
+    gradient = span.gradient(y, span.logits(y), problem)
+    ridge = problem.scale * jnp.linalg.norm(span.weights(y))
+    is_near = optax.tree.norm(gradient) < 0.5 * ridge
+    return optax.tree.where(is_near, y, optax.tree.zeros_like(y))
 
 
 def _solve(
@@ -393,10 +400,10 @@ class _NewtonState(eqx.Module):
 class _ConvexNewton(optx.AbstractRootFinder):
     """Newton's method for the root of the gradient of a strictly convex function.
 
-    The step is halved until the function's slope along it is not much above zero: from
-    a negative value, it can only grow. Values of the function, which rounding blurs
-    long before its gradient, are not compared. `solve(y, v)` is the inverse of the
-    Hessian at `y`, times `v`.
+    Each step but the last, which is small, is halved until the function's slope along
+    it is not much above zero: from a negative value, it can only grow. Values of the
+    function, which rounding blurs long before its gradient, are not compared.
+    `solve(y, v)` is the inverse of the Hessian at `y`, times `v`.
 
     A step of the loop tries one fraction, so that the gradient is in the program once.
     """

@@ -49,9 +49,10 @@ def whitened(
     - `optimiser`: any Optax optimiser.
     - `train`: the real data.
     - `damping`: $\delta > 0$. (Keyword only argument.)
-    - `scale`: $s > 0$. The first step of L-BFGS, which is of length one in the
-        coordinates, is as much longer in the images. The default saves a step or two
-        for ridges around 0.1. (Keyword only argument.)
+    - `scale`: $s > 0$. The first step of L-BFGS, whose length in the coordinates is at
+        most one, may be as much longer in the images: the default saves a step or two
+        for ridges around 0.1. Steps of Adam are $s$ times as long as its learning rate
+        says, and those of gradient descent $s^2$ times. (Keyword only argument.)
 
     **Returns:**
 

@@ -53,7 +53,7 @@ def test_says_which_start_fails(train):
     classifier = eqd.LogisticRegression(64, 10)
     good, _, bad = starts(train)
     bad = eqx.tree_at(lambda d: d.images, bad, jnp.full_like(bad.images, jnp.nan))
-    match = "the start of index 1 stopped at step"
+    match = "the start of index 1 stopped at step 0: the outer loss is not finite"
     with pytest.raises(eqd.DistillationError, match=match) as info:
         eqd.distill_each([good, bad], classifier, train, optimiser=LBFGS, steps=5)
     assert len(info.value.distillation.history) == 0

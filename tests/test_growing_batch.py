@@ -1,5 +1,6 @@
 """Batches that grow to all of the real images."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -74,16 +75,25 @@ def test_noise_is_measured_by_the_two_halves(digits):
     np.testing.assert_array_equal(sizes[1e3], [168, 168, 168])
 
 
-def test_any_classifier_and_the_last_of_the_images(digits):
+@pytest.mark.parametrize("is_linear", [True, False])
+def test_any_classifier_and_the_last_of_the_images(digits, is_linear):
     train, _ = digits
-    classifier = MLP(64, 4, jax.nn.softplus, key=jr.key(1))
+    if is_linear:
+        # Over a background, with which images that only fill up would be seen.
+        images = train.floating() + jnp.linspace(0, 1, 64).reshape(8, 8)
+        train = eqd.Dataset(images, train.labels, 10)
+        classifier = eqd.LogisticRegression(64, 10, use_intercept=True)
+    else:
+        classifier = MLP(64, 4, jax.nn.softplus, key=jr.key(1))
     start, result = run(
         train, classifier, ratio=1e-6, steps=2, optimiser=optax.sgd(0.0)
     )
     np.testing.assert_array_equal(result.history.num_images, [168, 1347])
     # The two halves and the others are all of them, each once.
-    loss = eqd.outer_loss(start, classifier, train)
+    loss, gradient = eqx.filter_value_and_grad(eqd.outer_loss)(start, classifier, train)
     np.testing.assert_allclose(result.history.loss[1], loss, rtol=1e-5)
+    norm = jnp.linalg.norm(gradient.images)
+    np.testing.assert_allclose(result.history.gradient_norm[1], norm, rtol=1e-3)
     assert jnp.array_equal(result.distilled.images, start.images)
 
 

@@ -55,3 +55,40 @@ def test_mean_square(digits, kind):
     want = np.mean(np.sum(np.asarray(train.floating()) ** 2, axis=(1, 2)))
     for layout in (LinearLayout.of(train), RowLayout.of(train)):
         np.testing.assert_allclose(layout.mean_square, want, rtol=1e-5)
+
+
+def test_loss_of_separated_data(digits):
+    # Where it is a small difference of large logits.
+    train = subset(digits[0], 101)
+    classifier = eqd.LogisticRegression(64, 10)
+    fitted = eqd.fit(
+        eqd.DistilledSet(train.floating(), train.labels, l2=1e-6), classifier
+    ).classifier
+    large = eqx.tree_at(lambda c: c.weights, fitted, 1e3 * fitted.weights)
+    loss = LinearLayout.of(train).value(large)
+    assert 0 <= loss < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(digits, dtype):
+    images = digits[0].floating()[:101].astype(dtype)
+    train = eqd.Dataset(images, digits[0].labels[:101], 10)
+    if dtype == jnp.bfloat16:  # The other has too small a range to fit in.
+        start = eqd.DistilledSet.from_real(train, key=jr.key(0))
+        mlp = MLP(64, 5, jnp.tanh, key=jr.key(1))
+        assert len(eqd.distill(start, mlp, train, steps=2).history) == 2
+    want = np.mean(np.sum(np.asarray(images, np.float64) ** 2, axis=(1, 2)))
+    got = LinearLayout.of(train).mean_square
+    np.testing.assert_allclose(np.float64(got), want, rtol=1e-2)
+
+
+@pytest.mark.usefixtures("x64")
+def test_single_precision_beside_double(digits):
+    train = subset(digits[0], 101)
+    start = eqd.DistilledSet.from_noise(train, key=jr.key(0))
+    images = start.images.astype(jnp.float32)
+    start = eqd.DistilledSet(images, start.labels, l2=np.float32(0.1))
+    for dtype in (jnp.float32, jnp.float64):
+        classifier = eqd.LogisticRegression(64, 10, dtype=dtype)
+        history = eqd.distill(start, classifier, train, steps=2).history
+        assert history.loss[1] < history.loss[0]

@@ -148,7 +148,7 @@ def test_derivative_agrees_with_central_differences(digits):
         return eqd.outer_loss(at, classifier, real, eqd.SpanSolver())
 
     learned = (distilled.images, distilled.labels, distilled.log_l2)
-    check_grads(loss, learned, 1, modes=("rev",), rtol=1e-6, atol=1e-9, eps=1e-5)
+    check_grads(loss, learned, 1, modes=("fwd", "rev"), rtol=1e-6, atol=1e-9, eps=1e-5)
 
 
 def test_many_images(mnist):
@@ -163,23 +163,26 @@ def test_many_images(mnist):
     assert error <= 1e-4 * np.abs(reference.coef_).max()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     log_scale=st.floats(-3, 3),
     log_l2=st.floats(-6, 0),
+    is_near=st.booleans(),
     use_intercept=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_any_start(digits, log_scale, log_l2, use_intercept, seed):
-    # Also one at which the softmax is saturated on the wrong classes.
+def test_any_start(digits, log_scale, log_l2, is_near, use_intercept, seed):
+    # Random ones, at which the softmax may be saturated on the wrong classes; and
+    # multiples of the solution, where it is on the right ones.
     distilled = eqd.DistilledSet.from_real(digits[0], l2=10**log_l2, key=jr.key(seed))
     classifier = eqd.LogisticRegression(64, 10, use_intercept=use_intercept)
     noise = lambda x: 10**log_scale * jr.normal(jr.key(seed + 1), x.shape)
-    want = eqd.fit(distilled, classifier, eqd.SpanSolver()).classifier.weights
-    start = jax.tree.map(noise, classifier)
+    fitted = eqd.fit(distilled, classifier, eqd.SpanSolver()).classifier
+    multiple = lambda x: 10**log_scale * x
+    start = jax.tree.map(multiple if is_near else noise, fitted)
     got = eqd.fit(distilled, start, eqd.SpanSolver()).classifier.weights
-    error = jnp.linalg.norm(got - want)
-    assert error <= 1e-4 * jnp.linalg.norm(want)
+    error = jnp.linalg.norm(got - fitted.weights)
+    assert error <= 1e-4 * jnp.linalg.norm(fitted.weights)
 
 
 def test_next_start_is_quicker(digits):
