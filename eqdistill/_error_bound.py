@@ -18,6 +18,7 @@ def adjoint_residual(
     in the parameters of the classifier."""
     params, static = eqx.partition(classifier, eqx.is_inexact_array)
     gradient = jax.grad(lambda p: inner_loss(eqx.combine(p, static), distilled))
+    adjoint = optax.tree.cast_like(adjoint, params)
     _, product = jax.jvp(gradient, (params,), (adjoint,))
     residual = optax.tree.norm(optax.tree.sub(product, cotangent))
     return _relative(residual, cotangent)

@@ -81,8 +81,8 @@ class SpanSolver(AbstractInnerSolver):
         problem = _Problem(
             images,
             distilled.labels,
-            n * distilled.l2,
-            tilt,
+            (n * distilled.l2).astype(images.dtype),
+            jax.tree.map(lambda x: x.astype(images.dtype), tilt),
         )
         fixed = jax.lax.stop_gradient(problem)
         span = _Span.of(fixed.images, c)
@@ -270,7 +270,10 @@ def _start(
     """The classifier's coordinates, if they are near a solution, in that the gradient
     of the loss cancels half of that of the ridge; or zero. From where a softmax is
     saturated, Newton's method may not return."""
-    y = jax.lax.stop_gradient(span.coordinates(classifier))
+    y = jax.tree.map(
+        lambda x: jax.lax.stop_gradient(x).astype(span.basis.dtype),
+        span.coordinates(classifier),
+    )
     gradient = span.gradient(y, span.logits(y), problem)
     ridge = problem.scale * jnp.linalg.norm(span.weights(y))
     is_near = optax.tree.norm(gradient) < 0.5 * ridge

@@ -75,6 +75,7 @@ def test_noise_is_measured_by_the_two_halves(digits):
     np.testing.assert_array_equal(sizes[1e3], [168, 168, 168])
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("is_linear", [True, False])
 def test_any_classifier_and_the_last_of_the_images(digits, is_linear):
     train, _ = digits
@@ -93,7 +94,7 @@ def test_any_classifier_and_the_last_of_the_images(digits, is_linear):
     loss, gradient = eqx.filter_value_and_grad(eqd.outer_loss)(start, classifier, train)
     np.testing.assert_allclose(result.history.loss[1], loss, rtol=1e-5)
     norm = jnp.linalg.norm(gradient.images)
-    np.testing.assert_allclose(result.history.gradient_norm[1], norm, rtol=1e-3)
+    np.testing.assert_allclose(result.history.gradient_norm[1], norm, rtol=1e-6)
     assert jnp.array_equal(result.distilled.images, start.images)
 
 

@@ -87,8 +87,8 @@ def test_single_precision_beside_double(digits):
     train = subset(digits[0], 101)
     start = eqd.DistilledSet.from_noise(train, key=jr.key(0))
     images = start.images.astype(jnp.float32)
-    start = eqd.DistilledSet(images, start.labels, l2=np.float32(0.1))
-    for dtype in (jnp.float32, jnp.float64):
-        classifier = eqd.LogisticRegression(64, 10, dtype=dtype)
+    for l2, dtype in ((np.float32(0.1), jnp.float32), (0.1, jnp.float64)):
+        start = eqd.DistilledSet(images, start.labels, l2=l2)
+        classifier = eqd.LogisticRegression(64, 10, use_intercept=True, dtype=dtype)
         history = eqd.distill(start, classifier, train, steps=2).history
         assert history.loss[1] < history.loss[0]
