@@ -45,9 +45,9 @@ class Problem(eqx.Module):
 
 class State(eqx.Module):
     """All that changes over the outer loop. `last_good` trails `learned` by a step, as
-    `learned` is known to be good only once it has been differentiated at.
-    `new_optimiser_state` is there for when the batch grows, and `order` if batches are
-    drawn in it."""
+    `learned` is known to be good only once it has been differentiated at. The inner
+    solver begins at `start`. `new_optimiser_state` is there for when the batch grows,
+    and `order` if batches are drawn in it."""
 
     learned: PyTree[Float[Array, "..."]]
     last_good: PyTree[Float[Array, "..."]]
