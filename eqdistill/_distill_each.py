@@ -99,7 +99,8 @@ def distill_each(
     try:
         with quiet_blas(problem):
             run = compiled(_run_each, problem, len(starts[0]))
-            found = run(learned, frozen, problem, jnp.array(steps), steps)
+            num_steps = jax.device_put(np.array(steps))
+            found = run(learned, frozen, problem, num_steps, steps)
             # To be taken apart on the host, where nothing need be compiled for it.
             frozen, states, blocks = jax.device_get((frozen, *found))
     except eqx.EquinoxRuntimeError as e:

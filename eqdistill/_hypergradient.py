@@ -43,7 +43,6 @@ def hypergradient(
 
     tilt = optax.tree.zeros_like(params)
     _, pull_back, fitted = jax.vjp(fit, learned, tilt, has_aux=True)
-    noise = None
     if isinstance(batch, GrowingLayout):
         loss, cotangent, difference = batch.value_grad_and_difference(fitted.classifier)
         noise_gradient, _ = pull_back(eqx.filter(difference, eqx.is_inexact_array))
@@ -51,6 +50,7 @@ def hypergradient(
     else:
         value_and_grad = eqx.filter_value_and_grad(data_loss)
         loss, cotangent = value_and_grad(fitted.classifier, batch)
+        noise = jnp.zeros_like(loss)
     cotangent = eqx.filter(cotangent, eqx.is_inexact_array)
     gradient, minus_adjoint = pull_back(cotangent)
     adjoint = optax.tree.scale(-1.0, minus_adjoint)
@@ -64,5 +64,4 @@ def hypergradient(
     else:
         residual = adjoint_residual(*solved, adjoint, cotangent)
         bound = jnp.full_like(residual, jnp.inf)
-    noise = jnp.zeros_like(loss) if noise is None else noise
     return Hypergradient(loss, gradient, noise, residual, bound), fitted

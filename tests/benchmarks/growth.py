@@ -77,7 +77,7 @@ def of_sizes(repeats: int) -> dict[str, dict[int, float]]:
     return found
 
 
-def of_runs(repeats: int) -> dict[str, dict[int, float]]:
+def of_runs(repeats: int) -> tuple[dict[str, dict[int, float]], dict[int, float]]:
     train, _ = eqd.datasets.load("mnist")
     classifier = eqd.LogisticRegression(28 * 28, 10)
     keys = jr.split(jr.key(0), 32)
@@ -102,11 +102,11 @@ def of_runs(repeats: int) -> dict[str, dict[int, float]]:
     counts = in_turn(
         {0: one(8, whitened), **{n: each(n) for n in (1, 2, 4, 8, 16, 32)}}, repeats
     )
-    return {
+    found = {
         "steps": {k: float(np.median(v)) for k, v in lengths.items()},
         "starts": {k: float(np.median(v)) for k, v in counts.items()},
-        "starts with compile": first,
     }
+    return found, first
 
 
 def memory() -> dict[str, float]:
@@ -196,8 +196,8 @@ def main(repeats: int, output: Path) -> None:
         f"Distilling MNIST holds {held['held']:.0f} MB, {held['of floats']:.2f} of its "
         f"{held['floats']:.0f} MB as floats; as bytes it has {held['bytes']:.0f} MB.\n"
     )
-    found = {**of_sizes(repeats), **of_runs(repeats)}
-    first = found.pop("starts with compile")
+    runs, first = of_runs(repeats)
+    found = {**of_sizes(repeats), **runs}
     show(found, first)
     results |= {"memory": held, "seconds": found, "starts with compile": first}
     write(results, output / "growth.json")
