@@ -34,7 +34,6 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     from ._exact import distill_exactly as distill_exactly
     from ._export import export as export
     from ._fit import fit as fit
-    from ._growing_batch import GrowingBatch as GrowingBatch
     from ._inner_solver import (
         AbstractInnerSolver as AbstractInnerSolver,
         Fitted as Fitted,

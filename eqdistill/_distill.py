@@ -18,7 +18,6 @@ from ._distillation import (
     to_history,
 )
 from ._distilled_set import DistilledSet
-from ._growing_batch import GrowingBatch
 from ._inner_solver import AbstractInnerSolver
 from ._outer_loop import (
     compiled,
@@ -41,7 +40,7 @@ def distill(
     optimiser: optax.GradientTransformation = optax.adam(0.02),
     steps: int = 50,
     learn: PyTree[bool] | None = None,
-    batch_size: int | GrowingBatch | None = None,
+    batch_size: int | None = None,
     key: PRNGKeyArray | None = None,
     tolerance: float = 0.0,
     block_size: int = 10,
@@ -75,8 +74,7 @@ def distill(
     - `learn`: what is learned: a pytree of bools with the structure of `distilled`.
         Defaults to its images.
     - `batch_size`: the number of real images in a step, drawn without replacement
-        until all have been used; or a [`eqdistill.GrowingBatch`][]. Defaults to all of
-        them.
+        until all have been used. Defaults to all of them.
     - `key`: a `jax.random.key` for the choice of the batches. Needed for them alone.
     - `tolerance`: stop when the Euclidean norm of the hypergradient is at most this.
     - `block_size`: the number of steps that are compiled into one call, between which

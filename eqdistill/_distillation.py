@@ -21,9 +21,8 @@ class History(eqx.Module):
         exact one, but for rounding errors. It holds for an
         [`eqdistill.LogisticRegression`][] without an intercept, and is infinite for
         all else, for which none is known.
-    - `num_images`: the number of real images in the step's batch.
 
-    The two before the last are infinite for a step whose gradient a line search kept.
+    The last two are infinite for a step whose gradient a line search kept.
     """
 
     loss: Float[np.ndarray, " steps"]
@@ -31,7 +30,6 @@ class History(eqx.Module):
     inner_residual: Float[np.ndarray, " steps"]
     adjoint_residual: Float[np.ndarray, " steps"]
     error_bound: Float[np.ndarray, " steps"]
-    num_images: Float[np.ndarray, " steps"]
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -73,7 +71,7 @@ class DistillationError(RuntimeError):
         self.distillation = distillation
 
 
-NO_HISTORY = History(*[np.zeros(0, np.float32)] * 6)
+NO_HISTORY = History(*[np.zeros(0, np.float32)] * 5)
 
 
 def to_history(rows: Float[np.ndarray, "block fields"], num_steps: int) -> History:

@@ -6,21 +6,16 @@ from jaxtyping import Array, Float, PyTree
 
 from ._classifier import LogisticRegression
 from ._error_bound import adjoint_residual, error_bound
-from ._growing_batch import GrowingLayout
 from ._inner_solver import AbstractInnerSolver, Fitted
 from ._layout import AbstractLayout, data_loss
 
 
 class Hypergradient(eqx.Module):
-    """The outer loss on a batch, its gradient, and what is known of the errors in it.
-
-    `noise` is that of sampling a part of the real images, if the batch is to grow, and
-    zero if not. The other two are as in [`eqdistill.History`][].
-    """
+    """The outer loss on a batch, its gradient, and what is known of the errors in it,
+    as in [`eqdistill.History`][]."""
 
     loss: Float[Array, ""]
     gradient: PyTree
-    noise: Float[Array, ""]
     adjoint_residual: Float[Array, ""]
     error_bound: Float[Array, ""]
 
@@ -43,14 +38,8 @@ def hypergradient(
 
     tilt = optax.tree.zeros_like(params)
     _, pull_back, fitted = jax.vjp(fit, learned, tilt, has_aux=True)
-    if isinstance(batch, GrowingLayout):
-        loss, cotangent, difference = batch.value_grad_and_difference(fitted.classifier)
-        noise_gradient, _ = pull_back(eqx.filter(difference, eqx.is_inexact_array))
-        noise = optax.tree.norm(noise_gradient)
-    else:
-        value_and_grad = eqx.filter_value_and_grad(data_loss)
-        loss, cotangent = value_and_grad(fitted.classifier, batch)
-        noise = jnp.zeros_like(loss)
+    value_and_grad = eqx.filter_value_and_grad(data_loss)
+    loss, cotangent = value_and_grad(fitted.classifier, batch)
     cotangent = eqx.filter(cotangent, eqx.is_inexact_array)
     gradient, minus_adjoint = pull_back(cotangent)
     adjoint = optax.tree.scale(-1.0, minus_adjoint)
@@ -64,4 +53,4 @@ def hypergradient(
     else:
         residual = adjoint_residual(*solved, adjoint, cotangent)
         bound = jnp.full_like(residual, jnp.inf)
-    return Hypergradient(loss, gradient, noise, residual, bound), fitted
+    return Hypergradient(loss, gradient, residual, bound), fitted

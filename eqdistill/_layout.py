@@ -4,7 +4,6 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -16,11 +15,6 @@ class AbstractLayout(eqx.Module):
     """Real images, laid out once for many passes over them."""
 
     num_images: eqx.AbstractVar[int]
-
-    @property
-    def num_images_now(self) -> int | Int[Array, ""]:
-        """How many of them a pass goes over."""
-        return self.num_images
 
     @abc.abstractmethod
     def value(self, classifier: PyTree) -> Float[Array, ""]:
@@ -67,10 +61,7 @@ class RowLayout(AbstractLayout):
     num_chunks: int = eqx.field(static=True)
 
     @staticmethod
-    def of(data: Dataset, rows: np.ndarray | None = None) -> "RowLayout":
-        if rows is not None:
-            some = np.asarray(data.images)[rows], np.asarray(data.labels)[rows]
-            data = eqx.tree_at(lambda d: (d.images, d.labels), data, some)
+    def of(data: Dataset) -> "RowLayout":
         # A network's activations are many times as large as its images.
         num_chunks = count_chunks(len(data), math.prod(data.shape), chunk_bytes=2**19)
         images, labels = _pad(data, num_chunks)

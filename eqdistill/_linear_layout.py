@@ -35,21 +35,17 @@ class LinearLayout(AbstractLayout):
     num_images: int = eqx.field(static=True)
 
     @staticmethod
-    def of(data: Dataset, rows: np.ndarray | None = None) -> "LinearLayout":
+    def of(data: Dataset) -> "LinearLayout":
         # On the host: the shapes of the chunks depend on what is in the images.
         pixels = np.asarray(data.images).reshape(len(data), -1)
         labels = np.asarray(data.labels)
         dtype = jax.eval_shape(Dataset.floating, data).dtype
         scale = dtype.type(255 if pixels.dtype == np.uint8 else 1)
-        # In order, they are sliced rather than gathered.
-        num_images = len(pixels) if rows is None else len(rows)
-        starts = range(0, num_images, _AT_ONCE)
+        starts = range(0, len(pixels), _AT_ONCE)
         blocks = [slice(start, start + _AT_ONCE) for start in starts]
-        if rows is not None:
-            blocks = [rows[block] for block in blocks]
-        num_chunks = count_chunks(num_images, pixels.shape[1], chunk_bytes=2**23)
+        num_chunks = count_chunks(len(pixels), pixels.shape[1], chunk_bytes=2**23)
         num_chunks = min(num_chunks, _MOST_CHUNKS)
-        chunk_size = -(-num_images // num_chunks)
+        chunk_size = -(-len(pixels) // num_chunks)
         chunk_size += -chunk_size % _LANES
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             extrema = pool.map(lambda block: _extrema(pixels[block]), blocks)
@@ -74,17 +70,16 @@ class LinearLayout(AbstractLayout):
 
             def cut(at):
                 q = np.searchsorted(levels, rarest[at[-1]], side="right")
-                chosen = at if rows is None else rows[at]
                 varying = order[: min(q, num_varying)]
                 # What is left of the last chunk is zero, with labels of no class.
                 chunk = _aligned((len(varying), chunk_size), dtype)
-                chunk[:, len(chosen) :] = 0
+                chunk[:, len(at) :] = 0
                 classes = np.full(chunk_size, -1, labels.dtype)
-                classes[: len(chosen)] = labels[chosen]
+                classes[: len(at)] = labels[at]
                 squares = 0.0
                 # As many at a time as a cache holds, since they are transposed.
-                for i in range(0, len(chosen), 512):
-                    some = pixels[chosen[i : i + 512]].T[varying]
+                for i in range(0, len(at), 512):
+                    some = pixels[at[i : i + 512]].T[varying]
                     if has_background:
                         some = some - background[varying][:, None]
                     out = chunk[:, i : i + some.shape[1]]
@@ -98,9 +93,9 @@ class LinearLayout(AbstractLayout):
                 return chunk, classes, squares
 
             by_rarity = np.argsort(rarest, kind="stable")
-            cuts = np.split(by_rarity, range(chunk_size, num_images, chunk_size))
+            cuts = np.split(by_rarity, range(chunk_size, len(pixels), chunk_size))
             *chunks, squares = zip(*pool.map(cut, cuts), strict=True)
-        squares = sum(squares) + num_images * float(np.sum(floating**2))
+        squares = sum(squares) + len(pixels) * float(np.sum(floating**2))
         # All by this, as `jnp.asarray` compiles a program for each shape.
         chunks, order, rank, background, squares = jax.device_put(
             (
@@ -117,7 +112,7 @@ class LinearLayout(AbstractLayout):
             rank=rank,
             background=background,
             sum_of_squares=squares,
-            num_images=num_images,
+            num_images=len(pixels),
         )
 
     @property

@@ -14,7 +14,6 @@ from threadpoolctl import threadpool_limits
 
 from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
-from ._growing_batch import GrowingBatch, GrowingLayout
 from ._hypergradient import Hypergradient, hypergradient
 from ._inner_solver import AbstractInnerSolver, Fitted
 from ._layout import AbstractLayout, data_loss, RowLayout
@@ -39,23 +38,20 @@ class Problem(eqx.Module):
     inner: AbstractInnerSolver
     optimiser: optax.GradientTransformationExtraArgs
     tolerance: float
-    batch_size: int | GrowingBatch | None = eqx.field(static=True)
+    batch_size: int | None = eqx.field(static=True)
     key: PRNGKeyArray | None
 
 
 class State(eqx.Module):
     """All that changes over the outer loop. `last_good` trails `learned` by a step, as
     `learned` is known to be good only once it has been differentiated at. The inner
-    solver begins at `start`. `new_optimiser_state` is there for when the batch grows,
-    and `order` if batches are drawn in it."""
+    solver begins at `start`. Batches, if there are any, are drawn in `order`."""
 
     learned: PyTree[Float[Array, "..."]]
     last_good: PyTree[Float[Array, "..."]]
     start: PyTree
     optimiser_state: PyTree
-    new_optimiser_state: PyTree
     order: Int[Array, " N"] | None
-    is_whole: Bool[Array, ""]
     step: Int[Array, ""]
     status: Status
 
@@ -68,22 +64,21 @@ class StepInfo(eqx.Module):
     inner_residual: Float[Array, ""]
     adjoint_residual: Float[Array, ""]
     error_bound: Float[Array, ""]
-    num_images: Float[Array, ""]
 
 
 def new_state(learned: PyTree, problem: Problem) -> State:
     # Compiled as one. The rest is put on the device, for which nothing is compiled.
     optimiser_state = jax.jit(problem.optimiser.init)(learned)
-    is_growing = isinstance(problem.batch_size, GrowingBatch)
-    in_batches = isinstance(problem.batch_size, int)
     return State(
         learned=learned,
         last_good=learned,
         start=problem.classifier,
         optimiser_state=optimiser_state,
-        new_optimiser_state=optimiser_state if is_growing else None,
-        order=jnp.arange(problem.layout.num_images) if in_batches else None,
-        is_whole=jax.device_put(np.array(not is_growing)),
+        order=(
+            None
+            if problem.batch_size is None
+            else jnp.arange(problem.layout.num_images)
+        ),
         step=jax.device_put(np.array(0)),
         status=Status.running,
     )
@@ -138,7 +133,7 @@ def run_block(
     """
     first = state.step
     dynamic, static = eqx.partition(state, eqx.is_array)
-    history = jnp.full((block_size, 6), jnp.nan)
+    history = jnp.full((block_size, 5), jnp.nan)
 
     def cond_fun(carry):
         state = eqx.combine(carry[0], static)
@@ -179,22 +174,11 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     updated = eqx.apply_updates(state.learned, updates)
     gradient_norm = optax.tree.norm(gradient)
 
-    grow = jnp.array(False)
-    if isinstance(problem.batch_size, GrowingBatch):
-        is_noise = here.noise >= problem.batch_size.ratio * gradient_norm
-        grow = ~state.is_whole & is_noise
-        optimiser_state = jax.tree.map(
-            lambda new, x, old: x if x is old else jnp.where(grow, new, x),
-            state.new_optimiser_state,
-            optimiser_state,
-            state.optimiser_state,
-        )
-
     # The first of these that holds is what is reported.
     status = Status.running
     for pred, outcome in (
         (~_all_finite(updated), Status.update_not_finite),
-        ((gradient_norm <= problem.tolerance) & state.is_whole, Status.converged),
+        (gradient_norm <= problem.tolerance, Status.converged),
         (~jnp.isfinite(gradient_norm), Status.gradient_not_finite),
         (~jnp.isfinite(loss), Status.loss_not_finite),
         (~fitted.converged, Status.inner_failed),
@@ -211,9 +195,7 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
         last_good=optax.tree.where(here_is_good, state.learned, state.last_good),
         start=state.start if fitted.next_start is None else fitted.next_start,
         optimiser_state=optimiser_state,
-        new_optimiser_state=state.new_optimiser_state,
         order=state.order,
-        is_whole=state.is_whole | grow,
         step=state.step + here_is_good,
         status=status,
     )
@@ -223,7 +205,6 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
         inner_residual=fitted.gradient_norm,
         adjoint_residual=here.adjoint_residual,
         error_bound=here.error_bound,
-        num_images=jnp.asarray(batch.num_images_now, loss.dtype),
     )
 
 
@@ -237,7 +218,7 @@ def _unless_stored(
     loss = optax.tree.get(state.optimiser_state, "value")
     gradient = optax.tree.get(state.optimiser_state, "grad")
     # A line search ends where the next step begins, and keeps what it evaluated there.
-    # That is of no use if the next step is on another batch, nor to see the noise in.
+    # That is of no use if the next step is on another batch.
     if (
         problem.batch_size is not None
         or loss is None
@@ -246,7 +227,7 @@ def _unless_stored(
         return evaluate(state.learned)
     # It does not keep the adjoint.
     unknown = jnp.full_like(loss, jnp.inf)
-    stored = Hypergradient(loss, gradient, jnp.zeros_like(loss), unknown, unknown)
+    stored = Hypergradient(loss, gradient, unknown, unknown)
     here = jax.lax.cond(
         jnp.isfinite(loss),
         lambda _: stored,
@@ -261,10 +242,7 @@ def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:
     layout = problem.layout
     if problem.batch_size is None:
         return layout, state
-    if isinstance(layout, GrowingLayout):
-        return eqx.tree_at(lambda x: x.is_whole, layout, state.is_whole), state
     assert isinstance(layout, RowLayout)
-    assert isinstance(problem.batch_size, int)
     assert problem.key is not None
     key = problem.key
     batches_per_epoch = layout.num_images // problem.batch_size

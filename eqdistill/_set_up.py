@@ -1,8 +1,5 @@
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.random as jr
-import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
@@ -10,7 +7,6 @@ from ._checks import check_data, check_inner
 from ._classifier import LogisticRegression
 from ._dataset import Dataset
 from ._distilled_set import DistilledSet
-from ._growing_batch import GrowingBatch, GrowingLayout
 from ._inner_solver import AbstractInnerSolver
 from ._layout import AbstractLayout, RowLayout
 from ._linear_layout import LinearLayout
@@ -25,7 +21,7 @@ def set_up(
     inner: AbstractInnerSolver,
     optimiser: optax.GradientTransformation,
     learn: PyTree[bool] | None,
-    batch_size: int | GrowingBatch | None,
+    batch_size: int | None,
     key: PRNGKeyArray | None,
     tolerance: float,
 ) -> tuple[Problem, PyTree]:
@@ -39,7 +35,7 @@ def set_up(
     check_data("train", train, distilled, classifier)
     if not tolerance >= 0:
         raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
-    if isinstance(batch_size, int) and not 1 <= batch_size <= len(train):
+    if batch_size is not None and not 1 <= batch_size <= len(train):
         raise ValueError(
             f"`batch_size` must be from 1 to {len(train)}, the number of images in "
             f"`train`; got {batch_size}."
@@ -55,7 +51,7 @@ def set_up(
     problem = Problem(
         frozen=frozen,
         classifier=classifier,
-        layout=_lay_out(train, classifier, batch_size, key),
+        layout=_lay_out(train, classifier, batch_size),
         inner=inner,
         optimiser=optax.with_extra_args_support(optimiser),
         tolerance=tolerance,
@@ -87,26 +83,10 @@ def partition(
     return learned, frozen
 
 
-def _lay_out(train: Dataset, classifier: PyTree, batch_size, key) -> AbstractLayout:
-    is_linear = isinstance(classifier, LogisticRegression)
-    if isinstance(batch_size, int):
-        # Of any rows.
-        return RowLayout.of(train)
-    of = LinearLayout.of if is_linear else RowLayout.of
-    if batch_size is None:
-        return of(train)
-    half = round(batch_size.fraction * len(train) / 2)
-    if not 0 < 2 * half < len(train):
-        raise ValueError(
-            "`batch_size.fraction` must leave an image in each half of the part to "
-            f"start on, and beyond it; got {batch_size.fraction} of {len(train)}."
-        )
-    order = np.asarray(jr.permutation(key, len(train)))
-    parts = np.split(order, (half, 2 * half))
-    first, second, others = (of(train, rows) for rows in parts)
-    return GrowingLayout(
-        halves=(first, second),
-        others=others,
-        is_whole=jnp.array(False),
-        num_images=len(train),
-    )
+def _lay_out(
+    train: Dataset, classifier: PyTree, batch_size: int | None
+) -> AbstractLayout:
+    # Batches are of any rows.
+    if isinstance(classifier, LogisticRegression) and batch_size is None:
+        return LinearLayout.of(train)
+    return RowLayout.of(train)
