@@ -8,17 +8,14 @@ from ._span_solver import SpanSolver
 
 
 class AutoSolver(AbstractInnerSolver):
-    """Chooses an inner solver by the classifier and the number of images:
-    [`eqdistill.SpanSolver`][] for a [`eqdistill.LogisticRegression`][] with at most
-    2,000 unknowns $n c$, and [`eqdistill.ArgminSolver`][] for all else.
+    """Chooses an inner solver by the classifier: [`eqdistill.SpanSolver`][] for a
+    [`eqdistill.LogisticRegression`][], and [`eqdistill.ArgminSolver`][] for all else.
     """
 
     def __call__(
         self, classifier: PyTree, distilled: DistilledSet, tilt: PyTree | None = None
     ) -> Fitted:
         """As [`eqdistill.AbstractInnerSolver`][]."""
-        if isinstance(classifier, LogisticRegression):
-            _, num_classes = classifier.weights.shape
-            if len(distilled) * num_classes <= 2000:
-                return SpanSolver()(classifier, distilled, tilt)
-        return ArgminSolver()(classifier, distilled, tilt)
+        is_linear = isinstance(classifier, LogisticRegression)
+        solver = SpanSolver() if is_linear else ArgminSolver()
+        return solver(classifier, distilled, tilt)

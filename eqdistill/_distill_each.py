@@ -40,6 +40,7 @@ def distill_each(
     steps: int = 50,
     learn: PyTree[bool] | None = None,
     tolerance: float = 0.0,
+    accuracy: float | None = None,
 ) -> list[Distillation]:
     """Distils from several starts at once, such as the noise of several seeds: as
     [`eqdistill.distill`][] from each of them, in one program under `jax.vmap`, for
@@ -91,6 +92,7 @@ def distill_each(
         batch_size=None,
         key=None,
         tolerance=tolerance,
+        accuracy=accuracy,
     )
     for start in starts[1:]:
         check_inner(start, classifier)

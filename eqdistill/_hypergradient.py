@@ -1,23 +1,20 @@
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
 from ._classifier import LogisticRegression
-from ._error_bound import adjoint_residual, error_bound
+from ._error_bound import adjoint_residual, error_bound, ErrorBound
 from ._inner_solver import AbstractInnerSolver, Fitted
 from ._layout import AbstractLayout, data_loss
 
 
 class Hypergradient(eqx.Module):
-    """The outer loss on a batch, its gradient, and what is known of the errors in it,
-    as in [`eqdistill.History`][]."""
+    """The outer loss on a batch, its gradient, and what is known of its error."""
 
     loss: Float[Array, ""]
     gradient: PyTree
-    adjoint_residual: Float[Array, ""]
-    error_bound: Float[Array, ""]
+    error_bound: ErrorBound
 
 
 def hypergradient(
@@ -47,10 +44,7 @@ def hypergradient(
     distilled = eqx.combine(learned, frozen)
     solved = fitted.classifier, distilled
     if isinstance(classifier, LogisticRegression) and classifier.intercept is None:
-        residual, bound = error_bound(
-            *solved, learned, gradient, adjoint, cotangent, batch.mean_square
-        )
+        bound = error_bound(*solved, gradient, adjoint, cotangent, batch.mean_square)
     else:
-        residual = adjoint_residual(*solved, adjoint, cotangent)
-        bound = jnp.full_like(residual, jnp.inf)
-    return Hypergradient(loss, gradient, residual, bound), fitted
+        bound = ErrorBound.unknown(adjoint_residual(*solved, adjoint, cotangent))
+    return Hypergradient(loss, gradient, bound), fitted

@@ -14,9 +14,11 @@ from threadpoolctl import threadpool_limits
 
 from ._classifier import LogisticRegression
 from ._distilled_set import DistilledSet
+from ._error_bound import ErrorBound
 from ._hypergradient import Hypergradient, hypergradient
 from ._inner_solver import AbstractInnerSolver, Fitted
 from ._layout import AbstractLayout, data_loss, RowLayout
+from ._steering import Tolerances
 
 
 class Status(eqx.Enumeration):
@@ -38,6 +40,7 @@ class Problem(eqx.Module):
     inner: AbstractInnerSolver
     optimiser: optax.GradientTransformationExtraArgs
     tolerance: float
+    accuracy: float | None
     batch_size: int | None = eqx.field(static=True)
     key: PRNGKeyArray | None
 
@@ -45,11 +48,13 @@ class Problem(eqx.Module):
 class State(eqx.Module):
     """All that changes over the outer loop. `last_good` trails `learned` by a step, as
     `learned` is known to be good only once it has been differentiated at. The inner
-    solver begins at `start`. Batches, if there are any, are drawn in `order`."""
+    solver begins at `start`, and ends at `tolerances` if it is steered. Batches, if
+    there are any, are drawn in `order`."""
 
     learned: PyTree[Float[Array, "..."]]
     last_good: PyTree[Float[Array, "..."]]
     start: PyTree
+    tolerances: Tolerances | None
     optimiser_state: PyTree
     order: Int[Array, " N"] | None
     step: Int[Array, ""]
@@ -73,6 +78,11 @@ def new_state(learned: PyTree, problem: Problem) -> State:
         learned=learned,
         last_good=learned,
         start=problem.classifier,
+        tolerances=(
+            None
+            if problem.accuracy is None
+            else Tolerances.of(problem.accuracy, learned)
+        ),
         optimiser_state=optimiser_state,
         order=(
             None
@@ -155,13 +165,16 @@ def run_block(
 
 def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     batch, state = _next_batch(state, problem)
+    inner, tolerances = problem.inner, state.tolerances
+    if tolerances is not None:
+        inner = tolerances.apply(inner)
 
     def value_fn(learned):
         distilled = eqx.combine(learned, problem.frozen)
-        fitted = problem.inner(state.start, distilled)
+        fitted = inner(state.start, distilled)
         return data_loss(fitted.classifier, batch)
 
-    here, fitted = _unless_stored(state, problem, batch)
+    here, fitted = _unless_stored(state, problem, inner, batch)
     loss, gradient = here.loss, here.gradient
     updates, optimiser_state = problem.optimiser.update(
         gradient,
@@ -173,6 +186,9 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     )
     updated = eqx.apply_updates(state.learned, updates)
     gradient_norm = optax.tree.norm(gradient)
+
+    if tolerances is not None:
+        tolerances = tolerances.steer(here.error_bound, gradient_norm)
 
     # The first of these that holds is what is reported.
     status = Status.running
@@ -194,6 +210,7 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
         learned=optax.tree.where(status == Status.running, updated, state.learned),
         last_good=optax.tree.where(here_is_good, state.learned, state.last_good),
         start=state.start if fitted.next_start is None else fitted.next_start,
+        tolerances=tolerances,
         optimiser_state=optimiser_state,
         order=state.order,
         step=state.step + here_is_good,
@@ -203,16 +220,19 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
         loss=loss,
         gradient_norm=gradient_norm,
         inner_residual=fitted.gradient_norm,
-        adjoint_residual=here.adjoint_residual,
-        error_bound=here.error_bound,
+        adjoint_residual=here.error_bound.adjoint_residual,
+        error_bound=here.error_bound.value,
     )
 
 
 def _unless_stored(
-    state: State, problem: Problem, batch: AbstractLayout
+    state: State,
+    problem: Problem,
+    inner: AbstractInnerSolver,
+    batch: AbstractLayout,
 ) -> tuple[Hypergradient, Fitted]:
     def evaluate(learned):
-        fixed = problem.frozen, state.start, problem.inner, batch
+        fixed = problem.frozen, state.start, inner, batch
         return hypergradient(learned, *fixed)
 
     loss = optax.tree.get(state.optimiser_state, "value")
@@ -226,8 +246,8 @@ def _unless_stored(
     ):
         return evaluate(state.learned)
     # It does not keep the adjoint.
-    unknown = jnp.full_like(loss, jnp.inf)
-    stored = Hypergradient(loss, gradient, unknown, unknown)
+    unknown = ErrorBound.unknown(jnp.full_like(loss, jnp.inf))
+    stored = Hypergradient(loss, gradient, unknown)
     here = jax.lax.cond(
         jnp.isfinite(loss),
         lambda _: stored,
@@ -235,7 +255,7 @@ def _unless_stored(
         state.learned,
     )
     distilled = eqx.combine(state.learned, problem.frozen)
-    return here, problem.inner(state.start, distilled)
+    return here, inner(state.start, distilled)
 
 
 def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:

@@ -3,6 +3,7 @@ import jax
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
+from ._auto_solver import AutoSolver
 from ._checks import check_data, check_inner
 from ._classifier import LogisticRegression
 from ._dataset import Dataset
@@ -11,6 +12,7 @@ from ._inner_solver import AbstractInnerSolver
 from ._layout import AbstractLayout, RowLayout
 from ._linear_layout import LinearLayout
 from ._outer_loop import Problem
+from ._span_solver import SpanSolver
 
 
 def set_up(
@@ -24,6 +26,7 @@ def set_up(
     batch_size: int | None,
     key: PRNGKeyArray | None,
     tolerance: float,
+    accuracy: float | None,
 ) -> tuple[Problem, PyTree]:
     """All that stays fixed over the outer loop, and what is to be learned.
 
@@ -35,6 +38,8 @@ def set_up(
     check_data("train", train, distilled, classifier)
     if not tolerance >= 0:
         raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
+    if accuracy is not None:
+        inner = _to_steer(accuracy, inner, classifier)
     if batch_size is not None and not 1 <= batch_size <= len(train):
         raise ValueError(
             f"`batch_size` must be from 1 to {len(train)}, the number of images in "
@@ -55,10 +60,31 @@ def set_up(
         inner=inner,
         optimiser=optax.with_extra_args_support(optimiser),
         tolerance=tolerance,
+        accuracy=accuracy,
         batch_size=batch_size,
         key=key,
     )
     return problem, learned
+
+
+def _to_steer(
+    accuracy: float, inner: AbstractInnerSolver, classifier: PyTree
+) -> SpanSolver:
+    if not 0 < accuracy < 1:
+        raise ValueError(f"`accuracy` must be between 0 and 1; got {accuracy}.")
+    if not isinstance(classifier, LogisticRegression):
+        got = f"a {type(classifier).__name__}"
+    elif classifier.intercept is not None:
+        got = "one with an intercept"
+    elif not isinstance(inner, SpanSolver | AutoSolver):
+        got = f"`inner` of type {type(inner).__name__}"
+    else:
+        return inner if isinstance(inner, SpanSolver) else SpanSolver()
+    raise ValueError(
+        "`accuracy` needs a bound on the error of the hypergradient, and a solver that "
+        "can be told when to stop: a `LogisticRegression` without an intercept, and "
+        f"`AutoSolver` or `SpanSolver` as `inner`; got {got}."
+    )
 
 
 def partition(

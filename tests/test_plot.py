@@ -34,7 +34,7 @@ def test_colour_is_refused():
 
 
 def test_history(tmp_path):
-    series = np.geomspace(1, 1e-4, 120, dtype=np.float32).reshape(6, 20)
+    series = np.geomspace(1, 1e-4, 100, dtype=np.float32).reshape(5, 20)
     figure = eqd.plot.history(eqd.History(*series))
     left, right = figure.axes
     np.testing.assert_array_equal(left.lines[0].get_ydata(), series[0])

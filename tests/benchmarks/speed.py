@@ -232,8 +232,8 @@ def to_the_target(train, start, repeats):
         rows[name]["ratios"] = ratios
         print(
             f"| {name} | {steps[name]} | {losses[name]:.4f} "
-            f"| {rows[name]['with compile']:.1f} s | {from_cache[name]:.1f} s | {rows[name]['run only']:.2f} s "
-            f"| {ratios[0]:.1f}, {ratios[1]:.1f} |"
+            f"| {rows[name]['with compile']:.1f} s | {from_cache[name]:.1f} s "
+            f"| {rows[name]['run only']:.2f} s | {ratios[0]:.1f}, {ratios[1]:.1f} |"
         )
     return rows
 

@@ -1,0 +1,216 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import scipy.linalg
+from jaxtyping import Array, Float, Int
+
+from ._classifier import LogisticRegression
+from ._losses import label_residual, softmax_covariance
+
+
+class SpanProblem(eqx.Module):
+    """The inner problem of a logistic regression, with `n` times its ridge, and the
+    tilt, which is zero."""
+
+    images: Float[Array, "n p"]
+    labels: Int[Array, " n"] | Float[Array, "n c"]
+    scale: Float[Array, ""]
+    tilt: LogisticRegression | None
+
+
+class Coordinates(eqx.Module):
+    r"""The unknowns, both without their mean over the classes, which has no effect.
+
+    A classifier in the span has weights $Q V$ and intercept $b$, of which
+    `weights` is $V + F^+ 1 b^\top$ and `intercept` is $b$. A change of the latter then
+    leaves the logits as they are, as far as the images are independent, and so is told
+    apart from one of the former by the ridge alone, however small.
+    """
+
+    weights: Float[Array, "r k"]
+    intercept: Float[Array, " k"] | None
+
+
+class Span(eqx.Module):
+    r"""The span of the images: a basis $Q$ of it, the images' features $F = \theta Q$
+    and their pseudo-inverse $F^+$; and a basis of the contrasts between classes.
+
+    Where that takes longer than it saves, there is no such basis: the span is all of
+    the pixels, $F$ is $\theta$, and $F^+$ is left out of the above.
+    """
+
+    features: Float[Array, "n r"]
+    basis: Float[Array, "r p"] | None
+    inverse: Float[Array, "r n"] | None
+    contrasts: Float[Array, "k c"]
+
+    @staticmethod
+    def of(images: Float[Array, "n p"], num_classes: int) -> "Span":
+        contrasts = jnp.asarray(scipy.linalg.helmert(num_classes), images.dtype)
+        if min(images.shape) * num_classes > _MOST_UNKNOWNS:
+            return Span(images, None, None, contrasts)
+        left, singular_values, basis = jnp.linalg.svd(images, full_matrices=False)
+        # What is below rounding is zero: equal images differ in nothing.
+        rounding = max(images.shape) * jnp.finfo(images.dtype).eps
+        is_zero = ~(singular_values > rounding * singular_values[0])
+        left = jnp.where(is_zero, 0, left)
+        features = left * jnp.where(is_zero, 0, singular_values)
+        inverse = left / jnp.where(is_zero, 1, singular_values)
+        return Span(features, basis, inverse.T, contrasts)
+
+    @property
+    def shift(self) -> Float[Array, " r"]:
+        if self.inverse is None:
+            return jnp.zeros_like(self.features[0])
+        return jnp.sum(self.inverse, axis=1)
+
+    @property
+    def outside(self) -> Float[Array, " n"]:
+        outside = 1 - self.features @ self.shift
+        # As for the singular values: what is below rounding is zero.
+        rounding = len(outside) * jnp.finfo(outside.dtype).eps
+        return jnp.where(jnp.max(jnp.abs(outside)) > rounding, outside, 0)
+
+    def coordinates(self, classifier: LogisticRegression) -> Coordinates:
+        """Of the classifier in the span that is nearest."""
+        weights = classifier.weights @ self.contrasts.T
+        if self.basis is not None:
+            weights = self.basis @ weights
+        if classifier.intercept is None:
+            return Coordinates(weights, None)
+        intercept = self.contrasts @ classifier.intercept
+        return Coordinates(weights + jnp.outer(self.shift, intercept), intercept)
+
+    def of_pixels(self, y: Coordinates) -> Float[Array, "p c"]:
+        """The classifier's weights."""
+        weights = self.weights(y) @ self.contrasts
+        return weights if self.basis is None else self.basis.T @ weights
+
+    def weights(self, y: Coordinates) -> Float[Array, "r k"]:
+        if y.intercept is None:
+            return y.weights
+        return y.weights - jnp.outer(self.shift, y.intercept)
+
+    def logits(self, y: Coordinates) -> Float[Array, "n c"]:
+        contrasts = self.features @ y.weights
+        if y.intercept is not None:
+            contrasts = contrasts + jnp.outer(self.outside, y.intercept)
+        return contrasts @ self.contrasts
+
+    def gradient(
+        self, y: Coordinates, logits: Float[Array, "n c"], problem: SpanProblem
+    ) -> Coordinates:
+        """`n` times the gradient of the inner loss in the coordinates, if these are its
+        logits."""
+        residuals = label_residual(logits, problem.labels) @ self.contrasts.T
+        ridge = problem.scale * self.weights(y)
+        weights = ridge - self.features.T @ residuals
+        if y.intercept is None:
+            return Coordinates(weights, None)
+        intercept = -self.shift @ ridge - self.outside @ residuals
+        if problem.tilt is not None and problem.tilt.intercept is not None:
+            tilt = len(logits) * problem.tilt.intercept
+            intercept = intercept + self.contrasts @ tilt
+        return Coordinates(weights, intercept)
+
+    def curvature(self, y: Coordinates) -> Float[Array, "n k k"]:
+        """The Hessian of each image's cross-entropy in the contrasts of its logits."""
+        covariance = softmax_covariance(self.logits(y))
+        return self.contrasts @ covariance @ self.contrasts.T
+
+    def hessian_product(
+        self,
+        curvature: Float[Array, "n k k"],
+        problem: SpanProblem,
+        vector: Coordinates,
+    ) -> Coordinates:
+        """The derivative of `gradient` along `vector`, where that is the curvature."""
+        along = self.features @ vector.weights
+        if vector.intercept is not None:
+            along = along + jnp.outer(self.outside, vector.intercept)
+        # Not by `einsum`: XLA compiles small batched products slowly.
+        change = jnp.sum(curvature * along[:, None, :], axis=2)
+        ridge = problem.scale * self.weights(vector)
+        weights = ridge + self.features.T @ change
+        if vector.intercept is None:
+            return Coordinates(weights, None)
+        return Coordinates(weights, self.outside @ change - self.shift @ ridge)
+
+    def hessian(
+        self,
+        curvature: Float[Array, "n k k"],
+        problem: SpanProblem,
+        use_intercept: bool,
+    ) -> Float[Array, "m m"]:
+        """The same derivative as a matrix, of the coordinates one after the other."""
+        features = self.features
+        if use_intercept:
+            features = jnp.concatenate([features, self.outside[:, None]], axis=1)
+        matrix = jnp.einsum("na,nb,nkl->akbl", features, features, curvature)
+        num_contrasts = len(self.contrasts)
+        matrix = matrix.reshape(features.shape[1] * num_contrasts, -1)
+        if not use_intercept:
+            return matrix + problem.scale * jnp.eye(len(matrix), dtype=matrix.dtype)
+        rank, dtype = len(self.shift), matrix.dtype
+        shift = jnp.concatenate([jnp.eye(rank, dtype=dtype), -self.shift[:, None]], 1)
+        ridge = problem.scale * (shift.T @ shift)
+        return matrix + jnp.kron(ridge, jnp.eye(num_contrasts, dtype=dtype))
+
+
+# A decomposition for more of them takes longer than to solve for them.
+_MOST_UNKNOWNS = 2000
+
+
+class Anchor(eqx.Module):
+    r"""What is needed to differentiate a solution $W = Q V$, which leaves the span of
+    the images when the images change.
+
+    Let $A$ be its residuals. To first order in a change of the images and the ridge,
+    the solution is
+
+    $$W = \theta^\top A / n \lambda - \tau / \lambda + Q \, (V - V_0)$$
+
+    with the tilt $\tau$, and with $A$, $Q$ and the coordinates $V_0$ held fixed: the
+    change of $A$ is multiplied by the old images, and so stays in their span. For the
+    first term's value $Q V_0$ is put: it is exact to rounding, where a small difference
+    over a small ridge is not.
+    """
+
+    span: Span
+    at: Coordinates
+    residuals: Float[Array, "n c"]
+
+    @staticmethod
+    def of(y: Coordinates, span: Span, problem: SpanProblem) -> "Anchor":
+        residuals = label_residual(span.logits(y), problem.labels)
+        if span.inverse is not None:
+            # That part of them which makes up the weights follows from these: taken
+            # from the logits, it would be a small difference of large numbers.
+            outside = residuals - span.features @ (span.inverse @ residuals)
+            within = span.inverse.T @ span.weights(y) @ span.contrasts
+            residuals = outside + problem.scale * within
+        return jax.lax.stop_gradient(Anchor(span, y, residuals))
+
+    def weights(self, y: Coordinates, problem: SpanProblem) -> Float[Array, "p c"]:
+        moving = problem.images.T @ self.residuals / problem.scale
+        if problem.tilt is not None:
+            ridge = problem.scale / len(problem.images)
+            moving = moving - problem.tilt.weights / ridge
+        return _moving_as(self.span.of_pixels(y), moving)
+
+    def logits(self, problem: SpanProblem) -> Float[Array, "n c"]:
+        moving = problem.images @ self.weights(self.at, problem)
+        return _moving_as(self.span.logits(self.at), moving)
+
+
+@jax.custom_jvp
+def _moving_as(x: Array, y: Array) -> Array:
+    """`x`, but with the derivative of `y` added to its own."""
+    del y
+    return x
+
+
+@_moving_as.defjvp
+def _(primals, tangents):
+    x_dot, y_dot = tangents
+    return _moving_as(*primals), x_dot + y_dot
