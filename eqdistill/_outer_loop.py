@@ -18,7 +18,7 @@ from ._error_bound import ErrorBound
 from ._hypergradient import Hypergradient, hypergradient
 from ._inner_solver import AbstractInnerSolver, Fitted
 from ._layout import AbstractLayout, data_loss, RowLayout
-from ._steering import Tolerances
+from ._steering import steered, Tolerances
 
 
 class Status(eqx.Enumeration):
@@ -165,16 +165,16 @@ def run_block(
 
 def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     batch, state = _next_batch(state, problem)
-    inner, tolerances = problem.inner, state.tolerances
-    if tolerances is not None:
-        inner = tolerances.apply(inner)
+    inner = problem.inner
+    if state.tolerances is not None:
+        inner = state.tolerances.apply(inner)
 
     def value_fn(learned):
         distilled = eqx.combine(learned, problem.frozen)
         fitted = inner(state.start, distilled)
         return data_loss(fitted.classifier, batch)
 
-    here, fitted = _unless_stored(state, problem, inner, batch)
+    here, fitted, tolerances = _unless_stored(state, problem, inner, batch)
     loss, gradient = here.loss, here.gradient
     updates, optimiser_state = problem.optimiser.update(
         gradient,
@@ -186,9 +186,6 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
     )
     updated = eqx.apply_updates(state.learned, updates)
     gradient_norm = optax.tree.norm(gradient)
-
-    if tolerances is not None:
-        tolerances = tolerances.steer(here.error_bound, gradient_norm)
 
     # The first of these that holds is what is reported.
     status = Status.running
@@ -226,14 +223,16 @@ def _step(state: State, problem: Problem) -> tuple[State, StepInfo]:
 
 
 def _unless_stored(
-    state: State,
-    problem: Problem,
-    inner: AbstractInnerSolver,
-    batch: AbstractLayout,
-) -> tuple[Hypergradient, Fitted]:
+    state: State, problem: Problem, inner: AbstractInnerSolver, batch: AbstractLayout
+) -> tuple[Hypergradient, Fitted, Tolerances | None]:
     def evaluate(learned):
-        fixed = problem.frozen, state.start, inner, batch
-        return hypergradient(learned, *fixed)
+        def solve(tolerances):
+            to = inner if tolerances is None else tolerances.apply(inner)
+            return hypergradient(learned, problem.frozen, state.start, to, batch)
+
+        if state.tolerances is None:
+            return *solve(None), None
+        return steered(solve, state.tolerances)
 
     loss = optax.tree.get(state.optimiser_state, "value")
     gradient = optax.tree.get(state.optimiser_state, "grad")
@@ -248,14 +247,19 @@ def _unless_stored(
     # It does not keep the adjoint.
     unknown = ErrorBound.unknown(jnp.full_like(loss, jnp.inf))
     stored = Hypergradient(loss, gradient, unknown)
-    here = jax.lax.cond(
+
+    def evaluate_without_fit(learned):
+        here, _, tolerances = evaluate(learned)
+        return here, tolerances
+
+    here, tolerances = jax.lax.cond(
         jnp.isfinite(loss),
-        lambda _: stored,
-        lambda learned: evaluate(learned)[0],
+        lambda _: (stored, state.tolerances),
+        evaluate_without_fit,
         state.learned,
     )
     distilled = eqx.combine(state.learned, problem.frozen)
-    return here, inner(state.start, distilled)
+    return here, inner(state.start, distilled), tolerances
 
 
 def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:

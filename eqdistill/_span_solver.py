@@ -40,7 +40,7 @@ class SpanSolver(AbstractInnerSolver):
     the images are not decomposed, which takes longer than all else, and $W$ is the
     unknown: then the derivatives for soft labels are exact down to ridges of 1e-4.
 
-    Only its first derivatives are right, forward and backward.
+    It may be differentiated forward and backward, but only once.
 
     **Attributes:**
 
@@ -71,7 +71,8 @@ class SpanSolver(AbstractInnerSolver):
 
         **Raises:**
 
-        A `TypeError` if the classifier is not a [`eqdistill.LogisticRegression`][].
+        A `TypeError` if the classifier is not a [`eqdistill.LogisticRegression`][]; and
+        a `NotImplementedError` if it is differentiated twice.
         """
         if not isinstance(classifier, LogisticRegression):
             raise TypeError(
@@ -211,6 +212,22 @@ _MOST_FOR_A_MATRIX = 300
 _LARGEST_CONDITION = 3e5
 
 
+@jax.custom_jvp
+def _only_once(y: Coordinates, gradient: Coordinates) -> Coordinates:
+    """`y`, in a derivative that is itself not to be differentiated: it would be taken
+    for a function of the gradient alone."""
+    del gradient
+    return y
+
+
+@_only_once.defjvp
+def _(primals, tangents):
+    del primals, tangents
+    raise NotImplementedError(
+        "`SpanSolver` can be differentiated but once. Use `ArgminSolver`."
+    )
+
+
 @eqx.filter_custom_jvp
 def _implicit(y, gradient, fixed):
     """The solution `y`, which moves with its gradient as the implicit function theorem
@@ -226,9 +243,9 @@ def _implicit(y, gradient, fixed):
 
 @_implicit.def_jvp
 def _(primals, tangents):
-    y, _, (span, problem, rtol) = primals
+    y, gradient, (span, problem, rtol) = primals
     _, gradient_dot, _ = tangents
-    curvature = span.curvature(y)
+    curvature = span.curvature(_only_once(y, gradient))
     y_dot = jax.lax.custom_linear_solve(
         lambda vector: span.hessian_product(curvature, problem, vector),
         gradient_dot,

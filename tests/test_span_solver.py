@@ -32,6 +32,23 @@ def fit_and_pull_back(images, labels, l2, cotangent, inner, use_intercept):
     return fitted, grad
 
 
+def many_cases(train):
+    """Of more unknowns than are solved for by their matrix, unless this is ill
+    conditioned."""
+    rng = np.random.default_rng(0)
+    x = np.asarray(train.images[:40], np.float64) / 255
+    y = np.asarray(train.labels[:40])
+    soft = 3 * rng.normal(size=(40, 10))
+    half = np.concatenate([x[:20], x[:20]])
+    return {
+        "hard": (x, y),
+        "huge": (1e3 * x, y),
+        "soft": (x, soft),
+        "nearly hard": (x, 20 * np.eye(10)[y] + soft),
+        "soft duplicates": (half, np.concatenate([soft[:20], -soft[:20]])),
+    }
+
+
 def cases(train):
     rng = np.random.default_rng(0)
     x = np.asarray(train.images[:60], np.float64) / 255
@@ -77,6 +94,16 @@ def run(case, l2, dtype, use_intercept):
 def test_single_precision_is_right(digits, names):
     for name in names:
         check_single_precision(cases(digits[0])[name], use_intercept=True)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("hard", "huge"), ("soft", "nearly hard", "soft duplicates")],
+    ids=" ".join,
+)
+def test_single_precision_is_right_of_many(digits, names):
+    for name in names:
+        check_single_precision(many_cases(digits[0])[name], use_intercept=True)
 
 
 def check_single_precision(case, use_intercept):
@@ -152,15 +179,62 @@ def test_derivative_agrees_with_central_differences(digits):
 
 
 def test_many_images(mnist):
-    # More unknowns than fit in a matrix.
+    # So many that they are not decomposed.
     real = subset(mnist[0], 250)
     distilled = eqd.DistilledSet(real.floating(), real.labels, l2=1e-2)
-    fitted = eqd.fit(distilled, eqd.LogisticRegression(784, 10), eqd.SpanSolver())
-    reference = SklearnLogisticRegression(
-        C=1 / (250 * 1e-2), fit_intercept=False, solver="lbfgs", tol=1e-8, max_iter=1000
-    ).fit(np.asarray(real.floating(), np.float64).reshape(250, 784), real.labels)
-    error = np.abs(fitted.classifier.weights - reference.coef_.T).max()
-    assert error <= 1e-4 * np.abs(reference.coef_).max()
+    for use_intercept in (False, True):
+        classifier = eqd.LogisticRegression(784, 10, use_intercept=use_intercept)
+        fitted = eqd.fit(distilled, classifier, eqd.SpanSolver())
+        reference = SklearnLogisticRegression(
+            C=1 / (250 * 1e-2), fit_intercept=use_intercept, tol=1e-8, max_iter=1000
+        ).fit(np.asarray(real.floating(), np.float64).reshape(250, 784), real.labels)
+        error = np.abs(fitted.classifier.weights - reference.coef_.T).max()
+        assert error <= 1e-4 * np.abs(reference.coef_).max()
+
+
+@pytest.mark.usefixtures("x64")
+def test_derivative_of_many_agrees_with_central_differences(mnist):
+    real = subset(mnist[0], 300)
+    x = np.asarray(real.images) / 255.0
+    distilled = eqd.DistilledSet(x[:210], jr.normal(jr.key(0), (210, 10)), l2=1e-2)
+    data = eqd.Dataset(x[210:], real.labels[210:], 10)
+
+    @jax.jit
+    def loss(learned):
+        where = lambda d: (d.images, d.labels, d.log_l2)
+        at = eqx.tree_at(where, distilled, learned)
+        classifier = eqd.LogisticRegression(784, 10, use_intercept=True)
+        return eqd.outer_loss(at, classifier, data, eqd.SpanSolver())
+
+    learned = (distilled.images, distilled.labels, distilled.log_l2)
+    check_grads(loss, (learned,), 1, modes=("rev",), rtol=1e-6, atol=1e-9, eps=1e-5)
+
+
+def test_converges_where_the_softmax_saturates(mnist):
+    # Full steps of Newton's method, by which the slope changes its sign, go too far.
+    rng = np.random.default_rng(0)
+    for num_images in (10, 60):
+        labels = 3 * rng.normal(size=(num_images, 10)).astype(np.float32)
+        images = mnist[0].floating()[:num_images]
+        classifier = eqd.LogisticRegression(784, 10)
+        for l2 in (1e-4, 1e-5, 1e-6, 1e-7):
+            distilled = eqd.DistilledSet(images, labels, l2=l2)
+            fitted = eqd.fit(distilled, classifier, eqd.SpanSolver())
+            assert fitted.gradient_norm < 1e-4
+
+
+def test_is_differentiated_but_once(digits):
+    start = eqd.DistilledSet.from_noise(digits[0], key=jr.key(0))
+    train = subset(digits[0], 50)
+
+    def squared_norm(log_l2):
+        at = lambda x: eqx.tree_at(lambda d: d.log_l2, start, x)
+        classifier = eqd.LogisticRegression(64, 10)
+        loss = lambda x: eqd.outer_loss(at(x), classifier, train)
+        return jax.grad(loss)(log_l2) ** 2
+
+    with pytest.raises(NotImplementedError, match="be differentiated but once"):
+        jax.grad(squared_norm)(start.log_l2)
 
 
 @settings(max_examples=40, deadline=None)
