@@ -21,13 +21,14 @@ class SpanProblem(eqx.Module):
 class Coordinates(eqx.Module):
     r"""The unknowns, both without their mean over the classes, which has no effect.
 
-    A classifier in the span has weights $Q V$ and intercept $b$, of which
-    `weights` is $V + F^+ 1 b^\top$ and `intercept` is $b$. A change of the latter then
-    leaves the logits as they are, as far as the images are independent, and so is told
-    apart from one of the former by the ridge alone, however small.
+    A classifier in the span has weights $Q V$ and intercept $b$. Here `weights` is
+    $(V + F^+ 1 b^\top)^\top$ and `intercept` is $b$. A change of the latter then leaves
+    the logits as they are, as far as the images are independent, and so is told apart
+    from one of the former by the ridge alone, however small. The weights are transposed
+    as XLA then multiplies them by the features in half of the time.
     """
 
-    weights: Float[Array, "r k"]
+    weights: Float[Array, "k r"]
     intercept: Float[Array, " k"] | None
 
 
@@ -73,26 +74,28 @@ class Span(eqx.Module):
 
     def coordinates(self, classifier: LogisticRegression) -> Coordinates:
         """Of the classifier in the span that is nearest."""
-        weights = classifier.weights @ self.contrasts.T
+        weights = self.contrasts @ classifier.weights.T
         if self.basis is not None:
-            weights = self.basis @ weights
+            weights = weights @ self.basis.T
         if classifier.intercept is None:
             return Coordinates(weights, None)
         intercept = self.contrasts @ classifier.intercept
-        return Coordinates(weights + jnp.outer(self.shift, intercept), intercept)
+        return Coordinates(weights + jnp.outer(intercept, self.shift), intercept)
 
     def of_pixels(self, y: Coordinates) -> Float[Array, "p c"]:
         """The classifier's weights."""
-        weights = self.weights(y) @ self.contrasts
-        return weights if self.basis is None else self.basis.T @ weights
+        weights = self.weights(y)
+        if self.basis is not None:
+            weights = weights @ self.basis
+        return weights.T @ self.contrasts
 
-    def weights(self, y: Coordinates) -> Float[Array, "r k"]:
+    def weights(self, y: Coordinates) -> Float[Array, "k r"]:
         if y.intercept is None:
             return y.weights
-        return y.weights - jnp.outer(self.shift, y.intercept)
+        return y.weights - jnp.outer(y.intercept, self.shift)
 
     def logits(self, y: Coordinates) -> Float[Array, "n c"]:
-        contrasts = self.features @ y.weights
+        contrasts = self.features @ y.weights.T
         if y.intercept is not None:
             contrasts = contrasts + jnp.outer(self.outside, y.intercept)
         return contrasts @ self.contrasts
@@ -104,10 +107,10 @@ class Span(eqx.Module):
         logits."""
         residuals = label_residual(logits, problem.labels) @ self.contrasts.T
         ridge = problem.scale * self.weights(y)
-        weights = ridge - self.features.T @ residuals
+        weights = ridge - residuals.T @ self.features
         if y.intercept is None:
             return Coordinates(weights, None)
-        intercept = -self.shift @ ridge - self.outside @ residuals
+        intercept = -ridge @ self.shift - self.outside @ residuals
         if problem.tilt is not None and problem.tilt.intercept is not None:
             tilt = len(logits) * problem.tilt.intercept
             intercept = intercept + self.contrasts @ tilt
@@ -125,16 +128,15 @@ class Span(eqx.Module):
         vector: Coordinates,
     ) -> Coordinates:
         """The derivative of `gradient` along `vector`, where that is the curvature."""
-        along = self.features @ vector.weights
+        along = self.features @ vector.weights.T
         if vector.intercept is not None:
             along = along + jnp.outer(self.outside, vector.intercept)
-        # Not by `einsum`: XLA compiles small batched products slowly.
-        change = jnp.sum(curvature * along[:, None, :], axis=2)
+        change = jnp.einsum("nkl,nl->nk", curvature, along)
         ridge = problem.scale * self.weights(vector)
-        weights = ridge + self.features.T @ change
+        weights = ridge + change.T @ self.features
         if vector.intercept is None:
             return Coordinates(weights, None)
-        return Coordinates(weights, self.outside @ change - self.shift @ ridge)
+        return Coordinates(weights, self.outside @ change - ridge @ self.shift)
 
     def hessian(
         self,
@@ -142,7 +144,7 @@ class Span(eqx.Module):
         problem: SpanProblem,
         use_intercept: bool,
     ) -> Float[Array, "m m"]:
-        """The same derivative as a matrix, of the coordinates one after the other."""
+        """The same derivative as a matrix, for coordinates as `flatten` has them."""
         features = self.features
         if use_intercept:
             features = jnp.concatenate([features, self.outside[:, None]], axis=1)
@@ -155,6 +157,18 @@ class Span(eqx.Module):
         shift = jnp.concatenate([jnp.eye(rank, dtype=dtype), -self.shift[:, None]], 1)
         ridge = problem.scale * (shift.T @ shift)
         return matrix + jnp.kron(ridge, jnp.eye(num_contrasts, dtype=dtype))
+
+    def flatten(self, vector: Coordinates) -> Float[Array, " m"]:
+        rows = vector.weights.T
+        if vector.intercept is not None:
+            rows = jnp.concatenate([rows, vector.intercept[None]])
+        return jnp.ravel(rows)
+
+    def unflatten(self, flat: Float[Array, " m"], use_intercept: bool) -> Coordinates:
+        rows = flat.reshape(-1, len(self.contrasts))
+        if use_intercept:
+            return Coordinates(rows[:-1].T, rows[-1])
+        return Coordinates(rows.T, None)
 
 
 # A decomposition for more of them takes longer than to solve for them.
@@ -187,7 +201,7 @@ class Anchor(eqx.Module):
             # That part of them which makes up the weights follows from these: taken
             # from the logits, it would be a small difference of large numbers.
             outside = residuals - span.features @ (span.inverse @ residuals)
-            within = span.inverse.T @ span.weights(y) @ span.contrasts
+            within = span.inverse.T @ span.weights(y).T @ span.contrasts
             residuals = outside + problem.scale * within
         return jax.lax.stop_gradient(Anchor(span, y, residuals))
 

@@ -5,7 +5,6 @@ import jax.scipy.linalg
 import jax.scipy.sparse.linalg
 import optax
 import optimistix as optx
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, ScalarLike
 
 from ._classifier import LogisticRegression
@@ -174,23 +173,27 @@ def _solve(
     num_unknowns = sum(x.size for x in jax.tree.leaves(vector))
 
     def by_matrix(vector):
-        flat, unravel = ravel_pytree(vector)
         use_intercept = vector.intercept is not None
         hessian = span.hessian(curvature, problem, use_intercept)
         factor = jax.scipy.linalg.cho_factor(hessian, lower=True)
-        return unravel(jax.scipy.linalg.cho_solve(factor, flat))
+        solution = jax.scipy.linalg.cho_solve(factor, span.flatten(vector))
+        return span.unflatten(solution, use_intercept)
 
     def by_conjugate_gradients(vector):
-        is_negligible = optax.tree.norm(vector) <= atol
+        # Its largest entry is set to one, as the squares of small ones would vanish.
+        size = optax.tree.norm(vector, ord="inf")
+        size = jnp.where(size > 0, size, 1)
+        unit = optax.tree.scale(1 / size, vector)
+        norm = jnp.maximum(optax.tree.norm(unit), 1)
+        is_negligible = norm * size <= atol
         solution, _ = jax.scipy.sparse.linalg.cg(
             lambda vector: span.hessian_product(curvature, problem, vector),
-            optax.tree.where(is_negligible, optax.tree.zeros_like(vector), vector),
-            tol=rtol,  # pyright: ignore[reportArgumentType]
-            # Half of it is left for what Newton's method does not see of the function.
-            atol=atol / 2,  # pyright: ignore[reportArgumentType]
+            optax.tree.where(is_negligible, optax.tree.zeros_like(unit), unit),
+            # Half of the latter is left for what Newton's method does not see.
+            tol=jnp.maximum(rtol, atol / (2 * norm * size)),  # pyright: ignore
             maxiter=1000,
         )
-        return solution
+        return optax.tree.scale(size, solution)
 
     if num_unknowns <= _MOST_FOR_A_MATRIX:
         return by_matrix(vector)

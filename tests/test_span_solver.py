@@ -223,6 +223,16 @@ def test_converges_where_the_softmax_saturates(mnist):
             assert fitted.gradient_norm < 1e-4
 
 
+def test_ridge_near_nothing(mnist):
+    # Where the gradient of the inner loss is so small that its squares are zero.
+    distilled = eqd.DistilledSet.from_real(mnist[0], 50, l2=1e-16, key=jr.key(0))
+    classifier = eqd.LogisticRegression(784, 10)
+    fitted = eqd.fit(distilled, classifier, eqd.SpanSolver())
+    predicted = jnp.argmax(jax.vmap(fitted.classifier)(distilled.images), axis=1)
+    np.testing.assert_array_equal(predicted, distilled.labels)
+    assert fitted.gradient_norm < 1e-15
+
+
 def test_is_differentiated_but_once(digits):
     start = eqd.DistilledSet.from_noise(digits[0], key=jr.key(0))
     train = subset(digits[0], 50)
