@@ -78,13 +78,12 @@ def distill(
         until all have been used. Defaults to all of them.
     - `key`: a `jax.random.key` for the choice of the batches. Needed for them alone.
     - `tolerance`: stop when the Euclidean norm of the hypergradient is at most this.
-    - `accuracy`: solve the inner problem and for the adjoint no better than is needed
-        for the bound on the hypergradient's error to be this fraction of its norm, as
-        far as rounding allows: see [`eqdistill.History`][]. Below one, each step is
-        sure to go downhill. It saves time from some fifty images on, up to a third
-        where these are real. Needs a [`eqdistill.LogisticRegression`][] without an
-        intercept, and [`eqdistill.AutoSolver`][] or [`eqdistill.SpanSolver`][].
-        Defaults to solving both as well as can be.
+    - `accuracy`: between 0 and 1: solve the inner problem and for the adjoint just so
+        well that the bound on the hypergradient's error is at most this fraction of its
+        norm, as far as rounding allows: see `error_bound` in [`eqdistill.History`][].
+        Needs a [`eqdistill.LogisticRegression`][] without an intercept, and
+        [`eqdistill.AutoSolver`][] or [`eqdistill.SpanSolver`][]. Defaults to solving
+        both as well as can be, which for up to 300 unknowns takes no longer.
     - `block_size`: the number of steps that are compiled into one call, between which
         progress is shown and `callback` is called.
     - `held_out`: real data to watch for overfitting by, which are not in `train`: see
