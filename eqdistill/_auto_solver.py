@@ -8,8 +8,11 @@ from ._span_solver import SpanSolver
 
 
 class AutoSolver(AbstractInnerSolver):
-    """Chooses an inner solver by the classifier: [`eqdistill.SpanSolver`][] for a
+    r"""Chooses an inner solver by the classifier: [`eqdistill.SpanSolver`][] for a
     [`eqdistill.LogisticRegression`][], and [`eqdistill.ArgminSolver`][] for all else.
+
+    In single precision, the first is not exact for soft labels with a ridge below 1e-4
+    if $\min(n, p) \, c$ is above 2,000.
     """
 
     def __call__(

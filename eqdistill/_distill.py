@@ -83,7 +83,8 @@ def distill(
         norm, as far as rounding allows: see `error_bound` in [`eqdistill.History`][].
         Needs a [`eqdistill.LogisticRegression`][] without an intercept, and
         [`eqdistill.AutoSolver`][] or [`eqdistill.SpanSolver`][]. Defaults to solving
-        both as well as can be, which for up to 300 unknowns takes no longer.
+        both as well as can be, which for up to 300 unknowns takes no longer. With a
+        line search, it takes one more hypergradient in each step.
     - `block_size`: the number of steps that are compiled into one call, between which
         progress is shown and `callback` is called.
     - `held_out`: real data to watch for overfitting by, which are not in `train`: see

@@ -237,9 +237,10 @@ def _unless_stored(
     loss = optax.tree.get(state.optimiser_state, "value")
     gradient = optax.tree.get(state.optimiser_state, "grad")
     # A line search ends where the next step begins, and keeps what it evaluated there.
-    # That is of no use if the next step is on another batch.
+    # That is of no use if the next step is on another batch, or to steer by.
     if (
         problem.batch_size is not None
+        or problem.accuracy is not None
         or loss is None
         or jax.tree.structure(gradient) != jax.tree.structure(state.learned)
     ):
@@ -247,19 +248,14 @@ def _unless_stored(
     # It does not keep the adjoint.
     unknown = ErrorBound.unknown(jnp.full_like(loss, jnp.inf))
     stored = Hypergradient(loss, gradient, unknown)
-
-    def evaluate_without_fit(learned):
-        here, _, tolerances = evaluate(learned)
-        return here, tolerances
-
-    here, tolerances = jax.lax.cond(
+    here = jax.lax.cond(
         jnp.isfinite(loss),
-        lambda _: (stored, state.tolerances),
-        evaluate_without_fit,
+        lambda _: stored,
+        lambda learned: evaluate(learned)[0],
         state.learned,
     )
     distilled = eqx.combine(state.learned, problem.frozen)
-    return here, inner(state.start, distilled), tolerances
+    return here, inner(state.start, distilled), None
 
 
 def _next_batch(state: State, problem: Problem) -> tuple[AbstractLayout, State]:

@@ -1,4 +1,5 @@
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
@@ -47,8 +48,9 @@ class SpanSolver(AbstractInnerSolver):
         `atol + rtol * (the largest logit)`. Its error after that step is about the
         square of this. Both default to the square root of the machine's precision.
     - `max_steps`: the most steps of Newton's method and of its line search together.
-    - `gtol`: conjugate gradients, and Newton's method by them, also end where the
-        Euclidean norm of the inner loss's gradient is at most this.
+    - `gtol`: for a classifier without an intercept, conjugate gradients and Newton's
+        method by them also end where the Euclidean norm of the inner loss's gradient is
+        at most this.
     - `adjoint_rtol`: the residual to which conjugate gradients solve for the adjoint,
         relative to the right-hand side: if zero or too small to be reached, the
         machine's precision to the power of three quarters.
@@ -92,7 +94,8 @@ class SpanSolver(AbstractInnerSolver):
 
         eps = float(jnp.finfo(images.dtype).eps)
         tolerance = eps**0.5
-        gtol = jnp.asarray(n * self.gtol, images.dtype)
+        # With an intercept, the coordinates have another gradient.
+        gtol = n * self.gtol if classifier.intercept is None else 0.0
         adjoint_rtol = jnp.maximum(self.adjoint_rtol, eps**0.75).astype(images.dtype)
         solution = optx.root_find(
             lambda y, problem: span.gradient(y, span.logits(y), problem),
@@ -201,8 +204,10 @@ def _solve(
         return by_conjugate_gradients(vector)
     largest = jnp.max(jnp.sum(span.features**2, axis=0))
     condition = largest * jnp.max(jnp.trace(curvature, axis1=1, axis2=2))
+    # Of all that are solved for at once, so that under `vmap` one of the two is done.
+    is_well_conditioned = condition / _LARGEST_CONDITION <= problem.scale
     return jax.lax.cond(
-        condition <= _LARGEST_CONDITION * problem.scale,
+        eqxi.unvmap_all(is_well_conditioned),
         by_conjugate_gradients,
         by_matrix,
         vector,

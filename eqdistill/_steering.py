@@ -53,6 +53,8 @@ class Tolerances(eqx.Module):
             excess=excess,
             accuracy=self.accuracy,
         )
+        # The bound may be in a wider precision than what is learned.
+        steered = jax.tree.map(lambda x, old: x.astype(old.dtype), steered, self)
         return optax.tree.where(jnp.isfinite(bound.value), steered, self)
 
 

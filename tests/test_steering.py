@@ -63,20 +63,28 @@ def test_several_starts(train):
         assert (got.error_bound <= 0.1 * got.gradient_norm).all()
 
 
-def test_where_no_bound_is_known_yet(digits):
-    # A line search keeps a gradient, but not its adjoint.
-    train = subset(digits[0], 300)
+@pytest.mark.usefixtures("x64")
+def test_line_search(train):
+    # It keeps the gradient where it ended, but not the adjoint.
     start = eqd.DistilledSet.from_noise(train, N, key=jr.key(0))
-    history = eqd.distill(
-        start,
-        eqd.LogisticRegression(64, 10),
-        train,
-        optimiser=optax.lbfgs(),
-        steps=5,
-        accuracy=0.1,
-    ).history
-    assert np.isinf(history.error_bound).any()
-    assert history.loss[-1] < history.loss[0]
+    classifier = eqd.LogisticRegression(64, 10)
+    args = {"optimiser": optax.lbfgs(), "steps": 15}
+    steered = eqd.distill(start, classifier, train, **args, accuracy=0.1).history
+    assert (steered.error_bound <= 0.1 * steered.gradient_norm).all()
+    exact = eqd.distill(start, classifier, train, **args).history
+    np.testing.assert_allclose(steered.loss, exact.loss, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("x64")
+def test_mixed_precision(train):
+    single = jax.tree.map(
+        lambda x: x.astype(np.float32) if x.dtype == np.float64 else x,
+        eqd.DistilledSet.from_noise(train, N, key=jr.key(0)),
+    )
+    for dtype in (np.float32, np.float64):
+        classifier = eqd.LogisticRegression(64, 10, dtype=dtype)
+        history = eqd.distill(single, classifier, train, steps=3, accuracy=0.1).history
+        assert (history.error_bound <= 0.1 * history.gradient_norm).all()
 
 
 def test_bad_input(digits):
