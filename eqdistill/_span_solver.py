@@ -150,17 +150,19 @@ class SpanSolver(AbstractInnerSolver):
 def _start(
     classifier: LogisticRegression, span: Span, problem: SpanProblem
 ) -> Coordinates:
-    """The classifier's coordinates, if they are near a solution, in that the gradient
-    of the loss cancels half of that of the ridge; or zero. From where a softmax is
-    saturated, Newton's method may not return."""
+    """The classifier's coordinates, if they are nearer to a solution than zero is, and
+    the loss cancels half of the ridge's pull along them; or zero. From where a softmax
+    is saturated, Newton's method may not return."""
     y = jax.tree.map(
         lambda x: jax.lax.stop_gradient(x).astype(span.features.dtype),
         span.coordinates(classifier),
     )
-    gradient = span.gradient(y, span.logits(y), problem)
-    ridge = problem.scale * jnp.linalg.norm(span.weights(y))
-    is_near = optax.tree.norm(gradient) < 0.5 * ridge
-    return optax.tree.where(is_near, y, optax.tree.zeros_like(y))
+    zero = optax.tree.zeros_like(y)
+    gradient, at_zero = (span.gradient(x, span.logits(x), problem) for x in (y, zero))
+    is_nearer = optax.tree.norm(gradient) < 0.1 * optax.tree.norm(at_zero)
+    ridge = problem.scale * jnp.sum(span.weights(y) ** 2)
+    is_pulled = optax.tree.vdot(gradient, y) <= 0.5 * ridge
+    return optax.tree.where(is_nearer & is_pulled, y, zero)
 
 
 def _solve(
