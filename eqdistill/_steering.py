@@ -64,8 +64,8 @@ def steered(
     """A hypergradient within its bound, and the tolerances to begin with at the next.
 
     They are taken from one to the next. Where that was not enough, as the gradient has
-    become far less, it is solved for again: unless rounding is what keeps the inner
-    problem from being solved as it was to be.
+    become far less, it is solved for again: unless rounding keeps the inner problem
+    from being solved as it was to be, and what is left of it is too much by itself.
     """
 
     def cond_fun(carry):
@@ -75,10 +75,12 @@ def steered(
         tolerances, *_, attempt, _ = carry
         here, fitted = solve(tolerances)
         norm = optax.tree.norm(here.gradient)
-        is_within = here.error_bound.value <= tolerances.accuracy * norm
-        is_as_asked = fitted.gradient_norm <= tolerances.inner
-        tolerances = tolerances.steer(here.error_bound, norm)
-        return tolerances, here, fitted, attempt + 1, ~is_within & is_as_asked
+        bound, allowed = here.error_bound, tolerances.accuracy * norm
+        of_inner = bound.per_inner_residual * fitted.gradient_norm
+        is_curable = (fitted.gradient_norm <= tolerances.inner) | (of_inner <= allowed)
+        is_missed = bound.value > allowed
+        tolerances = tolerances.steer(bound, norm)
+        return tolerances, here, fitted, attempt + 1, is_missed & is_curable
 
     here, fitted = optax.tree.zeros_like(jax.eval_shape(solve, tolerances))
     init = tolerances, here, fitted, jnp.array(0), jnp.array(True)
