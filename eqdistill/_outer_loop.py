@@ -226,13 +226,12 @@ def _unless_stored(
     state: State, problem: Problem, inner: AbstractInnerSolver, batch: AbstractLayout
 ) -> tuple[Hypergradient, Fitted, Tolerances | None]:
     def evaluate(learned):
-        def solve(tolerances):
-            to = inner if tolerances is None else tolerances.apply(inner)
-            return hypergradient(learned, problem.frozen, state.start, to, batch)
+        def solve(inner):
+            return hypergradient(learned, problem.frozen, state.start, inner, batch)
 
         if state.tolerances is None:
-            return *solve(None), None
-        return steered(solve, state.tolerances)
+            return *solve(inner), None
+        return steered(lambda t: solve(t.apply(inner)), state.tolerances)
 
     loss = optax.tree.get(state.optimiser_state, "value")
     gradient = optax.tree.get(state.optimiser_state, "grad")

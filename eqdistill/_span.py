@@ -95,10 +95,13 @@ class Span(eqx.Module):
         return y.weights - jnp.outer(y.intercept, self.shift)
 
     def logits(self, y: Coordinates) -> Float[Array, "n c"]:
+        return self._logit_contrasts(y) @ self.contrasts
+
+    def _logit_contrasts(self, y: Coordinates) -> Float[Array, "n k"]:
         contrasts = self.features @ y.weights.T
-        if y.intercept is not None:
-            contrasts = contrasts + jnp.outer(self.outside, y.intercept)
-        return contrasts @ self.contrasts
+        if y.intercept is None:
+            return contrasts
+        return contrasts + jnp.outer(self.outside, y.intercept)
 
     def gradient(
         self, y: Coordinates, logits: Float[Array, "n c"], problem: SpanProblem
@@ -128,9 +131,7 @@ class Span(eqx.Module):
         vector: Coordinates,
     ) -> Coordinates:
         """The derivative of `gradient` along `vector`, where that is the curvature."""
-        along = self.features @ vector.weights.T
-        if vector.intercept is not None:
-            along = along + jnp.outer(self.outside, vector.intercept)
+        along = self._logit_contrasts(vector)
         change = jnp.einsum("nkl,nl->nk", curvature, along)
         ridge = problem.scale * self.weights(vector)
         weights = ridge + change.T @ self.features

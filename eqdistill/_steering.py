@@ -18,8 +18,8 @@ class Tolerances(eqx.Module):
     first to this norm of the inner loss's gradient, the second to this residual,
     relative to its right-hand side.
 
-    The residual of the adjoint is up to some hundred times `excess` as large as that of
-    the smaller system which is solved for it.
+    The residual of the adjoint is `excess` times as large, up to some hundred, as that
+    of the smaller system which is solved for it.
     """
 
     inner: Float[Array, ""]
