@@ -1,7 +1,7 @@
 """Dataset distillation in JAX and Equinox."""
 
-# The hook below compiles anew what is first imported under it: not these, which take
-# twice as long then.
+# Imported before the hook below, which would compile these packages again: that takes
+# twice as long.
 import equinox  # noqa: F401
 import lineax  # noqa: F401
 import optax  # noqa: F401
@@ -15,34 +15,68 @@ from jaxtyping import install_import_hook
 # Every argument's type and shape is checked at run time, for users too: a silent
 # broadcast is the one bug that a distilled set cannot show.
 with install_import_hook("eqdistill", "beartype.beartype"):
-    from . import datasets as datasets, plot as plot
-    from ._adjoint import DampedCG as DampedCG
-    from ._argmin_solver import ArgminSolver as ArgminSolver
-    from ._artifact import Artifact as Artifact, load as load, save as save
-    from ._auto_solver import AutoSolver as AutoSolver
-    from ._classifier import LogisticRegression as LogisticRegression
-    from ._dataset import Dataset as Dataset
-    from ._distill import distill as distill
-    from ._distill_each import distill_each as distill_each
-    from ._distillation import (
-        Distillation as Distillation,
-        DistillationError as DistillationError,
-        History as History,
+    from . import datasets as datasets, nn as nn, plot as plot
+    from ._classifier import (
+        Frozen as Frozen,
+        HasPenalised as HasPenalised,
+        last_layer as last_layer,
+        LinearClassifier as LinearClassifier,
+        LogisticRegression as LogisticRegression,
+        parameters as parameters,
     )
-    from ._distilled_set import DistilledSet as DistilledSet
-    from ._evaluate import evaluate as evaluate, Evaluation as Evaluation
-    from ._exact import distill_exactly as distill_exactly
-    from ._export import export as export
-    from ._fit import fit as fit
-    from ._inner_solver import (
+    from ._data._dataset import Dataset as Dataset
+    from ._data._distilled_set import DistilledSet as DistilledSet
+    from ._files._artifact import Artifact as Artifact, load as load, save as save
+    from ._files._export import export as export
+    from ._inner._adjoint import DampedCG as DampedCG
+    from ._inner._argmin_solver import ArgminSolver as ArgminSolver
+    from ._inner._auto_solver import AutoSolver as AutoSolver
+    from ._inner._fit import fit as fit
+    from ._inner._inner_solver import (
         AbstractInnerSolver as AbstractInnerSolver,
         Fitted as Fitted,
         inner_loss as inner_loss,
     )
-    from ._losses import cross_entropy as cross_entropy
-    from ._outer_loss import outer_loss as outer_loss
-    from ._span_solver import SpanSolver as SpanSolver
-    from ._whitened import whitened as whitened
+    from ._inner._ridge_solver import RidgeSolver as RidgeSolver
+    from ._inner._span_solver import SpanSolver as SpanSolver
+    from ._losses import (
+        AbstractLoss as AbstractLoss,
+        cross_entropy as cross_entropy,
+        CrossEntropy as CrossEntropy,
+        SquaredError as SquaredError,
+    )
+    from ._outer._callbacks import (
+        AbstractCallback as AbstractCallback,
+        Best as Best,
+        EarlyStopping as EarlyStopping,
+        Log as Log,
+        ProgressBar as ProgressBar,
+    )
+    from ._outer._data import (
+        AbstractData as AbstractData,
+        Batches as Batches,
+        FullBatch as FullBatch,
+    )
+    from ._outer._distill import distill as distill
+    from ._outer._distill_each import distill_each as distill_each
+    from ._outer._distillation import (
+        Distillation as Distillation,
+        DistillationError as DistillationError,
+        History as History,
+    )
+    from ._outer._evaluate import evaluate as evaluate, Evaluation as Evaluation
+    from ._outer._exact import distill_exactly as distill_exactly
+    from ._outer._hypergradient_error import (
+        hypergradient_error as hypergradient_error,
+        HypergradientError as HypergradientError,
+    )
+    from ._outer._outer_loss import Outcome as Outcome, outer_loss as outer_loss
+    from ._outer._problem import (
+        DistillState as DistillState,
+        Metrics as Metrics,
+        Problem as Problem,
+    )
+    from ._outer._whitened import whitened as whitened
 
 
 __version__ = "0.1.0"

@@ -1,81 +1,51 @@
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from ._dataset import Dataset
-from ._distilled_set import DistilledSet
-from ._error import error_if
+from ._classifier import Frozen, parameters
 
 
-def check_inner(distilled: DistilledSet, classifier: PyTree) -> DistilledSet:
-    """Checks that a classifier can be fitted to a distilled set.
+def check_classifier(classifier: PyTree, image: jax.ShapeDtypeStruct) -> int:
+    """Checks that a classifier can be fitted, and applied to an image of this shape.
 
     **Returns:**
 
-    The distilled set, which carries the check of its labels if they are traced.
+    The number of classes.
 
     **Raises:**
 
-    A `TypeError` or `ValueError` that names the argument at fault.
+    A `TypeError` or `ValueError` that names `classifier` and what is wrong with it.
     """
-    num_classes = _num_classes(distilled, classifier)
-    labels = distilled.labels
-    if labels.ndim == 2:
-        if labels.shape[1] != num_classes:
-            raise ValueError(
-                f"`distilled.labels` must be logits of the {num_classes} classes of "
-                f"`classifier`; got shape {labels.shape}."
-            )
-        return distilled
-    labels = error_if(
-        labels,
-        lambda x: ((x < 0) | (x >= num_classes)).any(),
-        f"`distilled.labels` must be in [0, {num_classes}), the classes of "
-        "`classifier`; some are not.",
-    )
-    return eqx.tree_at(lambda d: d.labels, distilled, labels)
-
-
-def check_data(
-    name: str, data: Dataset, distilled: DistilledSet, classifier: PyTree
-) -> None:
-    """Checks that real data are of the kind that a distilled set stands for.
-
-    **Raises:**
-
-    A `ValueError` that names the argument at fault.
-    """
-    shape = distilled.images.shape[1:]
-    if data.shape != shape:
-        raise ValueError(
-            f"`{name}` and `distilled` must have images of one shape; got "
-            f"{data.shape} and {shape}."
-        )
-    num_classes = _num_classes(distilled, classifier)
-    if data.num_classes > num_classes:
-        raise ValueError(
-            f"`classifier` must have a logit for each of the {data.num_classes} "
-            f"classes of `{name}`; it has {num_classes}."
-        )
-
-
-def _num_classes(distilled: DistilledSet, classifier: PyTree) -> int:
     if not callable(classifier):
         raise TypeError(
             "`classifier` must be a callable `equinox.Module`, from one image to its "
             f"logits; got a {type(classifier).__name__}."
         )
-    if not jax.tree.leaves(eqx.filter(classifier, eqx.is_inexact_array)):
-        raise ValueError("`classifier` must have parameters to fit; it has none.")
-    shape = distilled.images.shape[1:]
-    image = jax.ShapeDtypeStruct(shape, distilled.images.dtype)
+    _refuse_state(classifier)
+    if not any(jax.tree.leaves(parameters(classifier))):
+        raise ValueError(
+            "`classifier` must have parameters to fit: floating-point arrays that are "
+            "not inside a `Frozen`. It has none."
+        )
+    return count_outputs("classifier", classifier, image)
+
+
+def count_outputs(name: str, classifier: Any, image: jax.ShapeDtypeStruct) -> int:
+    """The number of a classifier's outputs for an image of this shape.
+
+    **Raises:**
+
+    A `ValueError` that names the classifier by `name`.
+    """
     try:
-        logits = eqx.filter_eval_shape(classifier, image)
+        logits = eqx.filter_eval_shape(eqx.nn.inference_mode(classifier), image)
     except Exception as e:
         raise ValueError(
-            "`classifier` could not be applied to one image of `distilled`, of shape "
-            f"{shape}: {e}"
+            f"`{name}` could not be applied to one image of `distilled`, of shape "
+            f"{image.shape}: {e}"
         ) from e
     if not (
         isinstance(logits, jax.ShapeDtypeStruct)
@@ -83,7 +53,40 @@ def _num_classes(distilled: DistilledSet, classifier: PyTree) -> int:
         and jnp.issubdtype(logits.dtype, jnp.floating)
     ):
         raise ValueError(
-            "`classifier` must map one image to floating-point logits of shape (c,); "
-            f"for an image of shape {shape} it gave {logits}."
+            f"`{name}` must map one image to floating-point logits of shape (c,); "
+            f"for an image of shape {image.shape} it gave {logits}."
         )
     return logits.shape[0]
+
+
+def _refuse_state(classifier: PyTree) -> None:
+    """A fit cannot carry the running statistics of a layer along."""
+    is_node = lambda x: isinstance(x, Frozen | eqx.nn.StateIndex)
+    found, _ = jax.tree.flatten_with_path(classifier, is_leaf=is_node)
+    for path, node in found:
+        if isinstance(node, eqx.nn.StateIndex):
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise TypeError(
+                "`classifier` must not hold state, as batch normalisation does; got an "
+                f"`equinox.nn.StateIndex` at `{where}`. Use `equinox.nn.GroupNorm` or "
+                "`equinox.nn.LayerNorm`. A trained layer with state may be used inside "
+                "a `Frozen`, in inference mode."
+            )
+
+
+def check_key(name: str, key: Any) -> None:
+    """Refuses what is neither `None` nor one new-style key, and says how to make one.
+
+    **Raises:**
+
+    A `TypeError`.
+    """
+    if key is None:
+        return
+    is_key = isinstance(key, jax.Array) and jnp.issubdtype(
+        key.dtype, jax.dtypes.prng_key
+    )
+    if not is_key or key.shape != ():
+        raise TypeError(
+            f"`{name}` must be one key, as `jax.random.key(0)` makes it; got {key!r}."
+        )

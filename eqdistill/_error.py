@@ -12,11 +12,10 @@ _Array = TypeVar("_Array", bound=Array)
 
 
 def error_if(x: _Array, is_bad: Callable, message: str) -> _Array:
-    """As `equinox.error_if`, but a plain `ValueError` when nothing is traced: the
-    caller is then an ordinary Python user, whom a stack of compiled code cannot help.
+    """As `equinox.error_if`, but raises a plain `ValueError` if nothing is traced.
 
-    `is_bad` is given `x`, or its values as a NumPy array, for which nothing need be
-    compiled.
+    `is_bad` is given `x` if `x` is traced, and otherwise a NumPy array of its values,
+    so that nothing is compiled.
     """
     if isinstance(x, jax.core.Tracer):
         return eqx.error_if(x, is_bad(x), message)

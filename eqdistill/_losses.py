@@ -1,7 +1,12 @@
+import abc
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from ._error import error_if
 
 
 def cross_entropy(
@@ -14,7 +19,7 @@ def cross_entropy(
 
     **Arguments:**
 
-    - `logits`: the classifier's outputs $z$, one row for each image.
+    - `logits`: the logits $z$ of the classifier, one row for each image.
     - `labels`: either class indices, for which $t_i$ is one-hot, or the logits of soft
         labels, for which $t_i$ is their softmax.
 
@@ -35,73 +40,102 @@ def cross_entropies(
     return optax.softmax_cross_entropy(logits, jax.nn.softmax(labels))
 
 
-@jax.custom_jvp
-def label_residual(
-    logits: Float[Array, "n c"],
-    labels: Int[Array, " n"] | Float[Array, "n c"],
-) -> Float[Array, "n c"]:
-    r"""The labels' probabilities less those of a classifier, $t - \mathrm{softmax}(z)$.
+class AbstractLoss(eqx.Module):
+    """The loss of the inner problem. It belongs to the distilled set, as the images are
+    made for it."""
 
-    Each entry is found to full relative precision, even where the two nearly cancel:
-    the weights of a fit with a small ridge depend on nothing else.
+    @abc.abstractmethod
+    def __call__(
+        self,
+        outputs: Float[Array, "n c"],
+        labels: Int[Array, " n"] | Float[Array, "n c"],
+    ) -> Float[Array, ""]:
+        """**Arguments:**
+
+        - `outputs`: the outputs of the classifier on the distilled images.
+        - `labels`: the labels of the distilled images.
+
+        **Returns:**
+
+        The mean loss over the images, without the ridge.
+        """
+
+    @abc.abstractmethod
+    def to_logits(self, outputs: Float[Array, "..."]) -> Float[Array, "..."]:
+        """How the outputs of a fitted classifier are read on real images: a positive
+        multiple of them. For a linear classifier the same multiple of its head's arrays
+        is taken."""
+
+
+class CrossEntropy(AbstractLoss):
+    """[`eqdistill.cross_entropy`][]: the outputs are logits, and labels in floating
+    point are the logits of soft labels."""
+
+    def __call__(self, outputs, labels):
+        return cross_entropy(outputs, labels)
+
+    def to_logits(self, outputs):
+        return outputs
+
+
+class SquaredError(AbstractLoss):
+    r"""Half the squared distance of the outputs $z$ from targets $t$,
+
+    $$\frac{1}{2n} \sum_{i=1}^n \|z_i - t_i\|^2.$$
+
+    Labels in floating point are the targets. The target of a class index is its one-hot
+    vector less $1/c$, so that targets have a mean of zero. On real images $z / T$ are
+    the logits, with the temperature $T$.
+
+    Source: Zhou et al., *Dataset distillation using neural feature regression* (FRePo),
+    2022, for the centred targets.
+
+    **Attributes:**
+
+    - `log_temperature`: the logarithm of $T$, so that $T$ stays positive when it is
+        learned.
     """
-    log_p = jax.nn.log_softmax(logits)
-    c = logits.shape[1]
-    if labels.ndim == 1:
-        is_top = jax.nn.one_hot(labels, c, dtype=bool)
-        difference = -jnp.exp(log_p)
-    else:
-        log_t = jax.nn.log_softmax(labels)
-        is_top = jax.nn.one_hot(jnp.argmax(log_t, axis=1), c, dtype=bool)
-        ratio = log_p - log_t
-        is_close = jnp.abs(ratio) < 1
-        difference = jnp.where(
-            is_close,
-            -jnp.exp(log_t) * jnp.expm1(jnp.where(is_close, ratio, 0)),
-            jnp.exp(log_t) - jnp.exp(log_p),
+
+    log_temperature: Float[Array, ""]
+
+    def __init__(self, temperature: ArrayLike = 0.2):
+        """**Arguments:**
+
+        - `temperature`: $T > 0$. Targets differ by one between classes: the default
+            makes that a difference of five between logits.
+
+        **Raises:**
+
+        A `ValueError` if the temperature is not a positive and finite scalar.
+        """
+        temperature = jnp.asarray(temperature, jnp.result_type(float))
+        if temperature.shape != ():
+            raise ValueError(
+                f"`temperature` must be a scalar; got shape {temperature.shape}."
+            )
+        self.log_temperature = jnp.log(
+            error_if(
+                temperature,
+                lambda x: ~((x > 0) & (x < jnp.inf)),
+                f"`temperature` must be positive and finite; got {temperature}.",
+            )
         )
-    # The rows sum to zero: what is left for the most likely class is a sum of small
-    # terms, rather than a difference of large ones.
-    others = jnp.where(is_top, 0, difference)
-    return jnp.where(is_top, -jnp.sum(others, axis=1, keepdims=True), others)
 
+    @property
+    def temperature(self) -> Float[Array, ""]:
+        return jnp.exp(self.log_temperature)
 
-@label_residual.defjvp
-def _(primals, tangents):
-    # By the covariance, which solvers have at hand, rather than step by step.
-    logits, labels = primals
-    logits_dot, labels_dot = tangents
-    change = -softmax_change(logits, logits_dot)
-    if labels.ndim == 2:
-        change = change + softmax_change(labels, labels_dot)
-    return label_residual(logits, labels), change
+    def __call__(self, outputs, labels):
+        errors = outputs - self.targets(labels, outputs.shape[1])
+        return jnp.mean(jnp.sum(errors**2, axis=1)) / 2
 
+    def to_logits(self, outputs):
+        return outputs / self.temperature.astype(outputs.dtype)
 
-def softmax_covariance(logits: Float[Array, "n c"]) -> Float[Array, "n c c"]:
-    r"""$\mathrm{diag}(p) - p p^\top$ with $p = \mathrm{softmax}(z)$, the Hessian of the
-    cross-entropy in the logits. Each entry is found to full relative precision."""
-    # As `label_residual` has it, so that XLA compiles it once.
-    p = jnp.exp(jax.nn.log_softmax(logits))
-    products = p[:, :, None] * p[:, None, :]
-    is_diagonal = jnp.eye(logits.shape[1], dtype=bool)
-    # The rows sum to zero.
-    others = jnp.where(is_diagonal, 0, products)
-    return jnp.where(is_diagonal, jnp.sum(others, axis=2, keepdims=True), -products)
-
-
-def softmax_change(
-    logits: Float[Array, "n c"], by: Float[Array, "n c"]
-) -> Float[Array, "n c"]:
-    """By how much the softmax of the logits changes with them: their
-    [`softmax_covariance`][] times `by`."""
-    # Not by `einsum`: XLA compiles small batched products slowly.
-    return jnp.sum(softmax_covariance(logits) * by[:, None, :], axis=2)
-
-
-def classification_loss(
-    classifier: PyTree,
-    images: Float[Array, "n *shape"],
-    labels: Int[Array, " n"] | Float[Array, "n c"],
-) -> Float[Array, ""]:
-    """Mean cross-entropy of a classifier, which takes one image, on a batch of them."""
-    return cross_entropy(jax.vmap(classifier)(images), labels)
+    def targets(
+        self, labels: Int[Array, " n"] | Float[Array, "n c"], num_classes: int
+    ) -> Float[Array, "n c"]:
+        """The targets that labels stand for."""
+        if labels.ndim == 2:
+            return labels
+        return jax.nn.one_hot(labels, num_classes) - 1 / num_classes

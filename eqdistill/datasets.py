@@ -4,60 +4,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from ._dataset import Dataset
-from ._idx import read_idx
-
-
-class _Source(NamedTuple):
-    """Where four IDX files are to be found, and the SHA-256 of each, uncompressed."""
-
-    url: str
-    system: Path | None
-    sha256: dict[str, str]
-
-
-_SOURCES = {
-    "mnist": _Source(
-        url="https://ossci-datasets.s3.amazonaws.com/mnist/",
-        system=None,
-        sha256={
-            "train-images-idx3-ubyte": (
-                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
-            ),
-            "train-labels-idx1-ubyte": (
-                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"
-            ),
-            "t10k-images-idx3-ubyte": (
-                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"
-            ),
-            "t10k-labels-idx1-ubyte": (
-                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"
-            ),
-        },
-    ),
-    "fashion_mnist": _Source(
-        url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        system=Path("/usr/share/datasets/fashion-mnist"),
-        sha256={
-            "train-images-idx3-ubyte": (
-                "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
-            ),
-            "train-labels-idx1-ubyte": (
-                "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"
-            ),
-            "t10k-images-idx3-ubyte": (
-                "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
-            ),
-            "t10k-labels-idx1-ubyte": (
-                "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
-            ),
-        },
-    ),
-}
+from ._data._dataset import Dataset
+from ._data._idx import read_idx
+from ._data._sources import Source, SOURCES
 
 
 def load(
@@ -97,10 +49,10 @@ def load(
     """
     if name == "digits":
         return _load_digits()
-    if name not in _SOURCES:
-        known = ", ".join(repr(known) for known in (*_SOURCES, "digits"))
+    if name not in SOURCES:
+        known = ", ".join(repr(known) for known in (*SOURCES, "digits"))
         raise ValueError(f"`name` must be one of {known}; got {name!r}.")
-    source = _SOURCES[name]
+    source = SOURCES[name]
     folders = _folders(name, source, data_dir)
     for folder in folders:
         paths = _find(folder, source)
@@ -119,7 +71,7 @@ def load(
 
 
 def _folders(
-    name: str, source: _Source, data_dir: str | os.PathLike | None
+    name: str, source: Source, data_dir: str | os.PathLike | None
 ) -> list[Path]:
     named = {
         "`data_dir`": data_dir,
@@ -143,7 +95,7 @@ def _folders(
     return folders if cache is None else [*folders, cache]
 
 
-def _find(folder: Path, source: _Source) -> dict[str, Path] | None:
+def _find(folder: Path, source: Source) -> dict[str, Path] | None:
     """The dataset's four files, if they are all in a folder; nothing, if none is."""
     found = {
         stem: path
@@ -170,7 +122,7 @@ def _cache(name: str) -> Path | None:
     return Path(pooch.os_cache("eqdistill")) / name
 
 
-def _download(name: str, source: _Source, folders: list[Path]) -> dict[str, Path]:
+def _download(name: str, source: Source, folders: list[Path]) -> dict[str, Path]:
     looked = "; ".join(str(folder) for folder in folders)
     advice = (
         f"Put the files {', '.join(f'{stem}.gz' for stem in source.sha256)} into a "

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ._distillation import History
-from ._distilled_set import DistilledSet
+from ._data._distilled_set import DistilledSet
+from ._outer._distillation import History
 
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def images(distilled: DistilledSet, *, columns: int = 5) -> "Figure":
 
 def history(history: History) -> "Figure":
     """Draws the outer loss, and the norms of the hypergradient and of the inner
-    residual, against the step; and the bound on the hypergradient's error, where one is
-    known.
+    residual, against the step.
 
     **Arguments:**
 
@@ -76,10 +75,6 @@ def history(history: History) -> "Figure":
     left.plot(history.loss, color="black")
     left.set_ylabel("outer loss (nats per image)")
     right.semilogy(history.gradient_norm, color="black", label="hypergradient")
-    if np.isfinite(history.error_bound).any():
-        right.semilogy(
-            history.error_bound, color="tab:blue", label="bound on its error"
-        )
     right.semilogy(history.inner_residual, color="tab:orange", label="inner residual")
     right.set_ylabel("norm")
     right.legend(frameon=False, fontsize=8)

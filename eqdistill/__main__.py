@@ -1,0 +1,116 @@
+"""The command `python -m eqdistill check FILE`: checks the accuracy that a file claims.
+"""
+
+import argparse
+import sys
+
+import jax
+
+from . import datasets
+from ._data._sources import SOURCES
+from ._files._artifact import load
+from ._outer._evaluate import evaluate
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        # One line. The base class would print its usage too.
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1; got {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    main = _Parser(prog="python -m eqdistill")
+    parser = main.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "check",
+        help="check the accuracy that a file claims",
+        description="Fits a classifier to the distilled set in a file, from the file "
+        "alone, and compares its accuracy on the real test data with the accuracy "
+        "that the file claims.",
+        epilog="Exits with 0 if the two agree; 1 if they differ by more than the "
+        "tolerance; 2 if the file or an argument is bad.",
+    )
+    parser.set_defaults(error=parser.error)
+    parser.add_argument("file", metavar="FILE", help="a file of eqdistill.save")
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="the dataset to measure on. Defaults to the one that the file names, and "
+        "may not contradict it",
+    )
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="where to look for the dataset first"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=1e-4,
+        metavar="T",
+        help="the most by which the accuracies, from 0 to 1, may differ. Defaults to "
+        "%(default)s, which is 0.01 percentage points: one test image in 10,000",
+    )
+    return main
+
+
+def _measure(args: argparse.Namespace) -> tuple[str, float, float]:
+    """The name of the dataset, and the accuracies that are claimed and measured."""
+    with jax.enable_x64(True):  # Not to lose any, before the file says what it needs.
+        artifact = load(args.file)
+    name = artifact.dataset or args.dataset
+    if name is None:
+        raise ValueError(f"{args.file} names no dataset: give one by --dataset.")
+    if args.dataset not in (None, name):
+        raise ValueError(
+            f"{args.file} is of the dataset {name!r}, but --dataset says "
+            f"{args.dataset!r}."
+        )
+    if artifact.accuracy is None:
+        raise ValueError(f"{args.file} claims no accuracy: there is none to compare.")
+    for part in ("classifier", "inner"):
+        if getattr(artifact, part) is None:
+            description = getattr(artifact, f"{part}_description")
+            raise ValueError(
+                f"The {part} of {args.file} cannot be built from a file: "
+                f"{description!r}. Use eqdistill.load and eqdistill.evaluate."
+            )
+    assert artifact.classifier is not None
+    assert artifact.inner is not None
+    source = SOURCES.get(name)
+    if source is not None and artifact.sha256 not in ({}, source.sha256):
+        raise ValueError(
+            f"{args.file} was made with other files of {name!r} than eqdistill loads: "
+            "their SHA-256 differ."
+        )
+    with jax.enable_x64(artifact.x64):
+        _, test = datasets.load(name, args.data_dir)
+        evaluation = evaluate(
+            artifact.distilled, artifact.classifier, test, artifact.inner
+        )
+    return name, artifact.accuracy, float(evaluation.accuracy)
+
+
+def _main() -> int:
+    args = _parser().parse_args()
+    try:
+        name, claimed, measured = _measure(args)
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as e:
+        lines = [line for line in str(e).splitlines() if line.strip()]
+        args.error(lines[0] if lines else type(e).__name__)
+    # Accuracies are fractions in single precision: digits beyond these are rounding.
+    difference = round(abs(claimed - measured), 6)
+    print(
+        f"{name} test accuracy: claimed {claimed:.3%}, measured {measured:.3%}, "
+        f"difference {100 * difference:.3f} points "
+        f"(tolerance {100 * args.tolerance:g})"
+    )
+    return 0 if difference <= args.tolerance else 1
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

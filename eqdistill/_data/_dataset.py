@@ -1,0 +1,130 @@
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, UInt8
+
+
+class Dataset(eqx.Module):
+    r"""Labelled real images: the data that a distilled set is measured against.
+
+    **Attributes:**
+
+    - `images`: shape `(N, *shape)`. Either `uint8` in 0 to 255, as on disk, or
+        floating point in whatever units the classifier expects.
+    - `labels`: class indices in `[0, num_classes)`, shape `(N,)`.
+    - `num_classes`: the number of classes $c$.
+    """
+
+    images: Float[Array, "N *shape"] | UInt8[Array, "N *shape"]
+    labels: Int[Array, " N"]
+    num_classes: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        images: ArrayLike,
+        labels: ArrayLike,
+        num_classes: int | None = None,
+    ):
+        r"""**Arguments:**
+
+        - `images`: real images, shape `(N, *shape)`, `uint8` or floating point.
+        - `labels`: class indices, shape `(N,)`, any integer type.
+        - `num_classes`: the number of classes. Defaults to the largest label plus one.
+
+        **Raises:**
+
+        A `ValueError` or `TypeError` if there are no images, if there is not one label
+        for each image, if the labels are not integers in `[0, num_classes)`, or if any
+        image is not finite.
+        """
+        # Checked on the host: a dataset is made once, from concrete arrays.
+        images_ = np.asarray(images)
+        labels_ = np.asarray(labels)
+        is_bytes = images_.dtype == np.uint8
+        if not (is_bytes or jnp.issubdtype(images_.dtype, jnp.floating)):
+            raise TypeError(
+                f"`images` must be uint8 or floating point; got dtype {images_.dtype}."
+            )
+        if images_.ndim < 2 or images_.size == 0:
+            raise ValueError(
+                "`images` must have shape (N, *shape) and hold at least one pixel; got "
+                f"shape {images_.shape}."
+            )
+        if not np.issubdtype(labels_.dtype, np.integer):
+            raise TypeError(
+                f"`labels` must be integer class indices; got dtype {labels_.dtype}."
+            )
+        if labels_.shape != images_.shape[:1]:
+            raise ValueError(
+                "`labels` must have one entry for each image; got labels of shape "
+                f"{labels_.shape} for images of shape {images_.shape}."
+            )
+        if num_classes is None:
+            num_classes = int(labels_.max()) + 1
+        if labels_.min() < 0 or labels_.max() >= num_classes:
+            raise ValueError(
+                f"`labels` must be in [0, {num_classes}); got values from "
+                f"{labels_.min()} to {labels_.max()}."
+            )
+        if not is_bytes and not np.isfinite(images_).all():
+            raise ValueError(
+                f"`images` must be finite; {(~np.isfinite(images_)).sum()} of "
+                f"{images_.size} pixels are NaN or infinite."
+            )
+        self.images = jnp.asarray(images_)
+        self.labels = jnp.asarray(labels_.astype(np.int32))
+        self.num_classes = num_classes
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image."""
+        return self.images.shape[1:]
+
+    def split(
+        self, fraction: float, *, key: PRNGKeyArray
+    ) -> tuple["Dataset", "Dataset"]:
+        """Holds out a random part of the images, for early stopping and other choices.
+
+        **Arguments:**
+
+        - `fraction`: the fraction of the images to hold out, between 0 and 1.
+        - `key`: a `jax.random.key` for their choice. (Keyword only argument.)
+
+        **Returns:**
+
+        The images that are kept, and those held out, in random order.
+
+        **Raises:**
+
+        A `ValueError` if either part would be empty.
+        """
+        num_held_out = round(fraction * len(self))
+        if not 0 < num_held_out < len(self):
+            raise ValueError(
+                f"`fraction` must leave at least one of {len(self)} images on either "
+                f"side; got {fraction}."
+            )
+        order = jr.permutation(key, len(self))
+        kept, held_out = (
+            Dataset(self.images[part], self.labels[part], self.num_classes)
+            for part in (order[num_held_out:], order[:num_held_out])
+        )
+        return kept, held_out
+
+    def floating(self) -> Float[Array, "N *shape"]:
+        """The images in floating point: `uint8` is scaled to the range 0 to 1."""
+        return self.to_floating(self.images)
+
+    @staticmethod
+    def to_floating(
+        images: Float[Array, "N *shape"] | UInt8[Array, "N *shape"],
+    ) -> Float[Array, "N *shape"]:
+        """Some images of a dataset in floating point, as [`Dataset.floating`][] gives
+        all of them."""
+        if images.dtype == jnp.uint8:
+            return images.astype(jnp.result_type(float)) / 255
+        return images

@@ -1,0 +1,100 @@
+"""Ways to represent the images of one class by a few images. Each function takes the
+images `x` of one class as rows, and returns `k` rows. The functions run once, on the
+host, and are therefore in NumPy.
+"""
+
+from collections.abc import Callable
+
+import jax.random as jr
+import numpy as np
+from jaxtyping import Float, Int, PRNGKeyArray
+
+from ._dataset import Dataset
+
+
+def by_class(
+    train: Dataset,
+    labels: Int[np.ndarray, " n"],
+    choose: Callable,
+    key: PRNGKeyArray,
+) -> Float[np.ndarray, "n *shape"]:
+    """The images for `labels`: those of each class by `choose(x, k, rng)`, from all the
+    real images of that class.
+
+    **Raises:**
+
+    A `ValueError` if a class has fewer real images than are asked for.
+    """
+    counts = np.bincount(np.asarray(train.labels), minlength=train.num_classes)
+    wanted = np.bincount(labels, minlength=train.num_classes)
+    short = np.flatnonzero(wanted > counts)
+    if len(short) > 0:
+        class_ = short[0]
+        raise ValueError(
+            f"`n` = {len(labels)} asks for {wanted[class_]} images of class {class_}; "
+            f"`train` has {counts[class_]}."
+        )
+    rng = np.random.default_rng(np.asarray(jr.bits(key, (4,))))
+    real = np.asarray(train.floating()).reshape(len(train), -1)
+    real_labels = np.asarray(train.labels)
+    images = np.empty((len(labels), real.shape[1]), real.dtype)
+    for class_ in np.unique(labels):
+        x = real[real_labels == class_]
+        images[labels == class_] = choose(x, int(wanted[class_]), rng)
+    return images.reshape(-1, *train.shape)
+
+
+def real(
+    x: Float[np.ndarray, "m p"], k: int, rng: np.random.Generator
+) -> Float[np.ndarray, "k p"]:
+    """Random images, without repeats."""
+    return x[rng.choice(len(x), k, replace=False)]
+
+
+def class_means(
+    x: Float[np.ndarray, "m p"], k: int, rng: np.random.Generator
+) -> Float[np.ndarray, "k p"]:
+    """The means of `k` random disjoint parts, equal in size to within one image."""
+    parts = np.array_split(rng.permutation(len(x)), k)
+    return np.stack([x[part].mean(axis=0, dtype=np.float64) for part in parts])
+
+
+def kmeans(
+    x: Float[np.ndarray, "m p"], k: int, rng: np.random.Generator
+) -> Float[np.ndarray, "k p"]:
+    """The centroids of one run of k-means."""
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError as e:
+        raise ImportError(
+            "`DistilledSet.from_kmeans` needs scikit-learn: pip install "
+            "'eqdistill[data]'."
+        ) from e
+    seed = int(rng.integers(2**32))
+    # Restarts, or more iterations, change the inertia of MNIST by a thousandth.
+    solver = KMeans(
+        k,
+        n_init=1,  # pyright: ignore[reportArgumentType]
+        max_iter=30,
+        random_state=seed,
+    )
+    return solver.fit(x).cluster_centers_
+
+
+def herding(
+    x: Float[np.ndarray, "m p"], k: int, rng: np.random.Generator
+) -> Float[np.ndarray, "k p"]:
+    """Chooses one image after the other, each time the image that brings the mean of the
+    chosen images nearest to the mean of all images."""
+    del rng
+    deviations = x - x.mean(axis=0, dtype=np.float64)
+    squares = np.sum(deviations**2, axis=1)
+    total = np.zeros(x.shape[1])
+    chosen = []
+    for _ in range(k):
+        # |total + deviation|^2, less what is the same for all images.
+        distances = squares + 2 * deviations @ total
+        distances[chosen] = np.inf
+        chosen.append(int(np.argmin(distances)))
+        total += deviations[chosen[-1]]
+    return x[chosen]

@@ -1,0 +1,309 @@
+import importlib.metadata
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jaxtyping import PyTree
+
+from .._classifier import LinearClassifier, takes_pixels
+from .._data._distilled_set import DistilledSet
+from .._data._sources import SOURCES
+from .._inner._auto_solver import AutoSolver
+from .._inner._fit import check_inner
+from .._inner._inner_solver import AbstractInnerSolver
+from .._losses import AbstractLoss, CrossEntropy, SquaredError
+from .._outer._distillation import Distillation
+from .._outer._evaluate import Evaluation
+from ._artifact_format import (
+    build_classifier,
+    build_inner,
+    check,
+    FORMAT,
+    FORMAT_VERSION,
+    header_bytes,
+    LOSSES,
+    MAX_BYTES,
+    read,
+    SOLVERS,
+    TENSORS,
+)
+
+
+_PACKAGES = (
+    "eqdistill",
+    "jax",
+    "jaxlib",
+    "equinox",
+    "optimistix",
+    "lineax",
+    "optax",
+    "numpy",
+)
+
+
+class Artifact(eqx.Module):
+    """A distilled set as it was published: what [`eqdistill.load`][] returns.
+
+    **Attributes:**
+
+    - `distilled`: the distilled set.
+    - `classifier`: the classifier to fit to it, not fitted; or `None` if it is not an
+        [`eqdistill.LogisticRegression`][], and cannot be built from a file.
+    - `inner`: how to fit it; or `None` if it is not a solver of this package with plain
+        numbers for its settings.
+    - `classifier_description`, `inner_description`: the same two, in words.
+    - `accuracy`: the accuracy on the test split that is claimed, from 0 to 1, or
+        `None`.
+    - `dataset`: the name of the dataset that was distilled, or `None`.
+    - `sha256`: the SHA-256 of each of the dataset's files, if it has any.
+    - `learned`: the names of what was learned, such as `"images"` and `"log_l2"`; or
+        `None` if that is not known.
+    - `seed`: the seed of the run, or `None`.
+    - `x64`: whether JAX's double precision was enabled.
+    - `versions`: the version of each package that took part.
+    """
+
+    distilled: DistilledSet
+    classifier: LinearClassifier | None
+    inner: AbstractInnerSolver | None
+    classifier_description: str
+    inner_description: str
+    accuracy: float | None
+    dataset: str | None
+    sha256: dict[str, str]
+    learned: tuple[str, ...] | None
+    seed: int | None
+    x64: bool
+    versions: dict[str, str]
+
+
+def save(
+    path: str | os.PathLike,
+    result: Distillation | DistilledSet,
+    classifier: PyTree,
+    evaluation: Evaluation | None = None,
+    *,
+    inner: AbstractInnerSolver = AutoSolver(),
+    dataset: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Saves a distilled set to one file, with all that a stranger needs to check it: the classifier and the inner solver, the dataset and its checksums, the
+    accuracy that is claimed, and the versions of the packages.
+
+    The file is in the safetensors format, which holds arrays and text but no code.
+
+    **Arguments:**
+
+    - `path`: where to write. Must end in `.safetensors`. A file that is there already
+        is replaced, once all of the new one is on disk.
+    - `result`: what [`eqdistill.distill`][] returned, which knows what was learned; or
+        a distilled set.
+    - `classifier`: the classifier of `evaluation`, fitted or not. An
+        [`eqdistill.LogisticRegression`][] can be built again from the file; of any
+        other, only the name of its type is kept.
+    - `evaluation`: what `eqdistill.evaluate` returned for the test split: the
+        accuracy that the file claims. Defaults to no claim.
+
+    All other arguments are keyword only.
+
+    - `inner`: the inner solver that `evaluation` was made with. It can be built again
+        if it is an [`eqdistill.AutoSolver`][], [`eqdistill.SpanSolver`][] or
+        [`eqdistill.ArgminSolver`][] and its settings, but for numbers, are the
+        defaults; of any other, only a description is kept.
+    - `dataset`: the name of the dataset, as in [`eqdistill.datasets.load`][].
+    - `seed`: the seed of the run.
+
+    **Raises:**
+
+    - A `ValueError` if `path` does not end in `.safetensors`, or if the file could not
+        be loaded again: above all, if a value is not finite.
+    - A `FileNotFoundError` if the folder does not exist.
+    - A `TypeError` or `ValueError` as [`eqdistill.fit`][].
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"`path` must end in '.safetensors'; got {str(path)!r}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"`path` must be in a folder that exists; got {str(path)!r}."
+        )
+    is_result = isinstance(result, Distillation)
+    distilled = check_inner(result.distilled if is_result else result, classifier)
+    loss = _describe_loss(distilled.loss)
+    source = SOURCES.get(dataset) if dataset is not None else None
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "classifier": _describe_classifier(classifier, distilled),
+        "inner": _describe_inner(inner),
+        "accuracy": None
+        if evaluation is None
+        else {"value": float(evaluation.accuracy), "split": "test"},
+        "dataset": None
+        if dataset is None
+        else {"name": dataset, "sha256": {} if source is None else source.sha256},
+        "loss": loss,
+        "learned": result.learned if is_result else None,
+        "seed": seed,
+        "x64": jnp.result_type(float) == jnp.float64,
+        "versions": {package: _version(package) for package in _PACKAGES},
+    }
+    # The writer takes memory as it lies, hence the order.
+    tensors = {name: np.array(getattr(distilled, name), order="C") for name in TENSORS}
+    for name in LOSSES[loss]:
+        tensors[name] = np.array(getattr(distilled.loss, name))
+    data = safetensors.numpy.save(
+        tensors, {key: json.dumps(value) for key, value in metadata.items()}
+    )
+    try:
+        # What could not be loaded is not written.
+        _decode(data)
+    except ValueError as e:
+        raise ValueError(f"Cannot save {path}: {_shorten(e)}.") from e
+    # A folder, rather than a file, so that the file gets the permissions of any other.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+
+def load(path: str | os.PathLike) -> Artifact:
+    """Loads a distilled set from a file that [`eqdistill.save`][] wrote.
+
+    Safe for files from strangers: everything in the file is checked, and nothing in it
+    is executed or imported.
+
+    **Arguments:**
+
+    - `path`: the file.
+
+    **Returns:**
+
+    An [`eqdistill.Artifact`][]. Double precision is kept if JAX has it enabled, and
+    otherwise becomes single precision.
+
+    **Raises:**
+
+    - A `FileNotFoundError` if there is no such file.
+    - A `ValueError`, which names the file and what is wrong with it, if it is not as
+        [`eqdistill.save`][] writes it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"`path` must be a file that exists; got {str(path)!r}."
+        )
+    try:
+        # Devices and pipes may have no end.
+        check(path.is_file(), "it is not a regular file")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            check(
+                size <= MAX_BYTES,
+                f"it must have at most {MAX_BYTES} bytes, and has {size}",
+            )
+            start = file.read(8)
+            header_bytes(start, size)
+            data = start + file.read(size - len(start))
+        return _decode(data)
+    except ValueError as e:
+        raise ValueError(f"Cannot load {path}: {_shorten(e)}.") from e
+
+
+def _describe_classifier(classifier: PyTree, distilled: DistilledSet) -> dict[str, Any]:
+    if takes_pixels(classifier):
+        num_classes, in_features = classifier.head.weight.shape
+        return {
+            "type": "LogisticRegression",
+            "in_features": in_features,
+            "num_classes": num_classes,
+            "use_intercept": classifier.head.bias is not None,
+        }
+    network = eqx.nn.inference_mode(classifier)
+    logits = eqx.filter_eval_shape(network, distilled.images[0])
+    return {"type": _type_name(classifier), "num_classes": logits.shape[0]}
+
+
+def _describe_inner(inner: AbstractInnerSolver) -> dict[str, Any]:
+    name = type(inner).__name__
+    if name in SOLVERS:
+        cls, plain = SOLVERS[name]
+        fields = {field: getattr(inner, field, None) for field in plain}
+        is_plain = all(type(x) in (int, float, type(None)) for x in fields.values())
+        # Nothing that the fields do not tell may have been changed.
+        if type(inner) is cls and is_plain and eqx.tree_equal(cls(**fields), inner):
+            return {"type": name, **fields}
+    return {"type": _type_name(inner), "text": eqx.tree_pformat(inner)}
+
+
+def _describe_loss(loss: AbstractLoss) -> str:
+    """**Raises:**
+
+    A `TypeError` for a loss that no file can hold.
+    """
+    name = type(loss).__name__
+    if type(loss) not in (CrossEntropy, SquaredError):
+        raise TypeError(
+            "`result` must have `CrossEntropy` or `SquaredError` as its loss to be "
+            f"saved; got `{name}`."
+        )
+    return name
+
+
+def _type_name(x: Any) -> str:
+    """A name with a dot, unlike the names of what can be built again."""
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _shorten(e: ValueError) -> str:
+    """The reason of a refusal, without most of what a hostile file makes it quote."""
+    reason = str(e)
+    return reason if len(reason) <= 500 else f"{reason[:500]} ..."
+
+
+def _decode(data: bytes) -> Artifact:
+    """Checks and builds an artifact from the bytes of a file.
+
+    **Raises:**
+
+    A `ValueError` with the reason, as a clause.
+    """
+    metadata, distilled = read(data)
+    accuracy, dataset = metadata["accuracy"], metadata["dataset"]
+    return Artifact(
+        distilled=distilled,
+        classifier=build_classifier(metadata["classifier"], distilled),
+        inner=build_inner(metadata["inner"]),
+        classifier_description=_in_words(metadata["classifier"]),
+        inner_description=_in_words(metadata["inner"]),
+        accuracy=None if accuracy is None else float(accuracy["value"]),
+        dataset=None if dataset is None else dataset["name"],
+        sha256={} if dataset is None else dataset["sha256"],
+        learned=None if metadata["learned"] is None else tuple(metadata["learned"]),
+        seed=metadata["seed"],
+        x64=metadata["x64"],
+        versions=metadata["versions"],
+    )
+
+
+def _in_words(description: dict[str, Any]) -> str:
+    if "text" in description:
+        return description["text"]
+    fields = (f"{k}={v!r}" for k, v in description.items() if k != "type")
+    return f"{description['type']}({', '.join(fields)})"

@@ -1,0 +1,310 @@
+import json
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from .._classifier import LinearClassifier, LogisticRegression
+from .._data._distilled_set import DistilledSet
+from .._inner._argmin_solver import ArgminSolver
+from .._inner._auto_solver import AutoSolver
+from .._inner._inner_solver import AbstractInnerSolver
+from .._inner._ridge_solver import RidgeSolver
+from .._inner._span_solver import SpanSolver
+from .._losses import CrossEntropy, SquaredError
+
+
+TENSORS = ("images", "labels", "log_l2")
+_FLOATS = ("F32", "F64")
+_INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+# The losses, and the tensors that each has.
+LOSSES = {"CrossEntropy": (), "SquaredError": ("log_temperature",)}
+# The inner solvers that can be built again, and which of their fields are numbers.
+SOLVERS = {
+    "AutoSolver": (AutoSolver, ()),
+    "SpanSolver": (SpanSolver, ("rtol", "atol", "max_steps")),
+    "RidgeSolver": (RidgeSolver, ()),
+    "ArgminSolver": (ArgminSolver, ("max_steps",)),
+}
+FORMAT = "eqdistill"
+FORMAT_VERSION = 2
+MAX_BYTES = 2**30
+_MAX_HEADER_BYTES = 2**20
+_MAX_INT = 2**31 - 1
+# Beyond this the ridge is no normal number of single precision.
+_MAX_LOG_L2 = 87.0
+
+
+def check(ok: bool | np.bool_, reason: str) -> None:
+    if not ok:
+        raise ValueError(reason)
+
+
+def header_bytes(start: bytes, size: int) -> int:
+    """The length of the header, which the first eight bytes tell."""
+    check(size >= 8, f"it is too short for a safetensors file: {size} bytes")
+    length = int.from_bytes(start[:8], "little")
+    check(
+        length <= min(_MAX_HEADER_BYTES, size - 8),
+        "it is truncated or not a safetensors file: its header would have "
+        f"{length} bytes, where at most {_MAX_HEADER_BYTES} are allowed and "
+        f"{size - 8} are there",
+    )
+    return length
+
+
+def read(data: bytes) -> tuple[dict[str, Any], DistilledSet]:
+    """Checks the bytes of a file, and takes its metadata and distilled set from them.
+
+    **Raises:**
+
+    A `ValueError` with the reason, as a clause.
+    """
+    header = _json(data[8 : 8 + header_bytes(data, len(data))], "its header")
+    check(type(header) is dict, "its header must be a JSON object")
+    metadata = _metadata(header.pop("__metadata__", None))
+    tensors = _tensors(header, (*TENSORS, *LOSSES[metadata["loss"]]), data)
+    images, labels, log_l2 = (_canonical(tensors[name]) for name in TENSORS)
+    num_classes = metadata["classifier"]["num_classes"]
+
+    check(images.ndim >= 2, f"`images` must have shape (n, ...); got {images.shape}")
+    check(np.isfinite(images).all(), "`images` must be finite; some pixels are not")
+    n = images.shape[0]
+    if labels.dtype.kind == "f":
+        check(
+            labels.shape == (n, num_classes),
+            f"floating-point `labels` must have shape ({n}, {num_classes}); got "
+            f"{labels.shape}",
+        )
+        check(np.isfinite(labels).all(), "`labels` must be finite; some are not")
+    else:
+        check(
+            labels.shape == (n,),
+            f"integer `labels` must have shape ({n},); got {labels.shape}",
+        )
+        # Before they are made narrower.
+        low, high = int(tensors["labels"].min()), int(tensors["labels"].max())
+        check(
+            low >= 0 and high < num_classes,
+            f"`labels` must be in [0, {num_classes}); got values from {low} to {high}",
+        )
+    check(log_l2.shape == (), f"`log_l2` must be a scalar; got shape {log_l2.shape}")
+    check(
+        abs(float(log_l2)) <= _MAX_LOG_L2,
+        f"`log_l2` must be from {-_MAX_LOG_L2} to {_MAX_LOG_L2}; got {float(log_l2)}",
+    )
+    loss = CrossEntropy()
+    if metadata["loss"] == "SquaredError":
+        log_temperature = _canonical(tensors["log_temperature"])
+        check(
+            log_temperature.shape == () and abs(float(log_temperature)) <= _MAX_LOG_L2,
+            "`log_temperature` must be a scalar from "
+            f"{-_MAX_LOG_L2} to {_MAX_LOG_L2}; got {log_temperature}",
+        )
+        where = lambda loss: loss.log_temperature
+        loss = eqx.tree_at(where, SquaredError(), jnp.asarray(log_temperature))
+    # The logarithms are put in as they are: to take them of the ridge and of the
+    # temperature again would round.
+    distilled = DistilledSet(images, labels, l2=1.0, loss=loss)
+    return metadata, eqx.tree_at(lambda d: d.log_l2, distilled, jnp.asarray(log_l2))
+
+
+def _json(data: str | bytes, name: str) -> Any:
+    def unique(pairs):
+        result = dict(pairs)
+        check(len(result) == len(pairs), "it has a key twice")
+        return result
+
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{name} is not JSON that can be read ({e})") from e
+
+
+def _tensors(
+    header: dict[str, Any], names: tuple[str, ...], data: bytes
+) -> dict[str, np.ndarray]:
+    check(
+        set(header) == set(names),
+        f"its tensors must be {', '.join(names)}; got {sorted(header)}",
+    )
+    for name, entry in header.items():
+        check(type(entry) is dict, f"the entry of `{name}` must be a JSON object")
+        allowed = _FLOATS + _INTEGERS if name == "labels" else _FLOATS
+        dtype, shape = entry.get("dtype"), entry.get("shape")
+        check(
+            dtype in allowed,
+            f"`{name}` must have one of the dtypes {', '.join(allowed)}; got {dtype!r}",
+        )
+        check(
+            type(shape) is list
+            and len(shape) <= 8
+            and all(_is_integer(x, 1, MAX_BYTES) for x in shape),
+            f"`{name}` must have at most 8 axes, none of them empty; got shape {shape}",
+        )
+    try:
+        return safetensors.numpy.load(data)
+    except safetensors.SafetensorError as e:
+        raise ValueError(f"it is not a valid safetensors file ({e})") from e
+
+
+def _canonical(x: np.ndarray) -> np.ndarray:
+    """In the precision that JAX will give it."""
+    with np.errstate(over="ignore", invalid="ignore"):  # It is checked thereafter.
+        return x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
+
+
+def _metadata(raw: Any) -> dict[str, Any]:
+    """What the file says about itself, with the keys and types that it should have."""
+    check(
+        _is_texts(raw),
+        "it must have metadata that map strings to strings",
+    )
+    metadata = {key: _json(text, f"its metadata {key!r}") for key, text in raw.items()}
+    name, version = metadata.get("format"), metadata.get("format_version")
+    check(name == FORMAT, f"its `format` must be {FORMAT!r}; got {name!r}")
+    check(
+        type(version) is int and 1 <= version <= FORMAT_VERSION,
+        f"its `format_version` must be from 1 to {FORMAT_VERSION}, which is all that "
+        f"this version of eqdistill can read; got {version!r}",
+    )
+    if version == 1:  # All were of this loss.
+        metadata.setdefault("loss", "CrossEntropy")
+    checks = {
+        "format": (lambda x: True, ""),
+        "format_version": (lambda x: True, ""),
+        "classifier": (_is_classifier, "a classifier's `type` and sizes"),
+        "inner": (_is_inner, "an inner solver's `type` and settings"),
+        "accuracy": (
+            lambda x: x is None or _is_accuracy(x),
+            "null, or a `value` from 0 to 1 on the `split` 'test'",
+        ),
+        "dataset": (
+            lambda x: x is None or _is_dataset(x),
+            "null, or a `name` and the `sha256` of each file",
+        ),
+        "loss": (
+            lambda x: type(x) is str and x in LOSSES,
+            f"one of {', '.join(LOSSES)}",
+        ),
+        "learned": (
+            lambda x: x is None or _are_names(x),
+            "null, or a list of names",
+        ),
+        "seed": (lambda x: x is None or type(x) is int, "null or an integer"),
+        "x64": (lambda x: type(x) is bool, "true or false"),
+        "versions": (_is_texts, "a version for each package"),
+    }
+    check(
+        set(metadata) == set(checks),
+        f"its metadata must have the keys {sorted(checks)}; got {sorted(metadata)}",
+    )
+    for key, (is_valid, wanted) in checks.items():
+        value = metadata[key]
+        check(is_valid(value), f"its metadata `{key}` must be {wanted}; got {value!r}")
+    return metadata
+
+
+def _is_integer(x: Any, low: int, high: int) -> bool:
+    return type(x) is int and low <= x <= high
+
+
+def _is_texts(x: Any) -> bool:
+    return type(x) is dict and all(type(text) is str for text in x.values())
+
+
+def _are_names(x: Any) -> bool:
+    return (
+        type(x) is list
+        and all(type(name) is str and len(name) <= 200 for name in x)
+        and len(set(x)) == len(x)
+    )
+
+
+def _is_accuracy(x: Any) -> bool:
+    return (
+        type(x) is dict
+        and set(x) == {"value", "split"}
+        and type(x["value"]) in (int, float)
+        and 0 <= x["value"] <= 1
+        and x["split"] == "test"
+    )
+
+
+def _is_dataset(x: Any) -> bool:
+    return (
+        type(x) is dict
+        and set(x) == {"name", "sha256"}
+        and type(x["name"]) is str
+        and _is_texts(x["sha256"])
+    )
+
+
+def _is_classifier(x: Any) -> bool:
+    if type(x) is not dict or type(x.get("type")) is not str:
+        return False
+    if not _is_integer(x.get("num_classes"), 1, _MAX_INT):
+        return False
+    if x["type"] != "LogisticRegression":
+        return set(x) == {"type", "num_classes"}
+    return (
+        set(x) == {"type", "in_features", "num_classes", "use_intercept"}
+        and _is_integer(x["in_features"], 1, _MAX_INT)
+        and type(x["use_intercept"]) is bool
+        # It is about to be built: its weights may not fill the memory.
+        and 8 * x["in_features"] * x["num_classes"] <= MAX_BYTES
+    )
+
+
+def _is_inner(x: Any) -> bool:
+    if type(x) is not dict or type(x.get("type")) is not str:
+        return False
+    if x["type"] not in SOLVERS:
+        return set(x) == {"type", "text"} and type(x["text"]) is str
+    _, plain = SOLVERS[x["type"]]
+    return set(x) == {"type", *plain} and all(
+        _is_integer(x[field], 1, _MAX_INT)
+        if field == "max_steps"
+        else x[field] is None
+        or (type(x[field]) in (int, float) and 0 <= x[field] <= _MAX_INT)
+        for field in plain
+    )
+
+
+def build_classifier(
+    description: dict[str, Any], distilled: DistilledSet
+) -> LinearClassifier | None:
+    if description["type"] != "LogisticRegression":
+        return None
+    in_features = description["in_features"]
+    pixels = math.prod(distilled.images.shape[1:])
+    check(
+        in_features == pixels,
+        f"its classifier must have `in_features` = {pixels}, the pixels of an image; "
+        f"got {in_features}",
+    )
+    return LogisticRegression(
+        in_features,
+        description["num_classes"],
+        use_intercept=description["use_intercept"],
+        dtype=distilled.images.dtype,
+    )
+
+
+def build_inner(description: dict[str, Any]) -> AbstractInnerSolver | None:
+    if description["type"] not in SOLVERS:
+        return None
+    cls, plain = SOLVERS[description["type"]]
+    # JSON does not tell 1.0 from 1, but type checks do.
+    return cls(
+        **{
+            field: float(value) if field != "max_steps" and value is not None else value
+            for field, value in ((field, description[field]) for field in plain)
+        }
+    )

@@ -1,0 +1,113 @@
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._data._distilled_set import DistilledSet
+
+
+def export(folder: str | os.PathLike, distilled: DistilledSet) -> None:
+    r"""Exports a distilled set for people outside JAX: one PNG for each image, and a
+    file `export.json` that tells how to read them.
+
+    Distilled images have pixels of either sign, and PNGs do not. All images share one
+    linear scale, on which mid-grey is zero: a pixel of value $v$ is stored as the level
+    $\mathrm{round}(v / s) + z$. It is recovered as $s (\mathrm{level} - z)$, to within
+    $s / 2$. Grey images have 16 bits ($z$ = 32768) and colour images 8
+    ($z$ = 128). For exact values use [`eqdistill.save`][].
+
+    `export.json` holds
+
+    - `bits`, `scale` ($s$) and `zero` ($z$);
+    - `shape`, the shape of an image as it was before axes of size 1 were dropped and
+        colours put last;
+    - `l2`, the ridge $\lambda$;
+    - `images`, for each image its `file` and its `label`, or for soft labels the
+        `probabilities` of the classes.
+
+    Needs Pillow, of `eqdistill[plot]`.
+
+    **Arguments:**
+
+    - `folder`: where to write. It is made if it does not exist; files of the same
+        names in it are overwritten.
+    - `distilled`: a distilled set of grey images, of shape `(height, width)` but for
+        axes of size 1, or of colour images, of shape `(height, width, 3)` or
+        `(3, height, width)`.
+
+    **Raises:**
+
+    - A `ValueError` for images of any other shape, or that are not finite.
+    - An `ImportError` without Pillow.
+    """
+    try:
+        from PIL import Image
+    except ImportError as e:
+        raise ImportError(
+            "`eqdistill.export` needs Pillow: pip install 'eqdistill[plot]'."
+        ) from e
+    images = np.asarray(distilled.images, np.float64)
+    if not np.isfinite(images).all():
+        raise ValueError(
+            "`distilled` must have finite images; some pixels are NaN or infinite."
+        )
+    shape = images.shape[1:]
+    pictures = _pictures(images)
+    bits = 16 if pictures.ndim == 3 else 8
+    zero = 2 ** (bits - 1)
+    # Not zero, if all of the pixels are.
+    limit = max(float(np.abs(pictures).max()), float(np.finfo(np.float32).tiny))
+    scale = limit / (zero - 1)
+    levels = (np.rint(pictures / scale) + zero).astype(f"uint{bits}")
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = len(str(len(levels) - 1))
+    entries = []
+    for i, (picture, label) in enumerate(zip(levels, _labels(distilled), strict=True)):
+        file = f"{i:0{digits}}.png"
+        Image.fromarray(picture).save(folder / file)
+        entries.append({"file": file, **label})
+    description = {
+        "bits": bits,
+        "scale": scale,
+        "zero": zero,
+        "value": "scale * (level - zero)",
+        "shape": shape,
+        "l2": math.exp(float(distilled.log_l2)),
+        "images": entries,
+    }
+    text = json.dumps(description, indent=2, allow_nan=False)
+    (folder / "export.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _pictures(images: np.ndarray) -> np.ndarray:
+    """Images with the axes that a picture has."""
+    n, *shape = images.shape
+    large = [size for size in shape if size != 1]
+    if len(shape) == 3 and 1 not in shape:
+        if shape[2] == 3:
+            return images
+        if shape[0] == 3:
+            return np.moveaxis(images, 1, 3)
+    elif len(shape) == 2:
+        return images
+    elif len(large) == 2:
+        return images.reshape(n, *large)
+    raise ValueError(
+        "`distilled` must have grey images of shape (height, width), but for axes of "
+        "size 1, or colour images of shape (height, width, 3) or (3, height, width); "
+        f"got {tuple(shape)}."
+    )
+
+
+def _labels(distilled: DistilledSet) -> list[dict[str, Any]]:
+    if distilled.labels.ndim == 1:
+        return [{"label": label} for label in np.asarray(distilled.labels).tolist()]
+    logits = np.asarray(distilled.labels, np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = odds / odds.sum(axis=1, keepdims=True)
+    return [{"probabilities": p} for p in probabilities.tolist()]

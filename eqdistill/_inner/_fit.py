@@ -1,0 +1,170 @@
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree
+
+from .._checks import check_classifier, check_key, count_outputs
+from .._data._distilled_set import DistilledSet
+from .._error import error_if
+from ._auto_solver import AutoSolver
+from ._inner_solver import AbstractInnerSolver, Fitted
+
+
+NOT_CONVERGED = "the inner solver did not converge"
+COLLAPSED = (
+    "the fit has collapsed: the classifier gives every distilled image the same "
+    "logits, and nothing can be learned from it. The ridge is too large for this "
+    "network, or the images are too weak: try `l2=1e-3` or less, and images as strong "
+    "as the data, such as noise with `scale=0.3`"
+)
+
+
+def fit(
+    distilled: DistilledSet,
+    classifier: PyTree,
+    inner: AbstractInnerSolver = AutoSolver(),
+    *,
+    key: PRNGKeyArray | None = None,
+    throw: bool = True,
+) -> Fitted:
+    r"""Fits a classifier to a distilled set: $w^\star(\theta)$.
+
+    Composes with `jax.jit`, `jax.vmap` and automatic differentiation in `distilled`.
+
+    **Arguments:**
+
+    - `distilled`: the distilled set.
+    - `classifier`: an `equinox.Module` from one image, of shape `(*shape,)`, to its
+        logits, of shape `(c,)`. Its [`eqdistill.parameters`][] are fitted.
+    - `inner`: how to fit it.
+    - `key`: a `jax.random.key`, for a solver that draws random numbers. (Keyword only
+        argument.)
+    - `throw`: what to do if the fit does not converge, or collapses. If `True` then an
+        error is raised; if `False` then `converged` and `collapsed` of the result tell.
+        (Keyword only argument.)
+
+    **Returns:**
+
+    An [`eqdistill.Fitted`][].
+
+    **Raises:**
+
+    - A `TypeError` or `ValueError` if the classifier cannot be applied to the distilled
+        images, holds state, or has an output that is not a vector of logits; or if the
+        labels are not of its classes.
+    - A `TypeError` if the inner solver does not return what
+        [`eqdistill.AbstractInnerSolver`][] says.
+    - A `RuntimeError` as `throw` says.
+    """
+    check_key("key", key)
+    distilled = check_inner(distilled, classifier)
+    fitted = _fit(distilled, classifier, inner, key)
+    if throw:
+        # Outside of the compiled program: JAX's persistent compilation cache does not
+        # keep a program that may raise an error.
+        fitted = eqx.error_if(fitted, fitted.collapsed, f"No fit: {COLLAPSED}.")
+        fitted = eqx.error_if(
+            fitted,
+            ~fitted.converged,
+            f"No fit: {NOT_CONVERGED}, at a gradient norm that `fit(..., throw=False)` "
+            "tells. Give the solver more steps or a looser tolerance, or raise `l2`.",
+        )
+    return fitted
+
+
+@eqx.filter_jit
+def _fit(distilled, classifier, inner, key) -> Fitted:
+    init_key, solver_key = (None, None) if key is None else jax.random.split(key)
+    state = inner.init(distilled, classifier, key=init_key)
+    fitted, _ = solve(distilled, classifier, inner, state, key=solver_key)
+    return fitted
+
+
+def solve(
+    distilled: DistilledSet,
+    classifier: PyTree,
+    inner: AbstractInnerSolver,
+    state: PyTree,
+    *,
+    key: PRNGKeyArray | None,
+) -> tuple[Fitted, PyTree]:
+    """Calls an inner solver, and checks what it returns.
+
+    **Raises:**
+
+    A `TypeError` if that is not as [`eqdistill.AbstractInnerSolver`][] says.
+    """
+    name = type(inner).__name__
+    found = inner(distilled, classifier, state, key=key)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise TypeError(
+            f"`inner` must return a pair of a `Fitted` and a state; `{name}` returned "
+            f"a {type(found).__name__}."
+        )
+    fitted, new_state = found
+    if not isinstance(fitted, Fitted):
+        raise TypeError(
+            f"`inner` must return a `Fitted` first; `{name}` returned a "
+            f"{type(fitted).__name__}."
+        )
+    old, new = describe_arrays(state), describe_arrays(new_state)
+    if old != new:
+        raise TypeError(
+            "`inner` must return a state of arrays only, with the structure, shapes "
+            f"and dtypes of the state that it was given; `{name}` was given\n{old}\n"
+            f"and returned\n{new}"
+        )
+    count_outputs(
+        f"{name}(...)[0].classifier", fitted.classifier, image_struct(distilled)
+    )
+    # A norm that overflows or is NaN is no sign of a solution.
+    is_finite = jnp.isfinite(fitted.gradient_norm)
+    fitted = eqx.tree_at(lambda f: f.converged, fitted, fitted.converged & is_finite)
+    return fitted, new_state
+
+
+def describe_arrays(tree: PyTree) -> str:
+    """The structure of a tree, and the shapes and dtypes of its arrays, in words."""
+
+    def describe(x: Any) -> str:
+        if eqx.is_array(x):
+            return f"{x.dtype}{list(x.shape)}"
+        return f"no array, but a {type(x).__name__}"
+
+    leaves, structure = jax.tree.flatten(tree)
+    return str(jax.tree.unflatten(structure, map(describe, leaves)))
+
+
+def image_struct(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
+
+
+def check_inner(distilled: DistilledSet, classifier: PyTree) -> DistilledSet:
+    """Checks that a classifier can be fitted to a distilled set.
+
+    **Returns:**
+
+    The distilled set, which carries the check of its labels if they are traced.
+
+    **Raises:**
+
+    A `TypeError` or `ValueError` that names the argument at fault.
+    """
+    num_classes = check_classifier(classifier, image_struct(distilled))
+    labels = distilled.labels
+    if labels.ndim == 2:
+        if labels.shape[1] != num_classes:
+            raise ValueError(
+                f"`distilled.labels` must have a column for each of the {num_classes} "
+                f"classes of `classifier`; got shape {labels.shape}."
+            )
+        return distilled
+    labels = error_if(
+        labels,
+        lambda x: ((x < 0) | (x >= num_classes)).any(),
+        f"`distilled.labels` must be in [0, {num_classes}), the classes of "
+        "`classifier`; some are not.",
+    )
+    return eqx.tree_at(lambda d: d.labels, distilled, labels)

@@ -1,0 +1,125 @@
+import abc
+from typing import Generic, TypeVar
+
+import equinox as eqx
+import jax
+import optax
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+
+from .._classifier import parameters, squared_norm
+from .._data._distilled_set import DistilledSet
+
+
+State = TypeVar("State")
+
+
+def inner_loss(distilled: DistilledSet, classifier: PyTree) -> Float[Array, ""]:
+    r"""The objective of the inner problem, for a classifier with parameters $w$:
+
+    $$\frac{1}{n} \sum_{i=1}^n \ell(y_i, w(\theta_i)) + \frac{\lambda}{2} \|w\|^2.$$
+
+    **Arguments:**
+
+    - `distilled`: the images $\theta$, their labels $y$, the ridge $\lambda$ and the
+        loss $\ell$.
+    - `classifier`: a map from one image to its outputs.
+
+    **Returns:**
+
+    The mean loss on the distilled images plus the ridge. The ridge is taken over
+    [`eqdistill.parameters`][], less those that a module's `penalised` leaves out.
+
+    Source: the code of JAXopt's dataset-distillation notebook. (The formula in the
+    notebook has no factor of one half.)
+    """
+    outputs = jax.vmap(classifier)(distilled.images)
+    loss = distilled.loss(outputs, distilled.labels)
+    return loss + 0.5 * distilled.l2 * squared_norm(classifier)
+
+
+def gradient_norm(distilled: DistilledSet, classifier: PyTree) -> Float[Array, ""]:
+    """The Euclidean norm of the gradient of the inner loss in the parameters. It is a
+    diagnostic, and is not to be differentiated."""
+    distilled, classifier = jax.tree.map(
+        lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x,
+        (distilled, classifier),
+    )
+    params, static = eqx.partition(classifier, parameters(classifier))
+    loss = lambda params: inner_loss(distilled, eqx.combine(params, static))
+    return optax.tree.norm(jax.grad(loss)(params))
+
+
+class Fitted(eqx.Module):
+    r"""A classifier fitted to a distilled set.
+
+    **Attributes:**
+
+    - `classifier`: the fitted classifier, differentiable in the distilled set.
+    - `converged`: whether the classifier is a solution: for an argmin, a stationary
+        point of the inner loss.
+    - `collapsed`: whether the fit has shrunk a network to one that gives every
+        distilled image the same logits. Nothing can be learned from such a fit.
+    - `gradient_norm`: the Euclidean norm of the gradient of the inner loss in the
+        parameters: the inner residual, which is zero at an exact argmin.
+    - `stats`: what else the solver has to say, such as the number of its `"steps"`.
+    """
+
+    classifier: PyTree
+    converged: Bool[Array, ""]
+    collapsed: Bool[Array, ""]
+    gradient_norm: Float[Array, ""]
+    stats: dict[str, Array]
+
+
+class AbstractInnerSolver(eqx.Module, Generic[State]):
+    """How a classifier is fitted to a distilled set, and how the fit is differentiated.
+
+    This is the one place in which systems of dataset distillation differ.
+
+    A solver may carry a state from one outer step to the next, such as a warm start or
+    a pool of networks, and may draw random numbers.
+    """
+
+    @abc.abstractmethod
+    def init(
+        self, distilled: DistilledSet, classifier: PyTree, *, key: PRNGKeyArray | None
+    ) -> State:
+        """Makes the state for the first fit.
+
+        **Arguments:**
+
+        - `distilled`, `classifier`: as for a call.
+        - `key`: a `jax.random.key`, or `None` if the caller gave none. A solver that
+            draws random numbers raises an error then. (Keyword only argument.)
+
+        **Returns:**
+
+        A pytree of arrays only. `None` is a state of no arrays.
+        """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        distilled: DistilledSet,
+        classifier: PyTree,
+        state: State,
+        *,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Fitted, State]:
+        """Fits the classifier to the distilled set.
+
+        **Arguments:**
+
+        - `distilled`: the distilled set.
+        - `classifier`: the classifier whose parameters are to be fitted. A solver that
+            needs a start may start at the parameters it has.
+        - `state`: the state from the fit before.
+        - `key`: as for `init`; another one for each fit. (Keyword only argument.)
+
+        **Returns:**
+
+        The [`eqdistill.Fitted`][], whose `classifier` may be differentiated in every
+        floating-point array of `distilled` and of the solver itself; and the state for
+        the next fit, of the same structure, shapes and dtypes. A fit that failed is
+        returned too: `converged` tells.
+        """

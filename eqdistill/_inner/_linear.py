@@ -1,0 +1,41 @@
+import equinox as eqx
+from jaxtyping import Array, Float, PyTree
+
+from .._classifier import LinearClassifier
+from .._data._distilled_set import DistilledSet
+from .._losses import AbstractLoss
+
+
+def check_linear(
+    solver: str, distilled: DistilledSet, classifier: PyTree, loss: type[AbstractLoss]
+) -> LinearClassifier:
+    """**Raises:**
+
+    A `TypeError` if a convex solver is given a problem that it does not solve.
+    """
+    if not isinstance(classifier, LinearClassifier):
+        raise TypeError(
+            f"`{solver}` fits a `LinearClassifier`, which is linear in its parameters; "
+            f"got a {type(classifier).__name__}. Use `ArgminSolver`, or fit only the "
+            "last layer: `last_layer(network)`."
+        )
+    if not isinstance(distilled.loss, loss):
+        raise TypeError(
+            f"`{solver}` minimises `{loss.__name__}`; the loss of `distilled` is "
+            f"`{type(distilled.loss).__name__}`."
+        )
+    return classifier
+
+
+def with_head(
+    classifier: LinearClassifier,
+    weight: Float[Array, "c p"],
+    bias: Float[Array, " c"] | None,
+) -> LinearClassifier:
+    """The classifier with another head."""
+    return eqx.tree_at(
+        lambda c: (c.head.weight, c.head.bias),
+        classifier,
+        (weight, bias),
+        is_leaf=lambda x: x is None,
+    )

@@ -1,0 +1,224 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import scipy.linalg
+from jaxtyping import Array, Float, Int
+
+from .._softmax import label_residual, softmax_covariance
+
+
+class SpanProblem(eqx.Module):
+    """The inner problem of a linear classifier, in the features of the distilled images
+    that the classifier takes. `scale` is `n` times the ridge."""
+
+    images: Float[Array, "n p"]
+    labels: Int[Array, " n"] | Float[Array, "n c"]
+    scale: Float[Array, ""]
+
+
+class Coordinates(eqx.Module):
+    r"""The unknowns. Both are without their mean over the classes, which has no effect.
+
+    A classifier in the span has weights $Q V$ and intercept $b$. Here `weights` is
+    $(V + F^+ 1 b^\top)^\top$ and `intercept` is $b$. With independent images, a change
+    of `intercept` alone leaves the logits as they are. Only the ridge then tells it
+    from a change of `weights`, and does so however small the ridge is. The weights are
+    transposed, because XLA multiplies them by the features in half of the time so.
+    """
+
+    weights: Float[Array, "k r"]
+    intercept: Float[Array, " k"] | None
+
+
+class Span(eqx.Module):
+    r"""The span of the images: a basis $Q$ of it, the coordinates $F = \theta Q$ of the
+    images (`features`) and their pseudo-inverse $F^+$; and a basis of the contrasts
+    between classes.
+
+    For large problems the decomposition is skipped: `basis` and `inverse` are `None`,
+    $F$ is $\theta$, and $F^+$ is left out of [`Coordinates`][].
+    """
+
+    features: Float[Array, "n r"]
+    basis: Float[Array, "r p"] | None
+    inverse: Float[Array, "r n"] | None
+    contrasts: Float[Array, "k c"]
+
+    @staticmethod
+    def of(images: Float[Array, "n p"], num_classes: int) -> "Span":
+        contrasts = jnp.asarray(scipy.linalg.helmert(num_classes), images.dtype)
+        if min(images.shape) * num_classes > _MOST_UNKNOWNS:
+            return Span(images, None, None, contrasts)
+        left, singular_values, basis = jnp.linalg.svd(images, full_matrices=False)
+        # Singular values below rounding are zero: equal images differ in nothing.
+        rounding = max(images.shape) * jnp.finfo(images.dtype).eps
+        is_zero = ~(singular_values > rounding * singular_values[0])
+        left = jnp.where(is_zero, 0, left)
+        features = left * jnp.where(is_zero, 0, singular_values)
+        inverse = left / jnp.where(is_zero, 1, singular_values)
+        return Span(features, basis, inverse.T, contrasts)
+
+    @property
+    def shift(self) -> Float[Array, " r"]:
+        if self.inverse is None:
+            return jnp.zeros_like(self.features[0])
+        return jnp.sum(self.inverse, axis=1)
+
+    @property
+    def outside(self) -> Float[Array, " n"]:
+        outside = 1 - self.features @ self.shift
+        # As for the singular values, numbers below rounding are zero.
+        rounding = len(outside) * jnp.finfo(outside.dtype).eps
+        return jnp.where(jnp.max(jnp.abs(outside)) > rounding, outside, 0)
+
+    def coordinates(self, head: eqx.nn.Linear) -> Coordinates:
+        """The coordinates of the classifier in the span that is nearest to `head`."""
+        weights = self.contrasts @ head.weight
+        if self.basis is not None:
+            weights = weights @ self.basis.T
+        if head.bias is None:
+            return Coordinates(weights, None)
+        intercept = self.contrasts @ head.bias
+        return Coordinates(weights + jnp.outer(intercept, self.shift), intercept)
+
+    def of_pixels(self, y: Coordinates) -> Float[Array, "p c"]:
+        """The weights that the coordinates stand for."""
+        weights = self.weights(y)
+        if self.basis is not None:
+            weights = weights @ self.basis
+        return weights.T @ self.contrasts
+
+    def weights(self, y: Coordinates) -> Float[Array, "k r"]:
+        if y.intercept is None:
+            return y.weights
+        return y.weights - jnp.outer(y.intercept, self.shift)
+
+    def logits(self, y: Coordinates) -> Float[Array, "n c"]:
+        return self._logit_contrasts(y) @ self.contrasts
+
+    def _logit_contrasts(self, y: Coordinates) -> Float[Array, "n k"]:
+        contrasts = self.features @ y.weights.T
+        if y.intercept is None:
+            return contrasts
+        return contrasts + jnp.outer(self.outside, y.intercept)
+
+    def gradient(
+        self, y: Coordinates, logits: Float[Array, "n c"], problem: SpanProblem
+    ) -> Coordinates:
+        """`n` times the gradient of the inner loss in the coordinates, whose logits are
+        `logits`."""
+        residuals = label_residual(logits, problem.labels) @ self.contrasts.T
+        ridge = problem.scale * self.weights(y)
+        weights = ridge - residuals.T @ self.features
+        if y.intercept is None:
+            return Coordinates(weights, None)
+        return Coordinates(weights, -ridge @ self.shift - self.outside @ residuals)
+
+    def curvature(self, y: Coordinates) -> Float[Array, "n k k"]:
+        """The Hessian of each image's cross-entropy in the contrasts of its logits."""
+        covariance = softmax_covariance(self.logits(y))
+        return self.contrasts @ covariance @ self.contrasts.T
+
+    def hessian_product(
+        self,
+        curvature: Float[Array, "n k k"],
+        problem: SpanProblem,
+        vector: Coordinates,
+    ) -> Coordinates:
+        """The derivative of `gradient` along `vector`, at the coordinates that have
+        this curvature."""
+        along = self._logit_contrasts(vector)
+        change = jnp.einsum("nkl,nl->nk", curvature, along)
+        ridge = problem.scale * self.weights(vector)
+        weights = ridge + change.T @ self.features
+        if vector.intercept is None:
+            return Coordinates(weights, None)
+        return Coordinates(weights, self.outside @ change - ridge @ self.shift)
+
+    def hessian(
+        self,
+        curvature: Float[Array, "n k k"],
+        problem: SpanProblem,
+        use_intercept: bool,
+    ) -> Float[Array, "m m"]:
+        """The same derivative as a matrix, in the order of `flatten`."""
+        features = self.features
+        if use_intercept:
+            features = jnp.concatenate([features, self.outside[:, None]], axis=1)
+        matrix = jnp.einsum("na,nb,nkl->akbl", features, features, curvature)
+        num_contrasts = len(self.contrasts)
+        matrix = matrix.reshape(features.shape[1] * num_contrasts, -1)
+        if not use_intercept:
+            return matrix + problem.scale * jnp.eye(len(matrix), dtype=matrix.dtype)
+        rank, dtype = len(self.shift), matrix.dtype
+        shift = jnp.concatenate([jnp.eye(rank, dtype=dtype), -self.shift[:, None]], 1)
+        ridge = problem.scale * (shift.T @ shift)
+        return matrix + jnp.kron(ridge, jnp.eye(num_contrasts, dtype=dtype))
+
+    def flatten(self, vector: Coordinates) -> Float[Array, " m"]:
+        rows = vector.weights.T
+        if vector.intercept is not None:
+            rows = jnp.concatenate([rows, vector.intercept[None]])
+        return jnp.ravel(rows)
+
+    def unflatten(self, flat: Float[Array, " m"], use_intercept: bool) -> Coordinates:
+        rows = flat.reshape(-1, len(self.contrasts))
+        if use_intercept:
+            return Coordinates(rows[:-1].T, rows[-1])
+        return Coordinates(rows.T, None)
+
+
+# With more unknowns than this, the decomposition takes longer than the solve.
+_MOST_UNKNOWNS = 2000
+
+
+class Solution(eqx.Module):
+    r"""A solution $W = Q V_0$ of the inner problem, with what is needed to
+    differentiate it: $W$ leaves the span of the images when the images change.
+
+    Let $A$ be the residuals at the solution. To first order in a change of the images
+    and of the ridge, the weights are
+
+    $$W = \theta^\top A / n \lambda + Q \, (V - V_0),$$
+
+    with $A$, $Q$ and $V_0$ held fixed: the change of $A$ is multiplied by the old
+    images, and so stays in their span. The value of the first term is taken as $Q V_0$,
+    which is exact to rounding. A small difference divided by a small ridge is not.
+    """
+
+    span: Span
+    at: Coordinates
+    residuals: Float[Array, "n c"]
+
+    @staticmethod
+    def of(y: Coordinates, span: Span, problem: SpanProblem) -> "Solution":
+        residuals = label_residual(span.logits(y), problem.labels)
+        if span.inverse is not None:
+            # The part of the residuals that makes up the weights follows from the
+            # weights. Taken from the logits, it would be a small difference of large
+            # numbers.
+            outside = residuals - span.features @ (span.inverse @ residuals)
+            within = span.inverse.T @ span.weights(y).T @ span.contrasts
+            residuals = outside + problem.scale * within
+        return jax.lax.stop_gradient(Solution(span, y, residuals))
+
+    def weights(self, y: Coordinates, problem: SpanProblem) -> Float[Array, "p c"]:
+        moving = problem.images.T @ self.residuals / problem.scale
+        return _moving_as(self.span.of_pixels(y), moving)
+
+    def logits(self, problem: SpanProblem) -> Float[Array, "n c"]:
+        moving = problem.images @ self.weights(self.at, problem)
+        return _moving_as(self.span.logits(self.at), moving)
+
+
+@jax.custom_jvp
+def _moving_as(x: Array, y: Array) -> Array:
+    """`x`, with the derivative of `y` added to its own."""
+    del y
+    return x
+
+
+@_moving_as.defjvp
+def _(primals, tangents):
+    x_dot, y_dot = tangents
+    return _moving_as(*primals), x_dot + y_dot

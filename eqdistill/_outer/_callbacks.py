@@ -1,0 +1,244 @@
+import abc
+import time
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Float, PyTree
+
+from .._data._dataset import Dataset
+from .._data._distilled_set import DistilledSet
+from ._data import AbstractData, as_data
+from ._distillation import History
+from ._outer_loss import check_data, decode, loss_of
+from ._problem import DistillState, Problem
+
+
+Own = TypeVar("Own")
+
+
+class AbstractCallback(eqx.Module, Generic[Own]):
+    """Watches a distillation, and may stop it.
+
+    A callback has a state of its own, which it is given and returns. The states at the
+    end of the run are the `callbacks` of the [`eqdistill.Distillation`][].
+
+    **Attributes:**
+
+    - `every`: the callback is called after each step whose number is a multiple of
+        this, and after the last step.
+    """
+
+    every: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def init(self, problem: Problem, state: DistillState, steps: int) -> Own:
+        """**Arguments:**
+
+        - `problem`: all that stays fixed.
+        - `state`: the state that the run begins with.
+        - `steps`: the number of the step at which the run ends.
+
+        **Returns:**
+
+        The first state of the callback.
+        """
+
+    @abc.abstractmethod
+    def __call__(
+        self, problem: Problem, state: DistillState, history: History, own: Own
+    ) -> tuple[Own, bool]:
+        """**Arguments:**
+
+        - `problem`: all that stays fixed. `problem.distilled(state)` is the distilled
+            set.
+        - `state`: the state after the last step: a copy, which may be kept.
+        - `history`: what was measured in all steps so far.
+        - `own`: the state of the callback.
+
+        **Returns:**
+
+        The new state of the callback, and whether the run is to stop.
+        """
+
+    @abc.abstractmethod
+    def close(self, own: Own) -> None:
+        """Is called once at the end, also after an error.
+
+        **Arguments:**
+
+        - `own`: the last state of the callback.
+        """
+
+
+class ProgressBar(AbstractCallback[Any]):
+    """Shows a progress bar, with the outer loss of the last step. The time for compiling
+    does not count in the speed that is shown. Needs `tqdm`, of `eqdistill[progress]`.
+    """
+
+    every: int = 10
+
+    def init(self, problem, state, steps):
+        """**Raises:**
+
+        An `ImportError` without `tqdm`.
+        """
+        del problem
+        try:
+            from tqdm.auto import tqdm
+        except ImportError as e:
+            raise ImportError(
+                "`ProgressBar` needs tqdm: pip install 'eqdistill[progress]'."
+            ) from e
+        return tqdm(total=steps, initial=int(state.step), unit="step")
+
+    def __call__(self, problem, state, history, own):
+        del problem
+        step = int(state.step)
+        if len(history) > 0:
+            own.set_postfix(loss=f"{history.loss[-1]:.4f}", refresh=False)
+        if own.n == own.initial:
+            # The first steps were waited for until they were compiled: the clock is
+            # set to zero after them.
+            own.n = own.initial = step
+            own.start_t = own.last_print_t = time.time()
+        own.update(step - own.n)
+        own.refresh()
+        return own, False
+
+    def close(self, own):
+        own.close()
+
+
+class Log(AbstractCallback[None]):
+    """Writes a line for each `every` steps, with what was measured in the last of them.
+
+    **Arguments:**
+
+    - `write`: takes the line, such as `print` or the `info` of a `logging.Logger`.
+    - `every`: as for [`eqdistill.AbstractCallback`][].
+    """
+
+    write: Callable[[str], Any] = print
+    every: int = 10
+
+    def init(self, problem, state, steps):
+        del problem, state, steps
+        return None
+
+    def __call__(self, problem, state, history, own):
+        del problem
+        if len(history) > 0:
+            self.write(
+                f"step {int(state.step)}: loss {history.loss[-1]:.5g}, gradient norm "
+                f"{history.gradient_norm[-1]:.3g}, inner residual "
+                f"{history.inner_residual[-1]:.3g}"
+            )
+        return own, False
+
+    def close(self, own):
+        del own
+
+
+class Best(eqx.Module):
+    """The state of [`eqdistill.EarlyStopping`][].
+
+    **Attributes:**
+
+    - `distilled`: the distilled set with the least loss on the held-out data.
+    - `step`: the number of steps after which it was found.
+    - `steps`, `losses`: after how many steps the held-out loss was taken, and what it
+        was, in nats per image. The first entry is that of the start.
+    """
+
+    distilled: DistilledSet
+    step: int
+    steps: tuple[int, ...]
+    losses: Float[np.ndarray, " checks"]
+
+
+class EarlyStopping(AbstractCallback[Best]):
+    """Stops when the distilled set gets no better on held-out data, and keeps the best
+    one: `result.callbacks[i].distilled`, with a [`eqdistill.Best`][] for a state.
+
+    !!! Example
+
+        ```python
+        train, held_out = train.split(0.1, key=jr.key(0))
+        stopping = eqd.EarlyStopping(held_out)
+        result = eqd.distill(start, classifier, train, callbacks=[stopping])
+        best = result.callbacks[0].distilled
+        ```
+
+    **Attributes:**
+
+    - `data`: real data that are not in the training data: see
+        [`eqdistill.Dataset.split`][].
+    - `every`: the held-out loss is taken after each such number of steps.
+    - `patience`: the run stops after this many held-out losses in a row that are no
+        better than the best. A loss that is not finite is no better.
+    """
+
+    data: Dataset | AbstractData
+    every: int = 10
+    patience: int = 3
+
+    def __check_init__(self):
+        for name in ("every", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"`{name}` must be at least 1; got {getattr(self, name)}."
+                )
+
+    def init(self, problem, state, steps):
+        """**Raises:**
+
+        A `ValueError` if the held-out data do not suit the problem, or if the loss on
+        them is not finite at the start.
+        """
+        del steps
+        start, inner = problem.pair(state)
+        check_data("data", self.data, decode(start), problem.classifier)
+        loss = self._loss(problem, state)
+        if not np.isfinite(loss):
+            raise ValueError(
+                "The loss on the held-out `data` must be finite at the start; it is "
+                f"{loss}."
+            )
+        step = int(state.step)
+        losses = np.array([loss], np.float32)
+        return Best(problem.distilled(state), step, (step,), losses)
+
+    def __call__(self, problem, state, history, own):
+        del history
+        step = int(state.step)
+        if step == own.steps[-1]:  # After a failure, or at the end.
+            return own, False
+        loss = self._loss(problem, state)
+        is_better = loss < np.nanmin(own.losses)
+        own = Best(
+            problem.distilled(state) if is_better else own.distilled,
+            step if is_better else own.step,
+            (*own.steps, step),
+            np.append(own.losses, np.float32(loss)),
+        )
+        since_best = len(own.steps) - 1 - own.steps.index(own.step)
+        return own, since_best >= self.patience
+
+    def close(self, own):
+        del own
+
+    def _loss(self, problem: Problem, state: DistillState) -> float:
+        data = as_data(self.data, problem.classifier)
+        start, inner = problem.pair(state)
+        args = (start, problem.classifier, data, inner, state.inner_state)
+        return float(_loss(*args, state.step, state.key))
+
+
+@eqx.filter_jit
+def _loss(start, classifier, data, inner, inner_state, step, key):
+    distilled = decode(start)
+    loss, _ = loss_of(distilled, classifier, data, inner, inner_state, step=step, key=key)
+    return loss

@@ -1,0 +1,211 @@
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from .._data._dataset import Dataset
+from .._inner._auto_solver import AutoSolver
+from .._inner._fit import describe_arrays
+from .._inner._inner_solver import AbstractInnerSolver
+from ._callbacks import AbstractCallback
+from ._data import AbstractData
+from ._distillation import (
+    Distillation,
+    DistillationError,
+    History,
+    NO_ROWS,
+    to_result,
+    to_rows,
+)
+from ._loop import CompiledStep
+from ._problem import DistillState, Problem, REASONS, Status
+
+
+# After this many steps their results are fetched, to see whether the run has ended. To
+# fetch more often would hold up an accelerator.
+_FETCH_EVERY = 10
+
+
+def distill(
+    start: PyTree,
+    classifier: PyTree,
+    train: Dataset | AbstractData,
+    *,
+    inner: AbstractInnerSolver = AutoSolver(),
+    optimiser: optax.GradientTransformation = optax.adam(0.02),
+    steps: int = 50,
+    learn: PyTree[bool] | None = None,
+    tolerance: float = 0.0,
+    callbacks: Sequence[AbstractCallback] = (),
+    key: PRNGKeyArray | None = None,
+    state: DistillState | None = None,
+) -> Distillation:
+    r"""Distils a dataset: minimises the outer loss over a distilled set,
+
+    $$\min_\theta F(\theta) = \frac{1}{N} \sum_{i=1}^N \ell(y_i,
+    w^\star(\theta)(x_i)),$$
+
+    by the steps of an Optax optimiser along the hypergradient $\nabla F$ of
+    [`eqdistill.outer_loss`][].
+
+    **Arguments:**
+
+    - `start`: the distilled set to begin with; or any `equinox.Module` whose `decode`
+        gives one, if something else than the images is to be learned.
+    - `classifier`: as for [`eqdistill.fit`][].
+    - `train`: the real data to distil. All of a [`eqdistill.Dataset`][] is used in each
+        step. [`eqdistill.Batches`][] take some in each.
+
+    All other arguments are keyword only.
+
+    - `inner`: how to fit the classifier.
+    - `optimiser`: any Optax optimiser. Those with a line search, such as
+        `optax.lbfgs`, are given the value, the gradient and the value function that
+        they need. A convex inner problem and all of the data in each step converge in
+        far fewer steps with `optax.lbfgs(learning_rate=1.0, linesearch=None)`, and in
+        fewer still with [`eqdistill.whitened`][] around that.
+    - `steps`: the number of the step at which the run ends.
+    - `learn`: what is learned: bools with the structure of the pair `(start, inner)`,
+        or a prefix of it. `(True, False)` learns all floating-point arrays of `start`.
+        The default learns its `images`.
+    - `tolerance`: the run has converged when the Euclidean norm of the hypergradient is
+        at most this.
+    - `callbacks`: [`eqdistill.AbstractCallback`][]s, such as
+        [`eqdistill.ProgressBar`][] and [`eqdistill.EarlyStopping`][].
+    - `key`: a `jax.random.key`, for data in batches and inner solvers that draw random
+        numbers.
+    - `state`: goes on from this state, the `state` of an earlier result. All other
+        arguments must be those of the earlier call, except for `steps`, which counts
+        from the start of the first run.
+
+    **Returns:**
+
+    An [`eqdistill.Distillation`][].
+
+    **Raises:**
+
+    - A `TypeError` or `ValueError` as [`eqdistill.outer_loss`][], or for an argument
+        that is out of its range.
+    - An [`eqdistill.DistillationError`][], with the last good distilled set, if the
+        inner solver fails or its fit collapses, or if the loss, its gradient or the
+        distilled set stop being finite.
+
+    Source: the bilevel problem is that of JAXopt's dataset-distillation notebook; its
+    gradient by implicit differentiation, Pedregosa 2016, equation (2).
+    """
+    problem = Problem(
+        start,
+        classifier,
+        train,
+        inner,
+        optimiser=optimiser,
+        learn=learn,
+        tolerance=tolerance,
+    )
+    if state is None:
+        state = problem.init(key=key)
+    else:
+        _check_state(problem, state, key)
+    first = int(state.step)
+    if steps <= first:
+        wanted = "at least 1" if first == 0 else f"above {first}, the step of `state`"
+        raise ValueError(f"`steps` must be {wanted}; got {steps}.")
+    run = CompiledStep(problem, state, is_batched=False)
+    rows = NO_ROWS
+    watch = _Watch(callbacks)
+    try:
+        watch.init(problem, state, steps)
+        while True:
+            step = int(state.step)
+            num_steps = min(steps - step, watch.steps_until_due(step))
+            try:
+                found = [run() for _ in range(num_steps)]
+                new_state = run.state()
+                rows = np.concatenate([rows, to_rows(found, int(new_state.step) - step)])
+            except jax.errors.JaxRuntimeError as e:
+                raise DistillationError(
+                    f"Distillation stopped in the {num_steps} steps after step {step}: "
+                    "the inner solver raised the error above.",
+                    to_result(problem, state, rows, watch.own, has_failed=True),
+                ) from e
+            state = new_state
+            status = Status(int(state.status))
+            if status in REASONS:
+                raise DistillationError(
+                    f"Distillation stopped at step {int(state.step)}: "
+                    f"{REASONS[status]}.",
+                    to_result(problem, state, rows, watch.own, has_failed=True),
+                )
+            is_last = status == Status.CONVERGED or int(state.step) >= steps
+            if watch(problem, state, History(*rows.T), is_last):
+                break
+    finally:
+        watch.close()
+    return to_result(problem, state, rows, watch.own)
+
+
+class _Watch:
+    """The callbacks of a run, with their states."""
+
+    def __init__(self, callbacks: Sequence[AbstractCallback]):
+        self._callbacks = callbacks
+        self._own = []
+
+    @property
+    def own(self) -> tuple[PyTree, ...]:
+        return tuple(self._own)
+
+    def init(self, problem: Problem, state: DistillState, steps: int) -> None:
+        for callback in self._callbacks:
+            if not callback.every >= 1:
+                raise ValueError(
+                    f"`every` of a `{type(callback).__name__}` must be at least 1; got "
+                    f"{callback.every}."
+                )
+            self._own.append(callback.init(problem, state, steps))
+
+    def steps_until_due(self, step: int) -> int:
+        """How many steps to take until a callback is due, or results are fetched."""
+        every = (_FETCH_EVERY, *(callback.every for callback in self._callbacks))
+        return min(n - step % n for n in every)
+
+    def __call__(
+        self, problem: Problem, state: DistillState, history: History, is_last: bool
+    ) -> bool:
+        """Calls the callbacks that are due, and says whether the run ends here."""
+        step = int(state.step)
+        is_due = [step % callback.every == 0 for callback in self._callbacks]
+        # If one stops the run, the others are called for the last time.
+        for due in (True, False):
+            for i, callback in enumerate(self._callbacks):
+                if is_due[i] == due and (due or is_last):
+                    own, stops = callback(problem, state, history, self._own[i])
+                    self._own[i] = own
+                    is_last = is_last or bool(stops)
+        return is_last
+
+    def close(self) -> None:
+        for callback, own in zip(self._callbacks, self._own, strict=False):
+            callback.close(own)
+
+
+def _check_state(
+    problem: Problem, state: DistillState, key: PRNGKeyArray | None
+) -> None:
+    if key is not None:
+        raise ValueError("`key` must not be given with `state`, which has the key.")
+    template = eqx.filter_eval_shape(problem.init, key=state.key)
+    wanted, got = describe_arrays(template), describe_arrays(state)
+    if wanted != got:
+        raise ValueError(
+            "`state` must be of the same problem; this one needs a state of\n"
+            f"{wanted}\nand got one of\n{got}"
+        )
+    if state.status != Status.RUNNING:
+        raise ValueError(
+            "`state` must be of a run that goes on; this one has ended, with status "
+            f"{Status(int(state.status)).name}."
+        )

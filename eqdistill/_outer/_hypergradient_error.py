@@ -1,0 +1,174 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.scipy.sparse.linalg
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .._classifier import takes_pixels
+from .._data._dataset import Dataset
+from .._data._distilled_set import DistilledSet
+from .._inner._auto_solver import AutoSolver
+from .._inner._inner_solver import AbstractInnerSolver, Fitted
+from .._losses import cross_entropy, CrossEntropy
+from .._softmax import label_residual, softmax_change
+from ._outer_loss import outer_loss
+
+
+class HypergradientError(eqx.Module):
+    """How exact a hypergradient is.
+
+    **Attributes:**
+
+    - `norm`: the Euclidean norm of the hypergradient, over all floating-point arrays of
+        `start`.
+    - `error`: its Euclidean distance to the hypergradient of the reference.
+    - `bound`: a bound on its Euclidean distance to the exact hypergradient. It is
+        infinite for problems of which no bound is known.
+    - `inner_residual`: the `gradient_norm` of the [`eqdistill.Fitted`][].
+    """
+
+    norm: float
+    error: float
+    bound: float
+    inner_residual: float
+
+
+def hypergradient_error(
+    start: PyTree,
+    classifier: PyTree,
+    data: Dataset,
+    inner: AbstractInnerSolver = AutoSolver(),
+    *,
+    reference: AbstractInnerSolver | None = None,
+    key: PRNGKeyArray | None = None,
+) -> HypergradientError:
+    """Measures how exact a hypergradient is: by its distance to that of a reference in
+    double precision, and by an a posteriori bound where one is known.
+
+    A bound is known for [`eqdistill.LogisticRegression`][] without an intercept, with
+    cross-entropy. It is a pessimistic one, as it divides by the ridge twice: at a ridge
+    of 0.001 it may be thousands of times the error.
+
+    **Arguments:**
+
+    - `start`, `classifier`, `inner`: as for [`eqdistill.outer_loss`][].
+    - `data`: the real data.
+    - `reference`: how to fit the classifier for the reference. Defaults to `inner`,
+        whose tolerances, if they are the defaults, are finer in double precision.
+        (Keyword only argument.)
+    - `key`: as for [`eqdistill.outer_loss`][]. (Keyword only argument.)
+
+    **Returns:**
+
+    An [`eqdistill.HypergradientError`][].
+
+    **Raises:**
+
+    As [`eqdistill.outer_loss`][]; and a `ValueError` if the fit of the reference does
+    not converge.
+
+    Source: Blondel et al., *Efficient and modular implicit differentiation*, 2022,
+    Theorem 1, and Pedregosa, *Hyperparameter optimization with approximate gradient*,
+    2016, Theorem 1, for the bound; `docs/mathematics.md` for its proof.
+    """
+    gradient, fitted = _hypergradient(start, classifier, data, inner, key)
+    with jax.enable_x64(True):
+        real = Dataset(_to_double(data.floating()), data.labels, data.num_classes)
+        double_start, double_classifier, gradient, at = map(
+            _to_double, (start, classifier, gradient, fitted.classifier)
+        )
+        reference = _to_double(inner if reference is None else reference)
+        args = (double_start, double_classifier, real, reference, key)
+        wanted, reference_fit = _hypergradient(*args)
+        if not reference_fit.converged:
+            raise ValueError(
+                "`reference` must fit the classifier; it did not converge, and left a "
+                f"gradient of norm {reference_fit.gradient_norm:.2g}."
+            )
+        bound = jnp.inf
+        if (
+            isinstance(start, DistilledSet)
+            and isinstance(start.loss, CrossEntropy)
+            and takes_pixels(classifier)
+            and classifier.head.bias is None
+        ):
+            bound = _bound(double_start, at.head.weight.T, real, gradient)
+        error = optax.tree.norm(optax.tree.sub(gradient, wanted))
+        norm = optax.tree.norm(gradient)
+        return HypergradientError(
+            float(norm), float(error), float(bound), float(fitted.gradient_norm)
+        )
+
+
+@eqx.filter_jit
+def _hypergradient(start, classifier, data, inner, key) -> tuple[PyTree, Fitted]:
+    gradient, outcome = eqx.filter_grad(outer_loss, has_aux=True)(
+        start, classifier, data, inner, key=key
+    )
+    return gradient, outcome.fitted
+
+
+def _to_double(tree: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, tree
+    )
+
+
+@eqx.filter_jit
+def _bound(
+    distilled: DistilledSet,
+    weights: Float[Array, "p c"],
+    data: Dataset,
+    hypergradient: PyTree,
+) -> Float[Array, ""]:
+    r"""A bound on the distance of `hypergradient` from the exact one.
+
+    `weights` are near the solution of the inner problem. The letters are those of the
+    proof in `docs/mathematics.md`: $a$, $q$, $u$, $v$, $\delta$, $\epsilon$ and $m$.
+    """
+    n, l2 = len(distilled), distilled.l2
+    images = distilled.images.reshape(n, -1)
+    real = data.images.reshape(len(data), -1)
+    logits = images @ weights
+
+    def hessian(u):
+        return images.T @ softmax_change(logits, images @ u) / n + l2 * u
+
+    v = jax.grad(lambda weights: cross_entropy(real @ weights, data.labels))(weights)
+    u, _ = jax.scipy.sparse.linalg.cg(hessian, v, tol=1e-12, maxiter=1000)
+    a, q = label_residual(logits, distilled.labels), images @ u
+    change = softmax_change(logits, q)
+    # The hypergradient as it follows from the adjoint. To the bound is added by how
+    # much the one that is given differs from it.
+    follows = {
+        "images": (a @ u.T - change @ weights.T) / n,
+        "log_l2": -l2 * jnp.sum(u * weights),
+    }
+    if distilled.labels.ndim == 2:
+        follows["labels"] = softmax_change(distilled.labels, q) / n
+    differs = {
+        name: jnp.linalg.norm(getattr(hypergradient, name) - x.reshape(
+            getattr(hypergradient, name).shape
+        ))
+        for name, x in follows.items()
+    }
+    norms, a_norms, q_norms = (jnp.linalg.norm(x, axis=1) for x in (images, a, q))
+    spread = jnp.max(q, axis=1) - jnp.min(q, axis=1)
+    u_norm, weights_norm = jnp.linalg.norm(u), jnp.linalg.norm(weights)
+    delta = jnp.linalg.norm(l2 * weights - images.T @ a / n) / l2
+    m = jnp.mean(jnp.sum(real**2, axis=1))
+    residual = jnp.linalg.norm(hessian(u) - v)
+    epsilon = (delta / 2 * (m + jnp.mean(norms**2 * spread)) + residual) / l2
+    of_images = (
+        epsilon * (a_norms + norms * delta / 2)
+        + u_norm * norms * delta / 2
+        + delta * (q_norms + epsilon * norms) / 2
+        + weights_norm * norms * (epsilon + spread * delta) / 2
+    ) / n
+    moves = {
+        "images": jnp.linalg.norm(of_images),
+        "log_l2": l2 * (epsilon * (weights_norm + delta) + u_norm * delta),
+        "labels": epsilon * jnp.linalg.norm(norms) / (2 * n),
+    }
+    return optax.tree.norm({name: differs[name] + moves[name] for name in follows})

@@ -1,0 +1,266 @@
+import functools
+import math
+import os
+from collections.abc import Iterable
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ._mean_loss import AbstractLayout
+from ._rows import count_chunks
+
+
+class LinearLayout(AbstractLayout):
+    r"""Features of images for a linear head, in which rare features are multiplied only
+    for the images that have them.
+
+    The background, which is the least value of each feature, is subtracted. The
+    features are sorted by how often they differ from it, and the images by the rarest
+    feature in which they differ. A chunk of the sorted images then needs only the
+    features up to the rarest one in the chunk. For MNIST these are 450 of 784 pixels an
+    image.
+
+    A chunk lies in memory by features. A CPU multiplies it fastest in this form, both
+    for the logits $W X$ and for the gradient $R X^\top$.
+    """
+
+    chunks: tuple["_Chunk", ...]
+    order: Int[Array, " p"]
+    rank: Int[Array, " p"]
+    background: Float[Array, " p"] | None
+    num_images: int = eqx.field(static=True)
+
+    def __init__(self, features: np.ndarray, labels: np.ndarray):
+        """`features` has shape `(N, p)`. Bytes are scaled to the range 0 to 1."""
+        # On the host: the shapes of the chunks depend on the values.
+        is_bytes = features.dtype == np.uint8
+        dtype = np.dtype(jnp.result_type(float)) if is_bytes else features.dtype
+        scale = dtype.type(255 if is_bytes else 1)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            background, is_constant = _background(features, pool)
+            order = _by_frequency(features, background, is_constant)
+            # In as many steps as a byte has, to be quick.
+            levels = np.linspace(0, 255, len(order)).astype(np.uint8)
+            rarest = _rarest(features, background, order, levels, pool)
+            num_varying = max(int(np.sum(~is_constant)), 1)
+
+            def cut(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                last = np.searchsorted(levels, rarest[rows[-1]], side="right")
+                columns = order[: min(int(last), num_varying)]
+                chunk = _cut(features, rows, columns, background, scale, chunk_size)
+                # Labels of no class where a chunk is not full.
+                classes = np.full(chunk_size, -1, labels.dtype)
+                classes[: len(rows)] = labels[rows]
+                return chunk, classes
+
+            chunk_size = _chunk_size(features)
+            by_rarity = np.argsort(rarest, kind="stable")
+            cuts = range(chunk_size, len(features), chunk_size)
+            chunks = list(pool.map(cut, np.split(by_rarity, cuts)))
+        floating = np.divide(background, scale, dtype=dtype)
+        # All at once, and not by `jnp.asarray`, which compiles a program for each shape.
+        chunks, self.order, self.rank, self.background = jax.device_put(
+            (
+                chunks,
+                order,
+                np.argsort(order),
+                floating if background.any() else None,
+            )
+        )
+        self.chunks = tuple(_Chunk(*chunk) for chunk in chunks)
+        self.num_images = len(features)
+
+    def value(self, classifier):
+        losses, _ = self._by_chunk(classifier)
+        return _sum(losses) / self.num_images
+
+    def value_and_grad(self, classifier):
+        losses, residuals = self._by_chunk(classifier)
+        products = [
+            _multiply_back(chunk.features, residual)
+            for chunk, residual in zip(self.chunks, residuals, strict=True)
+        ]
+        num_features = len(self.order)
+        weight = _sum(
+            jnp.pad(product, ((0, num_features - len(product)), (0, 0)))
+            for product in products
+        )
+        weight = _with_last_class(_take(weight, self.rank))
+        bias = _with_last_class(_sum(jnp.sum(x, axis=1) for x in residuals))
+        if self.background is not None:
+            weight = weight + jnp.outer(self.background, bias)
+        gradient = eqx.tree_at(lambda head: head.weight, classifier, weight.T)
+        if classifier.bias is not None:
+            gradient = eqx.tree_at(lambda head: head.bias, gradient, bias)
+        gradient = jax.tree.map(
+            lambda x, old: (x / self.num_images).astype(old.dtype), gradient, classifier
+        )
+        return _sum(losses) / self.num_images, gradient
+
+    def _by_chunk(self, head: eqx.nn.Linear):
+        """The sum of the losses of each chunk, and its gradient in the logits relative
+        to the logit of the last class. There is one class less to multiply by so."""
+        weight = head.weight[:-1] - head.weight[-1:]
+        offset = None if head.bias is None else head.bias[:-1] - head.bias[-1:]
+        if self.background is not None:
+            constant = weight @ self.background
+            offset = constant if offset is None else offset + constant
+        weight = _take(weight.T, self.order).T
+        losses, residuals = [], []
+        for chunk in self.chunks:
+            logits = weight[:, : len(chunk.features)] @ chunk.features
+            if offset is not None:
+                logits = logits + offset[:, None]
+            loss, residual = _loss_and_residual(logits, chunk.labels)
+            losses.append(loss)
+            residuals.append(residual)
+        return losses, residuals
+
+
+# More chunks are no quicker to multiply, but slower to compile, as there is no loop.
+_MOST_CHUNKS = 8
+# A CPU multiplies this many numbers at once.
+_LANES = 16
+# The number of images that the host takes at once.
+_AT_ONCE = 1024
+
+
+class _Chunk(eqx.Module):
+    """The first `q` of the sorted features of `m` images, less the background. Images
+    of label -1 only fill the chunk up."""
+
+    features: Float[Array, "q m"]
+    labels: Int[Array, " m"]
+
+
+def _product(
+    features: Float[Array, "q m"], residual: Float[Array, "c m"]
+) -> Float[Array, "q c"]:
+    num_classes = len(residual)
+    padded = jnp.pad(residual, ((0, -num_classes % _LANES), (0, 0)))
+    return (features @ padded.T)[:, :num_classes]
+
+
+_multiply_back = jax.custom_batching.custom_vmap(_product)
+
+
+@_multiply_back.def_vmap
+def _(axis_size, is_batched, features, residual):
+    if is_batched == [False, True]:
+        # Many classifiers are one classifier of many classes, which is padded less.
+        together = residual.reshape(-1, residual.shape[2])
+        product = _multiply_back(features, together)
+        product = product.reshape(len(features), axis_size, -1)
+        return jnp.moveaxis(product, 1, 0), True
+    axes = [0 if batched else None for batched in is_batched]
+    return jax.vmap(_product, axes)(features, residual), True
+
+
+# Traced once for all chunks.
+@jax.jit
+def _loss_and_residual(logits: Float[Array, "k m"], labels: Int[Array, " m"]):
+    """The sum of the cross-entropies, and its gradient in the logits. There is one more
+    class after these, whose logit is zero."""
+    largest = jnp.max(logits, axis=0, initial=0)
+    exponentials = jnp.exp(logits - largest)
+    total = jnp.sum(exponentials, axis=0) + jnp.exp(-largest)
+    is_label = jnp.arange(len(logits))[:, None] == labels
+    is_real = (labels >= 0).astype(logits.dtype)
+    of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=0)
+    loss = jnp.sum(is_real * (largest - of_label + jnp.log(total)))
+    return loss, exponentials * (is_real / total) - is_label
+
+
+def _with_last_class(gradient: Float[Array, "*p k"]) -> Float[Array, "*p c"]:
+    """Adds the gradient of the last class, with which all classes sum to zero."""
+    last = -jnp.sum(gradient, axis=-1, keepdims=True)
+    return jnp.concatenate([gradient, last], axis=-1)
+
+
+def _sum(arrays: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, arrays)
+
+
+def _take(array: Float[Array, "p c"], order: Int[Array, " p"]) -> Float[Array, "p c"]:
+    return array.at[order].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def _blocks(features: np.ndarray) -> list[np.ndarray]:
+    return [features[i : i + _AT_ONCE] for i in range(0, len(features), _AT_ONCE)]
+
+
+def _background(
+    features: np.ndarray, pool: Executor
+) -> tuple[np.ndarray, np.ndarray]:
+    """The least value of each feature, and whether it is the only one."""
+    extrema = pool.map(lambda x: (x.min(axis=0), x.max(axis=0)), _blocks(features))
+    minima, maxima = zip(*extrema, strict=True)
+    background = np.min(minima, axis=0)
+    return background, np.max(maxima, axis=0) == background
+
+
+def _by_frequency(
+    features: np.ndarray, background: np.ndarray, is_constant: np.ndarray
+) -> np.ndarray:
+    """The features, from the one that most often differs from the background to those
+    that never do."""
+    some = features[:: -(-len(features) // 4096)]
+    frequency = np.mean(some != background, axis=0)
+    return np.argsort(is_constant - frequency, kind="stable")
+
+
+def _rarest(
+    features: np.ndarray,
+    background: np.ndarray,
+    order: np.ndarray,
+    levels: np.ndarray,
+    pool: Executor,
+) -> np.ndarray:
+    """The level of the rarest feature in which each image differs from the background.
+    """
+    rarity = np.empty_like(levels)
+    rarity[order] = levels
+
+    def of_block(block: np.ndarray) -> np.ndarray:
+        differs = (block != background).view(np.uint8)
+        return np.max(np.multiply(differs, rarity, out=differs), axis=1)
+
+    return np.concatenate(list(pool.map(of_block, _blocks(features))))
+
+
+def _chunk_size(features: np.ndarray) -> int:
+    num_chunks = count_chunks(*features.shape, chunk_bytes=2**23)
+    size = -(-len(features) // min(num_chunks, _MOST_CHUNKS))
+    return size + -size % _LANES
+
+
+def _cut(
+    features: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    background: np.ndarray,
+    scale: np.floating,
+    chunk_size: int,
+) -> np.ndarray:
+    """Some features of some images, less the background, by features. It is zero where
+    there are fewer images than `chunk_size`."""
+    chunk = _aligned((len(columns), chunk_size), scale.dtype)
+    chunk[:, len(rows) :] = 0
+    # As many images at a time as a cache holds, since they are transposed.
+    for i in range(0, len(rows), 512):
+        some = features[rows[i : i + 512]].T[columns]
+        some = some - background[columns][:, None]
+        np.divide(some, scale, out=chunk[:, i : i + some.shape[1]])
+    return chunk
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX need not copy."""
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)

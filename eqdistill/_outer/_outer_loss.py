@@ -1,0 +1,186 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from .._checks import check_classifier, check_key
+from .._classifier import LinearClassifier
+from .._data._dataset import Dataset
+from .._data._distilled_set import DistilledSet
+from .._inner._auto_solver import AutoSolver
+from .._inner._fit import check_inner, image_struct, solve
+from .._inner._inner_solver import AbstractInnerSolver, Fitted
+from .._losses import AbstractLoss
+from ._data import AbstractData
+from ._rows import Rows
+from ._mean_loss import mean_loss
+
+
+class Outcome(eqx.Module):
+    """What comes with an outer loss.
+
+    **Attributes:**
+
+    - `fitted`: the [`eqdistill.Fitted`][] of the inner problem.
+    - `state`: the state of the inner solver, for the next outer step.
+    """
+
+    fitted: Fitted
+    state: PyTree
+
+
+def outer_loss(
+    start: PyTree,
+    classifier: PyTree,
+    data: Dataset | AbstractData,
+    inner: AbstractInnerSolver = AutoSolver(),
+    state: PyTree = None,
+    *,
+    step: int | Int[Array, ""] = 0,
+    key: PRNGKeyArray | None = None,
+) -> tuple[Float[Array, ""], Outcome]:
+    r"""The loss on real data of the classifier fitted to a distilled set,
+
+    $$F(\theta) = \frac{1}{N} \sum_{i=1}^N \ell(y_i, w^\star(\theta)(x_i)),$$
+
+    with the cross-entropy $\ell$. Its gradient is the hypergradient:
+    `equinox.filter_value_and_grad(outer_loss, has_aux=True)` is what
+    [`eqdistill.distill`][] calls in each step, and all that a loop of one's own needs.
+
+    !!! Example
+
+        ```python
+        data = eqd.FullBatch(train, classifier)  # once, outside of the loop
+        hypergradient = eqx.filter_jit(
+            eqx.filter_value_and_grad(eqd.outer_loss, has_aux=True)
+        )
+        (loss, outcome), gradient = hypergradient(distilled, classifier, data)
+        ```
+
+    **Arguments:**
+
+    - `start`: the distilled set, or another module whose `decode` gives one.
+    - `classifier`: as for [`eqdistill.fit`][].
+    - `data`: the real data. A [`eqdistill.Dataset`][] works everywhere. An
+        [`eqdistill.FullBatch`][] of it is quicker, and is what a loop should use.
+    - `inner`: how to fit the classifier.
+    - `state`: the state of the inner solver, from the outcome of the step before. The
+        default is a new one.
+    - `step`: the number of the outer step. (Keyword only argument.)
+    - `key`: a `jax.random.key`, the same for all steps of a run, for data in batches
+        and solvers that draw random numbers. (Keyword only argument.)
+
+    **Returns:**
+
+    The mean cross-entropy, in nats per image, and the [`eqdistill.Outcome`][]. Whether
+    the fit converged is in `outcome.fitted`: no error is raised if it did not.
+
+    **Raises:**
+
+    A `TypeError` or `ValueError` as [`eqdistill.fit`][], or if the real images are not
+    of the shape of the distilled images, or are of more classes than the classifier
+    has.
+    """
+    check_key("key", key)
+    distilled = check_inner(decode(start), classifier)
+    check_data("data", data, distilled, classifier)
+    return loss_of(distilled, classifier, data, inner, state, step=step, key=key)
+
+
+def loss_of(
+    distilled: DistilledSet,
+    classifier: PyTree,
+    data: Dataset | AbstractData,
+    inner: AbstractInnerSolver,
+    state: PyTree,
+    *,
+    step: int | Int[Array, ""],
+    key: PRNGKeyArray | None,
+) -> tuple[Float[Array, ""], Outcome]:
+    """The outer loss, of arguments that have been checked.
+
+    A check of traced labels would put a callback into the program, and JAX's persistent
+    compilation cache does not keep such a program.
+    """
+    step = jnp.asarray(step)
+    data_key, init_key, solver_key = split_key(key)
+    if state is None:
+        state = inner.init(distilled, classifier, key=init_key)
+    if solver_key is not None:
+        solver_key = jr.fold_in(solver_key, step)
+    fitted, state = solve(distilled, classifier, inner, state, key=solver_key)
+    reader = as_logits(eqx.nn.inference_mode(fitted.classifier), distilled.loss)
+    if isinstance(data, Dataset):
+        loss = mean_loss(reader, Rows(data.images, data.labels))
+    else:
+        loss = data.loss(reader, step, key=data_key)
+    return loss, Outcome(fitted, state)
+
+
+def split_key(key: PRNGKeyArray | None):
+    """The keys of a run: for the order of the data, for the first state of the inner
+    solver, and for its fits."""
+    return (None, None, None) if key is None else tuple(jr.split(key, 3))
+
+
+class _Reader(eqx.Module):
+    classifier: PyTree
+    loss: AbstractLoss
+
+    def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, " c"]:
+        return self.loss.to_logits(self.classifier(image))
+
+
+def as_logits(classifier: PyTree, loss: AbstractLoss) -> PyTree:
+    """The fitted classifier, whose outputs are read as logits. A linear classifier
+    stays one."""
+    if isinstance(classifier, LinearClassifier):
+        head = jax.tree.map(loss.to_logits, classifier.head)
+        return eqx.tree_at(lambda c: c.head, classifier, head)
+    return _Reader(classifier, loss)
+
+
+def decode(start: PyTree) -> DistilledSet:
+    """**Raises:**
+
+    A `TypeError` if `start` does not decode to a distilled set.
+    """
+    if not hasattr(start, "decode"):
+        raise TypeError(
+            "`start` must be a `DistilledSet`, or a module whose `decode` gives one; "
+            f"got a {type(start).__name__}."
+        )
+    distilled = start.decode()
+    if not isinstance(distilled, DistilledSet):
+        raise TypeError(
+            f"`start.decode()` must give a `DistilledSet`; that of a "
+            f"{type(start).__name__} gave a {type(distilled).__name__}."
+        )
+    return distilled
+
+
+def check_data(
+    name: str,
+    data: Dataset | AbstractData,
+    distilled: DistilledSet,
+    classifier: PyTree,
+) -> None:
+    """Checks that a distilled set can stand for real data.
+
+    **Raises:**
+
+    A `ValueError` that names the argument at fault.
+    """
+    shape = distilled.images.shape[1:]
+    if data.shape != shape:
+        raise ValueError(
+            f"`{name}` and `distilled` must have images of one shape; got "
+            f"{data.shape} and {shape}."
+        )
+    num_classes = check_classifier(classifier, image_struct(distilled))
+    if data.num_classes > num_classes:
+        raise ValueError(
+            f"`classifier` must have a logit for each of the {data.num_classes} "
+            f"classes of `{name}`; it has {num_classes}."
+        )
