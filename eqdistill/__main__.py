@@ -1,5 +1,4 @@
-"""The command `python -m eqdistill check FILE`: checks the accuracy that a file claims.
-"""
+"""The command `python -m eqdistill check FILE`: checks the claim of a file."""
 
 import argparse
 import sys
@@ -101,7 +100,7 @@ def _main() -> int:
         name, claimed, measured = _measure(args)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as e:
         lines = [line for line in str(e).splitlines() if line.strip()]
-        args.error(lines[0] if lines else type(e).__name__)
+        return args.error(lines[0] if lines else type(e).__name__)
     # Accuracies are fractions in single precision: digits beyond these are rounding.
     difference = round(abs(claimed - measured), 6)
     print(

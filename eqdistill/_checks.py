@@ -90,3 +90,31 @@ def check_key(name: str, key: Any) -> None:
         raise TypeError(
             f"`{name}` must be one key, as `jax.random.key(0)` makes it; got {key!r}."
         )
+
+
+def array_difference(wanted: PyTree, got: PyTree) -> str | None:
+    """Where two trees of arrays differ in structure, shapes or dtypes, in words; or
+    `None` if they do not. Other leaves than arrays are a difference, too."""
+    found = [jax.tree.flatten_with_path(tree) for tree in (wanted, got)]
+    (wanted_leaves, wanted_structure), (got_leaves, got_structure) = found
+    a, b = (
+        {jax.tree_util.keystr(path): _describe(x) for path, x in leaves}
+        for leaves in (wanted_leaves, got_leaves)
+    )
+    lines = [
+        f"`{path}`: {a.get(path, 'nothing')} wanted, {b.get(path, 'nothing')} got"
+        for path in {**a, **b}
+        if a.get(path) != b.get(path) or "no array" in b[path]
+    ]
+    if not lines and wanted_structure != got_structure:
+        lines = [f"structure {wanted_structure} wanted, {got_structure} got"]
+    if not lines:
+        return None
+    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return "; ".join(lines[:3]) + more
+
+
+def _describe(x: Any) -> str:
+    if eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct):
+        return f"{x.dtype} of shape {x.shape}"
+    return f"no array, but a {type(x).__name__}"

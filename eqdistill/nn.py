@@ -1,14 +1,14 @@
-from collections.abc import Sequence
 import dataclasses
 import functools as ft
 import itertools as it
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
-from jax.custom_derivatives import SymbolicZero
 import jax.lax as lax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 
@@ -252,7 +252,9 @@ def _convolve_patches(
     stride, padding, dilation, groups = window
     *kernel, in_channels, out_channels = weight.shape
     zero = jnp.zeros((), image.dtype)
-    image = lax.pad(image, zero, (*((low, high, 0) for low, high in padding), (0, 0, 0)))
+    image = lax.pad(
+        image, zero, (*((low, high, 0) for low, high in padding), (0, 0, 0))
+    )
     last = tuple(
         (n - d * (k - 1) - 1) // s * s
         for n, k, s, d in zip(image.shape[:2], kernel, stride, dilation, strict=True)

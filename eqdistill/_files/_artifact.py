@@ -93,8 +93,9 @@ def save(
     dataset: str | None = None,
     seed: int | None = None,
 ) -> None:
-    """Saves a distilled set to one file, with all that a stranger needs to check it: the classifier and the inner solver, the dataset and its checksums, the
-    accuracy that is claimed, and the versions of the packages.
+    """Saves a distilled set to one file, with all that a stranger needs to check it:
+    the classifier and the inner solver, the dataset and its checksums, the accuracy
+    that is claimed, and the versions of the packages.
 
     The file is in the safetensors format, which holds arrays and text but no code.
 
@@ -113,9 +114,8 @@ def save(
     All other arguments are keyword only.
 
     - `inner`: the inner solver that `evaluation` was made with. It can be built again
-        if it is an [`eqdistill.AutoSolver`][], [`eqdistill.SpanSolver`][] or
-        [`eqdistill.ArgminSolver`][] and its settings, but for numbers, are the
-        defaults; of any other, only a description is kept.
+        if it is a solver of this package with the default settings, except for numbers;
+        of any other, only a description is kept.
     - `dataset`: the name of the dataset, as in [`eqdistill.datasets.load`][].
     - `seed`: the seed of the run.
 

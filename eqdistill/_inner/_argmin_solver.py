@@ -21,7 +21,9 @@ class ArgminSolver(AbstractInnerSolver[None]):
         classifier = eqx.nn.inference_mode(classifier)
         params, static = eqx.partition(classifier, parameters(classifier))
         solution = optx.minimise(
-            lambda params, distilled: inner_loss(distilled, eqx.combine(params, static)),
+            lambda params, distilled: inner_loss(
+                distilled, eqx.combine(params, static)
+            ),
             self.solver,
             params,
             args=distilled,

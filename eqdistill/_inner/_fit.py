@@ -1,11 +1,14 @@
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import check_classifier, check_key, count_outputs
+from .._checks import (
+    array_difference,
+    check_classifier,
+    check_key,
+    count_outputs,
+)
 from .._data._distilled_set import DistilledSet
 from .._error import error_if
 from ._auto_solver import AutoSolver
@@ -109,12 +112,12 @@ def solve(
             f"`inner` must return a `Fitted` first; `{name}` returned a "
             f"{type(fitted).__name__}."
         )
-    old, new = describe_arrays(state), describe_arrays(new_state)
-    if old != new:
+    difference = array_difference(state, new_state)
+    if difference is not None:
         raise TypeError(
             "`inner` must return a state of arrays only, with the structure, shapes "
-            f"and dtypes of the state that it was given; `{name}` was given\n{old}\n"
-            f"and returned\n{new}"
+            f"and dtypes of the state that it was given; `{name}` did not: "
+            f"{difference}."
         )
     count_outputs(
         f"{name}(...)[0].classifier", fitted.classifier, image_struct(distilled)
@@ -123,18 +126,6 @@ def solve(
     is_finite = jnp.isfinite(fitted.gradient_norm)
     fitted = eqx.tree_at(lambda f: f.converged, fitted, fitted.converged & is_finite)
     return fitted, new_state
-
-
-def describe_arrays(tree: PyTree) -> str:
-    """The structure of a tree, and the shapes and dtypes of its arrays, in words."""
-
-    def describe(x: Any) -> str:
-        if eqx.is_array(x):
-            return f"{x.dtype}{list(x.shape)}"
-        return f"no array, but a {type(x).__name__}"
-
-    leaves, structure = jax.tree.flatten(tree)
-    return str(jax.tree.unflatten(structure, map(describe, leaves)))
 
 
 def image_struct(distilled: DistilledSet) -> jax.ShapeDtypeStruct:

@@ -80,7 +80,9 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         images = jax.vmap(classifier.features)(distilled.images)
         dtype = images.dtype
         n = len(images)
-        problem = SpanProblem(images, distilled.labels, (n * distilled.l2).astype(dtype))
+        problem = SpanProblem(
+            images, distilled.labels, (n * distilled.l2).astype(dtype)
+        )
         fixed = jax.lax.stop_gradient(problem)
         span = Span.of(fixed.images, classifier.head.weight.shape[0])
 

@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
-import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
@@ -74,8 +73,8 @@ class AbstractCallback(eqx.Module, Generic[Own]):
 
 
 class ProgressBar(AbstractCallback[Any]):
-    """Shows a progress bar, with the outer loss of the last step. The time for compiling
-    does not count in the speed that is shown. Needs `tqdm`, of `eqdistill[progress]`.
+    """Shows a progress bar, with the outer loss of the last step. The speed that it
+    shows leaves out the time for compiling. Needs `tqdm`, of `eqdistill[progress]`.
     """
 
     every: int = 10
@@ -199,8 +198,8 @@ class EarlyStopping(AbstractCallback[Best]):
         them is not finite at the start.
         """
         del steps
-        start, inner = problem.pair(state)
-        check_data("data", self.data, decode(start), problem.classifier)
+        distilled = problem.distilled(state)
+        check_data("data", self.data, distilled, problem.classifier)
         loss = self._loss(problem, state)
         if not np.isfinite(loss):
             raise ValueError(
@@ -209,7 +208,7 @@ class EarlyStopping(AbstractCallback[Best]):
             )
         step = int(state.step)
         losses = np.array([loss], np.float32)
-        return Best(problem.distilled(state), step, (step,), losses)
+        return Best(distilled, step, (step,), losses)
 
     def __call__(self, problem, state, history, own):
         del history
@@ -240,5 +239,7 @@ class EarlyStopping(AbstractCallback[Best]):
 @eqx.filter_jit
 def _loss(start, classifier, data, inner, inner_state, step, key):
     distilled = decode(start)
-    loss, _ = loss_of(distilled, classifier, data, inner, inner_state, step=step, key=key)
+    loss, _ = loss_of(
+        distilled, classifier, data, inner, inner_state, step=step, key=key
+    )
     return loss

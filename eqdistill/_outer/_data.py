@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from .._classifier import Frozen, LinearClassifier, takes_pixels
@@ -150,8 +151,7 @@ class Batches(AbstractData):
 
 
 def as_data(data: Dataset | AbstractData, classifier: PyTree) -> AbstractData:
-    """Real data as an outer step sees them: all in each step, if nothing else is said.
-    """
+    """Real data as an outer step sees them: by default, all of them in each step."""
     return FullBatch(data, classifier) if isinstance(data, Dataset) else data
 
 
@@ -180,7 +180,7 @@ def _is_same(features: Frozen, others: Frozen) -> bool:
     for x, y in zip(mine[0], theirs[0], strict=True):
         if not eqx.is_array(x):
             same = x is y or x == y
-        elif isinstance(x, jax.core.Tracer) or isinstance(y, jax.core.Tracer):
+        elif isinstance(x, Tracer) or isinstance(y, Tracer):
             same = x.shape == y.shape and x.dtype == y.dtype
         else:
             same = x is y or np.array_equal(x, y)

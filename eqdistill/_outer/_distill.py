@@ -6,9 +6,9 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
+from .._checks import array_difference
 from .._data._dataset import Dataset
 from .._inner._auto_solver import AutoSolver
-from .._inner._fit import describe_arrays
 from .._inner._inner_solver import AbstractInnerSolver
 from ._callbacks import AbstractCallback
 from ._data import AbstractData
@@ -124,7 +124,9 @@ def distill(
             try:
                 found = [run() for _ in range(num_steps)]
                 new_state = run.state()
-                rows = np.concatenate([rows, to_rows(found, int(new_state.step) - step)])
+                rows = np.concatenate(
+                    [rows, to_rows(found, int(new_state.step) - step)]
+                )
             except jax.errors.JaxRuntimeError as e:
                 raise DistillationError(
                     f"Distillation stopped in the {num_steps} steps after step {step}: "
@@ -198,12 +200,9 @@ def _check_state(
     if key is not None:
         raise ValueError("`key` must not be given with `state`, which has the key.")
     template = eqx.filter_eval_shape(problem.init, key=state.key)
-    wanted, got = describe_arrays(template), describe_arrays(state)
-    if wanted != got:
-        raise ValueError(
-            "`state` must be of the same problem; this one needs a state of\n"
-            f"{wanted}\nand got one of\n{got}"
-        )
+    difference = array_difference(template, state)
+    if difference is not None:
+        raise ValueError(f"`state` must be of the same problem: {difference}.")
     if state.status != Status.RUNNING:
         raise ValueError(
             "`state` must be of a run that goes on; this one has ended, with status "

@@ -7,10 +7,10 @@ import jax.random as jr
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import check_key
+from .._checks import array_difference, check_key
 from .._data._dataset import Dataset
 from .._inner._auto_solver import AutoSolver
-from .._inner._fit import check_inner, describe_arrays
+from .._inner._fit import check_inner
 from .._inner._inner_solver import AbstractInnerSolver
 from ._data import AbstractData
 from ._distillation import (
@@ -72,12 +72,13 @@ def distill_each(
     """
     if len(starts) == 0:
         raise ValueError("`starts` must hold at least one distilled set; got none.")
-    first, *others = (describe_arrays(eqx.filter(x, eqx.is_array)) for x in starts)
+    first, *others = (eqx.filter(start, eqx.is_array) for start in starts)
     for i, other in enumerate(others, start=1):
-        if other != first:
+        difference = array_difference(first, other)
+        if difference is not None:
             raise ValueError(
-                f"`starts` must be distilled sets of one shape; the first is\\n{first}\\n"
-                f"and that of index {i} is\\n{other}"
+                "`starts` must be distilled sets of one shape, that of the first; the "
+                f"one of index {i} differs: {difference}."
             )
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1; got {steps}.")

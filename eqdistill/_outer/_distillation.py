@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 import numpy as np
@@ -98,6 +100,8 @@ def to_result(
     )
 
 
-def to_rows(rows: list[jax.Array], length: int) -> Float[np.ndarray, "steps 3"]:
+def to_rows(
+    rows: Sequence[jax.Array | np.ndarray], length: int
+) -> Float[np.ndarray, "steps 3"]:
     """Fetches what steps have measured. Steps after the end of the run are left out."""
     return np.stack([*NO_ROWS, *jax.device_get(rows[:length])]) if length else NO_ROWS

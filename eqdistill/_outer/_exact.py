@@ -82,8 +82,8 @@ def distill_exactly(
     """
     if not (isinstance(classifier, LinearClassifier) and takes_pixels(classifier)):
         raise TypeError(
-            "`classifier` must be a `LogisticRegression`, which is linear in the pixels; "
-            f"got a {type(classifier).__name__}."
+            "`classifier` must be a `LogisticRegression`, which is linear in the "
+            f"pixels; got a {type(classifier).__name__}."
         )
     if not isinstance(start.loss, CrossEntropy):
         raise TypeError(

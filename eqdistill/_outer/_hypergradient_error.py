@@ -148,9 +148,9 @@ def _bound(
     if distilled.labels.ndim == 2:
         follows["labels"] = softmax_change(distilled.labels, q) / n
     differs = {
-        name: jnp.linalg.norm(getattr(hypergradient, name) - x.reshape(
-            getattr(hypergradient, name).shape
-        ))
+        name: jnp.linalg.norm(
+            getattr(hypergradient, name) - x.reshape(getattr(hypergradient, name).shape)
+        )
         for name, x in follows.items()
     }
     norms, a_norms, q_norms = (jnp.linalg.norm(x, axis=1) for x in (images, a, q))

@@ -62,7 +62,7 @@ class LinearLayout(AbstractLayout):
             cuts = range(chunk_size, len(features), chunk_size)
             chunks = list(pool.map(cut, np.split(by_rarity, cuts)))
         floating = np.divide(background, scale, dtype=dtype)
-        # All at once, and not by `jnp.asarray`, which compiles a program for each shape.
+        # All at once: `jnp.asarray` would compile a program for each shape.
         chunks, self.order, self.rank, self.background = jax.device_put(
             (
                 chunks,
@@ -193,9 +193,7 @@ def _blocks(features: np.ndarray) -> list[np.ndarray]:
     return [features[i : i + _AT_ONCE] for i in range(0, len(features), _AT_ONCE)]
 
 
-def _background(
-    features: np.ndarray, pool: Executor
-) -> tuple[np.ndarray, np.ndarray]:
+def _background(features: np.ndarray, pool: Executor) -> tuple[np.ndarray, np.ndarray]:
     """The least value of each feature, and whether it is the only one."""
     extrema = pool.map(lambda x: (x.min(axis=0), x.max(axis=0)), _blocks(features))
     minima, maxima = zip(*extrema, strict=True)
@@ -220,8 +218,8 @@ def _rarest(
     levels: np.ndarray,
     pool: Executor,
 ) -> np.ndarray:
-    """The level of the rarest feature in which each image differs from the background.
-    """
+    """For each image, the level of the rarest feature in which it differs from the
+    background."""
     rarity = np.empty_like(levels)
     rarity[order] = levels
 

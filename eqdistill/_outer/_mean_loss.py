@@ -31,7 +31,9 @@ def _(primals, tangents):
     classifier, layout = primals
     classifier_dot, layout_dot = tangents
     if jax.tree.leaves(layout_dot):
-        raise NotImplementedError("The outer loss cannot be differentiated in the data.")
+        raise NotImplementedError(
+            "The outer loss cannot be differentiated in the data."
+        )
     loss, gradient = layout.value_and_grad(classifier)
     gradient = eqx.filter(gradient, jax.tree.map(lambda _: True, classifier_dot))
     terms = jax.tree.map(

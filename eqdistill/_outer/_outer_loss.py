@@ -13,8 +13,8 @@ from .._inner._fit import check_inner, image_struct, solve
 from .._inner._inner_solver import AbstractInnerSolver, Fitted
 from .._losses import AbstractLoss
 from ._data import AbstractData
-from ._rows import Rows
 from ._mean_loss import mean_loss
+from ._rows import Rows
 
 
 class Outcome(eqx.Module):

@@ -7,11 +7,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import check_key
+from .._checks import array_difference, check_key
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
-from .._inner._fit import check_inner, COLLAPSED, describe_arrays, NOT_CONVERGED
+from .._inner._fit import check_inner, COLLAPSED, NOT_CONVERGED
 from .._inner._inner_solver import AbstractInnerSolver
 from ._data import AbstractData, as_data
 from ._outer_loss import check_data, decode, loss_of, split_key
@@ -258,10 +258,11 @@ def _init(problem: Problem, arrays: PyTree, key: PRNGKeyArray | None) -> Distill
     start, inner = problem._pair(learned, fixed)
     _, init_key, _ = split_key(key)
     inner_state = inner.init(decode(start), problem.classifier, key=init_key)
-    if not all(map(eqx.is_array, jax.tree.leaves(inner_state))):
+    difference = array_difference(inner_state, inner_state)
+    if difference is not None:
         raise TypeError(
             f"`inner.init` must give a state of arrays only; `{type(inner).__name__}` "
-            f"gave\n{describe_arrays(inner_state)}"
+            f"did not: {difference}."
         )
     state = DistillState(
         learned=learned,
@@ -290,8 +291,7 @@ def _keep(was_running: Bool[Array, ""], new: Array, old: Array) -> Array:
 def _learn(
     start: PyTree, inner: AbstractInnerSolver, learn: PyTree[bool] | None
 ) -> PyTree[bool]:
-    """What is learned, as bools with the structure of the pair of `start` and `inner`.
-    """
+    """What is learned, as bools with the structure of `(start, inner)`."""
     pair = (start, inner)
     if learn is None:
         if not hasattr(start, "images"):

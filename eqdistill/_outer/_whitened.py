@@ -162,4 +162,3 @@ class _Coordinates(eqx.Module):
 class _State(NamedTuple):
     coordinates: _Coordinates
     inner: optax.OptState
-
