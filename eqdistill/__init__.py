@@ -39,6 +39,7 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     )
     from ._inner._ridge_solver import RidgeSolver as RidgeSolver
     from ._inner._span_solver import SpanSolver as SpanSolver
+    from ._inner._warm_lbfgs import WarmLBFGS as WarmLBFGS
     from ._losses import (
         AbstractLoss as AbstractLoss,
         cross_entropy as cross_entropy,

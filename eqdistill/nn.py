@@ -1,3 +1,5 @@
+"""Layers for networks."""
+
 import dataclasses
 import functools as ft
 import itertools as it
@@ -138,7 +140,8 @@ class Conv2d(eqx.Module):
             padding = self.padding
         padding = tuple((int(low), int(high)) for low, high in padding)
         padded = tuple(
-            n + low + high for n, (low, high) in zip(image.shape[1:], padding)
+            n + low + high
+            for n, (low, high) in zip(image.shape[1:], padding, strict=True)
         )
         if padded[0] < extent[0] or padded[1] < extent[1]:
             raise ValueError(

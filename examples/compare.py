@@ -35,7 +35,7 @@ GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class Problem(NamedTuple):
-    classifier: eqd.LogisticRegression
+    classifier: eqd.LinearClassifier
     train: eqd.Dataset
     test: eqd.Dataset
     held_out: eqd.Dataset
@@ -61,7 +61,7 @@ Method = Callable[[Problem, int, PRNGKeyArray], float]
 
 def baseline(constructor: Callable[..., eqd.DistilledSet]) -> Method:
     def run(problem: Problem, n: int, key: PRNGKeyArray) -> float:
-        start = constructor(problem.train, n, key=key)
+        start = constructor(problem.train, n, l2=1.0, key=key)
         candidates = [
             eqd.DistilledSet(start.images, start.labels, l2=l2) for l2 in GRID
         ]
@@ -74,19 +74,22 @@ def baseline(constructor: Callable[..., eqd.DistilledSet]) -> Method:
 def distilled(
     steps: int, *, l2: float, learn_l2: bool = False, soft_labels: bool = False
 ) -> Method:
-    # The outer loss is smooth and all of the data is in every step: unit steps of
-    # L-BFGS need no line search, but those that learn the ridge are clipped: it may
-    # otherwise be thrown to where nothing is learned any more.
+    # The outer loss is smooth and every step sees all of the data: unit steps of L-BFGS
+    # need no line search. Steps that learn the ridge are clipped: a long one could take
+    # the ridge to where nothing is learned any more.
     optimiser = optax.lbfgs(learning_rate=1.0, linesearch=None)
     if learn_l2:
         optimiser = optax.chain(optimiser, optax.clip_by_global_norm(0.5))
 
     def run(problem: Problem, n: int, key: PRNGKeyArray) -> float:
-        start = eqd.DistilledSet.from_noise(problem.train, n, l2=l2, key=key)
+        scale = 1 / problem.train.images[0].size
+        start = eqd.DistilledSet.from_noise(
+            problem.train, n, l2=l2, scale=scale, key=key
+        )
         if soft_labels:
             num_classes = problem.train.num_classes
             if n < num_classes:
-                # Each image has to stand for several classes: chance says for which.
+                # Each image has to stand for several classes, drawn at random.
                 logits = 0.5 * jr.normal(key, (n, num_classes))
             else:
                 logits = 5 * jax.nn.one_hot(start.labels, num_classes)
@@ -103,7 +106,7 @@ def distilled(
                 problem.train,
                 optimiser=optimiser,
                 steps=steps,
-                learn=learn,
+                learn=(learn, False),
             ).distilled
         except eqd.DistillationError as e:
             print(f"{e} The last good distilled set is taken.", file=sys.stderr)
@@ -128,12 +131,12 @@ def methods(steps: int) -> dict[str, Method]:
 
 
 def full_data_accuracy(problem: Problem) -> float:
-    """The accuracy of a fit to all the training images: near to the argmin is enough,
-    so its steps are few, and it may end before it has converged."""
+    """The accuracy of a fit to all the training images. The neighbourhood of the argmin
+    is enough: the steps are few, and may end before the fit has converged."""
     data = problem.everything
     everything = eqd.DistilledSet(data.floating(), data.labels, l2=1e-4)
     fitted = eqd.fit(
-        everything, problem.classifier, eqd.ArgminSolver(max_steps=300), throw=False
+        everything, problem.classifier, eqd.SpanSolver(max_steps=20), throw=False
     )
     logits = jax.vmap(fitted.classifier)(problem.test.floating())
     return float(jnp.mean(jnp.argmax(logits, axis=1) == problem.test.labels))

@@ -4,7 +4,7 @@ Fits a logistic regression to all the training images, and then finds a few imag
 near real ones, whose fit has the same weights: it takes no gradient of any outer loss,
 and no pass over the data. Both eqdistill and scikit-learn are then fitted to these
 images from scratch. Writes `exact.png`, the images before and after and the weights of
-both fits, and `exact.safetensors`, which `python -m eqdistill.evaluate` checks.
+both fits, and `exact.safetensors`, which `python -m eqdistill check` checks.
 """
 
 import argparse
@@ -40,17 +40,20 @@ def main(
     full = jax.block_until_ready(eqd.fit(everything, untrained).classifier)
     seconds_of_fit = time.perf_counter() - begin
 
-    # In double precision, for single would hide how well the weights agree.
+    # In double precision: single precision would hide how well the weights agree.
     with jax.enable_x64(True):
         full, untrained = to_double(full), to_double(untrained)
-        constructor = (
-            eqd.DistilledSet.from_noise if noise else eqd.DistilledSet.from_real
-        )
-        start = to_double(constructor(train, n, key=jr.key(seed)))
+        # The ridge is found by `distill_exactly`: that of the start has no effect.
+        key = jr.key(seed)
+        if noise:
+            start = eqd.DistilledSet.from_noise(train, n, l2=0.1, scale=1 / p, key=key)
+        else:
+            start = eqd.DistilledSet.from_real(train, n, l2=0.1, key=key)
+        start = to_double(start)
         begin = time.perf_counter()
         exact = jax.block_until_ready(eqd.distill_exactly(start, full))
         seconds = time.perf_counter() - begin
-        refit = eqd.evaluate(exact, untrained, test, inner=eqd.SpanSolver())
+        refit = eqd.evaluate(exact, untrained, test, eqd.SpanSolver())
         by_scikit_learn = fit_by_scikit_learn(exact, untrained)
 
         output.mkdir(parents=True, exist_ok=True)
@@ -80,31 +83,31 @@ def to_double(tree):
     )
 
 
-def accuracy(classifier: eqd.LogisticRegression, data: eqd.Dataset) -> float:
+def accuracy(classifier: eqd.LinearClassifier, data: eqd.Dataset) -> float:
     logits = jax.vmap(classifier)(data.floating())
     return float(jnp.mean(jnp.argmax(logits, axis=1) == data.labels))
 
 
 def relative_error(
-    classifier: eqd.LogisticRegression, want: eqd.LogisticRegression
+    classifier: eqd.LinearClassifier, want: eqd.LinearClassifier
 ) -> float:
-    """Of the weights, less their mean over the classes, which has no effect."""
+    """The relative error of the weights, without their mean over the classes, which has
+    no effect."""
     weights, wanted = (
-        k.weights - jnp.mean(k.weights, axis=1, keepdims=True)
-        for k in (classifier, want)
+        k.head.weight - jnp.mean(k.head.weight, axis=0) for k in (classifier, want)
     )
     return float(jnp.linalg.norm(weights - wanted) / jnp.linalg.norm(wanted))
 
 
 def fit_by_scikit_learn(
-    distilled: eqd.DistilledSet, classifier: eqd.LogisticRegression
-) -> eqd.LogisticRegression:
-    """Each image goes in once for each class, with a weight of zero where it is not of
-    that class: scikit-learn must have seen a class to give it weights."""
-    n, c = len(distilled), classifier.weights.shape[1]
+    distilled: eqd.DistilledSet, classifier: eqd.LinearClassifier
+) -> eqd.LinearClassifier:
+    """Fits to each image once for each class, with a weight of zero if the image is of
+    another class: scikit-learn must have seen a class to give it weights."""
+    n, c = len(distilled), classifier.head.out_features
     fitted = SklearnLogisticRegression(
         C=1 / (n * float(distilled.l2)),
-        fit_intercept=classifier.intercept is not None,
+        fit_intercept=classifier.head.bias is not None,
         solver="newton-cg",
         tol=1e-12,
         max_iter=1000,
@@ -113,11 +116,11 @@ def fit_by_scikit_learn(
         np.tile(np.arange(c), n),
         sample_weight=np.ravel(jax.nn.one_hot(distilled.labels, c)),
     )
-    arrays = jnp.asarray(fitted.coef_.T), jnp.asarray(fitted.intercept_)
+    weight, bias = jnp.asarray(fitted.coef_), jnp.asarray(fitted.intercept_)
     return eqx.tree_at(
-        lambda k: (k.weights, k.intercept),
+        lambda k: (k.head.weight, k.head.bias),
         classifier,
-        arrays if classifier.intercept is not None else (arrays[0], None),
+        (weight, bias if classifier.head.use_bias else None),
         is_leaf=lambda x: x is None,
     )
 
@@ -125,15 +128,15 @@ def fit_by_scikit_learn(
 def draw(
     start: eqd.DistilledSet,
     exact: eqd.DistilledSet,
-    full: eqd.LogisticRegression,
-    refit: eqd.LogisticRegression,
+    full: eqd.LinearClassifier,
+    refit: eqd.LinearClassifier,
 ) -> Figure:
-    """For the first images and their classes; each row is on a symmetric scale of its
-    own, but for the weights, which share theirs."""
+    """Draws the first images and the weights of their classes, each row on a symmetric
+    scale of its own."""
     shape = start.images.shape[1:]
     num_columns = min(len(start), 10)
     labels = np.asarray(start.labels[:num_columns])
-    pixels = lambda k: np.reshape(k.weights.T[labels], (-1, *shape))
+    pixels = lambda k: np.reshape(k.head.weight[labels], (-1, *shape))
     rows = {
         "start": start.images[:num_columns],
         "exact": exact.images[:num_columns],

@@ -1,19 +1,17 @@
 """Ten images as good as sixty thousand: learns the ridge together with the images.
 
 At the fixed ridge of 0.1, ten images cannot do better than 88% on MNIST. Here the ridge
-is learned by the same hypergradient. How many steps to take before the distilled set
-overfits is found on a tenth of the training images, which is held out; then all are
-distilled for as many. Writes `learned_ridge.png`, the images before and after and the
-course of loss and ridge, and `learned_ridge.safetensors`, which `python -m
-eqdistill.evaluate` checks.
+is learned by the same hypergradient. A tenth of the training images is held out, to
+find how many steps to take before the distilled set overfits. Then all of them are
+distilled for as many steps. Writes `learned_ridge.png`, the images before and after and
+the course of loss and ridge, and `learned_ridge.safetensors`, which `python -m eqdistill
+check` checks.
 """
 
 import argparse
 import time
-from functools import partial
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
@@ -34,34 +32,38 @@ def main(
 ) -> None:
     begin = time.perf_counter()
     train, test = eqd.datasets.load(dataset)
+    num_pixels = train.images[0].size
     classifier = eqd.LogisticRegression(
-        train.images[0].size, train.num_classes, use_intercept=intercept
+        num_pixels, train.num_classes, use_intercept=intercept
     )
-    start = eqd.DistilledSet.from_noise(train, l2=l2, key=jr.key(seed))
-    nothing = jax.tree.map(lambda _: False, start)
-    distill = partial(
-        eqd.distill,
-        start,
-        classifier,
-        learn=eqx.tree_at(lambda d: (d.images, d.log_l2), nothing, (True, True)),
-        # Unit steps need no line search, but a long one could throw the ridge to where
-        # nothing is learned any more.
-        optimiser=optax.chain(
-            optax.lbfgs(learning_rate=1.0, linesearch=None),
-            optax.clip_by_global_norm(0.5),
-        ),
-        progress=True,
+    start = eqd.DistilledSet.from_noise(
+        train, l2=l2, scale=1 / num_pixels, key=jr.key(seed)
     )
+    # Unit steps need no line search, but a long one could take the ridge to where
+    # nothing is learned any more.
+    optimiser = optax.chain(
+        optax.lbfgs(learning_rate=1.0, linesearch=None),
+        optax.clip_by_global_norm(0.5),
+    )
+
+    def distill(data: eqd.Dataset, steps: int, *callbacks: eqd.AbstractCallback):
+        return eqd.distill(
+            start,
+            classifier,
+            data,
+            optimiser=optimiser,
+            # All floating-point arrays: the images and the logarithm of the ridge.
+            learn=(True, False),
+            steps=steps,
+            callbacks=[eqd.ProgressBar(), *callbacks],
+        )
+
     if held_out > 0:
         kept, rest = train.split(held_out, key=jr.key(0))
-        trial = distill(kept, steps=steps, held_out=rest, block_size=10)
-        steps = min(10 * (1 + int(np.argmin(trial.held_out_loss))), steps)
-    ridges = [float(start.l2)]
-    result = distill(
-        train,
-        steps=steps,
-        callback=lambda so_far: ridges.append(float(so_far.distilled.l2)),
-    )
+        _, best = distill(kept, steps, eqd.EarlyStopping(rest)).callbacks
+        steps = max(best.step, 1)
+    result = distill(train, steps, Ridge())
+    ridges = result.callbacks[1]
     on_train = eqd.evaluate(result.distilled, classifier, train)
     on_test = eqd.evaluate(result.distilled, classifier, test)
     seconds = time.perf_counter() - begin
@@ -70,11 +72,10 @@ def main(
     file = output / "learned_ridge.safetensors"
     eqd.save(
         file,
-        result.distilled,
+        result,
         classifier,
         on_test,
         dataset=dataset,
-        learned=("images", "log_l2"),
         seed=seed,
     )
     picture = output / "learned_ridge.png"
@@ -88,11 +89,26 @@ def main(
     print(f"files           {picture}, {file}")
 
 
+class Ridge(eqd.AbstractCallback[list[float]]):
+    """Records the ridge. A callback of one's own is a class like this one."""
+
+    every: int = 10
+
+    def init(self, problem, state, steps):
+        return [float(problem.distilled(state).l2)]
+
+    def __call__(self, problem, state, history, own):
+        return [*own, float(problem.distilled(state).l2)], False
+
+    def close(self, own):
+        pass
+
+
 def draw(
     start: eqd.DistilledSet, result: eqd.Distillation, ridges: list[float]
 ) -> Figure:
-    """The images before and after, each row on a symmetric scale of its own, and the
-    course of the loss and of the ridge."""
+    """Draws the images before and after, each row on a symmetric scale of its own, and
+    the course of the loss and of the ridge."""
     n = len(start)
     figure = Figure(figsize=(0.8 * n, 4.2), dpi=200, layout="constrained")
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 1.2)))

@@ -27,19 +27,24 @@ def main(
 ) -> None:
     start = time.perf_counter()
     train, test = eqd.datasets.load(dataset, data_dir)
-    classifier = eqd.LogisticRegression(train.images[0].size, train.num_classes)
-    distilled = eqd.DistilledSet.from_noise(
-        train, images_per_class * train.num_classes, l2=l2, key=jr.key(seed)
+    num_pixels = train.images[0].size
+    classifier = eqd.LogisticRegression(num_pixels, train.num_classes)
+    noise = eqd.DistilledSet.from_noise(
+        train,
+        images_per_class * train.num_classes,
+        l2=l2,
+        scale=1 / num_pixels,
+        key=jr.key(seed),
     )
     result = eqd.distill(
-        distilled,
+        noise,
         classifier,
         train,
-        # The outer loss is smooth and all of the data is in every step: unit steps of
-        # L-BFGS then need no line search.
+        # The outer loss is smooth and every step sees all of the data: unit steps of
+        # L-BFGS need no line search.
         optimiser=optax.lbfgs(learning_rate=1.0, linesearch=None),
         steps=steps,
-        progress=True,
+        callbacks=[eqd.ProgressBar()],
     )
     on_train = eqd.evaluate(result.distilled, classifier, train)
     on_test = eqd.evaluate(result.distilled, classifier, test)

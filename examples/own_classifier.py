@@ -56,12 +56,11 @@ def main(
     result = eqd.distill(
         distilled,
         classifier,
-        train,
+        eqd.Batches(train, min(batch_size, len(train))),
         optimiser=optax.adam(optax.cosine_decay_schedule(0.05, steps)),
         steps=steps,
-        batch_size=min(batch_size, len(train)),
         key=batch_key,
-        progress=True,
+        callbacks=[eqd.ProgressBar()],
     )
     own = eqd.evaluate(result.distilled, classifier, test)
     print(f"test accuracy   {own.accuracy:.2%} from the weights it was distilled with")

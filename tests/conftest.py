@@ -1,5 +1,8 @@
+import math
+
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import optax
 import optimistix as optx
@@ -10,9 +13,10 @@ import eqdistill as eqd
 
 def pytest_configure(config):
     # Most of what the tests do is to compile, and much of it several times over.
-    folder = config.cache.mkdir("jax")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    cache = getattr(config, "cache", None)  # Not there with `-p no:cacheprovider`.
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture
@@ -55,6 +59,35 @@ class CNN(eqx.Module):
         return self.linear(jax.nn.softplus(self.conv(image[None])).reshape(-1))
 
 
+class OneStep(eqd.AbstractInnerSolver[None]):
+    """One step of gradient descent: an inner solver that is soon compiled, for tests of
+    all else."""
+
+    learning_rate: float = 10.0
+
+    def init(self, distilled, classifier, *, key):
+        return None
+
+    def __call__(self, distilled, classifier, state, *, key):
+        params, static = eqx.partition(classifier, eqd.parameters(classifier))
+        loss = lambda params: eqd.inner_loss(distilled, eqx.combine(params, static))
+        gradient = jax.grad(loss)(params)
+        params = optax.tree.add_scale(params, -self.learning_rate, gradient)
+        return eqd.Fitted(
+            classifier=eqx.combine(params, static),
+            converged=jnp.array(True),
+            collapsed=jnp.array(False),
+            gradient_norm=optax.tree.norm(gradient),
+            stats={},
+        ), state
+
+
+# One of each, as an optimiser that is made anew is compiled anew.
+ADAM = optax.adam(0.05)
+LBFGS = optax.lbfgs(learning_rate=1.0, linesearch=None)
+SGD = optax.sgd(1.0)
+
+
 def exact(learning_rate: float = 0.1) -> eqd.ArgminSolver:
     """An inner solver that is exact to rounding.
 
@@ -68,6 +101,21 @@ def exact(learning_rate: float = 0.1) -> eqd.ArgminSolver:
         adjoint=optx.ImplicitAdjoint(eqd.DampedCG(rtol=1e-12)),
         max_steps=100_000,
     )
+
+
+@eqx.filter_jit
+def hypergradient(start, classifier, data, inner=eqd.AutoSolver(), **kwargs):
+    """The outer loss and its gradient, in one program."""
+    (loss, _), gradient = eqx.filter_value_and_grad(eqd.outer_loss, has_aux=True)(
+        start, classifier, data, inner, **kwargs
+    )
+    return loss, gradient
+
+
+def small_noise(train: eqd.Dataset, n: int | None = None, *, l2=0.1, seed=0):
+    """A start for logistic regression."""
+    scale = 1 / math.prod(train.shape)
+    return eqd.DistilledSet.from_noise(train, n, l2=l2, scale=scale, key=jr.key(seed))
 
 
 def subset(data: eqd.Dataset, n: int) -> eqd.Dataset:

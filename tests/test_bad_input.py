@@ -1,5 +1,7 @@
 """Each error names the argument, what came, and what was wanted."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ import eqdistill as eqd
 
 IMAGES = np.zeros((4, 3, 3), np.float32)
 LABELS = np.array([0, 1, 2, 0])
+# Compiled, which an error prevents: without, each operation would be.
+HYPERGRADIENT = eqx.filter_jit(eqx.filter_grad(eqd.outer_loss, has_aux=True))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +45,9 @@ def test_distilled_set(images, labels, l2, match):
 
 
 def test_distilled_set_under_jit():
-    make = eqx.filter_jit(lambda images: eqd.DistilledSet(images, jnp.array(LABELS)))
+    make = eqx.filter_jit(
+        lambda images: eqd.DistilledSet(images, jnp.array(LABELS), l2=0.1)
+    )
     make(jnp.array(IMAGES))
     with pytest.raises(RuntimeError, match="`images` must be finite"):
         make(jnp.array(IMAGES + np.nan))
@@ -76,15 +82,29 @@ class Parameterless(eqx.Module):
         return image.reshape(-1)
 
 
+class Decodes(eqx.Module):
+    result: Any
+
+    def decode(self):
+        return self.result
+
+
+class Parameters(eqx.Module):
+    weight: jax.Array = eqx.field(default_factory=lambda: jnp.ones((3, 9)))
+
+    def __call__(self, image):
+        return self.weight @ image.reshape(-1)
+
+
 def good():
-    distilled = eqd.DistilledSet(IMAGES, LABELS)
+    distilled = eqd.DistilledSet(IMAGES, LABELS, l2=0.1)
     return distilled, eqd.LogisticRegression(9, 3), eqd.Dataset(IMAGES, LABELS)
 
 
 @pytest.mark.parametrize(
     ("classifier", "match"),
     [
-        (eqd.LogisticRegression(8, 3), r"applied.*shape \(3, 3\).*must have 8 pixels"),
+        (eqd.LogisticRegression(8, 3), r"applied.*\(3, 3\).*features of shape \(8,\)"),
         (Scalar(), r"must map one image to floating-point logits of shape \(c,\)"),
         (Parameterless(), "`classifier` must have parameters"),
         ("LogisticRegression", "`classifier` must be a callable.*got a str"),
@@ -111,8 +131,8 @@ def test_labels_out_of_range():
 
 
 def test_soft_labels_of_other_classes():
-    distilled = eqd.DistilledSet(IMAGES, np.zeros((4, 5)))
-    match = r"`distilled.labels` must be logits of the 3 classes.*\(4, 5\)"
+    distilled = eqd.DistilledSet(IMAGES, np.zeros((4, 5)), l2=0.1)
+    match = r"`distilled.labels` must have a column for each of the 3.*\(4, 5\)"
     with pytest.raises(ValueError, match=match):
         eqd.fit(distilled, eqd.LogisticRegression(9, 3))
 
@@ -141,18 +161,19 @@ def test_data(data, match):
     [
         ({"steps": 0}, "`steps` must be at least 1; got 0"),
         ({"steps": 2.5}, "'steps'"),
-        ({"block_size": 0}, "`block_size` must be at least 1; got 0"),
-        ({"batch_size": 0}, "`batch_size` must be from 1 to 4.*got 0"),
-        ({"batch_size": 5}, "`batch_size` must be from 1 to 4.*got 5"),
-        ({"batch_size": 2}, "`key` must be given"),
+        ({"key": 0}, "'key'"),
+        ({"key": jax.random.PRNGKey(0)}, "`key` must be one key.*uint32"),
+        ({"key": jax.random.split(jax.random.key(0))}, "'key'"),
         ({"tolerance": -1.0}, "`tolerance` must not be negative; got -1.0"),
         ({"tolerance": float("nan")}, "`tolerance` must not be negative; got nan"),
         ({"optimiser": "adam"}, "'optimiser'"),
         ({"optimiser": optax.adam}, "'optimiser'"),
         ({"inner": optax.adam(0.1)}, "'inner'"),
-        ({"learn": {"images": True}}, "`learn` must be a pytree of bools"),
-        ({"learn": True}, "`learn` must pick.*floating point"),
-        ({"learn": False}, "`learn` must pick at least one"),
+        ({"learn": {"images": True}}, r"`learn` must be bools.*\(start, inner\)"),
+        ({"learn": (True, True, True)}, "`learn` must be bools"),
+        ({"learn": (1, 0)}, "'learn'"),
+        ({"learn": (False, True)}, "`learn` must pick at least one"),
+        ({"callbacks": [eqd.Log(every=0)]}, "`every` of a `Log` must be.*got 0"),
     ],
 )
 def test_distill(kwargs, match):
@@ -160,15 +181,75 @@ def test_distill(kwargs, match):
         eqd.distill(*good(), **kwargs)
 
 
-def test_from_noise():
+@pytest.mark.parametrize(
+    ("start", "match"),
+    [
+        (IMAGES, "`start` must be a `DistilledSet`, or a module whose `decode`"),
+        (Decodes(IMAGES), "must give a `DistilledSet`; that of a Decodes gave a nd"),
+        (Decodes(eqd.DistilledSet(IMAGES, LABELS, l2=1)), "`learn` must say what is"),
+    ],
+)
+def test_start(start, match):
+    _, classifier, data = good()
+    with pytest.raises((TypeError, ValueError), match=match):
+        eqd.distill(start, classifier, data)
+
+
+def test_batches():
+    distilled, classifier, data = good()
+    for size in (0, 5):
+        with pytest.raises(ValueError, match=f"`size` must be from 1 to 4.*got {size}"):
+            eqd.Batches(data, size)
+    batches = eqd.Batches(data, 2)
+    for call in (
+        lambda: HYPERGRADIENT(distilled, classifier, batches),
+        lambda: eqd.distill(distilled, classifier, batches),
+    ):
+        with pytest.raises(ValueError, match="`key` must be given with `Batches`"):
+            call()
+
+
+def test_full_batch_of_other_features():
+    distilled, classifier, data = good()
+    other = eqd.LinearClassifier(lambda image: 2 * image.reshape(-1), classifier.head)
+    full = eqd.FullBatch(data, classifier)
+    for wrong in (other, Parameters()):
+        with pytest.raises(ValueError, match="the features that this `FullBatch` was"):
+            HYPERGRADIENT(distilled, wrong, full)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"n": 0}, "`n` must be at least 1; got 0"),
+        ({"scale": 0.0}, "`scale` must be positive and finite; got 0.0"),
+        ({"scale": float("inf")}, "`scale` must be positive and finite; got inf"),
+    ],
+)
+def test_from_noise(kwargs, match):
     _, _, train = good()
-    with pytest.raises(ValueError, match="`n` must be at least 1; got 0"):
-        eqd.DistilledSet.from_noise(train, 0, key=jax.random.key(0))
+    kwargs = {"l2": 0.1, "scale": 1.0, "key": jax.random.key(0)} | kwargs
+    with pytest.raises(ValueError, match=match):
+        eqd.DistilledSet.from_noise(train, **kwargs)
 
 
 def test_logistic_regression():
     with pytest.raises(ValueError, match="`num_classes` must be at least 1; got 0"):
         eqd.LogisticRegression(3, 0)
+
+
+def test_last_layer():
+    network = eqx.nn.Sequential([eqx.nn.Identity()])
+    with pytest.raises(TypeError, match="`where` must pick.*got a Identity"):
+        eqd.last_layer(network)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_squared_error(temperature):
+    with pytest.raises(ValueError, match=f"must be positive.*got {temperature}"):
+        eqd.SquaredError(temperature)
+    with pytest.raises(ValueError, match=r"`temperature` must be a scalar; got.*\(2,"):
+        eqd.SquaredError(np.ones(2))
 
 
 def test_name():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import eqdistill as eqd
+from eqdistill._data._sources import SOURCES
 
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "data" / "mnist"
@@ -137,8 +138,8 @@ def server():
 
 
 def serve_from(monkeypatch, name, url):
-    source = eqd.datasets._SOURCES[name]._replace(url=url, system=None)
-    monkeypatch.setitem(eqd.datasets._SOURCES, name, source)
+    source = SOURCES[name]._replace(url=url, system=None)
+    monkeypatch.setitem(SOURCES, name, source)
 
 
 def test_downloads_once(nowhere, server, monkeypatch):

@@ -1,5 +1,6 @@
 """Distilled sets made of real images: where to begin, and baselines."""
 
+import functools
 import sys
 
 import equinox as eqx
@@ -14,7 +15,7 @@ import eqdistill as eqd
 
 
 METHODS = {
-    "noise": eqd.DistilledSet.from_noise,
+    "noise": functools.partial(eqd.DistilledSet.from_noise, scale=0.1),
     "real": eqd.DistilledSet.from_real,
     "class means": eqd.DistilledSet.from_class_means,
     "k-means": eqd.DistilledSet.from_kmeans,
@@ -50,7 +51,7 @@ def test_labels(digits, name, n):
 @pytest.mark.parametrize("name", ["real", "herding"])
 def test_real_images(digits, name, n):
     train, _ = digits
-    distilled = METHODS[name](train, n, key=jr.key(1))
+    distilled = METHODS[name](train, n, l2=0.1, key=jr.key(1))
     for class_ in range(10):
         chosen = rows(distilled, class_)
         is_equal = (chosen[:, None] == rows(train, class_)[None]).all(axis=-1)
@@ -63,14 +64,14 @@ def test_real_images(digits, name, n):
 def test_all_images_of_a_class(name):
     images = np.random.default_rng(0).normal(size=(6, 2, 2)).astype(np.float32)
     train = eqd.Dataset(images, np.arange(6) % 2)
-    distilled = METHODS[name](train, 6, key=jr.key(0))
+    distilled = METHODS[name](train, 6, l2=0.1, key=jr.key(0))
     assert len(np.unique(distilled.images, axis=0)) == 6
 
 
 def test_class_means(digits):
     train, _ = digits
-    one = eqd.DistilledSet.from_class_means(train, key=jr.key(0))
-    several = eqd.DistilledSet.from_class_means(train, 40, key=jr.key(0))
+    one = eqd.DistilledSet.from_class_means(train, l2=0.1, key=jr.key(0))
+    several = eqd.DistilledSet.from_class_means(train, 40, l2=0.1, key=jr.key(0))
     for class_ in range(10):
         x = rows(train, class_)
         np.testing.assert_allclose(
@@ -89,7 +90,7 @@ def test_class_means(digits):
 def test_class_means_of_single_images():
     images = np.random.default_rng(0).normal(size=(4, 2, 2)).astype(np.float32)
     train = eqd.Dataset(images, np.arange(4) % 2)
-    distilled = eqd.DistilledSet.from_class_means(train, 4, key=jr.key(0))
+    distilled = eqd.DistilledSet.from_class_means(train, 4, l2=0.1, key=jr.key(0))
     for class_ in range(2):
         means, x = rows(distilled, class_), rows(train, class_)
         np.testing.assert_array_equal(np.sort(means, axis=0), np.sort(x, axis=0))
@@ -97,9 +98,9 @@ def test_class_means_of_single_images():
 
 def test_kmeans(digits):
     train, _ = digits
-    one = eqd.DistilledSet.from_kmeans(train, key=jr.key(0))
-    several = eqd.DistilledSet.from_kmeans(train, 50, key=jr.key(0))
-    means = eqd.DistilledSet.from_class_means(train, 50, key=jr.key(0))
+    one = eqd.DistilledSet.from_kmeans(train, l2=0.1, key=jr.key(0))
+    several = eqd.DistilledSet.from_kmeans(train, 50, l2=0.1, key=jr.key(0))
+    means = eqd.DistilledSet.from_class_means(train, 50, l2=0.1, key=jr.key(0))
     for class_ in range(10):
         x = rows(train, class_)
         np.testing.assert_allclose(
@@ -122,7 +123,7 @@ def test_kmeans(digits):
 def test_herding(digits):
     train, _ = digits
     k = 8
-    herded = eqd.DistilledSet.from_herding(train, 10 * k, key=jr.key(0))
+    herded = eqd.DistilledSet.from_herding(train, 10 * k, l2=0.1, key=jr.key(0))
 
     def error(distilled, class_, i):
         running_mean = rows(distilled, class_)[:i].mean(axis=0)
@@ -141,7 +142,7 @@ def test_herding(digits):
             assert error(herded, class_, i + 1) == pytest.approx(best, rel=1e-4)
 
     for seed in range(5):
-        random = eqd.DistilledSet.from_real(train, 10 * k, key=jr.key(seed))
+        random = eqd.DistilledSet.from_real(train, 10 * k, l2=0.1, key=jr.key(seed))
         for i in (1, 2, 4, 8):
             herded_error, random_error = (
                 np.mean([error(distilled, class_, i) for class_ in range(10)])
@@ -154,12 +155,12 @@ def test_herding(digits):
 def test_key(digits, name):
     train, _ = digits
     first, again, other = (
-        METHODS[name](train, 30, key=jr.key(seed)) for seed in (0, 0, 1)
+        METHODS[name](train, 30, l2=0.1, key=jr.key(seed)) for seed in (0, 0, 1)
     )
     assert eqx.tree_equal(first, again)
     is_random = name != "herding"
     assert eqx.tree_equal(first, other) is not is_random
-    assert eqx.tree_equal(first, METHODS[name](train, 30, key=jr.PRNGKey(0)))
+    assert eqx.tree_equal(first, METHODS[name](train, 30, l2=0.1, key=jr.PRNGKey(0)))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16])
@@ -167,7 +168,7 @@ def test_key(digits, name):
 def test_floating_point_images(name, dtype):
     pixels = np.random.default_rng(0).normal(size=(60, 3, 2, 2))
     train = eqd.Dataset(pixels.astype(dtype), np.arange(60) % 3)
-    distilled = METHODS[name](train, 6, key=jr.key(0))
+    distilled = METHODS[name](train, 6, l2=0.1, key=jr.key(0))
     assert distilled.images.shape == (6, 3, 2, 2)
     assert distilled.images.dtype == dtype
     # Units are those of the data.
@@ -179,24 +180,24 @@ def test_too_many(name):
     images = np.random.default_rng(0).normal(size=(5, 2, 2)).astype(np.float32)
     labels = np.array([0, 0, 0, 1, 1])
     train = eqd.Dataset(images, labels, num_classes=3)
-    METHODS[name](train, 2, key=jr.key(0))
+    METHODS[name](train, 2, l2=0.1, key=jr.key(0))
     for n, match in (
         (3, "`n` = 3 asks for 1 images of class 2; `train` has 0"),
         (0, "`n` must be at least 1; got 0"),
     ):
         with pytest.raises(ValueError, match=match):
-            METHODS[name](train, n, key=jr.key(0))
+            METHODS[name](train, n, l2=0.1, key=jr.key(0))
     train = eqd.Dataset(images, labels)
-    METHODS[name](train, 5, key=jr.key(0))
+    METHODS[name](train, 5, l2=0.1, key=jr.key(0))
     match = "`n` = 6 asks for 3 images of class 1; `train` has 2"
     with pytest.raises(ValueError, match=match):
-        METHODS[name](train, 6, key=jr.key(0))
+        METHODS[name](train, 6, l2=0.1, key=jr.key(0))
 
 
 def test_kmeans_without_scikit_learn(digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(ImportError, match=r"from_kmeans.*eqdistill\[data\]"):
-        eqd.DistilledSet.from_kmeans(digits[0], key=jr.key(0))
+        eqd.DistilledSet.from_kmeans(digits[0], l2=0.1, key=jr.key(0))
 
 
 def test_start_and_baseline(digits):
@@ -205,7 +206,7 @@ def test_start_and_baseline(digits):
     optimiser = optax.adam(0.02)
     for name, method in METHODS.items():
         # What is compiled for the first serves all.
-        start = method(train, key=jr.key(0))
+        start = method(train, l2=0.1, key=jr.key(0))
         baseline = eqd.evaluate(start, classifier, test)
         if name != "noise":
             assert baseline.accuracy > 0.5

@@ -16,7 +16,7 @@ from .conftest import subset
 @pytest.fixture(scope="module")
 def problem(digits):
     train = subset(digits[0], 300)
-    distilled = eqd.DistilledSet.from_noise(train, l2=0.05, key=jr.key(0))
+    distilled = eqd.DistilledSet.from_noise(train, l2=0.05, scale=1 / 64, key=jr.key(0))
     return distilled, eqd.LogisticRegression(64, 10), train
 
 
@@ -36,6 +36,25 @@ def test_gradient_descent_is_by_the_metric_of_the_data(problem):
     np.testing.assert_allclose(log_l2, -0.4 * gradient.log_l2)
 
 
+def test_soft_labels_of_the_shape_of_an_image(problem):
+    # Ten pixels, and ten classes.
+    rng = np.random.default_rng(0)
+    train = eqd.Dataset(
+        rng.normal(size=(50, 10)).astype(np.float32), np.arange(50) % 10
+    )
+    images, labels = rng.normal(size=(2, 10, 10)).astype(np.float32)
+    soft = eqd.DistilledSet(images, labels, l2=0.1)
+    params = eqx.filter(soft, eqx.is_inexact_array)
+    optimiser = eqd.whitened(optax.sgd(0.1), train, damping=0.02, scale=3.0)
+    updates, _ = optimiser.update(params, optimiser.init(params), params)
+    np.testing.assert_allclose(updates.labels, -0.9 * labels, rtol=1e-5)
+    pixels = np.asarray(train.images, np.float64)
+    moments = pixels.T @ pixels / len(pixels)
+    metric = moments + 0.02 * np.trace(moments) * np.eye(10)
+    want = -0.9 * np.linalg.solve(metric, images.T).T
+    np.testing.assert_allclose(updates.images, want, rtol=1e-3, atol=1e-4)
+
+
 def test_lbfgs_needs_fewer_steps(problem):
     plain = optax.lbfgs(learning_rate=1.0, linesearch=None)
     first, second = (
@@ -48,19 +67,20 @@ def test_lbfgs_needs_fewer_steps(problem):
 
 def test_line_search(problem):
     start, classifier, train = problem
-    at = [start]
-    history = eqd.distill(
-        *problem,
-        optimiser=eqd.whitened(optax.lbfgs(), train),
-        steps=5,
-        block_size=1,
-        callback=lambda so_far: at.append(so_far.distilled),
-    ).history
-    assert (np.diff(history.loss) < 0).all()
-    # The search keeps its last gradient, which is not to be taken for a whitened one.
-    for distilled, norm in zip(at, history.gradient_norm, strict=False):
-        gradient = eqx.filter_grad(eqd.outer_loss)(distilled, classifier, train)
-        np.testing.assert_allclose(norm, jnp.linalg.norm(gradient.images), rtol=1e-2)
+    optimiser = eqd.whitened(optax.lbfgs(), train)
+    whole = eqd.Problem(start, classifier, train, optimiser=optimiser)
+    state, step = whole.init(), eqx.filter_jit(whole.step)
+    hypergradient = eqx.filter_jit(eqx.filter_grad(eqd.outer_loss, has_aux=True))
+    losses = []
+    for _ in range(5):
+        gradient, _ = hypergradient(whole.distilled(state), classifier, whole.data)
+        state, metrics = step(state)
+        # The search keeps its last gradient, which is not to be taken for a whitened
+        # one.
+        norm = jnp.linalg.norm(gradient.images)
+        np.testing.assert_allclose(metrics.gradient_norm, norm, rtol=1e-2)
+        losses.append(metrics.loss)
+    assert (np.diff(losses) < 0).all()
 
 
 def test_bad_input(problem):
@@ -70,8 +90,11 @@ def test_bad_input(problem):
     with pytest.raises(ValueError, match=r"`scale` must be positive; got -1.0"):
         eqd.whitened(optax.sgd(1.0), train, scale=-1.0)
     optimiser = eqd.whitened(optax.sgd(1.0), train)
-    with pytest.raises(ValueError, match=r"images of shape \(8, 8\).*got"):
-        optimiser.init({"labels": jnp.zeros((10, 10))})
-    state = optimiser.init(start.images)
+    with pytest.raises(ValueError, match=r"`images` of shape \(8, 8\).*got"):
+        optimiser.init({"labels": jnp.zeros((10, 8, 8))})
+    with pytest.raises(ValueError, match=r"`images` of shape \(8, 8\).*got"):
+        optimiser.init({"images": jnp.zeros((10, 64))})
+    params = {"images": start.images}
+    state = optimiser.init(params)
     with pytest.raises(ValueError, match="must be given `params`"):
-        optimiser.update(start.images, state)
+        optimiser.update(params, state)

@@ -91,24 +91,26 @@ class ProgressBar(AbstractCallback[Any]):
             raise ImportError(
                 "`ProgressBar` needs tqdm: pip install 'eqdistill[progress]'."
             ) from e
-        return tqdm(total=steps, initial=int(state.step), unit="step")
+        return tqdm(total=steps, initial=int(state.step), unit="step"), True
 
     def __call__(self, problem, state, history, own):
         del problem
+        bar, is_first = own
         step = int(state.step)
+        if is_first:
+            # The first steps were waited for until they were compiled. The clock starts
+            # after them.
+            bar.initial = bar.n = bar.last_print_n = step
+            bar.start_t = bar.last_print_t = time.time()
         if len(history) > 0:
-            own.set_postfix(loss=f"{history.loss[-1]:.4f}", refresh=False)
-        if own.n == own.initial:
-            # The first steps were waited for until they were compiled: the clock is
-            # set to zero after them.
-            own.n = own.initial = step
-            own.start_t = own.last_print_t = time.time()
-        own.update(step - own.n)
-        own.refresh()
-        return own, False
+            bar.set_postfix(loss=f"{history.loss[-1]:.4f}", refresh=False)
+        bar.update(step - bar.n)
+        bar.refresh()
+        return (bar, False), False
 
     def close(self, own):
-        own.close()
+        bar, _ = own
+        bar.close()
 
 
 class Log(AbstractCallback[None]):

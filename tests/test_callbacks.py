@@ -1,0 +1,143 @@
+"""Callbacks: when they are called, what they may keep, and how they stop a run."""
+
+import logging
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import eqdistill as eqd
+
+from .conftest import subset
+
+
+ADAM = optax.adam(0.05)
+LBFGS = optax.lbfgs(learning_rate=1.0, linesearch=None)
+
+
+@pytest.fixture(scope="module")
+def problem(digits):
+    train = subset(digits[0], 300)
+    start = eqd.DistilledSet.from_noise(train, l2=0.05, scale=0.02, key=jr.key(0))
+    return start, eqd.LogisticRegression(64, 10), train
+
+
+class Recorder(eqd.AbstractCallback[list]):
+    """Keeps what it is given, and whether it is closed."""
+
+    every: int = 1
+    stop_at: int | None = None
+    closed: list = ()
+
+    def init(self, problem, state, steps):
+        return []
+
+    def __call__(self, problem, state, history, own):
+        step = int(state.step)
+        seen = (step, len(history), problem.distilled(state))
+        return [*own, seen], step == self.stop_at
+
+    def close(self, own):
+        self.closed.append(len(own))
+
+
+def steps_seen(own):
+    return [step for step, _, _ in own]
+
+
+def test_are_called_when_due_and_at_the_end(problem):
+    closed = []
+    fine, coarse = Recorder(every=2, closed=closed), Recorder(every=5, closed=closed)
+    result = eqd.distill(*problem, optimiser=ADAM, steps=12, callbacks=[fine, coarse])
+    of_fine, of_coarse = result.callbacks
+    assert steps_seen(of_fine) == [2, 4, 6, 8, 10, 12]
+    assert steps_seen(of_coarse) == [5, 10, 12]
+    assert [length for _, length, _ in of_coarse] == [5, 10, 12]
+    assert closed == [6, 3]
+    # What they have kept has not been deleted by the steps after.
+    assert not jnp.array_equal(of_fine[0][2].images, of_fine[1][2].images)
+    np.testing.assert_array_equal(of_fine[-1][2].images, result.distilled.images)
+
+
+def test_one_stops_and_all_are_called_for_the_last_time(problem):
+    stopper = Recorder(every=3, stop_at=6, closed=[])
+    other = Recorder(every=10, closed=[])
+    result = eqd.distill(*problem, optimiser=ADAM, steps=50, callbacks=[other, stopper])
+    assert len(result.history) == 6
+    assert not result.converged
+    assert steps_seen(result.callbacks[0]) == [6]
+
+
+def test_are_called_when_a_run_converges(problem):
+    watch = Recorder(every=10, closed=[])
+    result = eqd.distill(
+        *problem, optimiser=LBFGS, steps=50, tolerance=0.2, callbacks=[watch]
+    )
+    assert result.converged
+    assert steps_seen(result.callbacks[0])[-1] == len(result.history) < 50
+
+
+def test_are_closed_after_an_error(problem):
+    watch = Recorder(every=1, closed=[])
+    with pytest.raises(eqd.DistillationError):
+        eqd.distill(*problem, optimiser=optax.sgd(float("inf")), callbacks=[watch])
+    assert watch.closed == [0]
+
+
+def test_progress_bar(problem, capsys):
+    eqd.distill(*problem, optimiser=ADAM, steps=12, callbacks=[eqd.ProgressBar()])
+    shown = capsys.readouterr().err
+    assert "12/12" in shown
+    assert "loss=" in shown
+
+
+def test_log(problem, caplog):
+    logger = logging.getLogger("a run")
+    caplog.set_level(logging.INFO)
+    log = eqd.Log(logger.info, every=6)
+    result = eqd.distill(*problem, optimiser=ADAM, steps=12, callbacks=[log])
+    first, last = caplog.messages
+    assert first.startswith("step 6: loss")
+    assert f"step 12: loss {result.history.loss[-1]:.5g}" in last
+
+
+def test_early_stopping(digits):
+    # So few images are soon overfitted.
+    few, held_out = subset(digits[0], 150).split(2 / 3, key=jr.key(0))
+    start = eqd.DistilledSet.from_noise(few, l2=1e-3, scale=0.02, key=jr.key(0))
+    classifier = eqd.LogisticRegression(64, 10)
+    args = {"optimiser": LBFGS, "learn": (True, False), "steps": 100}
+    stopping = eqd.EarlyStopping(held_out, patience=2)
+    result = eqd.distill(start, classifier, few, **args, callbacks=[stopping])
+    (best,) = result.callbacks
+    assert best.steps == (0, *range(10, len(result.history) + 1, 10))
+    assert len(result.history) < 100
+    place = int(np.argmin(best.losses))
+    assert best.step == 10 * place
+    assert len(best.losses) == place + 1 + 2
+    loss, _ = eqd.outer_loss(best.distilled, classifier, held_out)
+    np.testing.assert_allclose(loss, best.losses.min(), rtol=1e-5)
+    # It went on for two more checks: to less on what it saw, and to more on the rest.
+    last, _ = eqd.outer_loss(result.distilled, classifier, held_out)
+    assert last > 1.01 * loss
+
+
+def test_early_stopping_refuses_bad_data(problem):
+    start, classifier, train = problem
+    with pytest.raises(ValueError, match="`patience` must be at least 1; got 0"):
+        eqd.EarlyStopping(train, patience=0)
+    with pytest.raises(ValueError, match="`every` must be at least 1; got 0"):
+        eqd.EarlyStopping(train, every=0)
+    other = eqd.Dataset(np.ones((3, 4, 4), np.float32), np.arange(3))
+    with pytest.raises(ValueError, match=r"`data` and `distilled`.*\(4, 4\)"):
+        eqd.distill(start, classifier, train, callbacks=[eqd.EarlyStopping(other)])
+    # Losses that are infinite from the start never are the best.
+    huge = eqd.Dataset(3e38 * np.ones((3, 8, 8), np.float32), np.arange(3))
+    with pytest.raises(ValueError, match="must be finite at the start; it is"):
+        eqd.distill(start, classifier, train, callbacks=[eqd.EarlyStopping(huge)])
+    with pytest.raises(
+        ValueError, match="`every` of a `Log` must be at least 1; got 0"
+    ):
+        eqd.distill(start, classifier, train, callbacks=[eqd.Log(every=0)])

@@ -1,0 +1,218 @@
+"""The convolution that is quick in loops, against that of Equinox."""
+
+import dataclasses
+import functools as ft
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from eqdistill import nn
+
+
+def _make(constructor):
+    """A module with random parameters, drawn by NumPy: compiling JAX's draws of each
+    shape would take longer than the tests."""
+    rng = np.random.default_rng(0)
+    draw = lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype)
+    shapes = eqx.filter_eval_shape(lambda: constructor(jr.key(0)))
+    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    return jax.tree.map(lambda x: draw(x) if is_shape(x) else x, shapes)
+
+
+def _normal(*shape):
+    return jnp.asarray(np.random.default_rng(1).normal(size=shape), float)
+
+
+def _library(**settings):
+    return _make(lambda key: eqx.nn.Conv2d(**{"kernel_size": 3, **settings}, key=key))
+
+
+def _network(key):
+    keys = jr.split(key, 4)
+    return eqx.nn.Sequential(
+        [
+            eqx.nn.Conv2d(1, 3, 3, padding=1, key=keys[0]),
+            eqx.nn.Lambda(jax.nn.tanh),
+            eqx.nn.Conv2d(3, 2, 3, stride=2, use_bias=False, key=keys[1]),
+            eqx.nn.Lambda(jnp.ravel),
+            eqx.nn.Linear(8, 2, key=keys[2]),
+        ]
+    )
+
+
+CASES = {
+    "same, stride": {
+        "in_channels": 2,
+        "out_channels": 3,
+        "kernel_size": (3, 2),
+        "stride": (2, 3),
+        "padding": "SAME",
+    },
+    "uneven padding, dilation, no bias": {
+        "in_channels": 1,
+        "out_channels": 2,
+        "padding": ((2, 0), (-1, 3)),
+        "dilation": (2, 1),
+        "use_bias": False,
+    },
+    "groups, reflect": {
+        "in_channels": 4,
+        "out_channels": 6,
+        "padding": 1,
+        "groups": 2,
+        "padding_mode": "REFLECT",
+    },
+    "depthwise, circular, same lower": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "kernel_size": 2,
+        "stride": 2,
+        "padding": "SAME_LOWER",
+        "groups": 3,
+        "padding_mode": "CIRCULAR",
+    },
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
+def test_values_and_derivatives_are_those_of_equinox(settings):
+    library = _library(**settings)
+    arguments = {"kernel_size": 3, **settings}
+    ours = _make(lambda key: nn.Conv2d(**arguments, key=key))
+    images, d_images = _normal(2, 2, settings["in_channels"], 7, 6)
+    d_library = jax.tree.map(lambda x: jnp.asarray(np.sin(3 * x)), library)
+    # Two sets of weights, each with images of its own.
+    both = lambda tree: jax.tree.map(lambda x: jnp.stack([x, 2 * x]), tree)
+
+    # Most of the time is LLVM's.
+    @ft.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def everything(conv, d_conv, images, d_images):
+        def loss(conv, images):
+            out = jax.vmap(conv)(images)
+            return jnp.sum(jnp.sin(out)), out
+
+        grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        return jax.jvp(
+            jax.vmap(grad),
+            (both(conv), both(images)),
+            (both(d_conv), both(d_images)),
+        )
+
+    expected = everything(library, d_library, images, d_images)
+    actual = everything(ours, nn.Conv2d.of(d_library), images, d_images)
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_derivatives_are_those_of_finite_differences():
+    conv = _make(lambda key: nn.Conv2d(2, 2, 2, 2, "SAME", groups=2, key=key))
+    image = _normal(2, 3, 3)
+    apply = lambda conv, image: jnp.sin(conv(image))
+    check_grads(jax.jit(apply), (conv, image), order=2, modes=("fwd", "rev"))
+
+
+def _num_convolutions(function, *args):
+    jaxpr, *_ = eqx.filter_make_jaxpr(function)(*args)
+    return str(jaxpr).count("conv_general_dilated[")
+
+
+def test_derivatives_hold_no_convolution():
+    def descend(network, images):
+        params, static = eqx.partition(network, eqx.is_inexact_array)
+        loss = lambda p: jnp.sum(jax.vmap(eqx.combine(p, static))(images) ** 2)
+        step = lambda p, _: (jax.tree.map(jnp.subtract, p, jax.grad(loss)(p)), None)
+        params, _ = jax.lax.scan(step, params, length=2)
+        return sum(map(jnp.sum, jax.tree.leaves(params)))
+
+    library = _make(_network)
+    ours = nn.quick_convolutions(library)
+    images = jnp.ones((2, 1, 6, 6))
+    assert _num_convolutions(descend, library, images) > 2
+    # The forward pass of two layers.
+    assert _num_convolutions(descend, ours, images) == 2
+    # No more if these steps are differentiated in their turn.
+    through = jax.grad(descend, argnums=1)
+    assert _num_convolutions(through, ours, images) == 2
+
+
+def test_accelerators_use_the_library_for_everything(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    library = _library(in_channels=2, out_channels=3, padding="SAME")
+    ours = nn.Conv2d.of(library)
+    image = _normal(2, 5, 5)
+    np.testing.assert_allclose(ours(image), library(image), rtol=1e-5, atol=1e-6)
+    loss = lambda conv, image: jnp.sum(conv(image) ** 2)
+    grad = lambda conv, image: jax.grad(loss, argnums=(0, 1))(conv, image)
+    assert _num_convolutions(grad, ours, image) == 3
+
+
+def test_half_precision():
+    half = jnp.bfloat16
+    ours = _make(lambda key: nn.Conv2d(2, 3, 3, padding=1, dtype=half, key=key))
+    loss = lambda conv, image: jnp.sum(conv(image))
+    value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    for leaf in jax.tree.leaves(value_and_grad(ours, jnp.ones((2, 4, 4), half))):
+        assert leaf.dtype == jnp.bfloat16
+        assert jnp.isfinite(leaf).all()
+
+
+def test_quick_convolutions_replaces_conv2d_and_nothing_else():
+    class Subclass(eqx.nn.Conv2d):
+        pass
+
+    network = _make(_network)
+    conv1d = _make(lambda key: eqx.nn.Conv1d(1, 1, 3, key=key))
+    subclass = _make(lambda key: Subclass(1, 1, 3, key=key))
+    tree = {"a": network, "b": [conv1d, subclass, None, 3, jnp.tanh, jnp.ones(2)]}
+    quick = nn.quick_convolutions(tree)
+
+    assert type(quick["a"][0]) is nn.Conv2d
+    assert type(quick["a"][2]) is nn.Conv2d
+    assert quick["a"][0].weight is network[0].weight
+    for field in dataclasses.fields(nn.Conv2d):
+        assert getattr(quick["a"][2], field.name) is getattr(network[2], field.name)
+    assert eqx.tree_equal(quick["a"][4], network[4])
+    assert eqx.tree_equal(quick["b"], tree["b"])
+    # There is nothing left to replace.
+    assert eqx.tree_equal(nn.quick_convolutions(quick), quick)
+
+    images = _normal(2, 1, 6, 6)
+    both = lambda x: (network(x), quick["a"](x))
+    expected, actual = jax.jit(jax.vmap(both))(images)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_quick_convolutions_of_shared_and_stacked_weights():
+    make = lambda key: eqx.nn.Conv2d(1, 1, 3, padding=1, key=key)
+    first, second = _make(make), _make(make)
+    shared = eqx.nn.Shared(
+        (first, second), where=lambda x: x[1].weight, get=lambda x: x[0].weight
+    )
+    stacked = _make(lambda key: eqx.filter_vmap(make)(jr.split(key)))
+    quick_shared, quick_stacked = nn.quick_convolutions((shared, stacked))
+    one, other = quick_shared()
+    assert type(one) is type(other) is nn.Conv2d
+    assert other.weight is one.weight
+    assert quick_stacked.weight.shape == (2, 1, 1, 3, 3)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (2, 5, 5), (1, 1, 5, 5)])
+def test_an_image_of_another_shape_is_refused(shape):
+    conv = _make(lambda key: nn.Conv2d(1, 1, 3, key=key))
+    with pytest.raises(ValueError, match=r"`image` must have shape \(in_channels=1"):
+        conv(jnp.ones(shape))
+
+
+def test_an_image_smaller_than_the_kernel_is_refused():
+    make = lambda key: nn.Conv2d(1, 1, 3, dilation=(1, 2), padding=(0, 1), key=key)
+    conv = _make(make)
+    assert conv(jnp.ones((1, 3, 3))).shape == (1, 1, 1)
+    with pytest.raises(ValueError, match=r"`image` must be at least as large"):
+        conv(jnp.ones((1, 3, 2)))
