@@ -1,3 +1,4 @@
+import functools
 import math
 
 import equinox as eqx
@@ -88,6 +89,7 @@ LBFGS = optax.lbfgs(learning_rate=1.0, linesearch=None)
 SGD = optax.sgd(1.0)
 
 
+@functools.cache  # A solver that is made anew is compiled anew.
 def exact(learning_rate: float = 0.1) -> eqd.ArgminSolver:
     """An inner solver that is exact to rounding.
 

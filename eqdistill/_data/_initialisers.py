@@ -84,8 +84,8 @@ def kmeans(
 def herding(
     x: Float[np.ndarray, "m p"], k: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "k p"]:
-    """Chooses one image after the other, each time the image that brings the mean of the
-    chosen images nearest to the mean of all."""
+    """Chooses one image after the other: each time the image that brings the mean of
+    the chosen images nearest to the mean of all."""
     del rng
     deviations = x - x.mean(axis=0, dtype=np.float64)
     squares = np.sum(deviations**2, axis=1)

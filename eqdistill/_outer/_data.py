@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
+from .._checks import array_difference
 from .._classifier import Frozen, LinearClassifier, takes_pixels
 from .._data._dataset import Dataset
 from ._linear_layout import LinearLayout
@@ -78,25 +78,27 @@ class FullBatch(AbstractData):
             self.layout = Rows(dataset.images, dataset.labels)
 
     def loss(self, classifier, step, *, key):
-        """As [`eqdistill.AbstractData`][].
+        """As [`eqdistill.AbstractData`][]. The loss is NaN if the data were made for a
+        linear classifier whose features have other arrays than those of this one.
 
         **Raises:**
 
-        A `ValueError` if the data were made for a linear classifier, and this one has
-        other features.
+        A `ValueError` if the features are of another structure.
         """
         del step, key
-        if self.features is not None:
-            if not (
-                isinstance(classifier, LinearClassifier)
-                and _is_same(classifier.features, self.features)
-            ):
-                raise ValueError(
-                    "`classifier` must have the features that this `FullBatch` was "
-                    "made with. Use `FullBatch(dataset)`, which suits any classifier."
-                )
-            classifier = classifier.head
-        return mean_loss(classifier, self.layout)
+        if self.features is None:
+            return mean_loss(classifier, self.layout)
+        is_linear = isinstance(classifier, LinearClassifier)
+        if not is_linear or not _are_alike(classifier.features, self.features):
+            raise ValueError(
+                "`classifier` must have the features that this `FullBatch` was made "
+                "with. Use `FullBatch(dataset)`, which suits any classifier."
+            )
+        loss = mean_loss(classifier.head, self.layout)
+        pairs = zip(_arrays(classifier.features), _arrays(self.features), strict=True)
+        for mine, theirs in pairs:
+            loss = jnp.where(jnp.array_equal(mine, theirs), loss, jnp.nan)
+        return loss
 
 
 class Batches(AbstractData):
@@ -171,22 +173,15 @@ def _features(dataset: Dataset, classifier: LinearClassifier) -> np.ndarray:
     return np.concatenate([np.asarray(part) for part in parts])
 
 
-def _is_same(features: Frozen, others: Frozen) -> bool:
-    """Whether two modules are the same, as far as a trace can tell: the values of
-    arrays that are traced are not compared."""
-    mine, theirs = (jax.tree.flatten(x) for x in (features, others))
-    if mine[1] != theirs[1]:
-        return False
-    for x, y in zip(mine[0], theirs[0], strict=True):
-        if not eqx.is_array(x):
-            same = x is y or x == y
-        elif isinstance(x, Tracer) or isinstance(y, Tracer):
-            same = x.shape == y.shape and x.dtype == y.dtype
-        else:
-            same = x is y or np.array_equal(x, y)
-        if not same:
-            return False
-    return True
+def _arrays(features: Frozen) -> list[Array]:
+    return jax.tree.leaves(eqx.filter(features, eqx.is_array))
+
+
+def _are_alike(features: Frozen, others: Frozen) -> bool:
+    """Whether two modules are the same, except for the values of their arrays."""
+    mine, theirs = (eqx.partition(x, eqx.is_array) for x in (features, others))
+    is_same = array_difference(mine[0], theirs[0]) is None
+    return is_same and bool(eqx.tree_equal(mine[1], theirs[1]))
 
 
 def _permute(

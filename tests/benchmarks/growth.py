@@ -53,15 +53,15 @@ def noise(N: int, p: int, n: int, c: int):
     return start, eqd.LogisticRegression(p, c), train
 
 
+def from_noise(train: eqd.Dataset, key: jax.Array) -> eqd.DistilledSet:
+    return eqd.DistilledSet.from_noise(train, l2=0.1, scale=1 / 784, key=key)
+
+
 def step_seconds(sizes: dict[str, int], repeats: int) -> float:
-    """Of one outer step: the difference between many and few."""
+    """Seconds of one outer step, by the difference between many and few."""
     problem = noise(**sizes)
     optimiser = optax.adam(0.02)
-    run = lambda steps: (
-        lambda: eqd.distill(
-            *problem, optimiser=optimiser, steps=steps, block_size=STEPS + 2
-        )
-    )
+    run = lambda steps: lambda: eqd.distill(*problem, optimiser=optimiser, steps=steps)
     times = in_turn({"few": run(2), "many": run(STEPS + 2)}, repeats)
     return float(np.median(times["many"] - times["few"])) / STEPS
 
@@ -81,7 +81,7 @@ def of_runs(repeats: int) -> tuple[dict[str, dict[int, float]], dict[int, float]
     train, _ = eqd.datasets.load("mnist")
     classifier = eqd.LogisticRegression(28 * 28, 10)
     keys = jr.split(jr.key(0), 32)
-    starts = [eqd.DistilledSet.from_noise(train, key=key) for key in keys]
+    starts = [from_noise(train, key) for key in keys]
     lbfgs = optax.lbfgs(learning_rate=1.0, linesearch=None)
     whitened = eqd.whitened(lbfgs, train)
     one = lambda steps, optimiser: (
@@ -112,7 +112,7 @@ def of_runs(repeats: int) -> tuple[dict[str, dict[int, float]], dict[int, float]
 def memory() -> dict[str, float]:
     """Megabytes that a process holds, before it distils and at the most."""
     train, _ = eqd.datasets.load("mnist")
-    start = eqd.DistilledSet.from_noise(train, key=jr.key(0))
+    start = from_noise(train, jr.key(0))
     optimiser = optax.adam(0.02)
     run = lambda: eqd.distill(
         start, eqd.LogisticRegression(28 * 28, 10), train, optimiser=optimiser, steps=20
@@ -141,7 +141,7 @@ def _status(name: str) -> float:
 
 
 def slope(times: dict[int, float]) -> float:
-    """Between the two largest."""
+    """The slope between the two largest."""
     (a, s), (b, t) = sorted(times.items())[-2:]
     return float(np.log(t / s) / np.log(b / a))
 

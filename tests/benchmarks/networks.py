@@ -1,0 +1,167 @@
+"""Times convolutional networks with `equinox.nn.Conv2d` and with `eqdistill.nn.Conv2d`.
+
+XLA's convolutions are slow on a CPU if their derivative lies in a loop or a branch. The
+network has three blocks of a convolution, a ReLU and pooling, of 16, 32 and 64
+channels, on images of 28 x 28. Then the same steps of L-BFGS are timed in the loop of
+`ArgminSolver` and called one by one.
+
+Prints Markdown tables of medians, and writes `networks.json`. Run on demand, by `python
+tests/benchmarks/networks.py`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from _timing import machine, parser, write
+
+import eqdistill as eqd
+
+
+def conv_net(key: jax.Array) -> eqx.nn.Sequential:
+    layers, channels = [], 1
+    *keys, head_key = jr.split(key, 4)
+    for key, width in zip(keys, (16, 32, 64), strict=True):
+        layers += [
+            eqx.nn.Conv2d(channels, width, 3, padding=1, key=key),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.AvgPool2d(2, 2),
+        ]
+        channels = width
+    head = eqx.nn.Linear(9 * channels, 10, key=head_key)
+    add_channel = eqx.nn.Lambda(lambda image: image[None])
+    return eqx.nn.Sequential([add_channel, *layers, eqx.nn.Lambda(jnp.ravel), head])
+
+
+Case = tuple[str, Callable, tuple, int]
+
+
+def cases(network: eqx.nn.Sequential, real: eqd.Dataset) -> Iterator[Case]:
+    """Each with a name, a compiled function, its arguments, and its number of steps."""
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+    images, labels = real.floating()[:10], jnp.arange(10)
+
+    def forward(params, images):
+        return jax.vmap(eqx.combine(params, static))(images)
+
+    def loss(params, images):
+        return eqd.cross_entropy(forward(params, images), labels)
+
+    def step(params, images):
+        gradient = jax.grad(loss)(params, images)
+        return jax.tree.map(lambda p, g: p - 0.01 * g, params, gradient)
+
+    def train(params, images, length):
+        body = lambda params, _: (step(params, images), None)
+        return jax.lax.scan(body, params, length=length)[0]
+
+    def switch(index, params, images):
+        branches = [lambda p: step(p, images), lambda p: step(p, 2 * images)]
+        return jax.lax.switch(index, branches, params)
+
+    through = jax.grad(lambda images: loss(train(params, images, 10), images))
+    two = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
+    many = real.floating()[:256]
+    yield "a gradient step of ten images", jax.jit(step), (params, images), 1
+    scan = jax.jit(lambda p, x: train(p, x, 20))
+    yield "the same in `scan`", scan, (params, images), 20
+    yield "the same in `switch`", jax.jit(switch), (0, params, images), 1
+    yield (
+        "the same of two networks",
+        jax.jit(jax.vmap(step, (0, None))),
+        (two, images),
+        1,
+    )
+    yield "the same, differentiated", jax.jit(through), (images,), 10
+    yield "the forward pass of 256", jax.jit(forward), (params, many), 1
+
+
+def cpu_milliseconds(cases: list[Case], repeats: int) -> list[float]:
+    """Of one step of each case, taken in turn. CPU time, as only some of the forms use
+    both cores."""
+    for _, run, args, _ in cases:
+        jax.block_until_ready(run(*args))
+    times = []
+    for _ in range(repeats):
+        times.append([])
+        for _, run, args, steps in cases:
+            begin = time.process_time()
+            jax.block_until_ready(run(*args))
+            times[-1].append(1e3 * (time.process_time() - begin) / steps)
+    return np.median(times, axis=0).tolist()
+
+
+def convolutions(real: eqd.Dataset, repeats: int) -> dict[str, dict[str, float]]:
+    library = conv_net(jr.key(0))
+    pairs = zip(
+        cases(library, real),
+        cases(eqd.nn.quick_convolutions(library), real),
+        strict=True,
+    )
+    print(f"CPU-milliseconds, medians of {repeats} runs:\n")
+    print("| | `equinox.nn` | `eqdistill.nn` | ratio |")
+    print("|---|---|---|---|")
+    rows = {}
+    for a, b in pairs:
+        first, second = cpu_milliseconds([a, b], repeats)
+        rows[a[0]] = {"equinox": first, "eqdistill": second}
+        print(f"| {a[0]} | {first:.1f} | {second:.1f} | {first / second:.1f} |")
+    return rows
+
+
+def argmin(real: eqd.Dataset, repeats: int) -> dict[str, float]:
+    """Milliseconds of thirty steps of L-BFGS, in a loop and one by one."""
+    steps = 30
+    distilled = eqd.DistilledSet(real.floating()[:10], jnp.arange(10), l2=1e-3)
+    network = eqd.nn.quick_convolutions(conv_net(jr.key(0)))
+    minimiser = eqd.WarmLBFGS(rtol=0.0, atol=0.0, warm_up=0)
+    inner = eqd.ArgminSolver(minimiser, max_steps=steps)
+    params, static = eqx.partition(network, eqd.parameters(network))
+    tags = frozenset()
+
+    def loss(params, distilled):
+        return eqd.inner_loss(distilled, eqx.combine(params, static)), None
+
+    @jax.jit
+    def step(params, state):
+        params, state, _ = minimiser.step(loss, params, distilled, {}, state, tags)
+        return params, state
+
+    init = jax.jit(lambda p: minimiser.init(loss, p, distilled, {}, None, None, tags))
+
+    def one_by_one():
+        found, state = params, init(params)
+        for _ in range(steps):
+            found, state = step(found, state)
+        return jax.block_until_ready(found)
+
+    def in_a_loop():
+        fitted = eqd.fit(distilled, network, inner, throw=False)
+        assert int(fitted.stats["steps"]) == steps
+        return jax.block_until_ready(fitted.gradient_norm)
+
+    timed = [("one by one", one_by_one, (), 1), ("`ArgminSolver`", in_a_loop, (), 1)]
+    first, second = cpu_milliseconds(timed, repeats)
+    print(f"\nThe fit of this network to ten images, {steps} steps of L-BFGS, takes ")
+    print(
+        f"{second:.0f} ms of `ArgminSolver`, {second / first:.2f} times the {first:.0f}"
+    )
+    print("ms of the same steps called one by one.")
+    return {"one by one": first, "ArgminSolver": second}
+
+
+def main(repeats: int, output: Path) -> None:
+    results: dict[str, object] = {"machine": machine()}
+    real, _ = eqd.datasets.load("mnist")
+    results["convolutions"] = convolutions(real, repeats)
+    results["argmin"] = argmin(real, repeats)
+    write(results, output / "networks.json")
+
+
+if __name__ == "__main__":
+    main(**vars(parser(__doc__, repeats=9).parse_args()))

@@ -1,0 +1,115 @@
+"""A fit says the truth about itself: whether it is stationary, and whether it has
+collapsed."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import eqdistill as eqd
+
+from .conftest import MLP, subset
+
+
+class GroupNormNet(eqx.Module):
+    """Three blocks of a convolution, group normalisation, softplus and pooling."""
+
+    layers: eqx.nn.Sequential
+
+    def __init__(self, *, key):
+        keys = jr.split(key, 4)
+        layers, channels = [], 1
+        for k in keys[:3]:
+            layers += [
+                eqx.nn.Conv2d(channels, 8, 3, padding=1, key=k),
+                eqx.nn.GroupNorm(4, 8),
+                eqx.nn.Lambda(jax.nn.softplus),
+                eqx.nn.AvgPool2d(2, 2),
+            ]
+            channels = 8
+        layers += [eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(8, 10, key=keys[3])]
+        self.layers = eqx.nn.Sequential(layers)
+
+    def __call__(self, image):
+        return self.layers(image[None])
+
+
+@pytest.fixture(scope="module")
+def real(digits):
+    labels = np.asarray(digits[0].labels)
+    first = [int(np.argmax(labels == k)) for k in range(10)]
+    return digits[0].floating()[np.array(first)]
+
+
+@pytest.mark.slow
+def test_converged_means_stationary(real):
+    # Of these networks the Cauchy criterion says so at gradient norms around one.
+    network = eqd.nn.quick_convolutions(GroupNormNet(key=jr.key(0)))
+    inner = eqd.ArgminSolver(max_steps=600)
+    for l2 in (1e-2, 1e-3, 1e-4):
+        distilled = eqd.DistilledSet(real, jnp.arange(10), l2=l2)
+        fitted = eqd.fit(distilled, network, inner, throw=False)
+        gradient = eqx.filter_grad(lambda c: eqd.inner_loss(distilled, c))(
+            fitted.classifier
+        )
+        norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(gradient)))
+        np.testing.assert_allclose(fitted.gradient_norm, norm, rtol=1e-2, atol=1e-5)
+        size = np.sqrt(
+            sum(
+                np.sum(np.square(x))
+                for x in jax.tree.leaves(eqx.filter(fitted.classifier, eqx.is_array))
+            )
+        )
+        assert not fitted.converged or norm <= 0.011 * l2 * size
+        # The fit is a useful one all the same.
+        assert not fitted.collapsed
+        logits = jax.vmap(fitted.classifier)(real)
+        assert (jnp.argmax(logits, axis=1) == jnp.arange(10)).all()
+
+
+@pytest.mark.parametrize("l2", [0.1, 1e-3])
+def test_smooth_networks_converge(real, l2):
+    distilled = eqd.DistilledSet(real, jnp.arange(10), l2=l2)
+    fitted = eqd.fit(distilled, MLP(64, 4, jax.nn.softplus, key=jr.key(1)))
+    assert fitted.converged
+    assert not fitted.collapsed
+    assert 0 < fitted.gradient_norm < 1e-3
+
+
+def test_collapse_is_told_with_the_reason(digits):
+    train = subset(digits[0], 300)
+    network = MLP(64, 4, jax.nn.softplus, key=jr.key(1))
+    weak = eqd.DistilledSet.from_noise(train, l2=0.1, scale=1 / 64, key=jr.key(0))
+    fitted = eqd.fit(weak, network, throw=False)
+    assert fitted.collapsed
+    logits = jax.vmap(fitted.classifier)(weak.images)
+    assert jnp.ptp(logits, axis=0).max() < 1e-4
+    match = "the fit has collapsed.*ridge is too large.*`l2=1e-3` or less"
+    with pytest.raises(RuntimeError, match=match):
+        eqd.fit(weak, network)
+    with pytest.raises(eqd.DistillationError, match=match) as info:
+        eqd.distill(weak, network, train, steps=2)
+    result = info.value.distillation
+    np.testing.assert_array_equal(result.distilled.images, weak.images)
+
+
+@pytest.mark.parametrize("scale", [1 / 64, 1 / 784])
+def test_a_weak_start_of_a_linear_classifier_is_no_collapse(digits, scale):
+    start = eqd.DistilledSet.from_noise(digits[0], l2=0.1, scale=scale, key=jr.key(0))
+    classifier = eqd.LogisticRegression(64, 10)
+    for inner in (eqd.SpanSolver(), eqd.ArgminSolver()):
+        fitted = eqd.fit(start, classifier, inner)
+        assert fitted.converged
+        assert not fitted.collapsed
+
+
+def test_pixels_whose_squares_overflow(digits):
+    start = eqd.DistilledSet.from_noise(digits[0], l2=0.1, scale=1e30, key=jr.key(0))
+    classifier = eqd.LogisticRegression(64, 10)
+    for inner in (eqd.SpanSolver(), eqd.ArgminSolver(max_steps=300)):
+        fitted = eqd.fit(start, classifier, inner, throw=False)
+        assert not fitted.converged
+        with pytest.raises(RuntimeError, match="inner solver did not converge"):
+            eqd.fit(start, classifier, inner)
