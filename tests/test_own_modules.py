@@ -45,9 +45,7 @@ class Momentum(eqd.AbstractInnerSolver[eqx.nn.Linear]):
         fitted = eqd.Fitted(
             classifier=with_head(head),
             converged=jnp.array(True),
-            collapsed=jnp.array(False),
             gradient_norm=optax.tree.norm(jax.lax.stop_gradient(jax.grad(loss)(head))),
-            stats={},
         )
         return fitted, jax.lax.stop_gradient(head)
 

@@ -1,7 +1,8 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray, PyTree
+from jax.core import Tracer
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._checks import (
     array_difference,
@@ -67,14 +68,24 @@ def fit(
     if throw:
         # Outside of the compiled program: JAX's persistent compilation cache does not
         # keep a program that may raise an error.
-        fitted = eqx.error_if(fitted, fitted.collapsed, f"No fit: {COLLAPSED}.")
-        fitted = eqx.error_if(
+        fitted = _throw(fitted, fitted.collapsed, f"No fit: {COLLAPSED}.")
+        fitted = _throw(
             fitted,
             ~fitted.converged,
-            f"No fit: {NOT_CONVERGED}, at a gradient norm that `fit(..., throw=False)` "
-            "tells. Give the solver more steps or a looser tolerance, or raise `l2`.",
+            f"No fit: {NOT_CONVERGED}. `fit(..., throw=False)` tells the gradient norm. "
+            "Give the solver more steps or a looser tolerance, or raise `l2`.",
         )
     return fitted
+
+
+def _throw(fitted: Fitted, is_bad: Bool[Array, ""], message: str) -> Fitted:
+    if not isinstance(is_bad, Tracer):
+        if is_bad:
+            raise RuntimeError(message)
+        return fitted
+    # Equinox passes no keys through.
+    arrays, rest = eqx.partition(fitted, eqx.is_inexact_array)
+    return eqx.combine(eqx.error_if(arrays, is_bad, message), rest)
 
 
 @eqx.filter_jit

@@ -3,6 +3,7 @@ from typing import Generic, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
@@ -57,18 +58,18 @@ class Fitted(eqx.Module):
     - `classifier`: the fitted classifier, differentiable in the distilled set.
     - `converged`: whether the classifier is a solution: for an argmin, a stationary
         point of the inner loss.
-    - `collapsed`: whether the fit has shrunk a network to one that gives every
-        distilled image the same logits. Nothing can be learned from such a fit.
     - `gradient_norm`: the Euclidean norm of the gradient of the inner loss in the
         parameters: the inner residual, which is zero at an exact argmin.
+    - `collapsed`: whether the fit has shrunk a network to one that gives every
+        distilled image the same logits. Nothing can be learned from such a fit.
     - `stats`: what else the solver has to say, such as the number of its `"steps"`.
     """
 
     classifier: PyTree
     converged: Bool[Array, ""]
-    collapsed: Bool[Array, ""]
     gradient_norm: Float[Array, ""]
-    stats: dict[str, Array]
+    collapsed: Bool[Array, ""] = eqx.field(default_factory=lambda: jnp.array(False))
+    stats: dict[str, Array] = eqx.field(default_factory=dict)
 
 
 class AbstractInnerSolver(eqx.Module, Generic[State]):

@@ -63,9 +63,7 @@ class RidgeSolver(AbstractInnerSolver[None]):
         return Fitted(
             classifier=fitted,
             converged=jnp.isfinite(fitted_norm),
-            collapsed=jnp.array(False),
             gradient_norm=fitted_norm,
-            stats={},
         ), state
 
 

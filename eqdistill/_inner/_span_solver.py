@@ -118,7 +118,6 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         return Fitted(
             classifier=fitted,
             converged=solution.result == optx.RESULTS.successful,
-            collapsed=jnp.array(False),
             gradient_norm=_gradient_norm(fitted.head, fixed),
             stats={"steps": solution.stats["num_steps"]},
         ), jax.tree.map(

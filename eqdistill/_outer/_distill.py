@@ -122,7 +122,11 @@ def distill(
             step = int(state.step)
             num_steps = min(steps - step, watch.steps_until_due(step))
             try:
-                found = [run() for _ in range(num_steps)]
+                found = []
+                for i in range(num_steps):
+                    found.append(run())
+                    # At most two steps are under way, so that Ctrl-C is prompt.
+                    jax.block_until_ready(found[max(i - 1, 0)])
                 new_state = run.state()
                 rows = np.concatenate(
                     [rows, to_rows(found, int(new_state.step) - step)]

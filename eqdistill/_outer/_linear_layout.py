@@ -78,7 +78,8 @@ class LinearLayout(AbstractLayout):
         losses, _ = self._by_chunk(classifier)
         return _sum(losses) / self.num_images
 
-    def value_and_grad(self, classifier):
+    def value_and_grad(self, moving, fixed):
+        classifier = eqx.combine(moving, fixed)
         losses, residuals = self._by_chunk(classifier)
         products = [
             _multiply_back(chunk.features, residual)
@@ -99,7 +100,8 @@ class LinearLayout(AbstractLayout):
         gradient = jax.tree.map(
             lambda x, old: (x / self.num_images).astype(old.dtype), gradient, classifier
         )
-        return _sum(losses) / self.num_images, gradient
+        is_moving = jax.tree.map(lambda _: True, moving)
+        return _sum(losses) / self.num_images, eqx.filter(gradient, is_moving)
 
     def _by_chunk(self, head: eqx.nn.Linear):
         """The sum of the losses of each chunk, and its gradient in the logits relative

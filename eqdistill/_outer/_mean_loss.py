@@ -2,7 +2,7 @@ import abc
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, PyTree
 
 
@@ -14,8 +14,10 @@ class AbstractLayout(eqx.Module):
         """The mean cross-entropy of a classifier on all images."""
 
     @abc.abstractmethod
-    def value_and_grad(self, classifier: PyTree) -> tuple[Float[Array, ""], PyTree]:
-        """The same, and its gradient in the floating-point arrays of the classifier."""
+    def value_and_grad(
+        self, moving: PyTree, fixed: PyTree
+    ) -> tuple[Float[Array, ""], PyTree]:
+        """The same of a classifier in two parts, and its gradient in the first."""
 
 
 @eqx.filter_custom_jvp
@@ -34,11 +36,11 @@ def _(primals, tangents):
         raise NotImplementedError(
             "The outer loss cannot be differentiated in the data."
         )
-    loss, gradient = layout.value_and_grad(classifier)
-    gradient = eqx.filter(gradient, jax.tree.map(lambda _: True, classifier_dot))
-    terms = jax.tree.map(
-        lambda g, dot: jnp.sum(g.astype(loss.dtype) * dot.astype(loss.dtype)),
-        gradient,
-        classifier_dot,
+    # Arrays that are frozen have no tangent, and no gradient is taken in them.
+    is_moving = jax.tree.map(
+        lambda dot: dot is not None, classifier_dot, is_leaf=lambda x: x is None
     )
-    return loss, sum(jax.tree.leaves(terms), start=jnp.zeros_like(loss))
+    moving, fixed = eqx.partition(classifier, is_moving)
+    loss, gradient = layout.value_and_grad(moving, fixed)
+    dot = optax.tree.cast_like(classifier_dot, gradient)
+    return loss, optax.tree.vdot(gradient, dot).astype(loss.dtype)

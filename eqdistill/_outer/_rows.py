@@ -33,12 +33,12 @@ class Rows(AbstractLayout):
         self.images, self.labels = (pad(x) if short else x for x in (images, labels))
 
     def value(self, classifier):
-        return self._over_chunks(_sum_of_losses, classifier)
+        return self._over_chunks(_sum_of_losses, classifier, None)
 
-    def value_and_grad(self, classifier):
-        return self._over_chunks(eqx.filter_value_and_grad(_sum_of_losses), classifier)
+    def value_and_grad(self, moving, fixed):
+        return self._over_chunks(jax.value_and_grad(_sum_of_losses), moving, fixed)
 
-    def _over_chunks(self, fn, classifier):
+    def _over_chunks(self, fn, moving, fixed):
         """The sum of a function of a chunk over all chunks, divided by the number of
         images."""
         is_real = jnp.arange(len(self.labels)) < self.num_images
@@ -47,13 +47,13 @@ class Rows(AbstractLayout):
             (self.images, self.labels, is_real),
         )
         first = jax.tree.map(lambda x: x[0], chunks)
-        zero = optax.tree.zeros_like(jax.eval_shape(lambda: fn(classifier, *first)))
+        zero = optax.tree.zeros_like(jax.eval_shape(lambda: fn(moving, fixed, *first)))
 
         def body(total, chunk):
-            return optax.tree.add(total, fn(classifier, *chunk)), None
+            return optax.tree.add(total, fn(moving, fixed, *chunk)), None
 
         if self.num_chunks == 1:
-            total = fn(classifier, *first)
+            total = fn(moving, fixed, *first)
         else:
             total, _ = jax.lax.scan(body, zero, chunks)
         return jax.tree.map(lambda x: x / self.num_images, total)
@@ -67,7 +67,8 @@ def count_chunks(num_images: int, num_features: int, chunk_bytes: int) -> int:
     return min(-(-num_bytes // chunk_bytes), num_images)
 
 
-def _sum_of_losses(classifier, images, labels, is_real):
+def _sum_of_losses(moving, fixed, images, labels, is_real):
+    classifier = eqx.combine(moving, fixed)
     images = Dataset.to_floating(images)
     losses = cross_entropies(jax.vmap(classifier)(images), labels)
     return jnp.sum(losses, where=is_real)
