@@ -2,8 +2,8 @@
 
 A room is a folder, or a module beside the folders. An arrow leads to each room that it
 imports from, except where other arrows lead there too. Writes
-`docs/images/architecture.png`. Fails if a room imports from one on a floor below it. Run
-it by `python docs/draw_architecture.py`.
+`docs/images/architecture.png`. Fails if a room imports from one on a floor below it.
+Run it by `python docs/draw_architecture.py`.
 """
 
 import ast

@@ -4,8 +4,8 @@ At the fixed ridge of 0.1, ten images cannot do better than 88% on MNIST. Here t
 is learned by the same hypergradient. A tenth of the training images is held out, to
 find how many steps to take before the distilled set overfits. Then all of them are
 distilled for as many steps. Writes `learned_ridge.png`, the images before and after and
-the course of loss and ridge, and `learned_ridge.safetensors`, which `python -m eqdistill
-check` checks.
+the course of loss and ridge, and `learned_ridge.safetensors`, whose claim `python -m
+eqdistill check` checks.
 """
 
 import argparse

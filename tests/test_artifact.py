@@ -22,16 +22,19 @@ import safetensors.numpy
 from PIL import Image
 
 import eqdistill as eqd
+from eqdistill._data._sources import SOURCES
+
+from .conftest import OneStep
 
 
 C = 3
 
 
-def small(soft: bool = False, dtype: type = np.float32):
+def small(soft: bool = False, dtype: type = np.float32, loss=eqd.CrossEntropy()):
     rng = np.random.default_rng(0)
     images = rng.normal(size=(4, 2, 3)).astype(dtype)
     labels = rng.normal(size=(4, C)).astype(dtype) if soft else np.array([0, 1, 2, 0])
-    return eqd.DistilledSet(images, labels, l2=0.03)
+    return eqd.DistilledSet(images, labels, l2=0.03, loss=loss)
 
 
 class Pairs(eqx.Module):
@@ -44,7 +47,7 @@ class Pairs(eqx.Module):
 
 
 def claim(accuracy):
-    fitted = eqd.Fitted(None, jnp.array(True), jnp.array(1), jnp.array(0.0))
+    fitted = eqd.Fitted(None, jnp.array(True), jnp.array(0.0))
     return eqd.Evaluation(jnp.array(0.5), jnp.array(accuracy), fitted)
 
 
@@ -92,7 +95,13 @@ def distilled_sets(draw):
     else:
         dtype = draw(st.sampled_from([np.int32, np.uint8, np.int16]))
         labels = draw(hpn.arrays(dtype, shape[0], elements=st.integers(0, C - 1)))
-    return eqd.DistilledSet(images, labels, l2=draw(st.floats(1e-30, 1e30)))
+    loss = draw(
+        st.one_of(
+            st.just(eqd.CrossEntropy()),
+            st.floats(1e-30, 1e30).map(eqd.SquaredError),
+        )
+    )
+    return eqd.DistilledSet(images, labels, l2=draw(st.floats(1e-30, 1e30)), loss=loss)
 
 
 @hp.settings(deadline=None, max_examples=20)
@@ -106,6 +115,7 @@ def test_round_trip(tmp_path_factory, distilled, use_intercept):
     eqd.save(path, distilled, classifier)
     artifact = eqd.load(path)
     assert_same(artifact.distilled, distilled)
+    assert type(artifact.distilled.loss) is type(distilled.loss)
     assert_same(artifact.classifier, classifier)
     assert os.listdir(path.parent) == [path.name]
 
@@ -114,8 +124,8 @@ def test_what_is_said_of_it(path):
     artifact = eqd.load(path)
     assert artifact.accuracy == 0.75
     assert artifact.dataset == "mnist"
-    assert artifact.sha256 == eqd.datasets._SOURCES["mnist"].sha256
-    assert artifact.learned == ("images",)
+    assert artifact.sha256 == SOURCES["mnist"].sha256
+    assert artifact.learned is None
     assert artifact.seed == 7
     assert not artifact.x64
     assert artifact.versions["jax"] == jax.__version__
@@ -126,16 +136,34 @@ def test_what_is_said_of_it(path):
 
 def test_nothing_more_need_be_said(tmp_path):
     path = tmp_path / "a.safetensors"
-    eqd.save(path, small(soft=True), eqd.LogisticRegression(6, C), learned=())
+    eqd.save(path, small(soft=True), eqd.LogisticRegression(6, C))
     artifact = eqd.load(path)
     assert artifact.accuracy is artifact.dataset is artifact.seed is None
+    assert artifact.learned is None
     assert artifact.sha256 == {}
-    assert artifact.learned == ()
+
+
+def test_a_result_tells_what_was_learned(tmp_path):
+    classifier = eqd.LogisticRegression(6, C)
+    real = eqd.Dataset(small().images, small().labels, C)
+    result = eqd.distill(
+        small(), classifier, real, inner=OneStep(), steps=1, learn=(True, False)
+    )
+    path = tmp_path / "a.safetensors"
+    eqd.save(path, result, classifier)
+    artifact = eqd.load(path)
+    assert artifact.learned == ("images", "log_l2")
+    assert_same(artifact.distilled, result.distilled)
 
 
 @pytest.mark.parametrize(
     "inner",
-    [eqd.SpanSolver(), eqd.SpanSolver(1e-3, 0.0, 9), eqd.ArgminSolver(max_steps=5)],
+    [
+        eqd.SpanSolver(),
+        eqd.SpanSolver(1e-3, 0.0, 9),
+        eqd.RidgeSolver(),
+        eqd.ArgminSolver(max_steps=5),
+    ],
 )
 def test_inner_solver_is_rebuilt(path, inner):
     eqd.save(path, small(), eqd.LogisticRegression(6, C), inner=inner)
@@ -163,11 +191,12 @@ def test_double_precision(tmp_path):
         assert artifact.x64
         assert artifact.distilled.images.dtype == jnp.float64
         assert_same(artifact.distilled, distilled)
-        assert isinstance(artifact.classifier, eqd.LogisticRegression)
-        assert artifact.classifier.weights.dtype == jnp.float64
+        assert artifact.classifier is not None
+        assert artifact.classifier.head.weight.dtype == jnp.float64
     single = eqd.load(path)
-    assert isinstance(single.classifier, eqd.LogisticRegression)
-    assert single.distilled.images.dtype == single.classifier.weights.dtype
+    assert single.classifier is not None
+    assert single.distilled.images.dtype == jnp.float32
+    assert single.classifier.head.weight.dtype == jnp.float32
     assert_same(
         single.distilled,
         jax.tree.map(lambda x: np.asarray(x, np.float32), distilled),
@@ -177,6 +206,38 @@ def test_double_precision(tmp_path):
     with pytest.raises(ValueError, match="`images` must be finite"):
         eqd.load(path)
     with jax.enable_x64(True):
+        eqd.load(path)
+
+
+def test_files_of_the_first_version(path):
+    change(path, format_version=1, loss=None, learned=["images"])
+    artifact = eqd.load(path)
+    assert isinstance(artifact.distilled.loss, eqd.CrossEntropy)
+    assert_same(artifact.distilled, small())
+    assert artifact.learned == ("images",)
+
+
+class AbsoluteError(eqd.AbstractLoss):
+    def __call__(self, outputs, labels):
+        return jnp.mean(abs(outputs - labels))
+
+    def to_logits(self, outputs):
+        return outputs
+
+
+def test_refuses_to_save_other_losses(tmp_path):
+    distilled = small(soft=True, loss=AbsoluteError())
+    match = "`result` must have `CrossEntropy` or `SquaredError`.*got `AbsoluteError`"
+    with pytest.raises(TypeError, match=match):
+        eqd.save(tmp_path / "a.safetensors", distilled, eqd.LogisticRegression(6, C))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 90.0, np.zeros(1)])
+def test_refuses_temperatures(tmp_path, value):
+    path = tmp_path / "a.safetensors"
+    eqd.save(path, small(loss=eqd.SquaredError()), eqd.LogisticRegression(6, C))
+    change(path, {"log_temperature": np.asarray(value)})
+    with pytest.raises(ValueError, match="`log_temperature` must be a scalar from"):
         eqd.load(path)
 
 
@@ -207,8 +268,6 @@ def test_refuses_to_save_what_is_said(tmp_path):
             eqd.save(tmp_path / name, *args)
     with pytest.raises(FileNotFoundError, match=r"`path`.*folder that exists; got '.*"):
         eqd.save(tmp_path / "no" / "a.safetensors", *args)
-    with pytest.raises(ValueError, match=r"`learned` must name.*'pixels'"):
-        eqd.save(path, *args, learned=("pixels",))
     for accuracy in (1.5, np.nan):
         with pytest.raises(ValueError, match=f"`accuracy` must be.*{accuracy}"):
             eqd.save(path, *args, claim(accuracy))
@@ -256,14 +315,19 @@ SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
     [
         ({"format": None}, "`format` must be 'eqdistill'; got None"),
         ({"format": "pt"}, "`format` must be 'eqdistill'; got 'pt'"),
-        ({"format_version": 2}, "`format_version` must be 1.*got 2"),
-        ({"format_version": True}, "`format_version` must be 1.*got True"),
+        ({"format_version": 3}, "`format_version` must be from 1 to 2.*got 3"),
+        ({"format_version": True}, "`format_version` must be from 1 to 2.*got True"),
+        ({"loss": None}, "must have the keys.*'loss'"),
+        ({"loss": "HingeLoss"}, "`loss` must be one of CrossEntropy, SquaredError"),
+        ({"loss": ["CrossEntropy"]}, "`loss` must be one of"),
+        ({"loss": "SquaredError"}, "tensors must be images.*log_temperature; got"),
         ({"seed": None}, "must have the keys.*'seed'"),
         ({"code": "print(1)"}, "must have the keys.*got.*'code'"),
         ({"seed": 1.5}, "`seed` must be null or an integer; got 1.5"),
         ({"x64": 1}, "`x64` must be"),
         ({"versions": {"jax": 1}}, "`versions` must be"),
-        ({"learned": ["weights"]}, r"`learned` must be.*got \['weights'\]"),
+        ({"learned": "images"}, "`learned` must be null, or a list of names"),
+        ({"learned": ["x" * 201]}, "`learned` must be"),
         ({"learned": [["images"]]}, "`learned` must be"),
         ({"learned": ["images", "images"]}, "`learned` must be"),
         ({"accuracy": 0.5}, "`accuracy` must be"),
@@ -402,7 +466,7 @@ def published(tmp_path_factory, digits):
     """A file with a true claim."""
     train, test = digits
     _, first = np.unique(train.labels, return_index=True)
-    distilled = eqd.DistilledSet(train.floating()[first], train.labels[first])
+    distilled = eqd.DistilledSet(train.floating()[first], train.labels[first], l2=0.1)
     classifier = eqd.LogisticRegression(64, 10)
     evaluation = eqd.evaluate(distilled, classifier, test)
     assert evaluation.accuracy > 0.5
@@ -413,9 +477,9 @@ def published(tmp_path_factory, digits):
 
 def run(monkeypatch, capsys, *args):
     """The command, in this process: a fresh one takes seconds to start."""
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, args)])
+    monkeypatch.setattr(sys, "argv", ["eqdistill", "check", *map(str, args)])
     with pytest.raises(SystemExit) as info:
-        runpy.run_module("eqdistill.evaluate", run_name="__main__")
+        runpy.run_module("eqdistill", run_name="__main__")
     return info.value.code, *capsys.readouterr()
 
 
@@ -423,7 +487,7 @@ def test_command_in_a_fresh_process(published):
     result = subprocess.run(
         [
             *(sys.executable, "-W", "error::RuntimeWarning"),
-            *("-m", "eqdistill.evaluate", str(published), "--dataset", "digits"),
+            *("-m", "eqdistill", "check", str(published), "--dataset", "digits"),
         ],
         capture_output=True,
         text=True,
@@ -492,14 +556,6 @@ def test_command_refuses_what_is_no_file(tmp_path, monkeypatch, capsys):
     assert err.count("\n") == 1
 
 
-def test_function_is_not_hidden_by_the_command():
-    function = eqd.evaluate
-    with pytest.raises(ImportError, match="not to be imported, but to be run"):
-        import eqdistill.evaluate  # noqa: F401
-    assert eqd.evaluate is function
-    assert callable(function)
-
-
 def recover(folder):
     description = json.loads((folder / "export.json").read_text())
     levels = [np.asarray(Image.open(folder / i["file"])) for i in description["images"]]
@@ -537,7 +593,8 @@ def test_export(tmp_path, shape, bits):
 
 def test_export_of_zeros_and_soft_labels(tmp_path):
     p = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]], np.float32)
-    eqd.export(tmp_path, eqd.DistilledSet(np.zeros((2, 3, 3), np.float32), np.log(p)))
+    zeros = np.zeros((2, 3, 3), np.float32)
+    eqd.export(tmp_path, eqd.DistilledSet(zeros, np.log(p), l2=0.1))
     pictures, description = recover(tmp_path)
     assert not pictures.any()
     probabilities = [image["probabilities"] for image in description["images"]]
@@ -546,7 +603,7 @@ def test_export_of_zeros_and_soft_labels(tmp_path):
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5, 4), (1, 1, 5), (2, 2, 2, 2)])
 def test_export_refuses(tmp_path, shape):
-    distilled = eqd.DistilledSet(np.ones((2, *shape), np.float32), np.arange(2))
+    distilled = eqd.DistilledSet(np.ones((2, *shape), np.float32), np.arange(2), l2=0.1)
     with pytest.raises(ValueError, match="`distilled` must have grey images") as info:
         eqd.export(tmp_path, distilled)
     assert str(shape) in str(info.value)

@@ -240,7 +240,7 @@ def test_logistic_regression():
 
 def test_last_layer():
     network = eqx.nn.Sequential([eqx.nn.Identity()])
-    with pytest.raises(TypeError, match="`where` must pick.*got a Identity"):
+    with pytest.raises(TypeError, match=r"`where` must pick.*got a Identity"):
         eqd.last_layer(network)
 
 

@@ -5,15 +5,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
 import pytest
 
 import eqdistill as eqd
 
-from .conftest import MLP, subset
-
-
-LBFGS = optax.lbfgs(learning_rate=1.0, linesearch=None)
+from .conftest import ADAM, LBFGS, MLP, OneStep, small_noise, subset
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +18,7 @@ def train(digits):
 
 
 def starts(train, n=3):
-    return [
-        eqd.DistilledSet.from_noise(train, l2=0.05 * (i + 1), key=jr.key(i))
-        for i in range(n)
-    ]
+    return [small_noise(train, l2=0.05 * (i + 1), seed=i) for i in range(n)]
 
 
 def test_is_as_one_by_one(train):
@@ -43,48 +36,78 @@ def test_is_as_one_by_one(train):
     assert len({len(result.history) for result in together}) > 1
 
 
-def test_any_classifier(train):
+def test_each_has_its_own_key(train):
+    # And with it its own batches.
+    classifier = eqd.LogisticRegression(64, 10)
+    same = [small_noise(train)] * 2
+    args = {"inner": OneStep(), "optimiser": ADAM, "steps": 5}
+    first, second = eqd.distill_each(
+        same, classifier, eqd.Batches(train, 20), key=jr.key(0), **args
+    )
+    assert not np.allclose(first.history.loss[2:], second.history.loss[2:], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [OneStep(), pytest.param(eqd.ArgminSolver(), marks=pytest.mark.slow)],
+    ids=["one step", "argmin"],
+)
+def test_any_classifier(train, inner):
     classifier = MLP(64, 4, jax.nn.softplus, key=jr.key(1))
-    for result in eqd.distill_each(starts(train, 2), classifier, train, steps=3):
-        assert result.history.loss[-1] < result.history.loss[0]
+    strong = [
+        eqd.DistilledSet.from_noise(train, l2=l2, scale=0.3, key=jr.key(0))
+        for l2 in (1e-3, 2e-3)
+    ]
+    args = {"inner": inner, "optimiser": ADAM, "steps": 3}
+    for result in eqd.distill_each(strong, classifier, train, **args):
+        assert result.history.loss[-1] < 0.98 * result.history.loss[0]
 
 
 def test_says_which_start_fails(train):
     classifier = eqd.LogisticRegression(64, 10)
     good, _, bad = starts(train)
     bad = eqx.tree_at(lambda d: d.images, bad, jnp.full_like(bad.images, jnp.nan))
-    match = "the start of index 1 stopped at step 0: the outer loss is not finite"
+    match = "the start of index 1 stopped at step 0: the inner solver did not converge"
+    args = {"inner": OneStep(), "optimiser": ADAM, "steps": 3}
     with pytest.raises(eqd.DistillationError, match=match) as info:
-        eqd.distill_each([good, bad], classifier, train, optimiser=LBFGS, steps=5)
+        eqd.distill_each([good, bad], classifier, train, **args)
     assert len(info.value.distillation.history) == 0
 
 
 def test_bad_input(train):
     classifier = eqd.LogisticRegression(64, 10)
+    three = starts(train)
     with pytest.raises(ValueError, match="`starts` must hold at least one"):
         eqd.distill_each([], classifier, train)
-    other = eqd.DistilledSet.from_noise(train, 5, key=jr.key(0))
-    with pytest.raises(ValueError, match=r"of one shape; .*\(10, 8, 8\).*\(5, 8, 8\)"):
-        eqd.distill_each([*starts(train), other], classifier, train)
-    labels = eqx.tree_at(lambda d: d.labels, starts(train)[0], jnp.arange(10) + 1)
+    other = small_noise(train, 5)
+    match = r"of one shape.*index 3 differs.*\(10, 8, 8\) wanted.*\(5, 8, 8\) got"
+    with pytest.raises(ValueError, match=match):
+        eqd.distill_each([*three, other], classifier, train)
+    labels = eqx.tree_at(lambda d: d.labels, three[0], jnp.arange(10) + 1)
     with pytest.raises(ValueError, match=r"`distilled.labels` must be in \[0, 10\)"):
-        eqd.distill_each([*starts(train), labels], classifier, train)
+        eqd.distill_each([*three, labels], classifier, train)
     with pytest.raises(ValueError, match="`steps` must be at least 1; got 0"):
-        eqd.distill_each(starts(train), classifier, train, steps=0)
+        eqd.distill_each(three, classifier, train, steps=0)
 
 
-class Raising(eqd.AbstractInnerSolver):
-    def __call__(self, classifier, distilled, tilt=None):
-        fitted = eqd.SpanSolver()(classifier, distilled, tilt)
+class Raising(eqd.AbstractInnerSolver[None]):
+    def init(self, distilled, classifier, *, key):
+        return None
+
+    def __call__(self, distilled, classifier, state, *, key):
+        fitted, state = OneStep()(distilled, classifier, state, key=key)
         is_negative = distilled.images.mean() < 0
-        return eqx.error_if(fitted, is_negative, "Useless.")
+        return eqx.error_if(fitted, is_negative, "Useless."), state
 
 
 def test_inner_solver_that_raises(train):
-    good, bad, _ = starts(train)
-    bad = eqx.tree_at(lambda d: d.images, bad, -bad.images)
+    good, bad = (
+        eqx.tree_at(lambda d: d.images, start, sign * abs(start.images))
+        for start, sign in zip(starts(train, 2), (1, -1), strict=True)
+    )
     classifier = eqd.LogisticRegression(64, 10)
+    args = {"inner": Raising(), "optimiser": ADAM, "steps": 3}
     with pytest.raises(eqd.DistillationError, match="the inner solver raised") as info:
-        eqd.distill_each([good, bad], classifier, train, inner=Raising(), steps=3)
+        eqd.distill_each([good, bad], classifier, train, **args)
     assert "Useless" in str(info.value.__cause__)
     assert len(info.value.distillation.history) == 0

@@ -49,7 +49,13 @@ class Span(eqx.Module):
         contrasts = jnp.asarray(scipy.linalg.helmert(num_classes), images.dtype)
         if min(images.shape) * num_classes > _MOST_UNKNOWNS:
             return Span(images, None, None, contrasts)
-        left, singular_values, basis = jnp.linalg.svd(images, full_matrices=False)
+        rows = _orthonormal_rows(images)
+        # Of a matrix of n x n. LAPACK takes several threads for the images themselves,
+        # which go on spinning after it has returned, and hold up all else.
+        left, singular_values, basis = jnp.linalg.svd(
+            images @ rows.T, full_matrices=False
+        )
+        basis = basis @ rows
         # Singular values below rounding are zero: equal images differ in nothing.
         rounding = max(images.shape) * jnp.finfo(images.dtype).eps
         is_zero = ~(singular_values > rounding * singular_values[0])
@@ -166,6 +172,26 @@ class Span(eqx.Module):
         if use_intercept:
             return Coordinates(rows[:-1].T, rows[-1])
         return Coordinates(rows.T, None)
+
+
+def _orthonormal_rows(images: Float[Array, "n p"]) -> Float[Array, "r p"]:
+    """Orthonormal vectors, some of them zero, that span the images, by the
+    Gram-Schmidt process with each projection done twice. If there are more images than
+    pixels, they are the axes."""
+    n, p = images.shape
+    if n >= p:
+        return jnp.eye(p, dtype=images.dtype)
+    rounding = p * jnp.finfo(images.dtype).eps * jnp.max(jnp.abs(images))
+
+    def body(i, rows):
+        left = images[i]
+        for _ in range(2):
+            left = left - (rows @ left) @ rows
+        size = jnp.linalg.norm(left)
+        is_new = size > rounding
+        return rows.at[i].set(jnp.where(is_new, left / jnp.where(is_new, size, 1), 0))
+
+    return jax.lax.fori_loop(0, n, body, jnp.zeros_like(images))
 
 
 # With more unknowns than this, the decomposition takes longer than the solve.

@@ -193,7 +193,7 @@ def _solve(
 
 # Larger systems are solved sooner by conjugate gradients, and as exactly, if the
 # condition of the matrix is no larger than this.
-_MOST_FOR_A_MATRIX = 300
+_MOST_FOR_A_MATRIX = 100
 _LARGEST_CONDITION = 3e5
 
 

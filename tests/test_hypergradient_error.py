@@ -1,0 +1,139 @@
+"""How exact a hypergradient is: the error that is measured, and the bound on it."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import eqdistill as eqd
+
+from .conftest import OneStep
+
+
+C, P = 4, 9
+
+
+def data(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(40, 3, 3)).astype(dtype)
+    return eqd.Dataset(images, np.arange(40) % C, C)
+
+
+def soft_start(seed, scale=0.3, l2=0.1, dtype=np.float64, loss=eqd.CrossEntropy()):
+    rng = np.random.default_rng(seed)
+    images = scale * rng.normal(size=(7, 3, 3))
+    labels = 3 * rng.normal(size=(7, C))
+    return eqd.DistilledSet(
+        images.astype(dtype), labels.astype(dtype), l2=l2, loss=loss
+    )
+
+
+class Perturbed(eqd.AbstractInnerSolver[None]):
+    """Exact, but for an error of the solution, and one of its derivative."""
+
+    solution: jax.Array
+    derivative: jax.Array
+
+    def __init__(self, solution, derivative=0.0):
+        self.solution, self.derivative = jnp.array(solution), jnp.array(derivative)
+
+    def init(self, distilled, classifier, *, key):
+        return None
+
+    def __call__(self, distilled, classifier, state, *, key):
+        wrong = lambda x: x + self.derivative * (x - jax.lax.stop_gradient(x))
+        distilled = jax.tree.map(wrong, distilled)
+        inner = eqd.SpanSolver()
+        warm = inner.init(distilled, classifier, key=None)
+        fitted, _ = inner(distilled, classifier, warm, key=None)
+        where = lambda f: f.classifier.head.weight
+        noise = self.solution * jr.normal(jr.key(7), where(fitted).shape)
+        return eqx.tree_at(where, fitted, replace_fn=lambda w: w + noise), state
+
+
+@pytest.mark.usefixtures("x64")
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    log_scale=st.floats(-2, 1),
+    log_l2=st.floats(-4, 1),
+    log_error=st.floats(-9, 0),
+    derivative=st.sampled_from([0.0, 0.0, 1e-3]),
+)
+def test_is_a_bound(seed, log_scale, log_l2, log_error, derivative):
+    with jax.enable_x64(True):
+        start = soft_start(seed, 10**log_scale, 10**log_l2)
+        args = start, eqd.LogisticRegression(P, C), data()
+        exact = eqd.SpanSolver()
+        inner = Perturbed(10**log_error, derivative)
+        found = eqd.hypergradient_error(*args, inner, reference=exact)
+        # The reference itself is exact but for rounding.
+        of_reference = eqd.hypergradient_error(*args, exact)
+    assert of_reference.error == 0
+    assert found.error <= found.bound + of_reference.bound
+    assert derivative == 0 or found.error > 1e-4 * of_reference.norm
+
+
+@pytest.mark.usefixtures("x64")
+def test_is_in_proportion_to_the_error_of_the_fit():
+    args = soft_start(0), eqd.LogisticRegression(P, C), data()
+    exact = eqd.hypergradient_error(*args)
+    assert exact.bound < 1e-8 * exact.norm
+    assert exact.inner_residual < 1e-12
+    small, large = (
+        eqd.hypergradient_error(*args, Perturbed(e), reference=eqd.SpanSolver())
+        for e in (1e-8, 1e-6)
+    )
+    np.testing.assert_allclose(large.error / small.error, 100, rtol=0.1)
+    np.testing.assert_allclose(large.bound / small.bound, 100, rtol=0.1)
+
+
+def test_single_precision_is_measured_in_double():
+    start, real = soft_start(0, dtype=np.float32), data(np.float32)
+    found = eqd.hypergradient_error(start, eqd.LogisticRegression(P, C), real)
+    assert 0 < found.error < 1e-4 * found.norm
+    assert found.error <= found.bound
+    assert jnp.result_type(float) == jnp.float32
+
+
+def with_features(use_bias):
+    head = eqd.LogisticRegression(P, C, use_intercept=use_bias).head
+    return eqd.LinearClassifier(jnp.ravel, head)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "loss"),
+    [
+        (eqd.LogisticRegression(P, C, use_intercept=True), eqd.CrossEntropy()),
+        (eqd.LogisticRegression(P, C), eqd.SquaredError()),
+        (with_features(False), eqd.CrossEntropy()),
+    ],
+    ids=["intercept", "squared error", "other features"],
+)
+def test_no_bound_is_known(classifier, loss):
+    start = soft_start(0, dtype=np.float32, loss=loss)
+    found = eqd.hypergradient_error(start, classifier, data(np.float32), OneStep())
+    assert np.isinf(found.bound)
+    assert 0 < found.error < 1e-4 * found.norm
+
+
+class Fails(eqd.AbstractInnerSolver[None]):
+    def init(self, distilled, classifier, *, key):
+        return None
+
+    def __call__(self, distilled, classifier, state, *, key):
+        fitted, state = OneStep()(distilled, classifier, state, key=key)
+        return eqx.tree_at(lambda f: f.converged, fitted, jnp.array(False)), state
+
+
+def test_a_reference_that_fails_is_refused():
+    args = (
+        soft_start(0, dtype=np.float32),
+        eqd.LogisticRegression(P, C),
+        data(np.float32),
+    )
+    with pytest.raises(ValueError, match="`reference` must fit the classifier"):
+        eqd.hypergradient_error(*args, OneStep(), reference=Fails())
