@@ -104,7 +104,7 @@ def fit_by_scikit_learn(
 ) -> eqd.LinearClassifier:
     """Fits to each image once for each class, with a weight of zero if the image is of
     another class: scikit-learn must have seen a class to give it weights."""
-    n, c = len(distilled), classifier.head.out_features
+    n, (c, _) = len(distilled), classifier.head.weight.shape
     fitted = SklearnLogisticRegression(
         C=1 / (n * float(distilled.l2)),
         fit_intercept=classifier.head.bias is not None,

@@ -72,8 +72,8 @@ def fit(
         fitted = _throw(
             fitted,
             ~fitted.converged,
-            f"No fit: {NOT_CONVERGED}. Give the solver more steps or a looser tolerance, "
-            "or raise `l2`; `fit(..., throw=False)` tells the gradient norm.",
+            f"No fit: {NOT_CONVERGED}. Give it more steps or a looser tolerance, or "
+            "raise `l2`; `fit(..., throw=False)` tells the gradient norm.",
         )
     return fitted
 

@@ -102,7 +102,7 @@ class WarmLBFGS(optx.AbstractMinimiser):
         def warm_up():
             update, adam = self._adam().update(gradient, state.adam)
             where = lambda s: (s.point, s.adam)
-            return eqx.tree_at(where, state, (trial + update, adam))
+            return eqx.tree_at(where, state, (optax.tree.add(trial, update), adam))
 
         def search_on():
             low = jnp.where(is_too_short, state.size, state.low)
@@ -118,7 +118,7 @@ class WarmLBFGS(optx.AbstractMinimiser):
                 point=trial,
                 value=value,
                 gradient=gradient,
-                direction=-update,
+                direction=optax.tree.scale(-1.0, update),
                 size=one,
                 low=zero,
                 high=jnp.full_like(value, jnp.inf),

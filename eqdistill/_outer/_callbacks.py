@@ -114,16 +114,19 @@ class ProgressBar(AbstractCallback[Any]):
 
 
 class Log(AbstractCallback[None]):
-    """Writes a line for each `every` steps, with what was measured in the last of them.
+    """Writes a line after each `every` steps, with what the last one measured."""
 
-    **Arguments:**
+    write: Callable[[str], Any]
+    every: int
 
-    - `write`: takes the line, such as `print` or the `info` of a `logging.Logger`.
-    - `every`: as for [`eqdistill.AbstractCallback`][].
-    """
+    def __init__(self, write: Callable[[str], Any] = print, *, every: int = 10):
+        """**Arguments:**
 
-    write: Callable[[str], Any] = print
-    every: int = 10
+        - `write`: takes the line, such as `print` or the `info` of a `logging.Logger`.
+        - `every`: as for [`eqdistill.AbstractCallback`][]. (Keyword only argument.)
+        """
+        self.write = write
+        self.every = every
 
     def init(self, problem, state, steps):
         del problem, state, steps
@@ -173,25 +176,35 @@ class EarlyStopping(AbstractCallback[Best]):
         best = result.callbacks[0].distilled
         ```
 
-    **Attributes:**
-
-    - `data`: real data that are not in the training data: see
-        [`eqdistill.Dataset.split`][].
-    - `every`: the held-out loss is taken after each such number of steps.
-    - `patience`: the run stops after this many held-out losses in a row that are no
-        better than the best. A loss that is not finite is no better.
     """
 
     data: Dataset | AbstractData
-    every: int = 10
-    patience: int = 3
+    every: int
+    patience: int
 
-    def __check_init__(self):
-        for name in ("every", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1; got {getattr(self, name)}."
-                )
+    def __init__(
+        self, data: Dataset | AbstractData, *, every: int = 10, patience: int = 3
+    ):
+        """**Arguments:**
+
+        - `data`: real data that are not in the training data: see
+            [`eqdistill.Dataset.split`][].
+        - `every`: the held-out loss is taken after each such number of steps. (Keyword
+            only argument.)
+        - `patience`: the run stops after this many held-out losses in a row that are no
+            better than the best. A loss that is not finite is no better. (Keyword only
+            argument.)
+
+        **Raises:**
+
+        A `ValueError` if `every` or `patience` is less than 1.
+        """
+        for name, value in (("every", every), ("patience", patience)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        self.data = data
+        self.every = every
+        self.patience = patience
 
     def init(self, problem, state, steps):
         """**Raises:**

@@ -2,6 +2,7 @@ import abc
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -43,4 +44,4 @@ def _(primals, tangents):
     moving, fixed = eqx.partition(classifier, is_moving)
     loss, gradient = layout.value_and_grad(moving, fixed)
     dot = optax.tree.cast_like(classifier_dot, gradient)
-    return loss, optax.tree.vdot(gradient, dot).astype(loss.dtype)
+    return loss, jnp.asarray(optax.tree.vdot(gradient, dot), loss.dtype)
