@@ -19,10 +19,10 @@ def check_classifier(classifier: PyTree, image: jax.ShapeDtypeStruct) -> int:
 
     A `TypeError` or `ValueError` that names `classifier` and what is wrong with it.
     """
-    if not callable(classifier):
+    if not callable(classifier) or isinstance(classifier, type):
         raise TypeError(
             "`classifier` must be a callable `equinox.Module`, from one image to its "
-            f"logits; got a {type(classifier).__name__}."
+            f"logits; got {_name_kind(classifier)}."
         )
     _refuse_state(classifier)
     if not any(jax.tree.leaves(parameters(classifier))):
@@ -31,6 +31,11 @@ def check_classifier(classifier: PyTree, image: jax.ShapeDtypeStruct) -> int:
             "not inside a `Frozen`. It has none."
         )
     return count_outputs("classifier", classifier, image)
+
+
+def _name_kind(x: Any) -> str:
+    is_class = isinstance(x, type)
+    return f"the class {x.__name__} itself" if is_class else f"a {type(x).__name__}"
 
 
 def count_outputs(name: str, classifier: Any, image: jax.ShapeDtypeStruct) -> int:

@@ -68,11 +68,11 @@ def squared_norm(classifier: PyTree) -> Float[Array, ""]:
         if isinstance(node, HasPenalised):
             mask = jax.tree.map(lambda a, b: a and b, mask, node.penalised())
         leaves = jax.tree.leaves(eqx.filter(node, mask))
-        return sum((jnp.sum(x**2) for x in leaves), start=jnp.array(0.0))
+        return sum((jnp.sum(x**2) for x in leaves), start=0.0)
 
     is_node = lambda x: isinstance(x, Frozen | HasPenalised)
     nodes = jax.tree.leaves(classifier, is_leaf=is_node)
-    return sum(map(of_node, nodes), start=jnp.array(0.0))
+    return jnp.asarray(sum(map(of_node, nodes), start=0.0))
 
 
 class LinearClassifier(eqx.Module):
@@ -93,10 +93,11 @@ class LinearClassifier(eqx.Module):
         """**Arguments:**
 
         - `features`: a map from one image, of shape `(*shape,)`, to its features, of
-            shape `(p,)`.
+            shape `(p,)`. Dropout in it is turned off.
         - `head`: the linear map from `p` features to `c` outputs. Its `weight` has
             shape `(c, p)` and its `bias`, if there is one, shape `(c,)`.
         """
+        features = eqx.nn.inference_mode(features)
         self.features = features if isinstance(features, Frozen) else Frozen(features)
         self.head = head
 

@@ -126,7 +126,8 @@ class SquaredError(AbstractLoss):
         return jnp.exp(self.log_temperature)
 
     def __call__(self, outputs, labels):
-        errors = outputs - self.targets(labels, outputs.shape[1])
+        targets = self.targets(labels, outputs.shape[1]).astype(outputs.dtype)
+        errors = outputs - targets
         return jnp.mean(jnp.sum(errors**2, axis=1)) / 2
 
     def to_logits(self, outputs):

@@ -8,8 +8,10 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy.special
 
 from ._data._distilled_set import DistilledSet
+from ._losses import CrossEntropy
 from ._outer._distillation import History
 
 
@@ -98,6 +100,7 @@ def _titles(distilled: DistilledSet) -> list[str]:
     labels = np.asarray(distilled.labels)
     if labels.ndim == 1:
         return [str(label) for label in labels]
-    odds = np.exp(labels - labels.max(axis=1, keepdims=True))
-    probabilities = odds / odds.sum(axis=1, keepdims=True)
+    if not isinstance(distilled.loss, CrossEntropy):
+        return [str(row.argmax()) for row in labels]
+    probabilities = scipy.special.softmax(labels, axis=1)
     return [f"{p.argmax()} ({p.max():.0%})" for p in probabilities]

@@ -2,6 +2,7 @@
 
 import logging
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -29,7 +30,7 @@ class Recorder(eqd.AbstractCallback[list]):
 
     every: int = 1
     stop_at: int | None = None
-    closed: list = ()
+    closed: list = eqx.field(default_factory=list)
 
     def init(self, problem, state, steps):
         return []

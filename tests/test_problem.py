@@ -1,4 +1,4 @@
-"""The step of the outer loop, as a pure function of its state, and the loop around it."""
+"""The step of the outer loop, a pure function of its state, and the loop around it."""
 
 import equinox as eqx
 import jax
@@ -96,7 +96,9 @@ def test_a_step_from_an_ended_state_changes_nothing(problem):
     own = eqd.Problem(start, classifier, train, **args)
     after, _ = eqx.filter_jit(own.step)(result.state)
     assert_same_bits(after, result.state)
-    with pytest.raises(ValueError, match="`state` must be of a run that goes on.*CONV"):
+    with pytest.raises(
+        ValueError, match=r"`state` must be of a run that goes on.*CONV"
+    ):
         eqd.distill(start, classifier, train, **args, state=result.state)
 
 
@@ -170,7 +172,7 @@ class Doubled(eqx.Module):
 def test_what_is_learned_need_not_be_the_images(problem):
     start, classifier, train = problem
     small = Doubled(start.images[:, ::2, ::2], start.labels)
-    with pytest.raises(ValueError, match="`learn` must say what is learned.*Doubled"):
+    with pytest.raises(ValueError, match=r"`learn` must say what is learned.*Doubled"):
         eqd.distill(small, classifier, train)
     result = eqd.distill(
         small, classifier, train, optimiser=ADAM, learn=(True, False), steps=STEPS

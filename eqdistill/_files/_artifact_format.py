@@ -29,7 +29,7 @@ SOLVERS = {
     "AutoSolver": (AutoSolver, ()),
     "SpanSolver": (SpanSolver, ("rtol", "atol", "max_steps")),
     "RidgeSolver": (RidgeSolver, ()),
-    "ArgminSolver": (ArgminSolver, ("max_steps",)),
+    "ArgminSolver": (ArgminSolver, ("max_steps", "tolerance")),
 }
 FORMAT = "eqdistill"
 FORMAT_VERSION = 2

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.special
 
 from .._data._distilled_set import DistilledSet
+from .._losses import CrossEntropy
 
 
 def export(folder: str | os.PathLike, distilled: DistilledSet) -> None:
@@ -24,9 +26,9 @@ def export(folder: str | os.PathLike, distilled: DistilledSet) -> None:
     - `bits`, `scale` ($s$) and `zero` ($z$);
     - `shape`, the shape of an image as it was before axes of size 1 were dropped and
         colours put last;
-    - `l2`, the ridge $\lambda$;
-    - `images`, for each image its `file` and its `label`, or for soft labels the
-        `probabilities` of the classes.
+    - `l2`, the ridge $\lambda$, and `loss`, the name of the loss;
+    - `images`, for each image its `file` and its `label`; or for labels in floating
+        point the `probabilities` of the classes, with cross-entropy, or the `targets`.
 
     Needs Pillow, of `eqdistill[plot]`.
 
@@ -78,6 +80,7 @@ def export(folder: str | os.PathLike, distilled: DistilledSet) -> None:
         "value": "scale * (level - zero)",
         "shape": shape,
         "l2": math.exp(float(distilled.log_l2)),
+        "loss": type(distilled.loss).__name__,
         "images": entries,
     }
     text = json.dumps(description, indent=2, allow_nan=False)
@@ -107,7 +110,8 @@ def _pictures(images: np.ndarray) -> np.ndarray:
 def _labels(distilled: DistilledSet) -> list[dict[str, Any]]:
     if distilled.labels.ndim == 1:
         return [{"label": label} for label in np.asarray(distilled.labels).tolist()]
-    logits = np.asarray(distilled.labels, np.float64)
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = odds / odds.sum(axis=1, keepdims=True)
-    return [{"probabilities": p} for p in probabilities.tolist()]
+    labels = np.asarray(distilled.labels, np.float64)
+    if isinstance(distilled.loss, CrossEntropy):
+        rows = scipy.special.softmax(labels, axis=1).tolist()
+        return [{"probabilities": row} for row in rows]
+    return [{"targets": row} for row in labels.tolist()]

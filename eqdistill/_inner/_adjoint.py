@@ -19,7 +19,8 @@ class DampedCG(lx.AbstractLinearSolver):
     The $u$ with the smallest $r$ is returned, with $r$ and $\delta$ in
     `stats["residual"]` and `stats["damping"]`.
 
-    No matrix is formed: a step costs one product of the Hessian and a vector.
+    No matrix is formed: a step costs one product of the Hessian and a vector. `rtol`
+    defaults to 1e-5 in single precision, and to 1e-11 in double precision.
 
     !!! info
 
@@ -32,7 +33,7 @@ class DampedCG(lx.AbstractLinearSolver):
     Algorithm 1, for solving the adjoint inexactly; Levenberg 1944 for the damping.
     """
 
-    rtol: float = 1e-5
+    rtol: float | None = None
     accept: float = 1e-2
     max_residual: float = 0.9
     max_steps: int = 500
@@ -47,6 +48,8 @@ class DampedCG(lx.AbstractLinearSolver):
         del options
         norm = optax.tree.norm
         scale = norm(vector)
+        is_double = jnp.finfo(scale.dtype).eps < 1e-10
+        rtol = (1e-11 if is_double else 1e-5) if self.rtol is None else self.rtol
         # The adjoint of a zero cotangent is zero.
         safe_scale = jnp.where(scale > 0, scale, 1)
         hessian_scale = norm(state.mv(vector)) / safe_scale
@@ -56,7 +59,7 @@ class DampedCG(lx.AbstractLinearSolver):
                 return optax.tree.add_scale(state.mv(u), damping, u)
 
             u, _ = jax.scipy.sparse.linalg.cg(
-                damped, vector, tol=self.rtol, maxiter=self.max_steps
+                damped, vector, tol=rtol, maxiter=self.max_steps
             )
             residual = norm(optax.tree.sub(state.mv(u), vector)) / safe_scale
             return u, jnp.where(jnp.isfinite(residual), residual, jnp.inf)

@@ -27,10 +27,10 @@ class ArgminSolver(AbstractInnerSolver[None]):
     the solver reaches from the initial parameters. Dropout is off.
 
     The fit has `converged` if the gradient of the inner loss is small beside that of
-    the ridge, $\|g\| \le \mathrm{tolerance} \cdot \lambda \|w\|$. If the inner problem
-    is convex, the relative error of $w$ then is at most the tolerance. The fit has
-    `collapsed` if the logits of the distilled images differ less than a hundredth of
-    what they did at the initial parameters.
+    the ridge, $\|g\| \le \mathrm{tolerance} \cdot \lambda \|w\|$, or is rounding. If
+    the inner problem is convex, the former bounds the relative error of $w$. The fit
+    has `collapsed` if the logits of the distilled images differ less than a hundredth
+    of what they did at the initial parameters.
 
     !!! warning
 

@@ -20,7 +20,9 @@ class RidgeSolver(AbstractInnerSolver[None]):
     = (\Phi^\top \Phi + n \lambda I)^{-1} \Phi^\top T,$$
 
     of which the smaller system is solved, by Cholesky decomposition. The solution may
-    be differentiated any number of times.
+    be differentiated any number of times. In single precision the ridge must not be
+    small beside the rounding of the features' squares: `converged` is judged by the
+    gradient, as in [`eqdistill.ArgminSolver`][].
 
     Source: Zhou et al., *Dataset distillation using neural feature regression* (FRePo),
     2022, equation (4).
@@ -45,7 +47,7 @@ class RidgeSolver(AbstractInnerSolver[None]):
         n, p = features.shape
         targets = distilled.loss.targets(
             distilled.labels, classifier.head.weight.shape[0]
-        )
+        ).astype(features.dtype)
         use_intercept = classifier.head.bias is not None
         means = jnp.mean(features, axis=0), jnp.mean(targets, axis=0)
         if use_intercept:
@@ -60,9 +62,11 @@ class RidgeSolver(AbstractInnerSolver[None]):
         bias = means[1] - weight @ means[0] if use_intercept else None
         fitted = with_head(classifier, weight, bias)
         fitted_norm = gradient_norm(distilled, fitted)
+        scale = jax.lax.stop_gradient(distilled.l2 * jnp.linalg.norm(weight))
+        rounding = 10 * jnp.finfo(features.dtype).eps
         return Fitted(
             classifier=fitted,
-            converged=jnp.isfinite(fitted_norm),
+            converged=fitted_norm <= 1e-2 * scale + rounding,
             gradient_norm=fitted_norm,
         ), state
 

@@ -32,7 +32,7 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
     of $\theta$. The problem that is left for $V$ has $r c$ unknowns, $r = \min(n, p)$.
     It is solved by Newton's method with a line search, from the weights of the fit
     before, and differentiated by the implicit function theorem. Linear systems of up to
-    300 unknowns are solved by Cholesky decomposition, and others by conjugate
+    100 unknowns are solved by Cholesky decomposition, and others by conjugate
     gradients, which need no matrix.
 
     In single precision it is exact to rounding for ridges from 1 down to 1e-8: for hard

@@ -49,15 +49,16 @@ class WarmLBFGS(optx.AbstractMinimiser):
 
     **Attributes:**
 
-    - `rtol`, `atol`: the tolerances above.
+    - `rtol`, `atol`: the tolerances above. In single precision they default to 1e-3 and
+        1e-7, and in double precision to 1e-9 and 1e-14.
     - `norm`: the norm of the gradient and of the parameters.
     - `warm_up`: the number of steps of Adam. Zero saves time for a network without
         normalisation.
     - `learning_rate`: the rate of Adam at its first step.
     """
 
-    rtol: float = 1e-3
-    atol: float = 1e-7
+    rtol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    atol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     norm: Callable[[PyTree], Scalar] = optx.two_norm
     warm_up: int = 200
     learning_rate: float = 3e-3
@@ -88,6 +89,8 @@ class WarmLBFGS(optx.AbstractMinimiser):
         (value, aux), gradient = eqx.filter_value_and_grad(fn, has_aux=True)(y, args)
         trial, unravel = ravel_pytree(y)
         gradient, _ = ravel_pytree(gradient)
+        # The loss may be in a wider precision than the parameters.
+        value = value.astype(trial.dtype)
         is_first = jnp.isinf(state.value)
         old_slope = jnp.where(is_first, 0, state.gradient) @ state.direction
         slope = gradient @ state.direction
@@ -135,8 +138,11 @@ class WarmLBFGS(optx.AbstractMinimiser):
 
     def terminate(self, fn, y, args, options, state: _State, tags):
         del fn, y, args, tags
+        is_double = jnp.finfo(state.point.dtype).eps < 1e-10
+        rtol = (1e-9 if is_double else 1e-3) if self.rtol is None else self.rtol
+        atol = (1e-14 if is_double else 1e-7) if self.atol is None else self.atol
         scale = (options or {}).get("l2", 0.0) * self.norm(state.point)
-        is_small = self.norm(state.gradient) <= self.rtol * scale + self.atol
+        is_small = self.norm(state.gradient) <= rtol * scale + atol
         is_stuck = state.high - state.low < 1e-6 * state.high
         return is_small | is_stuck, optx.RESULTS.successful
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -154,13 +155,16 @@ class Best(eqx.Module):
     - `distilled`: the distilled set with the least loss on the held-out data.
     - `step`: the number of steps after which it was found.
     - `steps`, `losses`: after how many steps the held-out loss was taken, and what it
-        was, in nats per image. The first entry is that of the start.
+        was, in nats per image. The first entry is that of the start. A loss is NaN if
+        the fit did not converge.
+    - `data`: the held-out data, laid out once.
     """
 
     distilled: DistilledSet
     step: int
     steps: tuple[int, ...]
     losses: Float[np.ndarray, " checks"]
+    data: AbstractData
 
 
 class EarlyStopping(AbstractCallback[Best]):
@@ -175,7 +179,6 @@ class EarlyStopping(AbstractCallback[Best]):
         result = eqd.distill(start, classifier, train, callbacks=[stopping])
         best = result.callbacks[0].distilled
         ```
-
     """
 
     data: Dataset | AbstractData
@@ -215,7 +218,8 @@ class EarlyStopping(AbstractCallback[Best]):
         del steps
         distilled = problem.distilled(state)
         check_data("data", self.data, distilled, problem.classifier)
-        loss = self._loss(problem, state)
+        data = as_data(self.data, problem.classifier)
+        loss = _loss_on(data, problem, state)
         if not np.isfinite(loss):
             raise ValueError(
                 "The loss on the held-out `data` must be finite at the start; it is "
@@ -223,20 +227,19 @@ class EarlyStopping(AbstractCallback[Best]):
             )
         step = int(state.step)
         losses = np.array([loss], np.float32)
-        return Best(distilled, step, (step,), losses)
+        return Best(distilled, step, (step,), losses, data)
 
     def __call__(self, problem, state, history, own):
         del history
         step = int(state.step)
-        if step == own.steps[-1]:  # After a failure, or at the end.
-            return own, False
-        loss = self._loss(problem, state)
+        loss = _loss_on(own.data, problem, state)
         is_better = loss < np.nanmin(own.losses)
         own = Best(
             problem.distilled(state) if is_better else own.distilled,
             step if is_better else own.step,
             (*own.steps, step),
             np.append(own.losses, np.float32(loss)),
+            own.data,
         )
         since_best = len(own.steps) - 1 - own.steps.index(own.step)
         return own, since_best >= self.patience
@@ -244,17 +247,18 @@ class EarlyStopping(AbstractCallback[Best]):
     def close(self, own):
         del own
 
-    def _loss(self, problem: Problem, state: DistillState) -> float:
-        data = as_data(self.data, problem.classifier)
-        start, inner = problem.pair(state)
-        args = (start, problem.classifier, data, inner, state.inner_state)
-        return float(_loss(*args, state.step, state.key))
+
+def _loss_on(data: AbstractData, problem: Problem, state: DistillState) -> float:
+    start, inner = problem.pair(state)
+    args = (start, problem.classifier, data, inner, state.inner_state)
+    return float(_loss(*args, state.step, state.key))
 
 
 @eqx.filter_jit
 def _loss(start, classifier, data, inner, inner_state, step, key):
     distilled = decode(start)
-    loss, _ = loss_of(
+    loss, outcome = loss_of(
         distilled, classifier, data, inner, inner_state, step=step, key=key
     )
-    return loss
+    fitted = outcome.fitted
+    return jnp.where(fitted.converged & ~fitted.collapsed, loss, jnp.nan)

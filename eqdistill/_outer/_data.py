@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
 
 from .._checks import array_difference
@@ -78,12 +79,12 @@ class FullBatch(AbstractData):
             self.layout = Rows(dataset.images, dataset.labels)
 
     def loss(self, classifier, step, *, key):
-        """As [`eqdistill.AbstractData`][]. The loss is NaN if the data were made for a
-        linear classifier whose features have other arrays than those of this one.
+        """As [`eqdistill.AbstractData`][].
 
         **Raises:**
 
-        A `ValueError` if the features are of another structure.
+        A `ValueError` if the data were made for a linear classifier with other features
+        than this one. The values of arrays that are traced are not compared.
         """
         del step, key
         if self.features is None:
@@ -94,11 +95,7 @@ class FullBatch(AbstractData):
                 "`classifier` must have the features that this `FullBatch` was made "
                 "with. Use `FullBatch(dataset)`, which suits any classifier."
             )
-        loss = mean_loss(classifier.head, self.layout)
-        pairs = zip(_arrays(classifier.features), _arrays(self.features), strict=True)
-        for mine, theirs in pairs:
-            loss = jnp.where(jnp.array_equal(mine, theirs), loss, jnp.nan)
-        return loss
+        return mean_loss(classifier.head, self.layout)
 
 
 class Batches(AbstractData):
@@ -173,15 +170,16 @@ def _features(dataset: Dataset, classifier: LinearClassifier) -> np.ndarray:
     return np.concatenate([np.asarray(part) for part in parts])
 
 
-def _arrays(features: Frozen) -> list[Array]:
-    return jax.tree.leaves(eqx.filter(features, eqx.is_array))
-
-
 def _are_alike(features: Frozen, others: Frozen) -> bool:
-    """Whether two modules are the same, except for the values of their arrays."""
+    """Whether two modules are the same, as far as a trace can tell."""
     mine, theirs = (eqx.partition(x, eqx.is_array) for x in (features, others))
-    is_same = array_difference(mine[0], theirs[0]) is None
-    return is_same and bool(eqx.tree_equal(mine[1], theirs[1]))
+    if array_difference(mine[0], theirs[0]) is not None:
+        return False
+    pairs = zip(jax.tree.leaves(mine[0]), jax.tree.leaves(theirs[0]), strict=True)
+    is_traced = lambda x: isinstance(x, Tracer)
+    return bool(eqx.tree_equal(mine[1], theirs[1])) and all(
+        x is y or is_traced(x) or is_traced(y) or np.array_equal(x, y) for x, y in pairs
+    )
 
 
 def _permute(

@@ -91,7 +91,7 @@ def distill(
         that is out of its range.
     - An [`eqdistill.DistillationError`][], with the last good distilled set, if the
         inner solver fails or its fit collapses, or if the loss, its gradient or the
-        distilled set stop being finite.
+        distilled set stop being finite; or if a callback raises an error.
 
     Source: the bilevel problem is that of JAXopt's dataset-distillation notebook; its
     gradient by implicit differentiation, Pedregosa 2016, equation (2).
@@ -126,7 +126,8 @@ def distill(
                 for i in range(num_steps):
                     found.append(run())
                     # At most two steps are under way, so that Ctrl-C is prompt.
-                    jax.block_until_ready(found[max(i - 1, 0)])
+                    if i > 0:
+                        jax.block_until_ready(found[i - 1])
                 new_state = run.state()
                 rows = np.concatenate(
                     [rows, to_rows(found, int(new_state.step) - step)]
@@ -146,8 +147,15 @@ def distill(
                     to_result(problem, state, rows, watch.own, has_failed=True),
                 )
             is_last = status == Status.CONVERGED or int(state.step) >= steps
-            if watch(problem, state, History(*rows.T), is_last):
-                break
+            try:
+                if watch(problem, state, History(*rows.T), is_last):
+                    break
+            except Exception as e:
+                raise DistillationError(
+                    f"Distillation stopped at step {int(state.step)}: a callback "
+                    "raised the error above.",
+                    to_result(problem, state, rows, watch.own),
+                ) from e
     finally:
         watch.close()
     return to_result(problem, state, rows, watch.own)

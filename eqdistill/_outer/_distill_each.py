@@ -66,15 +66,17 @@ def distill_each(
 
     **Raises:**
 
-    As [`eqdistill.distill`][], for the first start that fails, or for the first of all
+    As [`eqdistill.distill`][], for the first start that fails, or for the first start
     if the inner solver raises an error of its own; and a `ValueError` if there are no
     starts, or they differ in shape.
     """
     if len(starts) == 0:
         raise ValueError("`starts` must hold at least one distilled set; got none.")
-    first, *others = (eqx.filter(start, eqx.is_array) for start in starts)
-    for i, other in enumerate(others, start=1):
+    (first, fixed), *others = (eqx.partition(start, eqx.is_array) for start in starts)
+    for i, (other, other_fixed) in enumerate(others, start=1):
         difference = array_difference(first, other)
+        if difference is None and not eqx.tree_equal(fixed, other_fixed):
+            difference = f"{fixed} wanted, {other_fixed} got"
         if difference is not None:
             raise ValueError(
                 "`starts` must be distilled sets of one shape, that of the first; the "
@@ -97,7 +99,7 @@ def distill_each(
     arrays = [eqx.filter((start, inner), eqx.is_array) for start in starts]
     arrays = jax.tree.map(lambda *x: jnp.stack(x), *arrays)
     keys = None if key is None else jr.split(key, len(starts))
-    state = eqx.filter_vmap(problem.init_from)(arrays, keys)
+    state = eqx.filter_vmap(problem._init_from)(arrays, keys)
     run = CompiledStep(problem, state, is_batched=True)
     rows = []
     try:

@@ -71,6 +71,10 @@ class DistillationError(RuntimeError):
         super().__init__(message)
         self.distillation = distillation
 
+    def __reduce__(self):
+        # An exception is rebuilt from its `args`, which hold the message only.
+        return type(self), (str(self), self.distillation)
+
 
 NO_ROWS = np.zeros((0, 3), np.float32)
 
@@ -104,4 +108,4 @@ def to_rows(
     rows: Sequence[jax.Array | np.ndarray], length: int
 ) -> Float[np.ndarray, "steps 3"]:
     """Fetches what steps have measured. Steps after the end of the run are left out."""
-    return np.stack([*NO_ROWS, *jax.device_get(rows[:length])]) if length else NO_ROWS
+    return np.stack(jax.device_get(rows[:length])) if length else NO_ROWS

@@ -9,7 +9,7 @@ import scipy.linalg
 import scipy.special
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._classifier import LinearClassifier, takes_pixels
+from .._classifier import takes_pixels
 from .._data._distilled_set import DistilledSet
 from .._inner._fit import check_inner
 from .._losses import CrossEntropy
@@ -40,7 +40,7 @@ def distill_exactly(
     !!! Example
 
         ```python
-        start = eqd.DistilledSet.from_noise(train, key=jr.key(0))
+        start = eqd.DistilledSet.from_real(train, l2=0.1, key=jr.key(0))
         exact = eqd.distill_exactly(start, classifier)
         eqd.fit(exact, classifier).classifier  # has the weights of `classifier`
         ```
@@ -80,7 +80,7 @@ def distill_exactly(
     of the softmax, Chen et al., *Provable and Efficient Dataset Distillation for Kernel
     Ridge Regression*, 2024.
     """
-    if not (isinstance(classifier, LinearClassifier) and takes_pixels(classifier)):
+    if not takes_pixels(classifier):
         raise TypeError(
             "`classifier` must be a `LogisticRegression`, which is linear in the "
             f"pixels; got a {type(classifier).__name__}."

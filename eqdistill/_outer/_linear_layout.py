@@ -43,7 +43,7 @@ class LinearLayout(AbstractLayout):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             background, is_constant = _background(features, pool)
             order = _by_frequency(features, background, is_constant)
-            # In as many steps as a byte has, to be quick.
+            # In 256 levels, since bytes are quick to compare.
             levels = np.linspace(0, 255, len(order)).astype(np.uint8)
             rarest = _rarest(features, background, order, levels, pool)
             num_varying = max(int(np.sum(~is_constant)), 1)
@@ -100,12 +100,15 @@ class LinearLayout(AbstractLayout):
         gradient = jax.tree.map(
             lambda x, old: (x / self.num_images).astype(old.dtype), gradient, classifier
         )
-        is_moving = jax.tree.map(lambda _: True, moving)
-        return _sum(losses) / self.num_images, eqx.filter(gradient, is_moving)
+        is_fixed = jax.tree.map(
+            lambda x: x is None, moving, is_leaf=lambda x: x is None
+        )
+        gradient, _ = eqx.partition(gradient, jax.tree.map(lambda x: not x, is_fixed))
+        return _sum(losses) / self.num_images, gradient
 
     def _by_chunk(self, head: eqx.nn.Linear):
         """The sum of the losses of each chunk, and its gradient in the logits relative
-        to the logit of the last class. There is one class less to multiply by so."""
+        to the logit of the last class, which saves one class in each product."""
         weight = head.weight[:-1] - head.weight[-1:]
         offset = None if head.bias is None else head.bias[:-1] - head.bias[-1:]
         if self.background is not None:

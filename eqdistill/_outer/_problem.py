@@ -77,8 +77,8 @@ class DistillState(eqx.Module):
 class Problem(eqx.Module):
     """All that stays fixed over a distillation, and its step.
 
-    [`eqdistill.distill`][] is a loop around `step`, which is pure: `jax.jit`,
-    `jax.vmap` and sharding work as for any function.
+    [`eqdistill.distill`][] is a loop around `step`, which is pure: `equinox.filter_jit`
+    and `jax.vmap` work as for any function.
 
     !!! Example
 
@@ -149,11 +149,11 @@ class Problem(eqx.Module):
         """
         check_key("key", key)
         arrays = eqx.filter((self.start, self.inner), eqx.is_array)
-        return self.init_from(arrays, key)
+        return self._init_from(arrays, key)
 
-    def init_from(self, arrays: PyTree, key: PRNGKeyArray | None) -> DistillState:
-        """The state to begin with, of other arrays than those of `start` and `inner`:
-        a pair of their structure."""
+    def _init_from(self, arrays: PyTree, key: PRNGKeyArray | None) -> DistillState:
+        """The state to begin with, from a pair of arrays in the place of those of
+        `start` and `inner`."""
         return _init(self, arrays, key)
 
     def step(self, state: DistillState) -> tuple[DistillState, Metrics]:

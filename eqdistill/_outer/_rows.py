@@ -33,7 +33,8 @@ class Rows(AbstractLayout):
         self.images, self.labels = (pad(x) if short else x for x in (images, labels))
 
     def value(self, classifier):
-        return self._over_chunks(_sum_of_losses, classifier, None)
+        arrays, static = eqx.partition(classifier, eqx.is_array)
+        return self._over_chunks(_sum_of_losses, arrays, static)
 
     def value_and_grad(self, moving, fixed):
         return self._over_chunks(jax.value_and_grad(_sum_of_losses), moving, fixed)
