@@ -55,7 +55,7 @@ def test_any_optax_optimiser(problem, name):
     norm = jnp.linalg.norm(gradient.images)
     np.testing.assert_allclose(history.gradient_norm[0], norm, rtol=1e-3)
     assert np.isfinite(history.inner_residual).all()
-    final = eqd.evaluate(result.distilled, classifier, train, inner).loss
+    final, _ = hypergradient(result.distilled, classifier, train, inner)
     assert final < history.loss[-1] + 0.05 < history.loss[0]
     # Only the images were learned.
     assert result.learned == ("images",)
@@ -86,18 +86,6 @@ def test_batches(digits):
     assert not np.allclose(losses[:6], losses[6:], rtol=1e-5)
     np.testing.assert_array_equal(losses, run(0).history.loss)
     assert not np.allclose(losses, run(1).history.loss, rtol=1e-5)
-
-
-def test_batches_train(digits):
-    train, test = digits
-    start = small_noise(train, l2=0.05)
-    classifier = eqd.LogisticRegression(64, 10)
-    before = eqd.evaluate(start, classifier, test)
-    batches = eqd.Batches(train, 128)
-    result = eqd.distill(start, classifier, batches, steps=40, key=jr.key(1))
-    after = eqd.evaluate(result.distilled, classifier, test)
-    assert after.loss < before.loss - 0.5
-    assert after.accuracy > 0.8
 
 
 def test_tolerance_stops(problem):

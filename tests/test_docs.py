@@ -8,7 +8,11 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/getting-started.md", "docs/write-a-solver.md"]
+PAGES = [
+    "README.md",
+    "docs/write-a-solver.md",
+    pytest.param("docs/getting-started.md", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

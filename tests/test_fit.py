@@ -14,30 +14,26 @@ from .conftest import exact, subset
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("use_intercept", [False, True])
-def test_agrees_with_scikit_learn(digits, use_intercept):
+def test_agrees_with_scikit_learn(digits):
     real = subset(digits[0], 40)
-    x, y = real.floating(), real.labels
-    classifier = eqd.LogisticRegression(64, 10, use_intercept=use_intercept)
+    x, y = np.asarray(real.images) / 255, np.asarray(real.labels)
+    classifier = eqd.LogisticRegression(64, 10, use_intercept=True)
     for l2 in (1.0, 0.01):
         fitted = eqd.fit(eqd.DistilledSet(x, y, l2=l2), classifier, exact())
         reference = SklearnLogisticRegression(
-            C=1 / (40 * l2),
-            fit_intercept=use_intercept,
-            solver="newton-cholesky",
-            tol=1e-12,
-        ).fit(np.asarray(x).reshape(40, 64), np.asarray(y))
+            C=1 / (40 * l2), solver="newton-cholesky", tol=1e-12
+        ).fit(x.reshape(40, 64), y)
         head = fitted.classifier.head
         np.testing.assert_allclose(head.weight, reference.coef_, rtol=0, atol=1e-6)
-        if use_intercept:
-            # A softmax does not tell one shift of all its logits from another.
-            got = head.bias - head.bias.mean()
-            np.testing.assert_allclose(got, reference.intercept_, rtol=0, atol=1e-6)
+        # A softmax does not tell one shift of all its logits from another.
+        got = head.bias - head.bias.mean()
+        np.testing.assert_allclose(got, reference.intercept_, rtol=0, atol=1e-6)
         assert fitted.converged
         assert not fitted.collapsed
         assert fitted.gradient_norm < 1e-10
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**30), log10_l2=st.floats(-2, 1))
 def test_is_a_stationary_point(seed, log10_l2):
@@ -90,14 +86,14 @@ def test_failure_is_raised_or_told():
 
 def test_evaluate_measures_the_fitted_classifier(digits):
     train, test = digits
-    distilled = eqd.DistilledSet(train.floating()[:100], train.labels[:100], l2=0.01)
+    distilled = eqd.DistilledSet.from_real(train, l2=0.1, key=jr.key(0))
     evaluation = eqd.evaluate(distilled, eqd.LogisticRegression(64, 10), test)
     weight = np.asarray(evaluation.fitted.classifier.head.weight, np.float64)
     logits = np.asarray(test.floating()).reshape(-1, 64) @ weight.T
     labels = np.asarray(test.labels)
     want = np.mean(np.argmax(logits, axis=1) == labels)
     np.testing.assert_allclose(evaluation.accuracy, want, rtol=1e-6)
-    assert 0.7 < evaluation.accuracy <= 1
+    assert 0.3 < evaluation.accuracy <= 1
     of_labels = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     losses = scipy.special.logsumexp(logits, axis=1) - of_labels
     np.testing.assert_allclose(evaluation.loss, losses.mean(), rtol=1e-5)

@@ -50,6 +50,7 @@ def test_mlp_agrees_with_central_differences(digits):
     check_gradient(distilled, classifier, train, exact(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_composes_with_jit_and_vmap(digits):
     train = subset(digits[0], 100)
     classifier = eqd.LogisticRegression(64, 10)
@@ -65,6 +66,8 @@ def test_composes_with_jit_and_vmap(digits):
         )
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_many_fits_at_once(digits):
     # Of so many unknowns that the linear solver is chosen by the condition number,
     # once for all.

@@ -110,6 +110,7 @@ def test_values_and_derivatives_are_those_of_equinox(settings):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_derivatives_are_those_of_finite_differences():
     conv = _make(lambda key: nn.Conv2d(2, 2, 2, 2, "SAME", groups=2, key=key))

@@ -77,6 +77,7 @@ class RandomFeatures(eqx.Module):
         return jnp.cos(self.frequencies @ image.reshape(-1))
 
 
+@pytest.mark.slow
 def test_own_linear_classifier(problem, x64):
     start, _, train = problem
     features = RandomFeatures(0.3 * jr.normal(jr.key(1), (32, 64)))

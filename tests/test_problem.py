@@ -73,6 +73,7 @@ def test_step_is_that_of_distill(problem):
     assert jax.tree.structure(state) == jax.tree.structure(own.init())
 
 
+@pytest.mark.slow
 def test_step_composes_with_vmap(problem):
     start, classifier, train = problem
     own = eqd.Problem(start, classifier, train, optimiser=ADAM)

@@ -190,6 +190,7 @@ def test_is_differentiated_but_once(digits):
         jax.grad(squared_norm)(start.log_l2)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     log_scale=st.floats(-3, 3),

@@ -55,6 +55,7 @@ def test_soft_labels_of_the_shape_of_an_image(problem):
     np.testing.assert_allclose(updates.images, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_lbfgs_needs_fewer_steps(problem):
     plain = optax.lbfgs(learning_rate=1.0, linesearch=None)
     first, second = (
@@ -65,6 +66,7 @@ def test_lbfgs_needs_fewer_steps(problem):
     assert least < second < least + 0.5 * (first - least)
 
 
+@pytest.mark.slow
 def test_line_search(problem):
     start, classifier, train = problem
     optimiser = eqd.whitened(optax.lbfgs(), train)

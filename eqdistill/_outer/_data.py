@@ -87,15 +87,23 @@ class FullBatch(AbstractData):
         than this one. The values of arrays that are traced are not compared.
         """
         del step, key
+        self.check(classifier)
+        is_laid_out = self.features is not None
+        return mean_loss(classifier.head if is_laid_out else classifier, self.layout)
+
+    def check(self, classifier: PyTree) -> None:
+        """**Raises:**
+
+        A `ValueError` as `loss`.
+        """
         if self.features is None:
-            return mean_loss(classifier, self.layout)
+            return
         is_linear = isinstance(classifier, LinearClassifier)
         if not is_linear or not _are_alike(classifier.features, self.features):
             raise ValueError(
                 "`classifier` must have the features that this `FullBatch` was made "
                 "with. Use `FullBatch(dataset)`, which suits any classifier."
             )
-        return mean_loss(classifier.head, self.layout)
 
 
 class Batches(AbstractData):
@@ -178,7 +186,8 @@ def _are_alike(features: Frozen, others: Frozen) -> bool:
     pairs = zip(jax.tree.leaves(mine[0]), jax.tree.leaves(theirs[0]), strict=True)
     is_traced = lambda x: isinstance(x, Tracer)
     return bool(eqx.tree_equal(mine[1], theirs[1])) and all(
-        x is y or is_traced(x) or is_traced(y) or np.array_equal(x, y) for x, y in pairs
+        x is y or is_traced(x) or is_traced(y) or bool(jnp.all(x == y))
+        for x, y in pairs
     )
 
 

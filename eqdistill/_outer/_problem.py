@@ -13,7 +13,7 @@ from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
 from .._inner._fit import check_inner, COLLAPSED, NOT_CONVERGED
 from .._inner._inner_solver import AbstractInnerSolver
-from ._data import AbstractData, as_data
+from ._data import AbstractData, as_data, FullBatch
 from ._outer_loss import check_data, decode, loss_of, split_key
 
 
@@ -132,6 +132,8 @@ class Problem(eqx.Module):
         self.start = start
         self.classifier = classifier
         self.data = as_data(data, classifier)
+        if isinstance(self.data, FullBatch):
+            self.data.check(classifier)
         self.inner = inner
         self.optimiser = optimiser
         self.learn = _learn(start, inner, learn)
