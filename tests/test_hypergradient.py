@@ -67,7 +67,6 @@ def test_composes_with_jit_and_vmap(digits):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_many_fits_at_once(digits):
     # Of so many unknowns that the linear solver is chosen by the condition number,
     # once for all.

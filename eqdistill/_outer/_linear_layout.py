@@ -256,7 +256,8 @@ def _cut(
     # As many images at a time as a cache holds, since they are transposed.
     for i in range(0, len(rows), 512):
         some = features[rows[i : i + 512]].T[columns]
-        some = some - background[columns][:, None]
+        if background.any():
+            some = some - background[columns][:, None]
         np.divide(some, scale, out=chunk[:, i : i + some.shape[1]])
     return chunk
 

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import scipy.linalg
 from jaxtyping import Array, Float, PyTree
+from threadpoolctl import threadpool_limits
 
 from .._data._dataset import Dataset
 
@@ -105,20 +106,22 @@ class _Coordinates(eqx.Module):
 
     @staticmethod
     def of_data(train: Dataset, damping: float, scale: float) -> "_Coordinates":
-        # On the host, where nothing is compiled.
+        # On the host, where nothing is compiled; and on one thread, since those of
+        # OpenBLAS go on spinning after it has returned.
         some = np.asarray(train.images)[:: -(-len(train) // 1024)]
         dtype = jnp.result_type(float)
         images = some.reshape(len(some), -1).astype(dtype)
         if some.dtype == np.uint8:
             images /= 255
-        moments = images.T @ images / len(images)
-        # Images that are zero throughout leave the coordinates as they are.
-        diagonal = damping * np.trace(moments) or 1.0
-        moments[np.diag_indices_from(moments)] += diagonal
-        factor = scipy.linalg.cholesky(moments, lower=True)
-        # Well conditioned by the damping: products with it are quicker than solves.
-        (invert,) = scipy.linalg.get_lapack_funcs(["trtri"], [factor])
-        inverse, _ = invert(factor, lower=True)
+        with threadpool_limits(limits=1, user_api="blas"):
+            moments = images.T @ images / len(images)
+            # Images that are zero throughout leave the coordinates as they are.
+            diagonal = damping * np.trace(moments) or 1.0
+            moments[np.diag_indices_from(moments)] += diagonal
+            factor = scipy.linalg.cholesky(moments, lower=True)
+            # Well conditioned by the damping: products with it are quicker than solves.
+            (invert,) = scipy.linalg.get_lapack_funcs(["trtri"], [factor])
+            inverse, _ = invert(factor, lower=True)
         factor, inverse = jax.device_put((factor / scale, inverse * scale))
         return _Coordinates(factor, inverse, scale, train.shape)
 

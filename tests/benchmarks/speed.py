@@ -316,7 +316,9 @@ def one_step(train, start, repeats):
 
         # As in a run, the inner solver begins at the last fit.
         (_, outcome), _ = hypergradient(problem, state)
-        state = eqx.tree_at(lambda s: s.inner_state, state, outcome.state)
+        state = eqx.tree_at(
+            lambda s: s.inner_state, state, outcome.state, is_leaf=lambda x: x is None
+        )
         args = (problem.start, problem.classifier, problem.data)
         options = {"optimiser": problem.optimiser}
 
