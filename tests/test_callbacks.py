@@ -11,11 +11,10 @@ import pytest
 
 import eqdistill as eqd
 
-from .conftest import subset
+from .conftest import ADAM, hypergradient, LBFGS, OneStep, subset
 
 
-ADAM = optax.adam(0.05)
-LBFGS = optax.lbfgs(learning_rate=1.0, linesearch=None)
+QUICK = {"inner": OneStep(), "optimiser": ADAM}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def steps_seen(own):
 def test_are_called_when_due_and_at_the_end(problem):
     closed = []
     fine, coarse = Recorder(every=2, closed=closed), Recorder(every=5, closed=closed)
-    result = eqd.distill(*problem, optimiser=ADAM, steps=12, callbacks=[fine, coarse])
+    result = eqd.distill(*problem, **QUICK, steps=12, callbacks=[fine, coarse])
     of_fine, of_coarse = result.callbacks
     assert steps_seen(of_fine) == [2, 4, 6, 8, 10, 12]
     assert steps_seen(of_coarse) == [5, 10, 12]
@@ -65,7 +64,7 @@ def test_are_called_when_due_and_at_the_end(problem):
 def test_one_stops_and_all_are_called_for_the_last_time(problem):
     stopper = Recorder(every=3, stop_at=6, closed=[])
     other = Recorder(every=10, closed=[])
-    result = eqd.distill(*problem, optimiser=ADAM, steps=50, callbacks=[other, stopper])
+    result = eqd.distill(*problem, **QUICK, steps=50, callbacks=[other, stopper])
     assert len(result.history) == 6
     assert not result.converged
     assert steps_seen(result.callbacks[0]) == [6]
@@ -74,7 +73,7 @@ def test_one_stops_and_all_are_called_for_the_last_time(problem):
 def test_are_called_when_a_run_converges(problem):
     watch = Recorder(every=10, closed=[])
     result = eqd.distill(
-        *problem, optimiser=LBFGS, steps=50, tolerance=0.2, callbacks=[watch]
+        *problem, **QUICK, steps=50, tolerance=0.2, callbacks=[watch]
     )
     assert result.converged
     assert steps_seen(result.callbacks[0])[-1] == len(result.history) < 50
@@ -83,12 +82,17 @@ def test_are_called_when_a_run_converges(problem):
 def test_are_closed_after_an_error(problem):
     watch = Recorder(every=1, closed=[])
     with pytest.raises(eqd.DistillationError):
-        eqd.distill(*problem, optimiser=optax.sgd(float("inf")), callbacks=[watch])
+        eqd.distill(
+            *problem,
+            inner=OneStep(),
+            optimiser=optax.sgd(float("inf")),
+            callbacks=[watch],
+        )
     assert watch.closed == [0]
 
 
 def test_progress_bar(problem, capsys):
-    eqd.distill(*problem, optimiser=ADAM, steps=12, callbacks=[eqd.ProgressBar()])
+    eqd.distill(*problem, **QUICK, steps=12, callbacks=[eqd.ProgressBar()])
     shown = capsys.readouterr().err
     assert "12/12" in shown
     assert "loss=" in shown
@@ -98,7 +102,7 @@ def test_log(problem, caplog):
     logger = logging.getLogger("a run")
     caplog.set_level(logging.INFO)
     log = eqd.Log(logger.info, every=6)
-    result = eqd.distill(*problem, optimiser=ADAM, steps=12, callbacks=[log])
+    result = eqd.distill(*problem, **QUICK, steps=12, callbacks=[log])
     first, last = caplog.messages
     assert first.startswith("step 6: loss")
     assert f"step 12: loss {result.history.loss[-1]:.5g}" in last
@@ -118,10 +122,10 @@ def test_early_stopping(digits):
     place = int(np.argmin(best.losses))
     assert best.step == 10 * place
     assert len(best.losses) == place + 1 + 2
-    loss, _ = eqd.outer_loss(best.distilled, classifier, held_out)
+    loss, _ = hypergradient(best.distilled, classifier, held_out)
     np.testing.assert_allclose(loss, best.losses.min(), rtol=1e-5)
     # It went on for two more checks: to less on what it saw, and to more on the rest.
-    last, _ = eqd.outer_loss(result.distilled, classifier, held_out)
+    last, _ = hypergradient(result.distilled, classifier, held_out)
     assert last > 1.01 * loss
 
 
