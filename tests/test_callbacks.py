@@ -72,9 +72,7 @@ def test_one_stops_and_all_are_called_for_the_last_time(problem):
 
 def test_are_called_when_a_run_converges(problem):
     watch = Recorder(every=10, closed=[])
-    result = eqd.distill(
-        *problem, **QUICK, steps=50, tolerance=0.2, callbacks=[watch]
-    )
+    result = eqd.distill(*problem, **QUICK, steps=50, tolerance=0.2, callbacks=[watch])
     assert result.converged
     assert steps_seen(result.callbacks[0])[-1] == len(result.history) < 50
 
@@ -113,7 +111,7 @@ def test_early_stopping(digits):
     few, held_out = subset(digits[0], 150).split(2 / 3, key=jr.key(0))
     start = eqd.DistilledSet.from_noise(few, l2=1e-3, scale=0.02, key=jr.key(0))
     classifier = eqd.LogisticRegression(64, 10)
-    args = {"optimiser": LBFGS, "learn": (True, False), "steps": 100}
+    args = {"inner": OneStep(), "optimiser": LBFGS, "steps": 100}
     stopping = eqd.EarlyStopping(held_out, patience=2)
     result = eqd.distill(start, classifier, few, **args, callbacks=[stopping])
     (best,) = result.callbacks
@@ -122,10 +120,10 @@ def test_early_stopping(digits):
     place = int(np.argmin(best.losses))
     assert best.step == 10 * place
     assert len(best.losses) == place + 1 + 2
-    loss, _ = hypergradient(best.distilled, classifier, held_out)
+    loss, _ = hypergradient(best.distilled, classifier, held_out, OneStep())
     np.testing.assert_allclose(loss, best.losses.min(), rtol=1e-5)
     # It went on for two more checks: to less on what it saw, and to more on the rest.
-    last, _ = hypergradient(result.distilled, classifier, held_out)
+    last, _ = hypergradient(result.distilled, classifier, held_out, OneStep())
     assert last > 1.01 * loss
 
 

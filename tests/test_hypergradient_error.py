@@ -55,7 +55,7 @@ class Perturbed(eqd.AbstractInnerSolver[None]):
 
 
 @pytest.mark.usefixtures("x64")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**20),
     log_scale=st.floats(-2, 1),

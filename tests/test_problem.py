@@ -156,9 +156,7 @@ def test_a_state_of_another_problem_is_refused(problem):
     ):
         eqd.distill(start, classifier, train, **QUICK, steps=2, state=state)
     with pytest.raises(ValueError, match="`key` must not be given with `state`"):
-        eqd.distill(
-            start, classifier, train, **QUICK, steps=4, state=state, key=KEY
-        )
+        eqd.distill(start, classifier, train, **QUICK, steps=4, state=state, key=KEY)
 
 
 class Doubled(eqx.Module):

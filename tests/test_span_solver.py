@@ -71,6 +71,7 @@ def run(case, l2, dtype, use_intercept):
     return np.asarray(fitted.classifier.head.weight), np.asarray(grad.images)
 
 
+@pytest.mark.slow
 def test_single_precision_is_right(digits):
     for case in cases(digits[0], 10)["soft"]:
         check_single_precision(case, use_intercept=True)
@@ -164,6 +165,7 @@ def test_converges_where_the_softmax_saturates(mnist):
         assert fitted.gradient_norm < 1e-4
 
 
+@pytest.mark.slow
 def test_ridge_near_nothing(mnist):
     # Where the gradient of the inner loss is so small that its squares are zero.
     distilled = eqd.DistilledSet.from_real(mnist[0], 20, l2=1e-16, key=jr.key(0))
