@@ -55,7 +55,7 @@ def test_are_called_when_due_and_at_the_end(problem):
     assert steps_seen(of_fine) == [2, 4, 6, 8, 10, 12]
     assert steps_seen(of_coarse) == [5, 10, 12]
     assert [length for _, length, _ in of_coarse] == [5, 10, 12]
-    assert closed == [6, 3]
+    assert closed == [3, 6]
     # What they have kept has not been deleted by the steps after.
     assert not jnp.array_equal(of_fine[0][2].images, of_fine[1][2].images)
     np.testing.assert_array_equal(of_fine[-1][2].images, result.distilled.images)
@@ -87,6 +87,19 @@ def test_are_closed_after_an_error(problem):
             callbacks=[watch],
         )
     assert watch.closed == [0]
+
+
+class Unclosable(Recorder):
+    def close(self, own):
+        raise OSError("The disk is full.")
+
+
+def test_all_are_closed_if_one_cannot_be(problem):
+    closed = []
+    watches = [Recorder(closed=closed), Unclosable(), Recorder(closed=closed)]
+    with pytest.raises(OSError, match="The disk is full"):
+        eqd.distill(*problem, **QUICK, steps=12, callbacks=watches)
+    assert closed == [12, 12]
 
 
 def test_progress_bar(problem, capsys):

@@ -1,3 +1,4 @@
+import contextlib
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -202,8 +203,9 @@ class _Watch:
         return is_last
 
     def close(self) -> None:
-        for callback, own in zip(self._callbacks, self._own, strict=False):
-            callback.close(own)
+        with contextlib.ExitStack() as stack:  # Also after an error of one of them.
+            for callback, own in zip(self._callbacks, self._own, strict=False):
+                stack.callback(callback.close, own)
 
 
 def _check_state(
