@@ -147,11 +147,11 @@ def argmin(real: eqd.Dataset, repeats: int) -> dict[str, float]:
 
     timed = [("one by one", one_by_one, (), 1), ("`ArgminSolver`", in_a_loop, (), 1)]
     first, second = cpu_milliseconds(timed, repeats)
-    print(f"\nThe fit of this network to ten images, {steps} steps of L-BFGS, takes ")
     print(
-        f"{second:.0f} ms of `ArgminSolver`, {second / first:.2f} times the {first:.0f}"
+        f"\nThe fit of this network to ten images, {steps} steps of L-BFGS, takes "
+        f"{second:.0f} ms of `ArgminSolver`, {second / first:.2f} times the "
+        f"{first:.0f} ms of the same steps called one by one."
     )
-    print("ms of the same steps called one by one.")
     return {"one by one": first, "ArgminSolver": second}
 
 
