@@ -47,8 +47,8 @@ def hypergradient_error(
     double precision, and by an a posteriori bound where one is known.
 
     A bound is known for [`eqdistill.LogisticRegression`][] without an intercept, with
-    cross-entropy. It is a pessimistic one, as it divides by the ridge twice: at a ridge
-    of 0.001 it may be thousands of times the error.
+    cross-entropy. It is a pessimistic one, as it divides by the ridge twice: at small
+    ridges it may exceed the hypergradient itself.
 
     **Arguments:**
 
