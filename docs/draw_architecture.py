@@ -19,6 +19,7 @@ PACKAGE = ROOT / "eqdistill"
 # From the top: a room may import only from rooms above it.
 FLOORS = [
     ("what all need", ["_error", "_classifier", "_losses", "_softmax", "_checks"]),
+    ("networks", ["_nn"]),
     ("real data and distilled sets", ["_data"]),
     ("the inner problem", ["_inner"]),
     ("the outer problem", ["_outer"]),

@@ -1,0 +1,282 @@
+"""The convolution that is quick in loops."""
+
+import dataclasses
+import functools as ft
+import itertools as it
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+
+class Conv2d(eqx.Module):
+    """The convolution of one image: the values and the parameters of
+    `equinox.nn.Conv2d`, and derivatives that stay quick inside loops on a CPU.
+
+    XLA's convolutions are slow on a CPU if their derivative lies in a `jax.lax.scan`,
+    `while_loop`, `cond` or `switch`. On a CPU the derivatives of this layer are those
+    of one matrix product over the patches of the image. On an accelerator this layer
+    is XLA's convolution.
+    """
+
+    weight: Float[Array, "out_channels group_channels kernel_height kernel_width"]
+    bias: Float[Array, "out_channels 1 1"] | None
+    in_channels: int = eqx.field(static=True)
+    out_channels: int = eqx.field(static=True)
+    kernel_size: tuple[int, ...] = eqx.field(static=True)
+    stride: tuple[int, ...] = eqx.field(static=True)
+    padding: str | tuple[tuple[int, int], ...] = eqx.field(static=True)
+    dilation: tuple[int, ...] = eqx.field(static=True)
+    groups: int = eqx.field(static=True)
+    use_bias: bool = eqx.field(static=True)
+    padding_mode: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = (1, 1),
+        padding: str | int | Sequence[int] | Sequence[tuple[int, int]] = (0, 0),
+        dilation: int | Sequence[int] = (1, 1),
+        groups: int = 1,
+        use_bias: bool = True,
+        padding_mode: str = "ZEROS",
+        dtype=None,
+        *,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `in_channels`: the number of channels of the image.
+        - `out_channels`: the number of channels of the result.
+        - `kernel_size`: the height and width of the kernel. Here and below, one integer
+            stands for both axes.
+        - `stride`: the step of the kernel along each axis.
+        - `padding`: the number of pixels to add on both sides of each axis, or a pair
+            of numbers for each axis, or `"SAME"`, `"SAME_LOWER"` or `"VALID"`.
+        - `dilation`: the distance between neighbouring points of the kernel.
+        - `groups`: the number of groups of channels. Each group of the result depends
+            on one group of the image.
+        - `use_bias`: whether to add a bias.
+        - `padding_mode`: what to pad with: `"ZEROS"`, `"REFLECT"`, `"REPLICATE"` or
+            `"CIRCULAR"`.
+        - `dtype`: the parameters' dtype. Defaults to JAX's default floating dtype.
+        - `key`: a `jax.random.key` to draw the parameters with.
+
+        **Raises:**
+
+        A `ValueError` from `equinox.nn.Conv2d` if an argument does not fit.
+        """
+        convolution = eqx.nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            use_bias,
+            padding_mode,
+            dtype,
+            key=key,
+        )
+        _copy_fields(convolution, self)
+
+    @classmethod
+    def of(cls, convolution: eqx.nn.Conv2d) -> "Conv2d":
+        """The layer that computes what a given `equinox.nn.Conv2d` computes.
+
+        **Arguments:**
+
+        - `convolution`: the layer to take the parameters and the settings of. Its
+            parameters may have further axes in front, or be `None`.
+
+        **Returns:**
+
+        A `Conv2d` with the same parameters and settings.
+        """
+        self = object.__new__(cls)
+        _copy_fields(convolution, self)
+        return self
+
+    def __call__(
+        self, image: Float[Array, "*shape"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "out_channels new_height new_width"]:
+        """**Arguments:**
+
+        - `image`: one image, of shape `(in_channels, height, width)`.
+        - `key`: ignored; there for `equinox.nn.Sequential`.
+
+        **Returns:**
+
+        The convolution, of shape `(out_channels, new_height, new_width)`.
+
+        **Raises:**
+
+        A `ValueError` if the image has another number of axes or channels, or if the
+        padded image is smaller than the kernel.
+        """
+        del key
+        if image.ndim != 3 or image.shape[0] != self.in_channels:
+            raise ValueError(
+                f"`image` must have shape (in_channels={self.in_channels}, height, "
+                f"width); got shape {image.shape}. For many images, use `jax.vmap`."
+            )
+        extent = tuple(
+            d * (k - 1) + 1
+            for k, d in zip(self.kernel_size, self.dilation, strict=True)
+        )
+        if isinstance(self.padding, str):
+            padding = lax.padtype_to_pads(
+                image.shape[1:], extent, self.stride, self.padding
+            )
+        else:
+            padding = self.padding
+        padding = tuple((int(low), int(high)) for low, high in padding)
+        padded = tuple(
+            n + low + high
+            for n, (low, high) in zip(image.shape[1:], padding, strict=True)
+        )
+        if padded[0] < extent[0] or padded[1] < extent[1]:
+            raise ValueError(
+                f"`image` must be at least as large as the kernel, {extent} with its "
+                f"dilation; got shape {image.shape}, {padded} with its padding."
+            )
+        if self.padding_mode != "ZEROS":
+            image = jnp.pad(image, ((0, 0), *padding), _PAD_MODES[self.padding_mode])
+            padding = ((0, 0), (0, 0))
+        window = _Window(self.stride, padding, self.dilation, self.groups)
+
+        if jax.default_backend() == "cpu":
+            # Channels last: XLA has a quick convolution for this layout only, and does
+            # not change to this layout by itself inside a loop.
+            out = _convolve(
+                image.transpose(1, 2, 0), self.weight.transpose(2, 3, 1, 0), window
+            ).transpose(2, 0, 1)
+        else:
+            out = _library(image, self.weight, window, ("NCHW", "OIHW", "NCHW"))
+        return out if self.bias is None else out + self.bias
+
+
+def quick_convolutions(network: PyTree) -> PyTree:
+    """The same network, with an `eqdistill.nn.Conv2d` in place of each
+    `equinox.nn.Conv2d`.
+
+    **Arguments:**
+
+    - `network`: any pytree. Subclasses of `equinox.nn.Conv2d` and convolutions of other
+        dimensions stay as they are.
+
+    **Returns:**
+
+    The network, with the same parameters. Its outputs are the same up to rounding.
+    """
+    # A subclass may compute something else.
+    is_convolution = lambda node: type(node) is eqx.nn.Conv2d
+    return jax.tree.map(
+        lambda node: Conv2d.of(node) if is_convolution(node) else node,
+        network,
+        is_leaf=is_convolution,
+    )
+
+
+_PAD_MODES = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
+
+
+class _Window(NamedTuple):
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def _copy_fields(convolution: eqx.nn.Conv2d, new: Conv2d) -> None:
+    # Not by `__init__`, which needs a key, and not by `setattr`, which a module that is
+    # complete refuses.
+    for field in dataclasses.fields(Conv2d):
+        object.__setattr__(new, field.name, getattr(convolution, field.name))
+
+
+def _library(
+    image: Float[Array, "_ _ _"],
+    weight: Float[Array, "_ _ _ _"],
+    window: _Window,
+    layout: tuple[str, str, str],
+) -> Float[Array, "_ _ _"]:
+    out = lax.conv_general_dilated(
+        image[None],
+        weight,
+        window.stride,
+        window.padding,
+        rhs_dilation=window.dilation,
+        dimension_numbers=layout,
+        feature_group_count=window.groups,
+    )
+    return out[0]
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _convolve(
+    image: Float[Array, "height width in_channels"],
+    weight: Float[Array, "kernel_height kernel_width group_channels out_channels"],
+    window: _Window,
+) -> Float[Array, "new_height new_width out_channels"]:
+    return _library(image, weight, window, ("NHWC", "HWIO", "NHWC"))
+
+
+@ft.partial(_convolve.defjvp, symbolic_zeros=True)
+def _convolve_jvp(window, primals, tangents):
+    # The convolution is linear in the image and in the weight. Each of the two products
+    # is over patches, so that higher derivatives are too. Images are often constants:
+    # a tangent that is known to be zero costs nothing.
+    image, weight = primals
+    d_image, d_weight = tangents
+    out = _convolve(image, weight, window)
+    if isinstance(d_image, SymbolicZero):
+        return out, _convolve_patches(image, d_weight, window)
+    d_out = _convolve_patches(d_image, weight, window)
+    if isinstance(d_weight, SymbolicZero):
+        return out, d_out
+    return out, d_out + _convolve_patches(image, d_weight, window)
+
+
+def _convolve_patches(
+    image: Float[Array, "height width in_channels"],
+    weight: Float[Array, "kernel_height kernel_width group_channels out_channels"],
+    window: _Window,
+) -> Float[Array, "new_height new_width out_channels"]:
+    """`_convolve` as one matrix product over the patches of the image."""
+    stride, padding, dilation, groups = window
+    *kernel, in_channels, out_channels = weight.shape
+    zero = jnp.zeros((), image.dtype)
+    image = lax.pad(
+        image, zero, (*((low, high, 0) for low, high in padding), (0, 0, 0))
+    )
+    last = tuple(
+        (n - d * (k - 1) - 1) // s * s
+        for n, k, s, d in zip(image.shape[:2], kernel, stride, dilation, strict=True)
+    )
+
+    # The pixels that each point of the kernel meets.
+    patches = []
+    for point in it.product(*map(range, kernel)):
+        start = tuple(p * d for p, d in zip(point, dilation, strict=True))
+        stop = tuple(a + b + 1 for a, b in zip(start, last, strict=True))
+        patches.append(
+            lax.slice(image, (*start, 0), (*stop, image.shape[2]), (*stride, 1))
+        )
+    height, width, _ = patches[0].shape
+    patches = jnp.stack(patches, axis=2)
+
+    out = jnp.einsum(
+        "hwkgi,kigo->hwgo",
+        patches.reshape(height, width, -1, groups, in_channels),
+        weight.reshape(-1, in_channels, groups, out_channels // groups),
+    )
+    return out.reshape(height, width, out_channels)

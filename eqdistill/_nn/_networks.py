@@ -1,0 +1,586 @@
+"""The networks of the field's tables, made of Equinox's layers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._conv2d import Conv2d
+
+
+Activation = Callable[[Array], Array]
+# From a number of channels to a layer.
+Norm = Callable[[int], Callable]
+
+
+class Network(eqx.Module):
+    """A network whose layers stand in a row, with all that is needed to make the
+    network again from a file.
+
+    **Attributes:**
+
+    - `layers`: the layers, from one image to its logits. The last one is an
+        `equinox.nn.Linear`: [`eqdistill.last_layer`][] makes a linear classifier of the
+        network.
+    - `architecture`: the name of the function that made the network.
+    - `settings`: the arguments of that function, as pairs of a name and a value.
+    - `initialiser`: what drew the weights, or `None` for PyTorch's default.
+    - `has_zero_head`: whether the last layer started at zero.
+    """
+
+    layers: eqx.nn.Sequential
+    architecture: str = eqx.field(static=True)
+    settings: tuple[tuple[str, Any], ...] = eqx.field(static=True)
+    initialiser: Callable | None = eqx.field(static=True)
+    has_zero_head: bool = eqx.field(static=True)
+
+    def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, " c"]:
+        """**Arguments:**
+
+        - `image`: one image, of the shape that the network was made for.
+
+        **Returns:**
+
+        The logits.
+
+        **Raises:**
+
+        A `ValueError` if the image is of another shape.
+        """
+        wanted = dict(self.settings)["shape"]
+        if image.shape != wanted:
+            raise ValueError(
+                f"`image` must have shape {wanted}, for which this "
+                f"`{self.architecture}` was made; got shape {image.shape}."
+            )
+        return self.layers(image)
+
+
+def instance_norm(channels: int) -> eqx.nn.GroupNorm:
+    """Instance normalisation with a learned scale and shift for each channel.
+
+    Source: Ulyanov et al., *Instance normalization*, 2016.
+    """
+    return eqx.nn.GroupNorm(channels, channels)
+
+
+def group_norm(channels: int) -> eqx.nn.GroupNorm:
+    """Group normalisation in four groups.
+
+    Source: Wu and He, *Group normalization*, 2018.
+    """
+    return eqx.nn.GroupNorm(4, channels)
+
+
+def average_pool(x: Float[Array, "channels height width"]) -> Float[Array, "_ _ _"]:
+    """The means of squares of 2 x 2 pixels. A last row or column that is left over is
+    dropped."""
+    return jnp.mean(_squares(x), axis=(2, 4))
+
+
+def max_pool(x: Float[Array, "channels height width"]) -> Float[Array, "_ _ _"]:
+    """The largest pixels of squares of 2 x 2. A last row or column that is left over is
+    dropped."""
+    return jnp.max(_squares(x), axis=(2, 4))
+
+
+# He et al. 2015 and LeCun et al. 1998, for the weights of Equinox's layers, whose first
+# axis is that of the outputs. Biases become zero.
+he = jax.nn.initializers.he_normal(in_axis=1, out_axis=0)
+lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+
+
+def ConvNet(
+    shape: Sequence[int],
+    num_classes: int,
+    *,
+    widths: Sequence[int] = (128, 128, 128),
+    norm: Norm | None = instance_norm,
+    activation: Activation = jax.nn.relu,
+    pool: Activation = average_pool,
+    size: int | None = None,
+    key: PRNGKeyArray,
+) -> Network:
+    """The convolutional network of dataset distillation: blocks of a convolution of
+    3 x 3, a normalisation, an activation and a pooling; then a linear layer.
+
+    The defaults are the network of Zhao et al. With `widths=(128, 256, 512)` and
+    `norm=None` it is the network of FRePo and RCIG.
+
+    **Arguments:**
+
+    - `shape`: the shape of an image: `(height, width)` or `(channels, height, width)`.
+    - `num_classes`: the number of classes $c$.
+
+    All other arguments are keyword only.
+
+    - `widths`: the number of channels after each block.
+    - `norm`: makes a layer from a number of channels, such as
+        [`eqdistill.nn.instance_norm`][]; or `None`.
+    - `activation`: a function of an array. A smooth one, such as `jax.nn.softplus`, is
+        best for [`eqdistill.ArgminSolver`][].
+    - `pool`: [`eqdistill.nn.average_pool`][] or [`eqdistill.nn.max_pool`][].
+    - `size`: images are padded by zeros to this height and width. Grey images of
+        28 x 28 are often padded to 32.
+    - `key`: a `jax.random.key` for the weights, which are drawn as PyTorch draws them.
+        [`eqdistill.nn.initialise`][] draws them in another way.
+
+    **Returns:**
+
+    An [`eqdistill.nn.Network`][].
+
+    **Raises:**
+
+    A `ValueError` if `shape` is not that of an image, if `size` is smaller than the
+    image, or if so many blocks leave no pixel.
+
+    Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021;
+    Zhou et al., *Dataset distillation using neural feature regression*, 2022.
+    """
+    settings = {
+        "shape": tuple(shape),
+        "num_classes": num_classes,
+        "widths": tuple(widths),
+        "norm": norm,
+        "activation": activation,
+        "pool": pool,
+        "size": size,
+    }
+    layers, (channels, height, width) = _begin(shape, size)
+    *keys, head_key = jr.split(key, len(widths) + 1)
+    for new_channels, key in zip(widths, keys, strict=True):
+        layers += _block(channels, new_channels, norm, activation, key=key)
+        layers.append(eqx.nn.Lambda(pool))
+        channels, height, width = new_channels, height // 2, width // 2
+    if height * width == 0:
+        raise ValueError(
+            "`widths` must have no more entries than an image can be halved; got "
+            f"{len(widths)} for images of shape {tuple(shape)}."
+        )
+    layers += _end(channels * height * width, num_classes, key=head_key)
+    return _network("ConvNet", settings, layers)
+
+
+def LeNet(
+    shape: Sequence[int],
+    num_classes: int,
+    *,
+    activation: Activation = jax.nn.relu,
+    key: PRNGKeyArray,
+) -> Network:
+    """LeNet-5 with maximum pooling, for images padded by zeros to 32 x 32.
+
+    **Arguments:** as for [`eqdistill.nn.ConvNet`][].
+
+    **Returns:**
+
+    An [`eqdistill.nn.Network`][].
+
+    **Raises:**
+
+    A `ValueError` if `shape` is not that of an image of at most 32 x 32.
+
+    Source: LeCun et al., *Gradient-based learning applied to document recognition*,
+    1998; in the form of Zhao et al. 2021.
+    """
+    settings = {
+        "shape": tuple(shape),
+        "num_classes": num_classes,
+        "activation": activation,
+    }
+    layers, (channels, _, _) = _begin(shape, 32)
+    keys = jr.split(key, 5)
+    relu, pool = eqx.nn.Lambda(activation), eqx.nn.Lambda(max_pool)
+    layers += [
+        *(Conv2d(channels, 6, 5, key=keys[0]), relu, pool),
+        *(Conv2d(6, 16, 5, key=keys[1]), relu, pool),
+        eqx.nn.Lambda(jnp.ravel),
+        *(eqx.nn.Linear(400, 120, key=keys[2]), relu),
+        *(eqx.nn.Linear(120, 84, key=keys[3]), relu),
+        eqx.nn.Linear(84, num_classes, key=keys[4]),
+    ]
+    return _network("LeNet", settings, layers)
+
+
+def MLP(
+    shape: Sequence[int],
+    num_classes: int,
+    *,
+    widths: Sequence[int] = (128, 128),
+    activation: Activation = jax.nn.relu,
+    key: PRNGKeyArray,
+) -> Network:
+    """A perceptron with hidden layers of given widths.
+
+    **Arguments:** as for [`eqdistill.nn.ConvNet`][], but for
+
+    - `shape`: of any number of axes.
+    - `widths`: the width of each hidden layer.
+
+    **Returns:**
+
+    An [`eqdistill.nn.Network`][].
+
+    Source: the perceptron of Zhao et al. 2021.
+    """
+    settings = {
+        "shape": tuple(shape),
+        "num_classes": num_classes,
+        "widths": tuple(widths),
+        "activation": activation,
+    }
+    in_size = 1
+    for length in shape:
+        in_size *= length
+    layers: list[Callable] = [eqx.nn.Lambda(jnp.ravel)]
+    *keys, head_key = jr.split(key, len(widths) + 1)
+    for width, key in zip(widths, keys, strict=True):
+        layers += [eqx.nn.Linear(in_size, width, key=key), eqx.nn.Lambda(activation)]
+        in_size = width
+    layers.append(eqx.nn.Linear(in_size, num_classes, key=head_key))
+    return _network("MLP", settings, layers)
+
+
+def AlexNet(
+    shape: Sequence[int],
+    num_classes: int,
+    *,
+    norm: Norm | None = instance_norm,
+    activation: Activation = jax.nn.relu,
+    key: PRNGKeyArray,
+) -> Network:
+    """A network like AlexNet, for images padded by zeros to 32 x 32.
+
+    **Arguments:** as for [`eqdistill.nn.ConvNet`][].
+
+    **Returns:**
+
+    An [`eqdistill.nn.Network`][].
+
+    **Raises:**
+
+    A `ValueError` if `shape` is not that of an image of at most 32 x 32.
+
+    Source: Krizhevsky et al. 2012; in the form of Zhao et al. 2021.
+    """
+    plan = [(128, 5), None, (192, 5), None, (256, 3), (192, 3), (192, 3), None]
+    settings, layers = _from_plan(plan, shape, num_classes, norm, activation, key=key)
+    return _network("AlexNet", settings, layers)
+
+
+def VGG11(
+    shape: Sequence[int],
+    num_classes: int,
+    *,
+    norm: Norm | None = instance_norm,
+    activation: Activation = jax.nn.relu,
+    key: PRNGKeyArray,
+) -> Network:
+    """A network like VGG-11 with one linear layer, for images padded by zeros to
+    32 x 32.
+
+    **Arguments:** as for [`eqdistill.nn.ConvNet`][].
+
+    **Returns:**
+
+    An [`eqdistill.nn.Network`][].
+
+    **Raises:**
+
+    A `ValueError` if `shape` is not that of an image of at most 32 x 32.
+
+    Source: Simonyan and Zisserman 2014; in the form of Zhao et al. 2021.
+    """
+    widths = [64, None, 128, None, 256, 256, None, 512, 512, None, 512, 512, None]
+    plan = [width and (width, 3) for width in widths]
+    settings, layers = _from_plan(plan, shape, num_classes, norm, activation, key=key)
+    return _network("VGG11", settings, layers)
+
+
+def ResNet18(
+    shape: Sequence[int],
+    num_classes: int,
+    *,
+    norm: Norm | None = instance_norm,
+    activation: Activation = jax.nn.relu,
+    key: PRNGKeyArray,
+) -> Network:
+    """A network like ResNet-18, for images padded by zeros to 32 x 32.
+
+    **Arguments:** as for [`eqdistill.nn.ConvNet`][].
+
+    **Returns:**
+
+    An [`eqdistill.nn.Network`][].
+
+    **Raises:**
+
+    A `ValueError` if `shape` is not that of an image of at most 32 x 32.
+
+    Source: He et al., *Deep residual learning*, 2016; in the form of Zhao et al. 2021.
+    """
+    settings = {
+        "shape": tuple(shape),
+        "num_classes": num_classes,
+        "norm": norm,
+        "activation": activation,
+    }
+    layers, (channels, _, _) = _begin(shape, 32)
+    first_key, head_key, *keys = jr.split(key, 10)
+    layers += _block(channels, 64, norm, activation, use_bias=False, key=first_key)
+    channels = 64
+    for i, key in enumerate(keys):
+        new_channels = 64 * 2 ** (i // 2)
+        stride = 2 if i in (2, 4, 6) else 1
+        layers.append(
+            _Residual(channels, new_channels, stride, norm, activation, key=key)
+        )
+        channels = new_channels
+    layers.append(eqx.nn.Lambda(_mean_over_pixels))
+    layers += _end(channels, num_classes, key=head_key)
+    return _network("ResNet18", settings, layers)
+
+
+def initialise(
+    network: Network, initialiser: Callable, *, key: PRNGKeyArray
+) -> Network:
+    """The network with all weights drawn anew, and all biases zero. Scales and shifts
+    of normalisations stay.
+
+    **Arguments:**
+
+    - `network`: an [`eqdistill.nn.Network`][].
+    - `initialiser`: of the kind of `jax.nn.initializers`, for weights whose first two
+        axes are the outputs and the inputs: [`eqdistill.nn.he`][] or
+        [`eqdistill.nn.lecun`][].
+    - `key`: a `jax.random.key`. (Keyword only argument.)
+
+    **Returns:**
+
+    The new network.
+    """
+
+    def is_layer(node: Any) -> bool:
+        return isinstance(node, Conv2d | eqx.nn.Linear)
+
+    def draw(layer: Any, key: PRNGKeyArray) -> Any:
+        weight = initialiser(key, layer.weight.shape, layer.weight.dtype)
+        layer = eqx.tree_at(lambda layer: layer.weight, layer, weight)
+        if layer.bias is None:
+            return layer
+        zeros = jnp.zeros_like(layer.bias)
+        return eqx.tree_at(lambda layer: layer.bias, layer, zeros)
+
+    leaves, structure = jax.tree.flatten(network.layers, is_leaf=is_layer)
+    keys = jr.split(key, len(leaves))
+    leaves = [
+        draw(leaf, key) if is_layer(leaf) else leaf
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    layers = jax.tree.unflatten(structure, leaves)
+    return Network(
+        layers,
+        network.architecture,
+        network.settings,
+        initialiser,
+        has_zero_head=False,
+    )
+
+
+def zero_head(network: Network) -> Network:
+    """The network with a last layer of zeros. With few training images, the function
+    that a random last layer starts with is never unlearned.
+
+    **Arguments:**
+
+    - `network`: an [`eqdistill.nn.Network`][].
+
+    **Returns:**
+
+    The new network, all logits of which are zero.
+
+    Source: the centring (a network less its initial function) of Loo et al., *Efficient
+    dataset distillation using random feature approximation*, 2022, has the same effect.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, network.layers[-1])
+    layers = eqx.tree_at(lambda layers: layers[-1], network.layers, zeros)
+    return Network(
+        layers,
+        network.architecture,
+        network.settings,
+        network.initialiser,
+        has_zero_head=True,
+    )
+
+
+class _Pad(eqx.Module):
+    """Gives an image an axis of channels, and pads the image by zeros around."""
+
+    padding: tuple[tuple[int, int], ...] = eqx.field(static=True)
+
+    def __call__(self, image: Array, *, key: PRNGKeyArray | None = None) -> Array:
+        del key
+        image = image[None] if image.ndim == 2 else image
+        return jnp.pad(image, self.padding)
+
+
+class _Residual(eqx.Module):
+    """Two convolutions, to whose result the input is added."""
+
+    body: eqx.nn.Sequential
+    shortcut: eqx.nn.Sequential
+    activation: Activation
+
+    def __init__(self, channels, new_channels, stride, norm, activation, *, key):
+        keys = jr.split(key, 3)
+        first = _block(
+            channels,
+            new_channels,
+            norm,
+            activation,
+            stride=stride,
+            use_bias=False,
+            key=keys[0],
+        )
+        second = _block(
+            new_channels, new_channels, norm, None, use_bias=False, key=keys[1]
+        )
+        self.body = eqx.nn.Sequential(first + second)
+        is_same = stride == 1 and channels == new_channels
+        shortcut = _block(
+            channels,
+            new_channels,
+            norm,
+            None,
+            kernel_size=1,
+            stride=stride,
+            use_bias=False,
+            key=keys[2],
+        )
+        self.shortcut = eqx.nn.Sequential([] if is_same else shortcut)
+        self.activation = activation
+
+    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
+        del key
+        return self.activation(self.body(x) + self.shortcut(x))
+
+
+def _begin(
+    shape: Sequence[int], size: int | None
+) -> tuple[list[Callable], tuple[int, int, int]]:
+    """The first layer, and the shape of what the layer gives.
+
+    **Raises:**
+
+    A `ValueError` if an image of this shape cannot be taken.
+    """
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            "`shape` must be (height, width) or (channels, height, width); got "
+            f"{tuple(shape)}."
+        )
+    channels, height, width = (1, *shape)[-3:]
+    if size is None:
+        return [_Pad(((0, 0),) * 3)], (channels, height, width)
+    if max(height, width) > size:
+        raise ValueError(
+            f"`shape` must be of images of at most {size} x {size}, to which they are "
+            f"padded; got {tuple(shape)}."
+        )
+    padding = [(0, 0)]
+    for length in (height, width):
+        before = (size - length) // 2
+        padding.append((before, size - length - before))
+    return [_Pad(tuple(padding))], (channels, size, size)
+
+
+def _block(
+    channels: int,
+    new_channels: int,
+    norm: Norm | None,
+    activation: Activation | None,
+    *,
+    kernel_size: int = 3,
+    stride: int = 1,
+    use_bias: bool = True,
+    key: PRNGKeyArray,
+) -> list[Callable]:
+    convolution = Conv2d(
+        channels,
+        new_channels,
+        kernel_size,
+        stride,
+        padding=kernel_size // 2,
+        use_bias=use_bias,
+        key=key,
+    )
+    layers: list[Callable] = [convolution]
+    if norm is not None:
+        layers.append(norm(new_channels))
+    if activation is not None:
+        layers.append(eqx.nn.Lambda(activation))
+    return layers
+
+
+def _end(in_features: int, num_classes: int, *, key: PRNGKeyArray) -> list[Callable]:
+    return [
+        eqx.nn.Lambda(jnp.ravel),
+        eqx.nn.Linear(in_features, num_classes, key=key),
+    ]
+
+
+def _from_plan(
+    plan: Sequence[tuple[int, int] | None],
+    shape: Sequence[int],
+    num_classes: int,
+    norm: Norm | None,
+    activation: Activation,
+    *,
+    key: PRNGKeyArray,
+) -> tuple[dict[str, Any], list[Callable]]:
+    """The settings and the layers of a network of blocks, each of some width and kernel
+    size, and of poolings, where the plan says `None`."""
+    settings = {
+        "shape": tuple(shape),
+        "num_classes": num_classes,
+        "norm": norm,
+        "activation": activation,
+    }
+    layers, (channels, size, _) = _begin(shape, 32)
+    *keys, head_key = jr.split(key, len(plan) + 1)
+    for entry, key in zip(plan, keys, strict=True):
+        if entry is None:
+            layers.append(eqx.nn.Lambda(max_pool))
+            size //= 2
+        else:
+            width, kernel_size = entry
+            layers += _block(
+                channels, width, norm, activation, kernel_size=kernel_size, key=key
+            )
+            channels = width
+    layers += _end(channels * size**2, num_classes, key=head_key)
+    return settings, layers
+
+
+def _network(name: str, settings: dict[str, Any], layers: list[Callable]) -> Network:
+    return Network(
+        eqx.nn.Sequential(layers),
+        name,
+        tuple(settings.items()),
+        initialiser=None,
+        has_zero_head=False,
+    )
+
+
+def _squares(x: Array) -> Array:
+    channels, height, width = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(channels, height // 2, 2, width // 2, 2)
+
+
+def _mean_over_pixels(x: Array) -> Array:
+    return jnp.mean(x, axis=(1, 2))
