@@ -76,18 +76,9 @@ def group_norm(channels: int) -> eqx.nn.GroupNorm:
     return eqx.nn.GroupNorm(4, channels)
 
 
-def average_pool(x: Float[Array, "channels height width"]) -> Float[Array, "_ _ _"]:
-    """The means of squares of 2 x 2 pixels. A last row or column that is left over is
-    dropped."""
-    return jnp.mean(_squares(x), axis=(2, 4))
-
-
-def max_pool(x: Float[Array, "channels height width"]) -> Float[Array, "_ _ _"]:
-    """The largest pixels of squares of 2 x 2. A last row or column that is left over is
-    dropped."""
-    return jnp.max(_squares(x), axis=(2, 4))
-
-
+# Over squares of 2 x 2 pixels. A last row or column that is left over is dropped.
+average_pool = eqx.nn.AvgPool2d(2, 2)
+max_pool = eqx.nn.MaxPool2d(2, 2)
 # He et al. 2015 and LeCun et al. 1998, for the weights of Equinox's layers, whose first
 # axis is that of the outputs. Biases become zero.
 he = jax.nn.initializers.he_normal(in_axis=1, out_axis=0)
@@ -101,7 +92,7 @@ def ConvNet(
     widths: Sequence[int] = (128, 128, 128),
     norm: Norm | None = instance_norm,
     activation: Activation = jax.nn.relu,
-    pool: Activation = average_pool,
+    pool: Callable = average_pool,
     size: int | None = None,
     key: PRNGKeyArray,
 ) -> Network:
@@ -123,7 +114,7 @@ def ConvNet(
         [`eqdistill.nn.instance_norm`][]; or `None`.
     - `activation`: a function of an array. A smooth one, such as `jax.nn.softplus`, is
         best for [`eqdistill.ArgminSolver`][].
-    - `pool`: [`eqdistill.nn.average_pool`][] or [`eqdistill.nn.max_pool`][].
+    - `pool`: `eqdistill.nn.average_pool` or `eqdistill.nn.max_pool`, of 2 x 2 pixels.
     - `size`: images are padded by zeros to this height and width. Grey images of
         28 x 28 are often padded to 32.
     - `key`: a `jax.random.key` for the weights, which are drawn as PyTorch draws them.
@@ -154,7 +145,7 @@ def ConvNet(
     *keys, head_key = jr.split(key, len(widths) + 1)
     for new_channels, key in zip(widths, keys, strict=True):
         layers += _block(channels, new_channels, norm, activation, key=key)
-        layers.append(eqx.nn.Lambda(pool))
+        layers.append(pool)
         channels, height, width = new_channels, height // 2, width // 2
     if height * width == 0:
         raise ValueError(
@@ -194,7 +185,7 @@ def LeNet(
     }
     layers, (channels, _, _) = _begin(shape, 32)
     keys = jr.split(key, 5)
-    relu, pool = eqx.nn.Lambda(activation), eqx.nn.Lambda(max_pool)
+    relu, pool = eqx.nn.Lambda(activation), max_pool
     layers += [
         *(Conv2d(channels, 6, 5, key=keys[0]), relu, pool),
         *(Conv2d(6, 16, 5, key=keys[1]), relu, pool),
@@ -355,8 +346,8 @@ def initialise(
 
     - `network`: an [`eqdistill.nn.Network`][].
     - `initialiser`: of the kind of `jax.nn.initializers`, for weights whose first two
-        axes are the outputs and the inputs: [`eqdistill.nn.he`][] or
-        [`eqdistill.nn.lecun`][].
+        axes are the outputs and the inputs: `eqdistill.nn.he` or
+        `eqdistill.nn.lecun`.
     - `key`: a `jax.random.key`. (Keyword only argument.)
 
     **Returns:**
@@ -554,7 +545,7 @@ def _from_plan(
     *keys, head_key = jr.split(key, len(plan) + 1)
     for entry, key in zip(plan, keys, strict=True):
         if entry is None:
-            layers.append(eqx.nn.Lambda(max_pool))
+            layers.append(max_pool)
             size //= 2
         else:
             width, kernel_size = entry
@@ -574,12 +565,6 @@ def _network(name: str, settings: dict[str, Any], layers: list[Callable]) -> Net
         initialiser=None,
         has_zero_head=False,
     )
-
-
-def _squares(x: Array) -> Array:
-    channels, height, width = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(channels, height // 2, 2, width // 2, 2)
 
 
 def _mean_over_pixels(x: Array) -> Array:
