@@ -24,7 +24,7 @@ FLOORS = [
     ("the inner problem", ["_inner"]),
     ("the outer problem", ["_outer"]),
     ("files", ["_files"]),
-    ("the public face", ["datasets", "nn", "plot", "__main__"]),
+    ("the public face", ["datasets", "nn", "recipes", "plot", "__main__"]),
 ]
 
 

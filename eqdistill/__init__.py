@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 # Every argument's type and shape is checked at run time, for users too: a silent
 # broadcast is the one bug that a distilled set cannot show.
 with install_import_hook("eqdistill", "beartype.beartype"):
-    from . import datasets as datasets, nn as nn, plot as plot
+    from . import datasets as datasets, nn as nn, plot as plot, recipes as recipes
     from ._classifier import (
         Frozen as Frozen,
         HasPenalised as HasPenalised,
@@ -39,6 +39,7 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     )
     from ._inner._ridge_solver import RidgeSolver as RidgeSolver
     from ._inner._span_solver import SpanSolver as SpanSolver
+    from ._inner._unrolled_solver import UnrolledSolver as UnrolledSolver
     from ._inner._warm_lbfgs import WarmLBFGS as WarmLBFGS
     from ._losses import (
         AbstractLoss as AbstractLoss,

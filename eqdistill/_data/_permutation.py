@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray, UInt32
+
+
+def batch_at(
+    step: Int[Array, ""], size: int, num_images: int, *, key: PRNGKeyArray
+) -> Int[Array, " size"]:
+    """The images of a batch that are drawn at a step: at random, without replacement,
+    until there are fewer left than a batch; then all over again in another order. A
+    function of the key and the step."""
+    epoch, batch = jnp.divmod(step, num_images // size)
+    place = batch * size + jnp.arange(size)
+    return _permute(place, num_images, jr.fold_in(key, epoch))
+
+
+def _permute(
+    place: Int[Array, " size"], num_images: int, key: PRNGKeyArray
+) -> Int[Array, " size"]:
+    """Where a random permutation of all images takes some places.
+
+    A Feistel network permutes the numbers of an even number of bits. Numbers that are
+    no image are permuted again, until all are: at most four times as many numbers as
+    images make that quick. `jax.random.permutation` would sort all of the images in
+    each step, which takes 47 ms for 60,000.
+
+    Source: Black and Rogaway, *Ciphers with arbitrary finite domains*, 2002.
+    """
+    half = max(1, -(-(num_images - 1).bit_length() // 2))
+    mask = np.uint32(2**half - 1)
+    round_keys = jr.bits(key, (8,), jnp.uint32)
+
+    def once(x: UInt32[Array, " size"]) -> UInt32[Array, " size"]:
+        left, right = x >> half, x & mask
+        for round_key in round_keys:
+            # The finaliser of MurmurHash3 mixes the bits.
+            mixed = (right ^ round_key) * np.uint32(0x85EBCA6B)
+            mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
+            left, right = right, left ^ ((mixed ^ (mixed >> 16)) & mask)
+        return (left << half) | right
+
+    is_no_image = lambda x: x >= num_images
+    found = jax.lax.while_loop(
+        lambda x: jnp.any(is_no_image(x)),
+        lambda x: jnp.where(is_no_image(x), once(x), x),
+        once(place.astype(jnp.uint32)),
+    )
+    return found.astype(place.dtype)

@@ -1,0 +1,163 @@
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
+
+from .._classifier import parameters
+from .._data._distilled_set import DistilledSet
+from .._data._permutation import batch_at
+from .._error import error_if
+from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss
+
+
+class UnrolledSolver(AbstractInnerSolver[None]):
+    r"""Trains the classifier for a number of steps of an Optax optimiser, from the
+    parameters that the classifier has:
+
+    $$w_{t+1} = w_t - u_t\left(\nabla_w g(w_t; \theta)\right), \qquad
+    w^\star(\theta) = w_T,$$
+
+    where $g$ is [`eqdistill.inner_loss`][], with its ridge. The derivative is that of
+    the steps.
+
+    There is nothing to converge to: the fit has `converged` if its parameters are
+    finite. The `gradient_norm` is that of the last step, before its update. Dropout is
+    off.
+
+    !!! Example
+
+        ```python
+        inner = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.1}, steps=100)
+        ```
+
+    Source: Maclaurin et al., *Gradient-based hyperparameter optimization through
+    reversible learning*, 2015; Wang et al., *Dataset distillation*, 2018.
+
+    **Attributes:**
+
+    - `make`: makes the optimiser, from hyperparameters as keyword arguments.
+    - `log_hyperparameters`: the logarithms of the hyperparameters, so that they stay
+        positive when they are learned.
+    - `steps`: the number of steps $T$.
+    - `batch_size`: the number of distilled images in a step, or `None` for all.
+    """
+
+    make: Callable[..., optax.GradientTransformation] = eqx.field(static=True)
+    log_hyperparameters: dict[str, Float[Array, "..."]]
+    steps: int = eqx.field(static=True)
+    batch_size: int | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        make: Callable[..., optax.GradientTransformation],
+        hyperparameters: dict[str, ArrayLike],
+        steps: int,
+        *,
+        batch_size: int | None = None,
+    ):
+        """**Arguments:**
+
+        - `make`: as above. Must be a function that is made once, such as `optax.adam`:
+            what holds a new one is compiled anew.
+        - `hyperparameters`: positive numbers, or arrays of them.
+        - `steps`: the number of steps, at least 1.
+        - `batch_size`: the number of distilled images in a step: drawn at random
+            without replacement, until there are fewer left than a batch. Defaults to
+            all of them. (Keyword only argument.)
+
+        **Raises:**
+
+        A `ValueError` for an argument out of its range.
+        """
+        for name, value in (("steps", steps), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        self.make = make
+        self.log_hyperparameters = {
+            name: jnp.log(
+                error_if(
+                    jnp.asarray(value, jnp.result_type(float)),
+                    lambda x: ~((x > 0) & (x < jnp.inf)).all(),
+                    f"`hyperparameters` must be positive and finite; {name!r} is "
+                    f"{value}.",
+                )
+            )
+            for name, value in hyperparameters.items()
+        }
+        self.steps = steps
+        self.batch_size = batch_size
+
+    def init(self, distilled, classifier, *, key):
+        """As [`eqdistill.AbstractInnerSolver`][].
+
+        **Raises:**
+
+        A `ValueError` if a batch has more images than there are, or if there are
+        batches and no `key`.
+        """
+        del classifier
+        if self.batch_size is None:
+            return None
+        if self.batch_size > len(distilled):
+            raise ValueError(
+                f"`batch_size` must be at most {len(distilled)}, the number of "
+                f"distilled images; got {self.batch_size}."
+            )
+        if key is None:
+            raise ValueError(
+                "`key` must be given with an `UnrolledSolver` that has a `batch_size`, "
+                "as its batches are drawn at random; got None."
+            )
+        return None
+
+    def __call__(self, distilled: DistilledSet, classifier: PyTree, state, *, key):
+        """As [`eqdistill.AbstractInnerSolver`][]."""
+        classifier = eqx.nn.inference_mode(classifier)
+        params, static = eqx.partition(classifier, parameters(classifier))
+        optimiser = self.make(
+            **{name: jnp.exp(x) for name, x in self.log_hyperparameters.items()}
+        )
+
+        def loss(params, step):
+            rows = self._rows(distilled, step, key)
+            return inner_loss(rows, eqx.combine(params, static))
+
+        def body(carry, step):
+            params, optimiser_state, _ = carry
+            gradient = jax.grad(loss)(params, step)
+            updates, optimiser_state = optimiser.update(
+                gradient, optimiser_state, params
+            )
+            norm = optax.tree.norm(jax.lax.stop_gradient(gradient))
+            return (eqx.apply_updates(params, updates), optimiser_state, norm), None
+
+        zero = jnp.zeros_like(optax.tree.norm(params))
+        init = (params, optimiser.init(params), zero)
+        (params, _, norm), _ = jax.lax.scan(body, init, jnp.arange(self.steps))
+        finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
+        return Fitted(
+            classifier=eqx.combine(params, static),
+            converged=jnp.array(finite).all(),
+            gradient_norm=norm,
+            stats={"steps": jnp.array(self.steps)},
+        ), state
+
+    def _rows(
+        self,
+        distilled: DistilledSet,
+        step: Int[Array, ""],
+        key: PRNGKeyArray | None,
+    ) -> DistilledSet:
+        """The distilled images of a step."""
+        if self.batch_size is None:
+            return distilled
+        assert key is not None  # As `init` has checked.
+        chosen = batch_at(step, self.batch_size, len(distilled), key=key)
+        return eqx.tree_at(
+            lambda d: (d.images, d.labels),
+            distilled,
+            (distilled.images[chosen], distilled.labels[chosen]),
+        )
