@@ -1,5 +1,6 @@
 """What is saved is what is loaded; what is not as it was saved is refused."""
 
+import functools
 import json
 import os
 import pickle
@@ -22,12 +23,14 @@ import safetensors.numpy
 from PIL import Image
 
 import eqdistill as eqd
+from eqdistill import nn
 from eqdistill._data._sources import SOURCES
 
 from .conftest import OneStep
 
 
 C = 3
+KEY = jax.random.key(0)
 
 
 def small(soft: bool = False, dtype: type = np.float32, loss=eqd.CrossEntropy()):
@@ -182,6 +185,51 @@ def test_what_cannot_be_rebuilt_is_described(path):
     assert "rtol=0.0001" in artifact.inner_description
 
 
+RECIPES = [
+    eqd.recipes.dc(functools.partial(nn.ConvNet, widths=(4,), size=8), updates=7),
+    eqd.recipes.frepo(functools.partial(nn.MLP, widths=(5,)), updates=7),
+    eqd.recipes.zero_start(nn.LeNet, updates=7),
+    eqd.recipes.dc(nn.AlexNet, updates=7),
+    eqd.recipes.dc(functools.partial(nn.VGG11, norm=nn.group_norm), updates=7),
+    eqd.recipes.dc(functools.partial(nn.ResNet18, activation=jax.nn.gelu), updates=7),
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_is_rebuilt(path, recipe):
+    evaluations = eqd.recipes.Evaluations(np.array([[0.5, 0.7]]))
+    eqd.save(path, small(), recipe, evaluations)
+    artifact = eqd.load(path)
+    np.testing.assert_allclose(artifact.accuracy, 0.6)
+    np.testing.assert_allclose(artifact.deviation, np.sqrt(0.02))
+    assert artifact.fits == 2
+    assert artifact.classifier is None
+    rebuilt = artifact.recipe
+    assert rebuilt is not None
+    assert rebuilt.name == recipe.name
+    assert eqx.tree_equal(rebuilt.inner, recipe.inner)
+    make = lambda recipe: eqx.filter_eval_shape(recipe.make, (2, 3), C, key=KEY)
+    network, wanted = make(rebuilt), make(recipe)
+    assert network.settings == wanted.settings
+    assert network.initialiser == wanted.initialiser
+    assert network.has_zero_head == wanted.has_zero_head
+
+
+def test_recipe_of_another_network_is_named(path):
+    own = lambda shape, num_classes, *, key: eqx.nn.Sequential(
+        [eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(6, num_classes, key=key)]
+    )
+    eqd.save(path, small(), eqd.recipes.dc(own))
+    artifact = eqd.load(path)
+    assert artifact.recipe is None
+    assert "dc" in artifact.classifier_description
+    two = eqd.recipes.Evaluations(np.full((2, 3), 0.5))
+    with pytest.raises(ValueError, match=r"`evaluation` must be of one.*got 2"):
+        eqd.save(path, small(), eqd.recipes.dc(own), two)
+    with pytest.raises(ValueError, match="must have hard labels"):
+        eqd.save(path, small(soft=True), eqd.recipes.dc(own))
+
+
 def test_double_precision(tmp_path):
     path = tmp_path / "a.safetensors"
     with jax.enable_x64(True):
@@ -210,8 +258,12 @@ def test_double_precision(tmp_path):
 
 
 def test_files_of_the_first_version(path):
-    change(path, format_version=1, loss=None, learned=["images"])
+    claim = {"value": 0.75, "split": "test"}
+    args = {"loss": None, "learned": ["images"], "accuracy": claim}
+    change(path, format_version=1, **args)
     artifact = eqd.load(path)
+    assert artifact.accuracy == 0.75
+    assert artifact.deviation is None
     assert isinstance(artifact.distilled.loss, eqd.CrossEntropy)
     assert_same(artifact.distilled, small())
     assert artifact.learned == ("images",)
@@ -306,6 +358,28 @@ def test_refuses_tensors(path, tensors, match):
     assert str(info.value).startswith(f"Cannot load {path}: ")
 
 
+CLAIM = {"value": 0.5, "split": "test", "deviation": None, "fits": 1}
+NETWORK = {
+    "architecture": "ConvNet",
+    "widths": [4],
+    "norm": None,
+    "activation": "relu",
+    "pool": "max_pool",
+    "size": None,
+}
+RECIPE = {
+    "type": "Recipe",
+    "name": "dc",
+    "num_classes": 3,
+    "updates": 5,
+    "network": NETWORK,
+}
+
+
+def network(**settings):
+    return {**RECIPE, "network": {**NETWORK, **settings}}
+
+
 LOGISTIC = {"type": "LogisticRegression", "num_classes": 3, "use_intercept": False}
 SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
 
@@ -315,8 +389,8 @@ SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
     [
         ({"format": None}, "`format` must be 'eqdistill'; got None"),
         ({"format": "pt"}, "`format` must be 'eqdistill'; got 'pt'"),
-        ({"format_version": 3}, "`format_version` must be from 1 to 2.*got 3"),
-        ({"format_version": True}, "`format_version` must be from 1 to 2.*got True"),
+        ({"format_version": 4}, "`format_version` must be from 1 to 3.*got 4"),
+        ({"format_version": True}, "`format_version` must be from 1 to 3.*got True"),
         ({"loss": None}, "must have the keys.*'loss'"),
         ({"loss": "HingeLoss"}, "`loss` must be one of CrossEntropy, SquaredError"),
         ({"loss": ["CrossEntropy"]}, "`loss` must be one of"),
@@ -331,9 +405,19 @@ SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
         ({"learned": [["images"]]}, "`learned` must be"),
         ({"learned": ["images", "images"]}, "`learned` must be"),
         ({"accuracy": 0.5}, "`accuracy` must be"),
-        ({"accuracy": {"value": 1.1, "split": "test"}}, "`accuracy` must be.*1.1"),
-        ({"accuracy": {"value": np.nan, "split": "test"}}, "`accuracy` must be.*nan"),
-        ({"accuracy": {"value": 0.5, "split": "train"}}, "`accuracy` must be.*'train'"),
+        ({"accuracy": {**CLAIM, "value": 1.1}}, "`accuracy` must be.*1.1"),
+        ({"accuracy": {**CLAIM, "value": np.nan}}, "`accuracy` must be.*nan"),
+        ({"accuracy": {**CLAIM, "split": "train"}}, "`accuracy` must be.*'train'"),
+        ({"accuracy": {**CLAIM, "deviation": -1}}, "`accuracy` must be.*-1"),
+        ({"accuracy": {**CLAIM, "fits": 0}}, "`accuracy` must be.*'fits': 0"),
+        ({"classifier": {**RECIPE, "name": "x"}}, "`classifier` must be"),
+        ({"classifier": {**RECIPE, "updates": 10**9}}, "`classifier` must be"),
+        ({"classifier": {**RECIPE, "network": {}}}, "`classifier` must be"),
+        ({"classifier": network(widths=[10**6])}, "`classifier` must be"),
+        ({"classifier": network(widths=8 * [9] + [9])}, "`classifier` must be"),
+        ({"classifier": network(size=10**6)}, "`classifier` must be"),
+        ({"classifier": network(norm="os.system")}, "`classifier` must be"),
+        ({"classifier": network(architecture="eval")}, "`classifier` must be"),
         ({"dataset": "mnist"}, "`dataset` must be"),
         ({"dataset": {"name": "mnist", "sha256": {"a": 1}}}, "`dataset` must be"),
         ({"classifier": "LogisticRegression"}, "`classifier` must be"),
@@ -498,12 +582,29 @@ def test_command_in_a_fresh_process(published):
     assert f"claimed {accuracy}, measured {accuracy}" in result.stdout
 
 
+def test_command_retrains_by_the_recipe(tmp_path, monkeypatch, capsys):
+    train, test = eqd.datasets.load("digits")
+    distilled = eqd.DistilledSet.from_class_means(train, l2=0.1, key=KEY)
+    make = functools.partial(nn.ConvNet, widths=(4,), norm=None)
+    recipe = eqd.recipes.dc(make, updates=20)
+    found = eqd.recipes.evaluate(
+        distilled, recipe, test, num_networks=2, key=jax.random.key(3)
+    )
+    path = tmp_path / "recipe.safetensors"
+    eqd.save(path, distilled, recipe, found, dataset="digits", seed=3)
+    status, out, _ = run(monkeypatch, capsys, path)
+    assert status == 0
+    assert "difference 0.000 points" in out
+    assert f"tolerance {100 * found.deviation_of_networks:.3g}" in out
+
+
 def test_command_finds_a_false_claim(published, tmp_path, monkeypatch, capsys):
     path = tmp_path / "false.safetensors"
     path.write_bytes(published.read_bytes())
     true = eqd.load(path).accuracy
     assert true is not None
-    change(path, accuracy={"value": true + 0.01, "split": "test"})
+    claim = {"value": true + 0.01, "split": "test", "deviation": None, "fits": 1}
+    change(path, accuracy=claim)
     status, out, _ = run(monkeypatch, capsys, path)
     assert status == 1
     assert f"claimed {true + 0.01:.3%}, measured {true:.3%}, difference 1.000" in out

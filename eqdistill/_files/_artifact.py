@@ -6,20 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from jaxtyping import PyTree
 
+from .._checks import count_outputs
 from .._classifier import LinearClassifier, takes_pixels
 from .._data._distilled_set import DistilledSet
 from .._data._sources import SOURCES
 from .._inner._auto_solver import AutoSolver
-from .._inner._fit import check_inner
+from .._inner._fit import check_inner, image_struct
 from .._inner._inner_solver import AbstractInnerSolver
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from .._outer._distillation import Distillation
 from .._outer._evaluate import Evaluation
+from .._outer._recipes import Evaluations, Recipe
 from ._artifact_format import (
     build_classifier,
     build_inner,
@@ -33,6 +36,7 @@ from ._artifact_format import (
     SOLVERS,
     TENSORS,
 )
+from ._recipe_format import build_recipe, describe_recipe
 
 
 _PACKAGES = (
@@ -57,9 +61,13 @@ class Artifact(eqx.Module):
         [`eqdistill.LogisticRegression`][], and cannot be built from a file.
     - `inner`: how to fit it; or `None` if it is not a solver of this package with plain
         numbers for its settings.
-    - `classifier_description`, `inner_description`: the same two, in words.
+    - `recipe`: the recipe of the claim; or `None` if the claim is that of `classifier`,
+        or the recipe or its network is not of this package.
+    - `classifier_description`, `inner_description`: the same in words.
     - `accuracy`: the accuracy on the test split that is claimed, from 0 to 1, or
-        `None`.
+        `None`. With a recipe, the mean over networks.
+    - `deviation`: the standard deviation over networks that is claimed, or `None`.
+    - `fits`: the number of networks.
     - `dataset`: the name of the dataset that was distilled, or `None`.
     - `sha256`: the SHA-256 of each of the dataset's files, if it has any.
     - `learned`: the names of what was learned, such as `"images"` and `"log_l2"`; or
@@ -72,9 +80,12 @@ class Artifact(eqx.Module):
     distilled: DistilledSet
     classifier: LinearClassifier | None
     inner: AbstractInnerSolver | None
+    recipe: Recipe | None
     classifier_description: str
     inner_description: str
     accuracy: float | None
+    deviation: float | None
+    fits: int
     dataset: str | None
     sha256: dict[str, str]
     learned: tuple[str, ...] | None
@@ -87,7 +98,7 @@ def save(
     path: str | os.PathLike,
     result: Distillation | DistilledSet,
     classifier: PyTree,
-    evaluation: Evaluation | None = None,
+    evaluation: Evaluation | Evaluations | None = None,
     *,
     inner: AbstractInnerSolver = AutoSolver(),
     dataset: str | None = None,
@@ -107,9 +118,12 @@ def save(
         a distilled set.
     - `classifier`: the classifier of `evaluation`, fitted or not. An
         [`eqdistill.LogisticRegression`][] can be built again from the file; of any
-        other, only the name of its type is kept.
-    - `evaluation`: what `eqdistill.evaluate` returned for the test split: the
-        accuracy that the file claims. Defaults to no claim.
+        other, only the name of its type is kept. Or the
+        [`eqdistill.recipes.Recipe`][] of `evaluation`, which can be built again with
+        the networks of `eqdistill.nn`.
+    - `evaluation`: what [`eqdistill.evaluate`][] returned for the test split, or
+        [`eqdistill.recipes.evaluate`][] for one set: the accuracy that the file
+        claims. Defaults to no claim.
 
     All other arguments are keyword only.
 
@@ -134,17 +148,20 @@ def save(
             f"`path` must be in a folder that exists; got {str(path)!r}."
         )
     is_result = isinstance(result, Distillation)
-    distilled = check_inner(result.distilled if is_result else result, classifier)
+    distilled = result.distilled if is_result else result
+    if isinstance(classifier, Recipe):
+        description = _describe_recipe(classifier, distilled, evaluation)
+    else:
+        distilled = check_inner(distilled, classifier)
+        description = _describe_classifier(classifier, distilled)
     loss = _describe_loss(distilled.loss)
     source = SOURCES.get(dataset) if dataset is not None else None
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "classifier": _describe_classifier(classifier, distilled),
+        "classifier": description,
         "inner": _describe_inner(inner),
-        "accuracy": None
-        if evaluation is None
-        else {"value": float(evaluation.accuracy), "split": "test"},
+        "accuracy": None if evaluation is None else _describe_claim(evaluation),
         "dataset": None
         if dataset is None
         else {"name": dataset, "sha256": {} if source is None else source.sha256},
@@ -233,6 +250,39 @@ def _describe_classifier(classifier: PyTree, distilled: DistilledSet) -> dict[st
     return {"type": _type_name(classifier), "num_classes": logits.shape[0]}
 
 
+def _describe_recipe(
+    recipe: Recipe,
+    distilled: DistilledSet,
+    evaluation: Evaluation | Evaluations | None,
+) -> dict[str, Any]:
+    labels = np.asarray(distilled.labels)
+    num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+    network = eqx.filter_eval_shape(
+        recipe.make, distilled.images.shape[1:], num_classes, key=jax.random.key(0)
+    )
+    recipe.prepare(distilled, num_classes)  # Refuses labels of the wrong kind.
+    count_outputs("classifier", network, image_struct(distilled))
+    return {**describe_recipe(recipe, network), "num_classes": num_classes}
+
+
+def _describe_claim(evaluation: Evaluation | Evaluations) -> dict[str, Any]:
+    """**Raises:**
+
+    A `ValueError` for a claim about several sets, of which a file holds one.
+    """
+    if isinstance(evaluation, Evaluation):
+        accuracy, deviation, fits = float(evaluation.accuracy), None, 1
+    else:
+        sets, fits = evaluation.accuracies.shape
+        if sets != 1:
+            raise ValueError(
+                f"`evaluation` must be of one distilled set to be saved; got {sets}."
+            )
+        accuracy = evaluation.mean
+        deviation = evaluation.deviation_of_networks if fits > 1 else None
+    return {"value": accuracy, "split": "test", "deviation": deviation, "fits": fits}
+
+
 def _describe_inner(inner: AbstractInnerSolver) -> dict[str, Any]:
     name = type(inner).__name__
     if name in SOLVERS:
@@ -290,9 +340,12 @@ def _decode(data: bytes) -> Artifact:
         distilled=distilled,
         classifier=build_classifier(metadata["classifier"], distilled),
         inner=build_inner(metadata["inner"]),
+        recipe=build_recipe(metadata["classifier"]),
         classifier_description=_in_words(metadata["classifier"]),
         inner_description=_in_words(metadata["inner"]),
         accuracy=None if accuracy is None else float(accuracy["value"]),
+        deviation=None if accuracy is None else accuracy["deviation"],
+        fits=1 if accuracy is None else accuracy["fits"],
         dataset=None if dataset is None else dataset["name"],
         sha256={} if dataset is None else dataset["sha256"],
         learned=None if metadata["learned"] is None else tuple(metadata["learned"]),

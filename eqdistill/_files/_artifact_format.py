@@ -17,6 +17,7 @@ from .._inner._inner_solver import AbstractInnerSolver
 from .._inner._ridge_solver import RidgeSolver
 from .._inner._span_solver import SpanSolver
 from .._losses import CrossEntropy, SquaredError
+from ._recipe_format import is_integer, is_recipe
 
 
 TENSORS = ("images", "labels", "log_l2")
@@ -32,7 +33,7 @@ SOLVERS = {
     "ArgminSolver": (ArgminSolver, ("max_steps", "tolerance")),
 }
 FORMAT = "eqdistill"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_BYTES = 2**30
 _MAX_HEADER_BYTES = 2**20
 _MAX_INT = 2**31 - 1
@@ -145,7 +146,7 @@ def _tensors(
         check(
             type(shape) is list
             and len(shape) <= 8
-            and all(_is_integer(x, 1, MAX_BYTES) for x in shape),
+            and all(is_integer(x, 1, MAX_BYTES) for x in shape),
             f"`{name}` must have at most 8 axes, none of them empty; got shape {shape}",
         )
     try:
@@ -176,6 +177,9 @@ def _metadata(raw: Any) -> dict[str, Any]:
     )
     if version == 1:  # All were of this loss.
         metadata.setdefault("loss", "CrossEntropy")
+    if version != FORMAT_VERSION and type(metadata.get("accuracy")) is dict:
+        # All were of one fit.
+        metadata["accuracy"] = {"deviation": None, "fits": 1, **metadata["accuracy"]}
     checks = {
         "format": (lambda x: True, ""),
         "format_version": (lambda x: True, ""),
@@ -183,7 +187,8 @@ def _metadata(raw: Any) -> dict[str, Any]:
         "inner": (_is_inner, "an inner solver's `type` and settings"),
         "accuracy": (
             lambda x: x is None or _is_accuracy(x),
-            "null, or a `value` from 0 to 1 on the `split` 'test'",
+            "null, or a `value` from 0 to 1 on the `split` 'test', and its `deviation` "
+            "over a number of `fits`",
         ),
         "dataset": (
             lambda x: x is None or _is_dataset(x),
@@ -211,10 +216,6 @@ def _metadata(raw: Any) -> dict[str, Any]:
     return metadata
 
 
-def _is_integer(x: Any, low: int, high: int) -> bool:
-    return type(x) is int and low <= x <= high
-
-
 def _is_texts(x: Any) -> bool:
     return type(x) is dict and all(type(text) is str for text in x.values())
 
@@ -230,11 +231,16 @@ def _are_names(x: Any) -> bool:
 def _is_accuracy(x: Any) -> bool:
     return (
         type(x) is dict
-        and set(x) == {"value", "split"}
-        and type(x["value"]) in (int, float)
-        and 0 <= x["value"] <= 1
+        and set(x) == {"value", "split", "deviation", "fits"}
+        and _is_fraction(x["value"])
         and x["split"] == "test"
+        and (x["deviation"] is None or _is_fraction(x["deviation"]))
+        and is_integer(x["fits"], 1, 1000)
     )
+
+
+def _is_fraction(x: Any) -> bool:
+    return type(x) in (int, float) and 0 <= x <= 1
 
 
 def _is_dataset(x: Any) -> bool:
@@ -249,13 +255,15 @@ def _is_dataset(x: Any) -> bool:
 def _is_classifier(x: Any) -> bool:
     if type(x) is not dict or type(x.get("type")) is not str:
         return False
-    if not _is_integer(x.get("num_classes"), 1, _MAX_INT):
+    if not is_integer(x.get("num_classes"), 1, _MAX_INT):
         return False
+    if x["type"] == "Recipe":
+        return is_recipe(x)
     if x["type"] != "LogisticRegression":
         return set(x) == {"type", "num_classes"}
     return (
         set(x) == {"type", "in_features", "num_classes", "use_intercept"}
-        and _is_integer(x["in_features"], 1, _MAX_INT)
+        and is_integer(x["in_features"], 1, _MAX_INT)
         and type(x["use_intercept"]) is bool
         # It is about to be built: its weights may not fill the memory.
         and 8 * x["in_features"] * x["num_classes"] <= MAX_BYTES
@@ -269,7 +277,7 @@ def _is_inner(x: Any) -> bool:
         return set(x) == {"type", "text"} and type(x["text"]) is str
     _, plain = SOLVERS[x["type"]]
     return set(x) == {"type", *plain} and all(
-        _is_integer(x[field], 1, _MAX_INT)
+        is_integer(x[field], 1, _MAX_INT)
         if field == "max_steps"
         else x[field] is None
         or (type(x[field]) in (int, float) and 0 <= x[field] <= _MAX_INT)

@@ -1,0 +1,145 @@
+"""Networks and recipes in words, as files hold them."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+from .._nn._networks import (
+    AlexNet,
+    average_pool,
+    ConvNet,
+    group_norm,
+    instance_norm,
+    LeNet,
+    max_pool,
+    MLP,
+    Network,
+    ResNet18,
+    VGG11,
+)
+from .._outer._recipes import dc, frepo, Recipe, zero_start
+
+
+_NORMS = {None: None, "instance_norm": instance_norm, "group_norm": group_norm}
+_POOLS = {"average_pool": average_pool, "max_pool": max_pool}
+_ACTIVATIONS = {
+    name: getattr(jax.nn, name)
+    for name in ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh")
+}
+_FUNCTIONS = {"norm": _NORMS, "pool": _POOLS, "activation": _ACTIVATIONS}
+# The architectures, and their settings beside the shape and the number of classes.
+_ARCHITECTURES = {
+    "ConvNet": (ConvNet, ("widths", "norm", "activation", "pool", "size")),
+    "LeNet": (LeNet, ("activation",)),
+    "MLP": (MLP, ("widths", "activation")),
+    "AlexNet": (AlexNet, ("norm", "activation")),
+    "VGG11": (VGG11, ("norm", "activation")),
+    "ResNet18": (ResNet18, ("norm", "activation")),
+}
+_RECIPES = {"dc": dc, "frepo": frepo, "zero_start": zero_start}
+# What a hostile file may ask for is bounded.
+_MOST_LAYERS = 8
+_MOST_CHANNELS = 1024
+_MOST_PIXELS = 256
+_MOST_UPDATES = 100_000
+
+
+def describe_recipe(recipe: Recipe, network: PyTree) -> dict[str, Any]:
+    """A recipe in words, with a network that the recipe made; the name alone, if the
+    recipe or the network is not of this package."""
+    description = {"type": "Recipe", "name": recipe.name}
+    settings = dict(recipe.settings)
+    words = _describe_network(network)
+    if recipe.name not in _RECIPES or words is None:
+        return description
+    rebuilt = _RECIPES[recipe.name](recipe.network, **settings)
+    is_same = eqx.tree_equal(rebuilt.inner, recipe.inner)
+    return {**description, **settings, "network": words} if is_same else description
+
+
+def is_recipe(x: dict[str, Any]) -> bool:
+    """Whether that describes a recipe, in words that are allowed."""
+    if type(x.get("name")) is not str or len(x["name"]) > 200:
+        return False
+    if set(x) == {"type", "name", "num_classes"}:
+        return True
+    return (
+        set(x) == {"type", "name", "num_classes", "updates", "network"}
+        and x["name"] in _RECIPES
+        and is_integer(x["updates"], 2, _MOST_UPDATES)
+        and _is_network(x["network"])
+    )
+
+
+def build_recipe(x: dict[str, Any]) -> Recipe | None:
+    """The recipe that was described, if it can be built again."""
+    if "network" not in x:
+        return None
+    make, fields = _ARCHITECTURES[x["network"]["architecture"]]
+    settings = {
+        field: _FUNCTIONS[field][x["network"][field]]
+        if field in _FUNCTIONS
+        else _to_tuple(x["network"][field])
+        for field in fields
+    }
+    network = ft.partial(make, **settings)
+    return _RECIPES[x["name"]](network, updates=x["updates"])
+
+
+def _describe_network(network: PyTree) -> dict[str, Any] | None:
+    if not isinstance(network, Network) or network.architecture not in _ARCHITECTURES:
+        return None
+    _, fields = _ARCHITECTURES[network.architecture]
+    settings, words = dict(network.settings), {}
+    for field in fields:
+        value = settings[field]
+        if field in _FUNCTIONS:
+            names = [k for k, f in _FUNCTIONS[field].items() if f is value]
+            if not names:
+                return None
+            value = names[0]
+        words[field] = list(value) if isinstance(value, tuple) else value
+    words = {"architecture": network.architecture, **words}
+    return words if _is_network(words) else None
+
+
+def _is_network(x: Any) -> bool:
+    if type(x) is not dict or type(x.get("architecture")) is not str:
+        return False
+    if x["architecture"] not in _ARCHITECTURES:
+        return False
+    _, fields = _ARCHITECTURES[x["architecture"]]
+    return set(x) == {"architecture", *fields} and all(
+        _CHECKS[field](x[field]) for field in fields
+    )
+
+
+def _is_name(field: str) -> Callable[[Any], bool]:
+    return lambda x: (x is None or type(x) is str) and x in _FUNCTIONS[field]
+
+
+def _are_widths(x: Any) -> bool:
+    return (
+        type(x) is list
+        and len(x) <= _MOST_LAYERS
+        and all(is_integer(width, 1, _MOST_CHANNELS) for width in x)
+    )
+
+
+_CHECKS = {
+    "widths": _are_widths,
+    "size": lambda x: x is None or is_integer(x, 1, _MOST_PIXELS),
+    **{field: _is_name(field) for field in _FUNCTIONS},
+}
+
+
+def is_integer(x: Any, low: int, high: int) -> bool:
+    return type(x) is int and low <= x <= high
+
+
+def _to_tuple(x: Any) -> Any:
+    return tuple(x) if isinstance(x, list) else x
