@@ -1,4 +1,5 @@
 import os
+import sys
 
 import numpy as np
 import PIL.Image
@@ -189,3 +190,9 @@ def test_refuses_what_is_no_folder_of_classes(tmp_path):
         eqd.datasets.from_folder(tmp_path / "a")
     with pytest.raises(FileNotFoundError, match=r"`path` must name a folder.*nowhere"):
         eqd.datasets.from_folder(tmp_path / "nowhere")
+
+
+def test_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r"needs Pillow.*eqdistill\[data\]"):
+        eqd.datasets.from_folder(tmp_path)
