@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ._data._dataset import Dataset
-from ._data._idx import read_idx
+from ._data._image_folder import from_folder as from_folder
 from ._data._sources import Source, SOURCES
 
 
@@ -21,15 +21,22 @@ def load(
     |---|---|---|---|---|
     | `"mnist"` | 28 x 28 handwritten digits | 10 | 60,000 | 10,000 |
     | `"fashion_mnist"` | 28 x 28 articles of clothing | 10 | 60,000 | 10,000 |
+    | `"cifar10"` | 3 x 32 x 32 colour photographs of objects | 10 | 50,000 | 10,000 |
     | `"digits"` | 8 x 8 handwritten digits, from scikit-learn | 10 | 1,347 | 450 |
 
-    The IDX files of MNIST and Fashion-MNIST, compressed by gzip or not, are looked for
-    in turn in `data_dir`; the folder that the environment variable `EQDISTILL_DATA_DIR`
+    The files are the IDX files of MNIST and Fashion-MNIST, compressed by gzip or not,
+    and the six files of the binary version of CIFAR-10. The files are looked for in
+    turn in `data_dir`; the folder that the environment variable `EQDISTILL_DATA_DIR`
     names; the folder that ships with this repository; the system's folder
     (`/usr/share/datasets/fashion-mnist`, of Debian's `dataset-fashion-mnist`); and the
-    user's cache. In each they may lie in a folder of the dataset's name, or directly.
-    If they are in none, then they are downloaded to the cache by `pooch`. Wherever they
-    come from, their SHA-256 is checked.
+    user's cache. In each they may lie in a folder of the dataset's name, or directly;
+    those of CIFAR-10 also in a folder `cifar-10-batches-bin`. If they are in none,
+    then they are downloaded to the cache by `pooch`.
+
+    The SHA-256 of the IDX files is checked, wherever they come from. For CIFAR-10 only
+    the MD5 of the whole archive is published: this is checked before a downloaded
+    archive is unpacked. Of the six files themselves, the sizes are checked, the range
+    of the labels, and that each class has the same number of images.
 
     **Arguments:**
 
@@ -38,7 +45,9 @@ def load(
 
     **Returns:**
 
-    The pair of the training and the test [`eqdistill.Dataset`][], with `uint8` images.
+    The pair of the training and the test [`eqdistill.Dataset`][], with `uint8` images:
+    of shape `(height, width)` if they are grey, and `(3, height, width)` if they are
+    in colour.
 
     **Raises:**
 
@@ -46,6 +55,9 @@ def load(
         corrupt, or of another dataset.
     - A `FileNotFoundError` if `data_dir` does not exist, some but not all of the files
         are in a folder, or none is anywhere and they cannot be downloaded.
+
+    Source: LeCun, Cortes and Burges, *MNIST*, 1998; Xiao et al., *Fashion-MNIST*, 2017;
+    Krizhevsky, *Learning multiple layers of features from tiny images*, 2009.
     """
     if name == "digits":
         return _load_digits()
@@ -55,19 +67,12 @@ def load(
     source = SOURCES[name]
     folders = _folders(name, source, data_dir)
     for folder in folders:
-        paths = _find(folder, source)
+        paths = _find(folder, source.format.files)
         if paths is not None:
             break
     else:
         paths = _download(name, source, folders)
-    arrays = {stem: read_idx(path, source.sha256[stem]) for stem, path in paths.items()}
-    train, test = (
-        Dataset(
-            arrays[f"{split}-images-idx3-ubyte"], arrays[f"{split}-labels-idx1-ubyte"]
-        )
-        for split in ("train", "t10k")
-    )
-    return train, test
+    return source.format.read(paths)
 
 
 def _folders(
@@ -89,27 +94,26 @@ def _folders(
             roots.append(Path(folder))
     roots.append(Path(__file__).parents[1] / "examples" / "data")
     folders = [folder for root in roots for folder in (root / name, root)]
-    if source.system is not None:
-        folders.append(source.system)
-    cache = _cache(name)
-    return folders if cache is None else [*folders, cache]
+    folders += [folder for folder in (source.system, _cache(name)) if folder]
+    return [folder / sub for folder in folders for sub in source.format.subfolders]
 
 
-def _find(folder: Path, source: Source) -> dict[str, Path] | None:
-    """The dataset's four files, if they are all in a folder; nothing, if none is."""
+def _find(folder: Path, files: dict[str, tuple[str, ...]]) -> dict[str, Path] | None:
+    """The dataset's files, if they are all in a folder; nothing, if none is."""
     found = {
-        stem: path
-        for stem in source.sha256
-        for path in (folder / f"{stem}.gz", folder / stem)
-        if path.is_file()
+        file: folder / name
+        for file, names in files.items()
+        for name in names
+        if (folder / name).is_file()
     }
-    missing = [stem for stem in source.sha256 if stem not in found]
     if not found:
         return None
+    missing = [names for file, names in files.items() if file not in found]
     if missing:
+        wanted = ", ".join(" or ".join(names) for names in missing)
         raise FileNotFoundError(
-            f"{folder} has {', '.join(found)}, but not {', '.join(missing)} (or the "
-            "same with .gz). Put all four files there, or none."
+            f"{folder} has {', '.join(found)}, but not {wanted}. Put all "
+            f"{len(files)} files there, or none."
         )
     return found
 
@@ -123,37 +127,39 @@ def _cache(name: str) -> Path | None:
 
 
 def _download(name: str, source: Source, folders: list[Path]) -> dict[str, Path]:
-    looked = "; ".join(str(folder) for folder in folders)
+    files = source.format.files
+    absent = (
+        f"The files of {name!r} are in none of: "
+        f"{'; '.join(str(folder) for folder in folders)}"
+    )
     advice = (
-        f"Put the files {', '.join(f'{stem}.gz' for stem in source.sha256)} into a "
+        f"Put the files {', '.join(names[0] for names in files.values())} into a "
         "folder, and name that by `data_dir` or the environment variable "
         "`EQDISTILL_DATA_DIR`."
     )
     cache = _cache(name)
     if cache is None:
         raise FileNotFoundError(
-            f"The files of {name!r} are in none of: {looked}. To download them, pip "
-            f"install 'eqdistill[data]'. {advice}"
+            f"{absent}. To download them, pip install 'eqdistill[data]'. {advice}"
         )
     import pooch
 
     cache.parent.mkdir(parents=True, exist_ok=True)
     # Nothing is put into the cache until all of it is there and has been checked.
     with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
-        for stem, sha256 in source.sha256.items():
-            url = f"{source.url}{stem}.gz"
+        for download in source.format.downloads:
+            url = f"{source.url}{download}"
             try:
-                path = pooch.retrieve(
-                    url, known_hash=None, fname=f"{stem}.gz", path=folder
-                )
+                path = pooch.retrieve(url, None, fname=download, path=folder)
             except Exception as e:
                 raise FileNotFoundError(
-                    f"The files of {name!r} are in none of: {looked}; and {url} could "
-                    f"not be downloaded ({e}). {advice}"
+                    f"{absent}; and {url} could not be downloaded ({e}). {advice}"
                 ) from e
-            read_idx(Path(path), sha256)
+            source.format.accept(Path(path))
         shutil.copytree(folder, cache, dirs_exist_ok=True)
-    return {stem: cache / f"{stem}.gz" for stem in source.sha256}
+    paths = _find(cache, files)
+    assert paths is not None
+    return paths
 
 
 def _load_digits() -> tuple[Dataset, Dataset]:

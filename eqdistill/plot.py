@@ -5,59 +5,157 @@ Matplotlib: save it by `figure.savefig("name.png")`.
 """
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.special
 
 from ._data._distilled_set import DistilledSet
+from ._data._pictures import to_pictures
 from ._losses import CrossEntropy
 from ._outer._distillation import History
 
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def images(distilled: DistilledSet, *, columns: int = 5) -> "Figure":
-    """Draws the images of a distilled set on a symmetric grey scale, which they share:
-    ink is positive, white is negative, and mid-grey is zero.
+# The most images that each have a title. More of them are drawn as one mosaic.
+_MOST_WITH_TITLES = 50
+# The most images in a row of a mosaic.
+_MOST_COLUMNS = 50
+
+
+def images(distilled: DistilledSet, *, columns: int | None = None) -> "Figure":
+    r"""Draws the images of a distilled set on one scale, which they share.
+
+    Grey images are drawn on a symmetric scale: ink is positive, white is negative, and
+    mid-grey is zero. Colours are drawn by one affine map of all values,
+    $(v - v_\min) / (v_\max - v_\min)$, where $v_\min$ and $v_\max$ are the smallest and
+    the largest value of any image and channel: no value is cut off, and real images
+    look as they are.
+
+    Up to 50 images are drawn each under its label. More are drawn as a mosaic: the
+    images of a class side by side, with the class on the left.
 
     **Arguments:**
 
     - `distilled`: a distilled set of grey images, of shape `(height, width)` but for
-        axes of size 1.
-    - `columns`: the most images in a row. (Keyword only argument.)
+        axes of size 1, or of colour images, of shape `(3, height, width)` or
+        `(height, width, 3)`.
+    - `columns`: the most images in a row. Defaults to 5, and in a mosaic to 50, so that
+        a class of at most 50 images has one row. (Keyword only argument.)
 
     **Returns:**
 
-    A figure, each image under its label: for soft labels, under the most likely class
-    and its probability.
+    A figure. Soft labels are drawn as the most likely class, and its probability if
+    there are at most 50 images.
 
     **Raises:**
 
-    A `ValueError` if the images are not grey.
+    A `ValueError` if the images are of another shape, or `columns` is not positive.
     """
-    pixels = [np.squeeze(np.asarray(image)) for image in distilled.images]
-    if pixels[0].ndim != 2:
-        raise ValueError(
-            "`distilled` must have images of shape (height, width), but for axes of "
-            f"size 1; got {distilled.images.shape[1:]}."
-        )
-    columns = min(columns, len(pixels))
-    rows = math.ceil(len(pixels) / columns)
-    limit = max(float(np.abs(distilled.images).max()), np.finfo(np.float32).tiny)
-    figure = _figure(1.2 * columns + 0.6, 1.35 * rows)
-    axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    for axis, image, title in zip(axes, pixels, _titles(distilled), strict=False):
-        axis.imshow(image, cmap="gray_r", vmin=-limit, vmax=limit)
+    if columns is not None and columns < 1:
+        raise ValueError(f"`columns` must be at least 1; got {columns}.")
+    pictures = to_pictures(np.asarray(distilled.images, np.float32))
+    tiny = np.finfo(np.float32).tiny  # Not zero, if all pixels are the same.
+    if pictures.ndim == 4:
+        low, high = float(pictures.min()), float(pictures.max())
+        pictures = (pictures - low) / max(high - low, tiny)
+        scale = {}
+    else:
+        limit = max(float(np.abs(pictures).max()), tiny)
+        scale = {"cmap": "gray_r", "vmin": -limit, "vmax": limit}
+    if len(pictures) > _MOST_WITH_TITLES:
+        classes = _classes(distilled)
+        return _mosaic(pictures, classes, columns or _MOST_COLUMNS, scale)
+    return _with_titles(pictures, _titles(distilled), columns or 5, scale)
+
+
+def _with_titles(
+    pictures: np.ndarray, titles: list[str], columns: int, scale: dict
+) -> "Figure":
+    """Each picture in axes of its own."""
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    figure = _figure(1.2 * columns + (0.6 if scale else 0), 1.35 * rows)
+    axes = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
+    for axis, picture, title in zip(axes, pictures, titles, strict=False):
+        axis.imshow(picture, **scale)
         axis.set_title(title, fontsize=9, pad=3)
     for axis in axes:
         axis.set_axis_off()
-    bar = figure.colorbar(axes[0].images[0], ax=axes, fraction=0.03, pad=0.02)
+    if scale:
+        _add_bar(figure, axes)
+    return figure
+
+
+def _mosaic(
+    pictures: np.ndarray, classes: np.ndarray, columns: int, scale: dict
+) -> "Figure":
+    """All pictures in one: Matplotlib needs two seconds for fifty axes."""
+    _, height, width, *channels = pictures.shape
+    members = {int(c): np.flatnonzero(classes == c) for c in np.unique(classes)}
+    most = max(len(indices) for indices in members.values())
+    columns = min(columns, most)
+    gap = math.ceil(width / 14)
+    # A class has several rows if one does not hold it, and then a gap below them.
+    rows = math.ceil(most / columns)
+    class_height = rows * (height + gap) + (height // 4 if rows > 1 else 0)
+    # On the left of its images there is room for the class.
+    class_width = (columns + 1) * (width + gap)
+    # Many classes of few images stand side by side.
+    beside = next(
+        k
+        for k in range(1, len(members) + 1)
+        if k == len(members)
+        or math.ceil(len(members) / k) * class_height <= k * class_width
+    )
+    below = math.ceil(len(members) / beside)
+    shape = (below * class_height, beside * class_width)
+    # What is not a number is not drawn, and white are all three colours.
+    canvas = np.full((*shape, *channels), 1 if channels else np.nan, np.float32)
+
+    # A quarter of an inch for each image, if the figure then has no more than 16; and a
+    # dot for each pixel, up to 600 an inch.
+    inches = min(0.25, 16 / (max(shape) / width)) / width
+    figure = _figure(
+        inches * shape[1] + (0.6 if scale else 0),
+        max(inches * shape[0], 1.0),
+        dpi=min(max(200, round(1 / inches)), 600),
+    )
+    axis = figure.subplots()
+    for i, (class_, indices) in enumerate(members.items()):
+        top = i % below * class_height
+        left = i // below * class_width + width + gap
+        for j, index in enumerate(indices):
+            y = top + j // columns * (height + gap)
+            x = left + j % columns * (width + gap)
+            canvas[y : y + height, x : x + width] = pictures[index]
+        axis.text(
+            left - 2 * gap,
+            top + height / 2,
+            str(class_),
+            fontsize=8,
+            ha="right",
+            va="center",
+        )
+    axis.imshow(canvas, **scale)
+    axis.set_axis_off()
+    if scale:
+        _add_bar(figure, [axis])
+    return figure
+
+
+def _add_bar(figure: "Figure", axes: Sequence["Axes"]) -> None:
+    width = figure.get_figwidth()
+    bar = figure.colorbar(
+        axes[0].images[0], ax=axes, fraction=0.2 / width, pad=0.13 / width
+    )
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_linewidth(0.5)
-    return figure
 
 
 def history(history: History) -> "Figure":
@@ -86,21 +184,28 @@ def history(history: History) -> "Figure":
     return figure
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(width: float, height: float, dpi: int = 200) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ImportError(
             "`eqdistill.plot` needs Matplotlib: pip install 'eqdistill[plot]'."
         ) from e
-    return Figure(figsize=(width, height), dpi=200, layout="constrained")
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def _classes(distilled: DistilledSet) -> np.ndarray:
+    """The class of each image: for soft labels and targets, the largest."""
+    labels = np.asarray(distilled.labels)
+    return labels if labels.ndim == 1 else labels.argmax(axis=1)
 
 
 def _titles(distilled: DistilledSet) -> list[str]:
-    labels = np.asarray(distilled.labels)
-    if labels.ndim == 1:
-        return [str(label) for label in labels]
-    if not isinstance(distilled.loss, CrossEntropy):
-        return [str(row.argmax()) for row in labels]
-    probabilities = scipy.special.softmax(labels, axis=1)
-    return [f"{p.argmax()} ({p.max():.0%})" for p in probabilities]
+    classes = _classes(distilled)
+    if distilled.labels.ndim == 1 or not isinstance(distilled.loss, CrossEntropy):
+        return [str(class_) for class_ in classes]
+    probabilities = scipy.special.softmax(np.asarray(distilled.labels), axis=1)
+    return [
+        f"{class_} ({row.max():.0%})"
+        for class_, row in zip(classes, probabilities, strict=True)
+    ]

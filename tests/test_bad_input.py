@@ -70,6 +70,12 @@ def test_dataset(images, labels, num_classes, match):
         eqd.Dataset(images, labels, num_classes)
 
 
+@pytest.mark.parametrize("names", [(), ("a", "b"), ("a", "b", "a"), tuple("abcd")])
+def test_class_names(names):
+    with pytest.raises(ValueError, match=r"`class_names` must have one.*each of the"):
+        eqd.Dataset(IMAGES, LABELS, 3, class_names=names)
+
+
 class Scalar(eqx.Module):
     weight: jax.Array = eqx.field(default_factory=lambda: jnp.ones(()))
 

@@ -1,15 +1,22 @@
+import contextlib
 import functools
 import gzip
+import hashlib
 import http.server
 import shutil
+import tarfile
 import threading
 from pathlib import Path
 
+import equinox as eqx
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
+import PIL.Image
 import pytest
 
 import eqdistill as eqd
+from eqdistill._data._cifar import CifarBinary
 from eqdistill._data._sources import SOURCES
 
 
@@ -130,11 +137,20 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    handler = functools.partial(Handler, directory=str(SHIPPED))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    """Serves a folder, and gives its address."""
+    with contextlib.ExitStack() as stack:
+
+        def serve(folder=SHIPPED):
+            handler = functools.partial(Handler, directory=str(folder))
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            stack.enter_context(server)
+            threading.Thread(
+                target=server.serve_forever, args=(0.01,), daemon=True
+            ).start()
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}/"
+
+        yield serve
 
 
 def serve_from(monkeypatch, name, url):
@@ -143,7 +159,7 @@ def serve_from(monkeypatch, name, url):
 
 
 def test_downloads_once(nowhere, server, monkeypatch):
-    serve_from(monkeypatch, "mnist", server)
+    serve_from(monkeypatch, "mnist", server())
     train, _ = eqd.datasets.load("mnist")
     assert len(train) == 60_000
     # From the cache.
@@ -153,7 +169,7 @@ def test_downloads_once(nowhere, server, monkeypatch):
 
 
 def test_refuses_the_wrong_download(nowhere, server, monkeypatch):
-    serve_from(monkeypatch, "fashion_mnist", server)
+    serve_from(monkeypatch, "fashion_mnist", server())
     for _ in range(2):  # Nothing of it stays in the cache.
         with pytest.raises(ValueError, match="not the published ones"):
             eqd.datasets.load("fashion_mnist")
@@ -165,3 +181,167 @@ def test_says_what_to_do_without_a_network(nowhere, monkeypatch):
         eqd.datasets.load("mnist")
     for words in (str(nowhere), "train-images-idx3-ubyte.gz", "`data_dir`"):
         assert words in str(info.value)
+
+
+# The binary version of CIFAR-10, but with fewer images.
+RECORDS = 20
+TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
+
+
+@pytest.fixture
+def cifar(nowhere, monkeypatch):
+    """A folder of six files with random pixels, and the two sets in them."""
+    serve_cifar(monkeypatch)
+    folder = nowhere / "made" / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    sets = []
+    for names in (TRAIN, ["test_batch.bin"]):
+        n = RECORDS * len(names)
+        labels = np.sort(np.arange(n, dtype=np.uint8) % 10)
+        images = rng.integers(256, size=(n, 3, 32, 32), dtype=np.uint8)
+        records = np.concatenate([labels[:, None], images.reshape(n, -1)], axis=1)
+        for name, part in zip(names, np.split(records, len(names)), strict=True):
+            (folder / name).write_bytes(part.tobytes())
+        names = SOURCES["cifar10"].format.class_names
+        sets.append(eqd.Dataset(images, labels, class_names=names))
+    return folder, *sets
+
+
+def serve_cifar(monkeypatch, url="http://127.0.0.1:9/", archive=b""):
+    published = SOURCES["cifar10"].format
+    small = CifarBinary(
+        archive=published.archive,
+        md5=hashlib.md5(archive).hexdigest(),
+        records=RECORDS,
+        class_names=published.class_names,
+    )
+    serve_from(monkeypatch, "cifar10", url)
+    monkeypatch.setitem(SOURCES, "cifar10", SOURCES["cifar10"]._replace(format=small))
+
+
+def make_archive(folder, add):
+    """An archive in a new folder, of what `add` puts into it."""
+    folder.mkdir()
+    path = folder / SOURCES["cifar10"].format.archive
+    with tarfile.open(path, "w:gz") as archive:
+        add(archive)
+    return path.read_bytes()
+
+
+def test_what_is_published_of_cifar10():
+    published = SOURCES["cifar10"].format
+    assert published.records == 10_000
+    assert published.md5 == "c32a1d4ab5d03f1284b67883e8d87530"
+    assert list(published.files) == [*TRAIN, "test_batch.bin"]
+
+
+@pytest.mark.parametrize("where", ["cifar10", "cifar10/cifar-10-batches-bin", "", "."])
+def test_cifar10_is_found(cifar, where):
+    folder, *wanted = cifar
+    # "." is the folder with the files itself, and "" the folder around it.
+    data_dir = folder if where == "." else folder.parent
+    if where.startswith("cifar10"):
+        shutil.copytree(folder, data_dir / where)
+        shutil.rmtree(folder)
+    got = eqd.datasets.load("cifar10", data_dir)
+    for a, b in zip(got, wanted, strict=True):
+        assert eqx.tree_equal(a, b)
+
+
+def test_missing_cifar10(cifar):
+    folder, *_ = cifar
+    (folder / "data_batch_1.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"not data_batch_1.bin. Put all 6"):
+        eqd.datasets.load("cifar10", folder)
+
+
+def test_names_are_kept(cifar):
+    _, train, _ = cifar
+    for part in train.split(0.1, key=jr.key(0)):
+        assert part.class_names == train.class_names
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda data: data[:-1], "has 61459 bytes.*20 images of 3073 bytes.*: 61460"),
+        (lambda data: b"", "has 0 bytes"),
+        (lambda data: b"\x0a" + data[1:], r"labels must be in \[0, 10\).*is 10"),
+        (lambda data: b"\x09" + data[1:], "same number of images.*but they have"),
+    ],
+    ids=["short", "empty", "label", "counts"],
+)
+def test_spoilt_cifar10(cifar, spoil, found):
+    folder, *_ = cifar
+    path = folder / "data_batch_1.bin"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ValueError, match=found) as info:
+        eqd.datasets.load("cifar10", folder)
+    assert str(path) in str(info.value)
+
+
+def test_downloads_cifar10_once(cifar, server, tmp_path, monkeypatch):
+    folder, *wanted = cifar
+    served = tmp_path / "served"
+    data = make_archive(served, lambda archive: archive.add(folder, folder.name))
+    serve_cifar(monkeypatch, server(served), data)
+    for a, b in zip(eqd.datasets.load("cifar10"), wanted, strict=True):
+        assert eqx.tree_equal(a, b)
+    cache = tmp_path / "cache" / "eqdistill" / "cifar10"
+    assert sorted(file.name for file in cache.iterdir()) == [*TRAIN, "test_batch.bin"]
+    serve_cifar(monkeypatch)  # From the cache.
+    assert eqx.tree_equal(eqd.datasets.load("cifar10")[1], wanted[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"name": "../data_batch_1.bin"}, "cannot be unpacked"),
+        ({"name": "/tmp/data_batch_1.bin"}, "cannot be unpacked"),
+        ({"name": "cifar-10-batches-bin/data_batch_6.bin"}, "cannot be unpacked"),
+        ({"type": tarfile.SYMTYPE, "size": 0}, "not a regular file of 61460"),
+        ({"type": tarfile.LNKTYPE, "size": 0}, "not a regular file of 61460"),
+        ({"type": tarfile.FIFOTYPE, "size": 0}, "not a regular file of 61460"),
+    ],
+    ids=["parent", "absolute", "missing", "symlink", "hard link", "pipe"],
+)
+def test_refuses_a_bad_archive(cifar, server, tmp_path, monkeypatch, change, found):
+    folder, *_ = cifar
+
+    def spoil(info):
+        if info.name.endswith("data_batch_1.bin"):
+            info.linkname = "cifar-10-batches-bin/test_batch.bin"
+            for field, value in change.items():
+                setattr(info, field, value)
+        return info
+
+    served = tmp_path / "served"
+    data = make_archive(served, lambda a: a.add(folder, folder.name, filter=spoil))
+    serve_cifar(monkeypatch, server(served), data)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=found):
+        eqd.datasets.load("cifar10")
+    cache = tmp_path / "cache"
+    assert set(tmp_path.rglob("*")) == {*before, cache, cache / "eqdistill"}
+
+
+def test_refuses_another_archive(cifar, server, tmp_path, monkeypatch):
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"<html>")
+    serve_cifar(monkeypatch, server(tmp_path))
+    with pytest.raises(ValueError, match=r"not the published archive: MD5 .*wanted"):
+        eqd.datasets.load("cifar10")
+    serve_cifar(monkeypatch, server(tmp_path), b"<html>")  # No archive at all.
+    with pytest.raises(ValueError, match=r"cannot be unpacked .*gzip"):
+        eqd.datasets.load("cifar10")
+    assert not (tmp_path / "cache" / "eqdistill" / "cifar10").exists()
+
+
+def test_cifar10_is_the_same_as_pngs(cifar, tmp_path):
+    _, train, _ = cifar
+    pictures = np.moveaxis(np.asarray(train.images), 1, 3)
+    for i, (picture, label) in enumerate(zip(pictures, train.labels, strict=True)):
+        folder = tmp_path / "pngs" / train.class_names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(picture).save(folder / f"{i:05}.png")
+    assert eqx.tree_equal(eqd.datasets.from_folder(tmp_path / "pngs"), train)

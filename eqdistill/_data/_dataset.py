@@ -14,29 +14,35 @@ class Dataset(eqx.Module):
         floating point in whatever units the classifier expects.
     - `labels`: class indices in `[0, num_classes)`, shape `(N,)`.
     - `num_classes`: the number of classes $c$.
+    - `class_names`: the name of each class, or `None` if the classes have no names.
     """
 
     images: Float[Array, "N *shape"] | UInt8[Array, "N *shape"]
     labels: Int[Array, " N"]
     num_classes: int = eqx.field(static=True)
+    class_names: tuple[str, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
         images: ArrayLike,
         labels: ArrayLike,
         num_classes: int | None = None,
+        *,
+        class_names: tuple[str, ...] | None = None,
     ):
         r"""**Arguments:**
 
         - `images`: real images, shape `(N, *shape)`, `uint8` or floating point.
         - `labels`: class indices, shape `(N,)`, any integer type.
-        - `num_classes`: the number of classes. Defaults to the largest label plus one.
+        - `num_classes`: the number of classes. Defaults to the number of names, or
+            without names to the largest label plus one.
+        - `class_names`: one name for each class, or `None`. (Keyword only argument.)
 
         **Raises:**
 
         A `ValueError` or `TypeError` if there are no images, if there is not one label
-        for each image, if the labels are not integers in `[0, num_classes)`, or if any
-        image is not finite.
+        for each image, if the labels are not integers in `[0, num_classes)`, if there
+        is not one name for each class, or if any image is not finite.
         """
         # Checked on the host: a dataset is made once, from concrete arrays.
         images_ = np.asarray(images)
@@ -61,7 +67,14 @@ class Dataset(eqx.Module):
                 f"{labels_.shape} for images of shape {images_.shape}."
             )
         if num_classes is None:
-            num_classes = int(labels_.max()) + 1
+            num_classes = len(class_names) if class_names else int(labels_.max()) + 1
+        if class_names is not None and not (
+            len(class_names) == len(set(class_names)) == num_classes
+        ):
+            raise ValueError(
+                f"`class_names` must have one name for each of the {num_classes} "
+                f"classes, all different; got {class_names}."
+            )
         if labels_.min() < 0 or labels_.max() >= num_classes:
             raise ValueError(
                 f"`labels` must be in [0, {num_classes}); got values from "
@@ -75,6 +88,7 @@ class Dataset(eqx.Module):
         self.images = jnp.asarray(images_)
         self.labels = jnp.asarray(labels_.astype(np.int32))
         self.num_classes = num_classes
+        self.class_names = class_names
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -110,7 +124,12 @@ class Dataset(eqx.Module):
             )
         order = jr.permutation(key, len(self))
         kept, held_out = (
-            Dataset(self.images[part], self.labels[part], self.num_classes)
+            Dataset(
+                self.images[part],
+                self.labels[part],
+                self.num_classes,
+                class_names=self.class_names,
+            )
             for part in (order[num_held_out:], order[:num_held_out])
         )
         return kept, held_out

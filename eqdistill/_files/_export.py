@@ -8,6 +8,7 @@ import numpy as np
 import scipy.special
 
 from .._data._distilled_set import DistilledSet
+from .._data._pictures import to_pictures
 from .._losses import CrossEntropy
 
 
@@ -57,7 +58,7 @@ def export(folder: str | os.PathLike, distilled: DistilledSet) -> None:
             "`distilled` must have finite images; some pixels are NaN or infinite."
         )
     shape = images.shape[1:]
-    pictures = _pictures(images)
+    pictures = to_pictures(images)
     bits = 16 if pictures.ndim == 3 else 8
     zero = 2 ** (bits - 1)
     # Not zero, if all of the pixels are.
@@ -85,26 +86,6 @@ def export(folder: str | os.PathLike, distilled: DistilledSet) -> None:
     }
     text = json.dumps(description, indent=2, allow_nan=False)
     (folder / "export.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _pictures(images: np.ndarray) -> np.ndarray:
-    """Images with the axes that a picture has."""
-    n, *shape = images.shape
-    large = [size for size in shape if size != 1]
-    if len(shape) == 3 and 1 not in shape:
-        if shape[2] == 3:
-            return images
-        if shape[0] == 3:
-            return np.moveaxis(images, 1, 3)
-    elif len(shape) == 2:
-        return images
-    elif len(large) == 2:
-        return images.reshape(n, *large)
-    raise ValueError(
-        "`distilled` must have grey images of shape (height, width), but for axes of "
-        "size 1, or colour images of shape (height, width, 3) or (3, height, width); "
-        f"got {tuple(shape)}."
-    )
 
 
 def _labels(distilled: DistilledSet) -> list[dict[str, Any]]:

@@ -1,0 +1,35 @@
+import numpy as np
+
+
+def to_pictures(images: np.ndarray) -> np.ndarray:
+    """Images as Pillow and Matplotlib take them.
+
+    **Arguments:**
+
+    - `images`: the images of a distilled set, of shape `(n, *shape)`.
+
+    **Returns:**
+
+    The images in shape `(n, height, width)` if they are grey, and
+    `(n, height, width, 3)` if they are in colour.
+
+    **Raises:**
+
+    A `ValueError` for images of any other shape.
+    """
+    n, *shape = images.shape
+    large = [size for size in shape if size != 1]
+    if len(shape) == 3 and 1 not in shape:
+        if shape[2] == 3:
+            return images
+        if shape[0] == 3:
+            return np.moveaxis(images, 1, 3)
+    elif len(shape) == 2:
+        return images
+    elif len(large) == 2:
+        return images.reshape(n, *large)
+    raise ValueError(
+        "`distilled` must have grey images of shape (height, width), but for axes of "
+        "size 1, or colour images of shape (height, width, 3) or (3, height, width); "
+        f"got {tuple(shape)}."
+    )
