@@ -3,10 +3,9 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, UInt32
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import array_difference
 from .._classifier import Frozen, LinearClassifier, takes_pixels
@@ -106,57 +105,6 @@ class FullBatch(AbstractData):
             )
 
 
-class Batches(AbstractData):
-    """Some of the real images in each outer step: drawn at random, without replacement,
-    until there are fewer left than a batch; then all over again in another order.
-
-    The order is a function of the key and the epoch.
-    """
-
-    dataset: Dataset
-    size: int = eqx.field(static=True)
-    shape: tuple[int, ...] = eqx.field(static=True)
-    num_classes: int = eqx.field(static=True)
-
-    def __init__(self, dataset: Dataset, size: int):
-        """**Arguments:**
-
-        - `dataset`: the real images.
-        - `size`: the number of images in a batch.
-
-        **Raises:**
-
-        A `ValueError` if `size` is not from 1 to the number of images.
-        """
-        if not 1 <= size <= len(dataset):
-            raise ValueError(
-                f"`size` must be from 1 to {len(dataset)}, the number of images in "
-                f"`dataset`; got {size}."
-            )
-        self.dataset = dataset
-        self.size = size
-        self.shape = dataset.shape
-        self.num_classes = dataset.num_classes
-
-    def loss(self, classifier, step, *, key):
-        """As [`eqdistill.AbstractData`][].
-
-        **Raises:**
-
-        A `ValueError` if `key` is `None`.
-        """
-        if key is None:
-            raise ValueError(
-                "`key` must be given with `Batches`, which draw at random; got None."
-            )
-        num_images = len(self.dataset)
-        epoch, batch = jnp.divmod(step, num_images // self.size)
-        place = batch * self.size + jnp.arange(self.size)
-        chosen = _permute(place, num_images, jr.fold_in(key, epoch))
-        rows = Rows(self.dataset.images[chosen], self.dataset.labels[chosen])
-        return mean_loss(classifier, rows)
-
-
 def as_data(data: Dataset | AbstractData, classifier: PyTree) -> AbstractData:
     """Real data as an outer step sees them: by default, all of them in each step."""
     return FullBatch(data, classifier) if isinstance(data, Dataset) else data
@@ -168,14 +116,7 @@ def _features(dataset: Dataset, classifier: LinearClassifier) -> np.ndarray:
         # As bytes, if they are bytes: the layout converts them.
         return np.asarray(dataset.images).reshape(len(dataset), -1)
 
-    @jax.jit
-    def of_batch(images):
-        return jax.vmap(classifier.features)(Dataset.to_floating(images))
-
-    # Batch by batch, not in one program: XLA's convolutions are slow in a loop.
-    starts = range(0, len(dataset), 1000)
-    parts = [of_batch(dataset.images[i : i + 1000]) for i in starts]
-    return np.concatenate([np.asarray(part) for part in parts])
+    return np.asarray(dataset.map(classifier.features).images).reshape(len(dataset), -1)
 
 
 def _are_alike(features: Frozen, others: Frozen) -> bool:
@@ -189,37 +130,3 @@ def _are_alike(features: Frozen, others: Frozen) -> bool:
         x is y or is_traced(x) or is_traced(y) or bool(jnp.all(x == y))
         for x, y in pairs
     )
-
-
-def _permute(
-    place: Int[Array, " size"], num_images: int, key: PRNGKeyArray
-) -> Int[Array, " size"]:
-    """Where a random permutation of all images takes some places.
-
-    A Feistel network permutes the numbers of an even number of bits. Numbers that are
-    no image are permuted again, until all are: at most four times as many numbers as
-    images make that quick. `jax.random.permutation` would sort all of the images in
-    each step, which takes 47 ms for 60,000.
-
-    Source: Black and Rogaway, *Ciphers with arbitrary finite domains*, 2002.
-    """
-    half = max(1, -(-(num_images - 1).bit_length() // 2))
-    mask = np.uint32(2**half - 1)
-    round_keys = jr.bits(key, (8,), jnp.uint32)
-
-    def once(x: UInt32[Array, " size"]) -> UInt32[Array, " size"]:
-        left, right = x >> half, x & mask
-        for round_key in round_keys:
-            # The finaliser of MurmurHash3 mixes the bits.
-            mixed = (right ^ round_key) * np.uint32(0x85EBCA6B)
-            mixed = (mixed ^ (mixed >> 13)) * np.uint32(0xC2B2AE35)
-            left, right = right, left ^ ((mixed ^ (mixed >> 16)) & mask)
-        return (left << half) | right
-
-    is_no_image = lambda x: x >= num_images
-    found = jax.lax.while_loop(
-        lambda x: jnp.any(is_no_image(x)),
-        lambda x: jnp.where(is_no_image(x), once(x), x),
-        once(place.astype(jnp.uint32)),
-    )
-    return found.astype(place.dtype)
