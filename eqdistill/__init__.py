@@ -26,17 +26,19 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     )
     from ._data._augmentation import (
         AbstractAugmentation as AbstractAugmentation,
-        Affine as Affine,
         augment as augment,
-        ColourJitter as ColourJitter,
         Compose as Compose,
-        Crop as Crop,
-        Cutout as Cutout,
-        Flip as Flip,
         OneOf as OneOf,
     )
     from ._data._dataset import Dataset as Dataset
     from ._data._distilled_set import DistilledSet as DistilledSet
+    from ._data._image_augmentations import (
+        Affine as Affine,
+        ColourJitter as ColourJitter,
+        Crop as Crop,
+        Cutout as Cutout,
+        Flip as Flip,
+    )
     from ._data._preprocessing import (
         AbstractPreprocessing as AbstractPreprocessing,
         Standardisation as Standardisation,
