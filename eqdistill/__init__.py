@@ -24,8 +24,26 @@ with install_import_hook("eqdistill", "beartype.beartype"):
         LogisticRegression as LogisticRegression,
         parameters as parameters,
     )
+    from ._data._augmentation import (
+        AbstractAugmentation as AbstractAugmentation,
+        augment as augment,
+        Compose as Compose,
+        OneOf as OneOf,
+    )
     from ._data._dataset import Dataset as Dataset
     from ._data._distilled_set import DistilledSet as DistilledSet
+    from ._data._image_augmentations import (
+        Affine as Affine,
+        ColourJitter as ColourJitter,
+        Crop as Crop,
+        Cutout as Cutout,
+        Flip as Flip,
+    )
+    from ._data._preprocessing import (
+        AbstractPreprocessing as AbstractPreprocessing,
+        Standardisation as Standardisation,
+        ZCA as ZCA,
+    )
     from ._files._artifact import Artifact as Artifact, load as load, save as save
     from ._files._export import export as export
     from ._inner._adjoint import DampedCG as DampedCG
@@ -47,6 +65,11 @@ with install_import_hook("eqdistill", "beartype.beartype"):
         CrossEntropy as CrossEntropy,
         SquaredError as SquaredError,
     )
+    from ._outer._averaging import average_of as average_of, averaged as averaged
+    from ._outer._batches import (
+        BalancedBatches as BalancedBatches,
+        Batches as Batches,
+    )
     from ._outer._callbacks import (
         AbstractCallback as AbstractCallback,
         Best as Best,
@@ -56,7 +79,6 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     )
     from ._outer._data import (
         AbstractData as AbstractData,
-        Batches as Batches,
         FullBatch as FullBatch,
     )
     from ._outer._distill import distill as distill

@@ -1,4 +1,7 @@
+from collections.abc import Callable
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -134,6 +137,36 @@ class Dataset(eqx.Module):
         )
         return kept, held_out
 
+    def map(self, fn: Callable) -> "Dataset":
+        """The dataset whose images are $f(x_i)$, for the images $x_i$ of this one.
+
+        **Arguments:**
+
+        - `fn`: a function $f$ from one image, in floating point as
+            [`Dataset.floating`][] gives it, to another image of any shape; such as an
+            [`eqdistill.AbstractPreprocessing`][].
+
+        **Returns:**
+
+        A `Dataset` with floating-point images, and the same labels.
+
+        **Raises:**
+
+        A `TypeError` or `ValueError` if the images that `fn` gives cannot be those of a
+        dataset.
+        """
+        # Chunk by chunk, not in one program: XLA's convolutions are slow in a loop.
+        images = [
+            np.asarray(_map_chunk(fn, self.images[i : i + 1000]))
+            for i in range(0, len(self), 1000)
+        ]
+        return Dataset(
+            np.concatenate(images),
+            self.labels,
+            self.num_classes,
+            class_names=self.class_names,
+        )
+
     def floating(self) -> Float[Array, "N *shape"]:
         """The images in floating point: `uint8` is scaled to the range 0 to 1."""
         return self.to_floating(self.images)
@@ -147,3 +180,8 @@ class Dataset(eqx.Module):
         if images.dtype == jnp.uint8:
             return images.astype(jnp.result_type(float)) / 255
         return images
+
+
+@eqx.filter_jit
+def _map_chunk(fn: Callable, images: Array) -> Array:
+    return jax.vmap(fn)(Dataset.to_floating(images))

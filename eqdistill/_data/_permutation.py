@@ -6,18 +6,31 @@ from jaxtyping import Array, Int, PRNGKeyArray, UInt32
 
 
 def batch_at(
-    step: Int[Array, ""], size: int, num_images: int, *, key: PRNGKeyArray
+    step: Int[Array, ""],
+    size: int,
+    num_images: int | Int[Array, ""],
+    half_bits: int | Int[Array, ""],
+    *,
+    key: PRNGKeyArray,
 ) -> Int[Array, " size"]:
     """The images of a batch that are drawn at a step: at random, without replacement,
     until there are fewer left than a batch; then all over again in another order. A
     function of the key and the step."""
     epoch, batch = jnp.divmod(step, num_images // size)
     place = batch * size + jnp.arange(size)
-    return _permute(place, num_images, jr.fold_in(key, epoch))
+    return _permute(place, num_images, half_bits, jr.fold_in(key, epoch))
+
+
+def half_bits(num_images: int) -> int:
+    """Half of the number of bits, rounded up, of the number of any image."""
+    return max(1, -(-(num_images - 1).bit_length() // 2))
 
 
 def _permute(
-    place: Int[Array, " size"], num_images: int, key: PRNGKeyArray
+    place: Int[Array, " size"],
+    num_images: int | Int[Array, ""],
+    half_bits: int | Int[Array, ""],
+    key: PRNGKeyArray,
 ) -> Int[Array, " size"]:
     """Where a random permutation of all images takes some places.
 
@@ -28,8 +41,8 @@ def _permute(
 
     Source: Black and Rogaway, *Ciphers with arbitrary finite domains*, 2002.
     """
-    half = max(1, -(-(num_images - 1).bit_length() // 2))
-    mask = np.uint32(2**half - 1)
+    half = jnp.asarray(half_bits, jnp.uint32)
+    mask = (np.uint32(1) << half) - 1
     round_keys = jr.bits(key, (8,), jnp.uint32)
 
     def once(x: UInt32[Array, " size"]) -> UInt32[Array, " size"]:

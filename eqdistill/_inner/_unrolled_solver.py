@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 from .._classifier import parameters
 from .._data._distilled_set import DistilledSet
-from .._data._permutation import batch_at
+from .._data._permutation import batch_at, half_bits
 from .._error import error_if
 from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss
 
@@ -155,7 +155,8 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         if self.batch_size is None:
             return distilled
         assert key is not None  # As `init` has checked.
-        chosen = batch_at(step, self.batch_size, len(distilled), key=key)
+        n = len(distilled)
+        chosen = batch_at(step, self.batch_size, n, half_bits(n), key=key)
         return eqx.tree_at(
             lambda d: (d.images, d.labels),
             distilled,

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from .._checks import array_difference
 from .._classifier import Frozen, LinearClassifier, takes_pixels
 from .._data._dataset import Dataset
-from .._data._permutation import batch_at
 from ._linear_layout import LinearLayout
 from ._mean_loss import AbstractLayout, mean_loss
 from ._rows import Rows
@@ -106,54 +105,6 @@ class FullBatch(AbstractData):
             )
 
 
-class Batches(AbstractData):
-    """Some of the real images in each outer step: drawn at random, without replacement,
-    until there are fewer left than a batch; then all over again in another order.
-
-    The order is a function of the key and the epoch.
-    """
-
-    dataset: Dataset
-    size: int = eqx.field(static=True)
-    shape: tuple[int, ...] = eqx.field(static=True)
-    num_classes: int = eqx.field(static=True)
-
-    def __init__(self, dataset: Dataset, size: int):
-        """**Arguments:**
-
-        - `dataset`: the real images.
-        - `size`: the number of images in a batch.
-
-        **Raises:**
-
-        A `ValueError` if `size` is not from 1 to the number of images.
-        """
-        if not 1 <= size <= len(dataset):
-            raise ValueError(
-                f"`size` must be from 1 to {len(dataset)}, the number of images in "
-                f"`dataset`; got {size}."
-            )
-        self.dataset = dataset
-        self.size = size
-        self.shape = dataset.shape
-        self.num_classes = dataset.num_classes
-
-    def loss(self, classifier, step, *, key):
-        """As [`eqdistill.AbstractData`][].
-
-        **Raises:**
-
-        A `ValueError` if `key` is `None`.
-        """
-        if key is None:
-            raise ValueError(
-                "`key` must be given with `Batches`, which draw at random; got None."
-            )
-        chosen = batch_at(step, self.size, len(self.dataset), key=key)
-        rows = Rows(self.dataset.images[chosen], self.dataset.labels[chosen])
-        return mean_loss(classifier, rows)
-
-
 def as_data(data: Dataset | AbstractData, classifier: PyTree) -> AbstractData:
     """Real data as an outer step sees them: by default, all of them in each step."""
     return FullBatch(data, classifier) if isinstance(data, Dataset) else data
@@ -165,14 +116,7 @@ def _features(dataset: Dataset, classifier: LinearClassifier) -> np.ndarray:
         # As bytes, if they are bytes: the layout converts them.
         return np.asarray(dataset.images).reshape(len(dataset), -1)
 
-    @jax.jit
-    def of_batch(images):
-        return jax.vmap(classifier.features)(Dataset.to_floating(images))
-
-    # Batch by batch, not in one program: XLA's convolutions are slow in a loop.
-    starts = range(0, len(dataset), 1000)
-    parts = [of_batch(dataset.images[i : i + 1000]) for i in starts]
-    return np.concatenate([np.asarray(part) for part in parts])
+    return np.asarray(dataset.map(classifier.features).images).reshape(len(dataset), -1)
 
 
 def _are_alike(features: Frozen, others: Frozen) -> bool:

@@ -1,4 +1,5 @@
 import enum
+import functools
 
 import equinox as eqx
 import jax
@@ -217,7 +218,12 @@ class Problem(eqx.Module):
             learned=optax.tree.where(goes_on, updated, state.learned),
             fixed=state.fixed,
             last_good=optax.tree.where(is_good, state.learned, state.last_good),
-            optimiser_state=optimiser_state,
+            # An update that is not made must not be in an average either.
+            optimiser_state=jax.tree.map(
+                functools.partial(_keep, goes_on),
+                optimiser_state,
+                state.optimiser_state,
+            ),
             inner_state=outcome.state,
             key=state.key,
             step=state.step + is_good,
@@ -284,10 +290,10 @@ def _strongly_typed(x: Array) -> Array:
     return jax.lax.convert_element_type(x, x.dtype)
 
 
-def _keep(was_running: Bool[Array, ""], new: Array, old: Array) -> Array:
+def _keep(is_new: Bool[Array, ""], new: Array, old: Array) -> Array:
     if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
-        return jnp.where(was_running, new, old)
-    return jnp.where(was_running, jax.lax.convert_element_type(new, old.dtype), old)
+        return jnp.where(is_new, new, old)
+    return jnp.where(is_new, jax.lax.convert_element_type(new, old.dtype), old)
 
 
 def _learn(

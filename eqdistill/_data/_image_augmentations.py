@@ -1,0 +1,215 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.scipy.ndimage import map_coordinates
+
+from ._augmentation import AbstractAugmentation
+
+
+class Affine(AbstractAugmentation):
+    r"""A random scaling, rotation and shift about the centre $m$ of the image,
+
+    $$x'(u) = x(m + s \odot R_\alpha (u - m) + t),$$
+
+    with bilinear interpolation at the pixel $u$. Outside of the image, $x$ is zero.
+    The rotation $R_\alpha$, the factors $s$ of the two axes and the shift $t$ are
+    uniform.
+
+    Source: the rotation and the scaling of differentiable siamese augmentation, Zhao
+    and Bilen, *Dataset Condensation with Differentiable Siamese Augmentation*, 2021:
+    `Affine(rotation=15)` and `Affine(scale=1.2)`.
+    """
+
+    shift: float | int
+    rotation: float | int
+    scale: float | int
+
+    def __init__(
+        self,
+        *,
+        shift: float | int = 0.0,
+        rotation: float | int = 0.0,
+        scale: float | int = 1.0,
+    ):
+        """**Arguments:** (Keyword only.)
+
+        - `shift`: the largest shift of either axis, in pixels, at least 0.
+        - `rotation`: the largest angle in either direction, in degrees, at least 0.
+        - `scale`: the largest factor of either axis, at least 1. The smallest factor
+            is `1 / scale`.
+
+        **Raises:**
+
+        A `ValueError` for an argument that is out of its range.
+        """
+        _check_at_least("shift", shift, 0)
+        _check_at_least("rotation", rotation, 0)
+        _check_at_least("scale", scale, 1)
+        self.shift = shift
+        self.rotation = rotation
+        self.scale = scale
+
+    def __call__(self, image, *, key):
+        """As [`eqdistill.AbstractAugmentation`][]."""
+        keys = jr.split(key, 3)
+        draw = lambda key, shape, low, high: jr.uniform(
+            key, shape, image.dtype, low, high
+        )
+        shift = draw(keys[0], (2,), -self.shift, self.shift)
+        angle = jnp.deg2rad(draw(keys[1], (), -self.rotation, self.rotation))
+        scale = draw(keys[2], (2,), 1 / self.scale, self.scale)
+        height, width = image.shape[-2:]
+        middle = (height - 1) / 2, (width - 1) / 2
+        y, x = jnp.indices((height, width), image.dtype)
+        y, x = y - middle[0], x - middle[1]
+        # Without a matrix product, which some accelerators round to 10 bits.
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        rows = middle[0] + scale[0] * (cos * y - sin * x) + shift[0]
+        columns = middle[1] + scale[1] * (sin * y + cos * x) + shift[1]
+        sample = lambda channel: map_coordinates(channel, (rows, columns), order=1)
+        return jnp.vectorize(sample, signature="(h,w)->(h,w)")(image)
+
+
+class Crop(AbstractAugmentation):
+    """A random crop, of the size of the image, of the image padded with zeros.
+
+    Source: He et al., *Deep Residual Learning*, 2016; differentiable siamese
+    augmentation, Zhao and Bilen 2021, pads by an eighth of the image.
+    """
+
+    padding: int
+
+    def __init__(self, padding: int):
+        """**Arguments:**
+
+        - `padding`: the number of pixels that are added to each side, at least 0.
+
+        **Raises:**
+
+        A `ValueError` if `padding` is negative.
+        """
+        _check_at_least("padding", padding, 0)
+        self.padding = padding
+
+    def __call__(self, image, *, key):
+        """As [`eqdistill.AbstractAugmentation`][]."""
+        channels = image.ndim - 2
+        widths = [(0, 0)] * channels + [(self.padding, self.padding)] * 2
+        first = jr.randint(key, (2,), 0, 2 * self.padding + 1)
+        starts = (*[0] * channels, *first)
+        return jax.lax.dynamic_slice(jnp.pad(image, widths), starts, image.shape)
+
+
+class Flip(AbstractAugmentation):
+    """A reflection of the image from left to right, with some probability.
+
+    Source: differentiable siamese augmentation, Zhao and Bilen 2021.
+    """
+
+    probability: float | int
+
+    def __init__(self, probability: float | int = 0.5):
+        """**Arguments:**
+
+        - `probability`: the probability of a reflection, from 0 to 1.
+
+        **Raises:**
+
+        A `ValueError` if `probability` is not from 0 to 1.
+        """
+        if not 0 <= probability <= 1:
+            raise ValueError(f"`probability` must be from 0 to 1; got {probability}.")
+        self.probability = probability
+
+    def __call__(self, image, *, key):
+        """As [`eqdistill.AbstractAugmentation`][]."""
+        is_flipped = jr.uniform(key, (), image.dtype) < self.probability
+        return jnp.where(is_flipped, image[..., ::-1], image)
+
+
+class Cutout(AbstractAugmentation):
+    """Zeros in a square with a random centre in the image. Near an edge of the image,
+    only a part of the square lies in the image.
+
+    Source: DeVries and Taylor, *Improved Regularization of Convolutional Neural
+    Networks with Cutout*, 2017; differentiable siamese augmentation, Zhao and Bilen
+    2021, cuts half of the side of the image.
+    """
+
+    size: int
+
+    def __init__(self, size: int):
+        """**Arguments:**
+
+        - `size`: the side of the square in pixels, at least 0.
+
+        **Raises:**
+
+        A `ValueError` if `size` is negative.
+        """
+        _check_at_least("size", size, 0)
+        self.size = size
+
+    def __call__(self, image, *, key):
+        """As [`eqdistill.AbstractAugmentation`][]."""
+        height, width = image.shape[-2:]
+        centre = jr.randint(key, (2,), 0, jnp.array([height, width]))
+        y, x = jnp.indices((height, width)) - (centre - self.size // 2)[:, None, None]
+        is_cut = (y >= 0) & (y < self.size) & (x >= 0) & (x < self.size)
+        return jnp.where(is_cut, 0, image)
+
+
+class ColourJitter(AbstractAugmentation):
+    r"""A random change of brightness, then of saturation, then of contrast,
+
+    $$x \leftarrow x + b, \qquad x \leftarrow \bar x_c + s (x - \bar x_c), \qquad
+    x \leftarrow \bar x + k (x - \bar x),$$
+
+    with the mean $\bar x_c$ of the channels of each pixel and the mean $\bar x$ of the
+    image. The numbers $b$, $s$ and $k$ are uniform. A grey image has no saturation.
+
+    Source: the colour jitter of differentiable siamese augmentation, Zhao and Bilen
+    2021, whose strengths are the defaults.
+    """
+
+    brightness: float | int
+    saturation: float | int
+    contrast: float | int
+
+    def __init__(
+        self,
+        *,
+        brightness: float | int = 0.5,
+        saturation: float | int = 1.0,
+        contrast: float | int = 0.5,
+    ):
+        """**Arguments:** (Keyword only.)
+
+        - `brightness`: the largest $|b|$, at least 0.
+        - `saturation`: the largest $|s - 1|$, at least 0.
+        - `contrast`: the largest $|k - 1|$, at least 0.
+
+        **Raises:**
+
+        A `ValueError` for an argument that is negative.
+        """
+        _check_at_least("brightness", brightness, 0)
+        _check_at_least("saturation", saturation, 0)
+        _check_at_least("contrast", contrast, 0)
+        self.brightness = brightness
+        self.saturation = saturation
+        self.contrast = contrast
+
+    def __call__(self, image, *, key):
+        """As [`eqdistill.AbstractAugmentation`][]."""
+        draws = jr.uniform(key, (3,), image.dtype, -1, 1)
+        image = image + self.brightness * draws[0]
+        if image.ndim > 2:
+            mean = jnp.mean(image, axis=-3, keepdims=True)
+            image = image + self.saturation * draws[1] * (image - mean)
+        return image + self.contrast * draws[2] * (image - jnp.mean(image))
+
+
+def _check_at_least(name: str, value: float | int, least: float | int) -> None:
+    if not value >= least:
+        raise ValueError(f"`{name}` must be at least {least}; got {value}.")

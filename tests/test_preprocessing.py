@@ -1,0 +1,99 @@
+"""Standardisation and whitening, fitted to real images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eqdistill as eqd
+
+
+RNG = np.random.default_rng(0)
+# Neighbours are alike, as in pictures; more images than a chunk holds.
+BYTES = np.clip(
+    100 + 20 * RNG.normal(size=(1100, 3, 4, 5)).cumsum(-1) + [[[[1]], [[9]], [[30]]]],
+    0,
+    255,
+).astype(np.uint8)
+COLOUR = eqd.Dataset(BYTES, np.arange(1100) % 3)
+GREY = eqd.Dataset(BYTES[:, 0], np.arange(1100) % 3)
+
+
+@pytest.mark.parametrize("train", [COLOUR, GREY], ids=["colour", "grey"])
+def test_standardisation(train):
+    standardisation = eqd.Standardisation.fit(train)
+    images = np.asarray(train.images, np.float64) / 255
+    axes = (0, 2, 3) if images.ndim == 4 else None
+    np.testing.assert_allclose(standardisation.mean.ravel(), images.mean(axes), 1e-6)
+    np.testing.assert_allclose(
+        standardisation.deviation.ravel(), images.std(axes), 1e-6
+    )
+    standard = train.map(standardisation)
+    assert standard.shape == train.shape
+    np.testing.assert_array_equal(standard.labels, train.labels)
+    np.testing.assert_allclose(standard.images.mean(axes), 0.0, atol=1e-5)
+    np.testing.assert_allclose(standard.images.std(axes), 1.0, rtol=1e-5)
+    back = standard.map(standardisation.inverse)
+    np.testing.assert_allclose(back.images, images, atol=1e-6)
+
+
+def test_zca_is_that_of_numpy(x64):
+    zca = eqd.ZCA.fit(COLOUR, regularisation=0.1)
+    rows = np.asarray(COLOUR.floating()).reshape(1100, -1)
+    covariance = np.cov(rows.T, bias=True)
+    p = rows.shape[1]
+    regularised = covariance + 0.1 * np.trace(covariance) / p * np.eye(p)
+    # The inverse square root, symmetric and positive definite, is unique.
+    whitening = np.asarray(zca.whitening)
+    np.testing.assert_allclose(whitening, whitening.T, atol=1e-10)
+    assert np.linalg.eigvalsh(whitening)[0] > 0
+    np.testing.assert_allclose(
+        whitening @ regularised @ whitening, np.eye(p), atol=1e-10
+    )
+    whitened = COLOUR.map(zca)
+    wanted = (rows - rows.mean(0)) @ whitening
+    np.testing.assert_allclose(whitened.images, wanted.reshape(BYTES.shape), atol=1e-10)
+    np.testing.assert_allclose(
+        whitened.map(zca.inverse).images, COLOUR.floating(), atol=1e-10
+    )
+
+
+def test_zca_without_regularisation_is_that_of_scikit_learn(x64):
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    rows = np.asarray(GREY.floating()).reshape(1100, -1)
+    pca = decomposition.PCA(whiten=True, svd_solver="full").fit(rows)
+    wanted = pca.transform(rows) @ pca.components_ * np.sqrt(1100 / 1099)
+    whitened = GREY.map(eqd.ZCA.fit(GREY, regularisation=0)).images
+    np.testing.assert_allclose(whitened.reshape(1100, -1), wanted, atol=1e-8)
+
+
+def test_zca_in_single_precision():
+    zca = eqd.ZCA.fit(COLOUR)
+    assert zca.whitening.dtype == jnp.float32
+    image = COLOUR.floating()[0]
+    back = jax.jit(lambda image: zca.inverse(zca(image)))(image)
+    np.testing.assert_allclose(back, image, atol=1e-5)
+
+
+def test_map_may_change_the_shape():
+    padded = GREY.map(lambda image: jnp.pad(image, 1))
+    assert padded.shape == (6, 7)
+    assert padded.num_classes == 3
+    np.testing.assert_allclose(padded.images[:, 1:-1, 1:-1], BYTES[:, 0] / 255, 1e-6)
+    with pytest.raises(ValueError, match="`images` must be finite"):
+        GREY.map(lambda image: image / 0)
+
+
+def test_bad_input():
+    constant = eqd.Dataset(np.ones((4, 2, 2, 2), np.float32), np.arange(4))
+    with pytest.raises(
+        ValueError, match=r"`train` must have channels that vary.*0. 0."
+    ):
+        eqd.Standardisation.fit(constant)
+    with pytest.raises(ValueError, match=r"`regularisation` must be larger.*got 0\.1"):
+        eqd.ZCA.fit(constant)
+    few = eqd.Dataset(BYTES[:20], np.arange(20))
+    with pytest.raises(ValueError, match=r"`regularisation` must be larger.*got 0\."):
+        eqd.ZCA.fit(few, regularisation=0)
+    with pytest.raises(ValueError, match="`regularisation` must be finite and not neg"):
+        eqd.ZCA.fit(few, regularisation=-0.1)
