@@ -567,6 +567,7 @@ def run(monkeypatch, capsys, *args):
     return info.value.code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_command_in_a_fresh_process(published):
     result = subprocess.run(
         [

@@ -43,6 +43,7 @@ def test_notebook_agrees_with_jaxopt(mnist):
         assert error <= 1e-5 * jnp.linalg.norm(want_grad)
 
 
+@pytest.mark.slow
 def test_mlp_agrees_with_central_differences(digits):
     train = subset(digits[0], 100)
     classifier = MLP(64, 8, jax.nn.softplus, key=jr.key(1))

@@ -54,6 +54,7 @@ class Perturbed(eqd.AbstractInnerSolver[None]):
         return eqx.tree_at(where, fitted, replace_fn=lambda w: w + noise), state
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @settings(max_examples=12, deadline=None)
 @given(

@@ -167,7 +167,7 @@ def test_key(digits, name):
 @pytest.mark.parametrize("name", FROM_DATA)
 def test_floating_point_images(name, dtype):
     try:
-        jnp.ones((), dtype) + jnp.ones((), dtype)
+        _ = jnp.ones((), dtype) + jnp.ones((), dtype)
     except jax.errors.JaxRuntimeError:  # Before AVX, there is no float16.
         pytest.skip(f"XLA has no {np.dtype(dtype).name} on this processor")
     pixels = np.random.default_rng(0).normal(size=(60, 3, 2, 2))

@@ -20,7 +20,13 @@ def with_constants(images):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "kind", ["constant pixels", "all constant", "network", "bytes"]
+    "kind",
+    [
+        "constant pixels",
+        "all constant",
+        pytest.param("network", marks=pytest.mark.slow),
+        "bytes",
+    ],
 )
 def test_first_step_is_along_the_public_gradient(digits, mnist, kind):
     train = subset(digits[0], 101)

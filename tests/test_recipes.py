@@ -80,7 +80,9 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize(
+    "name", ["dc", "frepo", pytest.param("zero_start", marks=pytest.mark.slow)]
+)
 def test_training_is_as_by_hand(real, digits, name):
     recipe = getattr(recipes, name)(SMALL, updates=STEPS)
     network = recipe.make((8, 8), 10, key=jr.key(1))
@@ -95,11 +97,13 @@ def test_training_is_as_by_hand(real, digits, name):
 
 
 def test_networks_are_drawn_as_the_recipe_says():
-    make = lambda recipe: recipe(SMALL).make((8, 8), 10, key=jr.key(0))
+    make = lambda recipe: eqx.filter_eval_shape(
+        recipe(SMALL).make, (8, 8), 10, key=jr.key(0)
+    )
     assert make(recipes.dc).initialiser is None
     assert make(recipes.frepo).initialiser is nn.lecun
     assert make(recipes.zero_start).has_zero_head
-    wide = recipes.frepo().make((28, 28), 10, key=jr.key(0))
+    wide = eqx.filter_eval_shape(recipes.frepo().make, (28, 28), 10, key=jr.key(0))
     assert dict(wide.settings)["widths"] == (128, 256, 512)
 
 

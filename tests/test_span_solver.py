@@ -112,7 +112,10 @@ def test_agrees_with_scikit_learn(digits):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kind", ["soft labels", "more images than pixels"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("soft labels", marks=pytest.mark.slow), "more images than pixels"],
+)
 def test_derivative_agrees_with_central_differences(digits, kind):
     real, pixels = subset(digits[0], 100), slice(0, 8)
     images, labels = cases(digits[0], 10)["soft"][0]

@@ -13,6 +13,9 @@ import eqdistill as eqd
 from .conftest import MLP, subset
 
 
+COLLAPSE = "the fit has collapsed.*ridge is too large.*`l2=1e-3` or less"
+
+
 class GroupNormNet(eqx.Module):
     """Three blocks of a convolution, group normalisation, softplus and pooling."""
 
@@ -85,10 +88,16 @@ def test_collapse_is_told_with_the_reason(digits):
     assert fitted.collapsed
     logits = jax.vmap(fitted.classifier)(weak.images)
     assert jnp.ptp(logits, axis=0).max() < 1e-4
-    match = "the fit has collapsed.*ridge is too large.*`l2=1e-3` or less"
-    with pytest.raises(RuntimeError, match=match):
+    with pytest.raises(RuntimeError, match=COLLAPSE):
         eqd.fit(weak, network)
-    with pytest.raises(eqd.DistillationError, match=match) as info:
+
+
+@pytest.mark.slow
+def test_collapse_stops_a_distillation(digits):
+    train = subset(digits[0], 300)
+    network = MLP(64, 4, jax.nn.softplus, key=jr.key(1))
+    weak = eqd.DistilledSet.from_noise(train, l2=0.1, scale=1 / 64, key=jr.key(0))
+    with pytest.raises(eqd.DistillationError, match=COLLAPSE) as info:
         eqd.distill(weak, network, train, steps=2)
     result = info.value.distillation
     np.testing.assert_array_equal(result.distilled.images, weak.images)

@@ -49,7 +49,7 @@ def test_steps_are_as_by_hand(problem):
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, g)
         return jax.tree.map(lambda w, v: w - 0.5 * v, params, velocity), velocity, g
 
-    velocity = jax.tree.map(jnp.zeros_like, params)
+    velocity = g = jax.tree.map(jnp.zeros_like, params)
     for _ in range(10):
         params, velocity, g = step(params, velocity)
     got = eqx.filter(fitted.classifier, eqx.is_inexact_array)
