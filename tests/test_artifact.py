@@ -189,7 +189,7 @@ RECIPES = [
     eqd.recipes.dc(functools.partial(nn.ConvNet, widths=(4,), size=8), updates=7),
     eqd.recipes.frepo(functools.partial(nn.MLP, widths=(5,)), updates=7),
     eqd.recipes.zero_start(nn.LeNet, updates=7),
-    eqd.recipes.dc(nn.AlexNet, updates=7),
+    eqd.recipes.dc(nn.AlexNet, updates=7, augment=True),
     eqd.recipes.dc(functools.partial(nn.VGG11, norm=nn.group_norm), updates=7),
     eqd.recipes.dc(functools.partial(nn.ResNet18, activation=jax.nn.gelu), updates=7),
 ]
@@ -372,6 +372,7 @@ RECIPE = {
     "name": "dc",
     "num_classes": 3,
     "updates": 5,
+    "augment": False,
     "network": NETWORK,
 }
 

@@ -98,6 +98,36 @@ def test_batches_see_each_image_once_an_epoch(digits):
     assert not jnp.array_equal(weight(4, 1.0).weight, weight(4, 1.0, seed=1).weight)
 
 
+def test_images_are_augmented(problem):
+    start, network, _ = problem
+    one, two = (
+        eqd.UnrolledSolver(
+            optax.sgd, {"learning_rate": 0.1}, 2, augmentation=eqd.Affine(shift=shift)
+        )
+        for shift in (0.0, 3.0)
+    )
+    plain = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.1}, 2)
+    weight = lambda solver, seed: jax.tree.leaves(
+        eqx.filter(
+            eqd.fit(start, network, solver, key=jr.key(seed)).classifier, eqx.is_array
+        )
+    )[0]
+    np.testing.assert_allclose(weight(one, 0), weight(plain, 0), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(weight(two, 0), weight(two, 1), rtol=1e-5)
+    with pytest.raises(ValueError, match="`key` must be given with an `UnrolledSolver"):
+        eqd.fit(start, network, two)
+
+    class Halved(eqd.AbstractAugmentation):
+        def __call__(self, image, *, key):
+            return image[::2, ::2]
+
+    solver = eqd.UnrolledSolver(
+        optax.sgd, {"learning_rate": 0.1}, 2, augmentation=Halved()
+    )
+    with pytest.raises(ValueError, match=r"`augmentation` must keep.*\(8, 8\).*\(4, 4"):
+        eqd.fit(start, network, solver, key=jr.key(0))
+
+
 def test_bad_input(problem):
     start, network, _ = problem
     with pytest.raises(ValueError, match="`steps` must be at least 1; got 0"):

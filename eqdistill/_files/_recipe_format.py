@@ -40,7 +40,12 @@ _ARCHITECTURES = {
     "VGG11": (VGG11, ("norm", "activation")),
     "ResNet18": (ResNet18, ("norm", "activation")),
 }
-_RECIPES = {"dc": dc, "frepo": frepo, "zero_start": zero_start}
+# The recipes, and their settings beside the network.
+_RECIPES = {
+    "dc": (dc, ("updates", "augment")),
+    "frepo": (frepo, ("updates",)),
+    "zero_start": (zero_start, ("updates",)),
+}
 # What a hostile file may ask for is bounded.
 _MOST_LAYERS = 8
 _MOST_CHANNELS = 1024
@@ -56,7 +61,8 @@ def describe_recipe(recipe: Recipe, network: PyTree) -> dict[str, Any]:
     words = _describe_network(network)
     if recipe.name not in _RECIPES or words is None:
         return description
-    rebuilt = _RECIPES[recipe.name](recipe.network, **settings)
+    make, _ = _RECIPES[recipe.name]
+    rebuilt = make(recipe.network, **settings)
     is_same = eqx.tree_equal(rebuilt.inner, recipe.inner)
     return {**description, **settings, "network": words} if is_same else description
 
@@ -67,10 +73,12 @@ def is_recipe(x: dict[str, Any]) -> bool:
         return False
     if set(x) == {"type", "name", "num_classes"}:
         return True
+    if x["name"] not in _RECIPES:
+        return False
+    _, fields = _RECIPES[x["name"]]
     return (
-        set(x) == {"type", "name", "num_classes", "updates", "network"}
-        and x["name"] in _RECIPES
-        and is_integer(x["updates"], 2, _MOST_UPDATES)
+        set(x) == {"type", "name", "num_classes", "network", *fields}
+        and all(_CHECKS[field](x[field]) for field in fields)
         and _is_network(x["network"])
     )
 
@@ -86,8 +94,9 @@ def build_recipe(x: dict[str, Any]) -> Recipe | None:
         else _to_tuple(x["network"][field])
         for field in fields
     }
-    network = ft.partial(make, **settings)
-    return _RECIPES[x["name"]](network, updates=x["updates"])
+    recipe, recipe_fields = _RECIPES[x["name"]]
+    own = {field: x[field] for field in recipe_fields}
+    return recipe(ft.partial(make, **settings), **own)
 
 
 def _describe_network(network: PyTree) -> dict[str, Any] | None:
@@ -131,6 +140,8 @@ def _are_widths(x: Any) -> bool:
 
 
 _CHECKS = {
+    "updates": lambda x: is_integer(x, 2, _MOST_UPDATES),
+    "augment": lambda x: type(x) is bool,
     "widths": _are_widths,
     "size": lambda x: x is None or is_integer(x, 1, _MOST_PIXELS),
     **{field: _is_name(field) for field in _FUNCTIONS},

@@ -3,10 +3,12 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
 
 from .._classifier import parameters
+from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
 from .._data._permutation import batch_at, half_bits
 from .._error import error_if
@@ -43,12 +45,14 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         positive when they are learned.
     - `steps`: the number of steps $T$.
     - `batch_size`: the number of distilled images in a step, or `None` for all.
+    - `augmentation`: how the distilled images are changed in a step, or `None`.
     """
 
     make: Callable[..., optax.GradientTransformation] = eqx.field(static=True)
     log_hyperparameters: dict[str, Float[Array, "..."]]
     steps: int = eqx.field(static=True)
     batch_size: int | None = eqx.field(static=True)
+    augmentation: AbstractAugmentation | None
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         steps: int,
         *,
         batch_size: int | None = None,
+        augmentation: AbstractAugmentation | None = None,
     ):
         """**Arguments:**
 
@@ -67,6 +72,8 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         - `batch_size`: the number of distilled images in a step: drawn at random
             without replacement, until there are fewer left than a batch. Defaults to
             all of them. (Keyword only argument.)
+        - `augmentation`: changes each image at random, in each step anew. Defaults to
+            no change. (Keyword only argument.)
 
         **Raises:**
 
@@ -89,27 +96,27 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         }
         self.steps = steps
         self.batch_size = batch_size
+        self.augmentation = augmentation
 
     def init(self, distilled, classifier, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
 
-        A `ValueError` if a batch has more images than there are, or if there are
-        batches and no `key`.
+        A `ValueError` if a batch has more images than there are, or if batches or
+        augmentations are to be drawn and there is no `key`.
         """
         del classifier
-        if self.batch_size is None:
-            return None
-        if self.batch_size > len(distilled):
+        if self.batch_size is not None and self.batch_size > len(distilled):
             raise ValueError(
                 f"`batch_size` must be at most {len(distilled)}, the number of "
                 f"distilled images; got {self.batch_size}."
             )
-        if key is None:
+        is_random = self.batch_size is not None or self.augmentation is not None
+        if is_random and key is None:
             raise ValueError(
-                "`key` must be given with an `UnrolledSolver` that has a `batch_size`, "
-                "as its batches are drawn at random; got None."
+                "`key` must be given with an `UnrolledSolver` that draws batches or "
+                "augmentations at random; got None."
             )
         return None
 
@@ -152,13 +159,14 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         key: PRNGKeyArray | None,
     ) -> DistilledSet:
         """The distilled images of a step."""
-        if self.batch_size is None:
-            return distilled
-        assert key is not None  # As `init` has checked.
-        n = len(distilled)
-        chosen = batch_at(step, self.batch_size, n, half_bits(n), key=key)
-        return eqx.tree_at(
-            lambda d: (d.images, d.labels),
-            distilled,
-            (distilled.images[chosen], distilled.labels[chosen]),
-        )
+        images, labels = distilled.images, distilled.labels
+        if key is not None:  # There is one if any is needed, as `init` has checked.
+            batch_key, augmentation_key = jr.split(key)
+            if self.batch_size is not None:
+                n = len(distilled)
+                chosen = batch_at(step, self.batch_size, n, half_bits(n), key=batch_key)
+                images, labels = images[chosen], labels[chosen]
+            if self.augmentation is not None:
+                own_key = jr.fold_in(augmentation_key, step)
+                images = augment(self.augmentation, images, key=own_key)
+        return eqx.tree_at(lambda d: (d.images, d.labels), distilled, (images, labels))

@@ -10,8 +10,10 @@ import numpy as np
 import optax
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
+from .._data._augmentation import OneOf
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
+from .._data._image_augmentations import Affine, Crop
 from .._inner._inner_solver import AbstractInnerSolver
 from .._inner._unrolled_solver import UnrolledSolver
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
@@ -156,7 +158,9 @@ def evaluate(
     return Evaluations(accuracies)
 
 
-def dc(network: Callable = ConvNet, *, updates: int = 300) -> Recipe:
+def dc(
+    network: Callable = ConvNet, *, updates: int = 300, augment: bool = False
+) -> Recipe:
     """The recipe of dataset condensation: cross-entropy on hard labels, and stochastic
     gradient descent at a rate of 0.01, a tenth of that from half of the time on, with a
     momentum of 0.9 and a weight decay of 5e-4. All images are in each step.
@@ -167,6 +171,9 @@ def dc(network: Callable = ConvNet, *, updates: int = 300) -> Recipe:
         `key`. The default is the paper's for colour images. The paper pads grey images
         of 28 x 28: `functools.partial(eqdistill.nn.ConvNet, size=32)`.
     - `updates`: the number of steps. (Keyword only argument.)
+    - `augment`: whether each image is cropped, scaled or rotated at random in each
+        step. The paper's code does so for MNIST, with 1,000 updates. (Keyword only
+        argument.)
 
     **Returns:**
 
@@ -188,8 +195,15 @@ def dc(network: Callable = ConvNet, *, updates: int = 300) -> Recipe:
             )
         return _with(distilled, CrossEntropy(), weight_decay=5e-4)
 
-    inner = UnrolledSolver(_drops_at_half(updates), {"learning_rate": 0.01}, updates)
-    settings = (("updates", updates),)
+    inner = UnrolledSolver(
+        _drops_at_half(updates),
+        {"learning_rate": 0.01},
+        updates,
+        augmentation=OneOf(Crop(4), Affine(scale=1.2), Affine(rotation=45))
+        if augment
+        else None,
+    )
+    settings = (("updates", updates), ("augment", augment))
     return Recipe("dc", settings, network, _as_it_is, prepare, inner)
 
 
