@@ -83,6 +83,8 @@ def _measure(args: argparse.Namespace) -> tuple[str, float, float, float]:
         )
     with jax.enable_x64(artifact.x64):
         _, test = datasets.load(name, args.data_dir)
+        if artifact.preprocessing is not None:
+            test = test.map(artifact.preprocessing)
         measured = _retrain(args.file, artifact, test)
     tolerance = args.tolerance
     if tolerance is None:

@@ -8,3 +8,7 @@ from ._outer._recipes import (
     Recipe as Recipe,
     zero_start as zero_start,
 )
+from ._outer._scores import (
+    augmentation_robust_score as augmentation_robust_score,
+    label_robust_score as label_robust_score,
+)

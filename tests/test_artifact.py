@@ -185,6 +185,34 @@ def test_what_cannot_be_rebuilt_is_described(path):
     assert "rtol=0.0001" in artifact.inner_description
 
 
+@pytest.mark.parametrize("kind", [eqd.Standardisation, eqd.ZCA])
+def test_preprocessing_travels(path, kind):
+    real = eqd.Dataset(small().images, small().labels)
+    preprocessing = kind.fit(real)
+    args = small(), eqd.LogisticRegression(6, C)
+    eqd.save(path, *args, preprocessing=preprocessing)
+    assert_same(eqd.load(path).preprocessing, preprocessing)
+    change(path, {"preprocessing.mean": np.full((7,), 1.0)})
+    with pytest.raises(ValueError, match=r"`preprocessing.mean` must have shape \("):
+        eqd.load(path)
+    change(path, {"preprocessing.mean": np.array(np.inf)})
+    with pytest.raises(ValueError, match=r"`preprocessing\.mean` must be finite"):
+        eqd.load(path)
+    change(path, preprocessing="Own")
+    with pytest.raises(ValueError, match="`preprocessing` must be null or one of"):
+        eqd.load(path)
+
+    class Own(eqd.AbstractPreprocessing):
+        def __call__(self, image):
+            return image
+
+        def inverse(self, image):
+            return image
+
+    with pytest.raises(TypeError, match=r"`preprocessing` must be a `Standard.*`Own`"):
+        eqd.save(path, *args, preprocessing=Own())
+
+
 RECIPES = [
     eqd.recipes.dc(functools.partial(nn.ConvNet, widths=(4,), size=8), updates=7),
     eqd.recipes.frepo(functools.partial(nn.MLP, widths=(5,)), updates=7),
@@ -260,6 +288,7 @@ def test_double_precision(tmp_path):
 def test_files_of_the_first_version(path):
     claim = {"value": 0.75, "split": "test"}
     args = {"loss": None, "learned": ["images"], "accuracy": claim}
+    args["preprocessing"] = None
     change(path, format_version=1, **args)
     artifact = eqd.load(path)
     assert artifact.accuracy == 0.75

@@ -132,6 +132,23 @@ def test_deviations_are_what_they_say():
     assert math.isnan(one.deviation_of_sets)
 
 
+def test_scores_are_those_of_the_paper():
+    score = recipes.label_robust_score
+    best = score(hard_label_recovery=-1.0, improvement_over_random=1.0)
+    worst = score(hard_label_recovery=1.0, improvement_over_random=-1.0)
+    np.testing.assert_allclose([best, worst], [1.0, 0.0])
+    # alpha is 0.5 * 0.3 - 0.5 * 0.1.
+    got = score(hard_label_recovery=0.1, improvement_over_random=0.3)
+    wanted = (math.exp(0.1) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
+    np.testing.assert_allclose(got, wanted)
+    got = recipes.augmentation_robust_score(
+        improvement_with=0.0, improvement_without=0.4, weight=0.75
+    )
+    np.testing.assert_allclose(got, wanted)
+    with pytest.raises(ValueError, match="`hard_label_recovery` must be from -1 to 1"):
+        score(hard_label_recovery=37.0, improvement_over_random=0.0)
+
+
 def test_networks_differ_and_are_the_same_for_all_sets(real, digits):
     test = subset(digits[1], 200)
     recipe = recipes.zero_start(SMALL, updates=STEPS)

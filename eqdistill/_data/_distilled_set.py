@@ -291,6 +291,11 @@ class DistilledSet(eqx.Module):
         return self.images.shape[0]
 
     @property
+    def nbytes(self) -> int:
+        """The size of the images and the labels, in bytes."""
+        return self.images.nbytes + self.labels.nbytes
+
+    @property
     def l2(self) -> Float[Array, ""]:
         r"""The ridge $\lambda$."""
         return jnp.exp(self.log_l2)

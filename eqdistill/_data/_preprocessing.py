@@ -118,7 +118,7 @@ class ZCA(AbstractPreprocessing):
 
     @classmethod
     def fit(cls, train: Dataset, *, regularisation: float | int = 0.1) -> "ZCA":
-        r"""Takes $O(N p^2 + p^3)$ operations: 15 seconds for CIFAR-10 on two cores.
+        r"""Takes $O(N p^2 + p^3)$ operations, on the host.
 
         **Arguments:**
 

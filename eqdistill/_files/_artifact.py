@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from .._checks import count_outputs
 from .._classifier import LinearClassifier, takes_pixels
 from .._data._distilled_set import DistilledSet
+from .._data._preprocessing import AbstractPreprocessing
 from .._data._sources import SOURCES
 from .._inner._auto_solver import AutoSolver
 from .._inner._fit import check_inner, image_struct
@@ -32,6 +33,8 @@ from ._artifact_format import (
     header_bytes,
     LOSSES,
     MAX_BYTES,
+    preprocessing_tensors,
+    PREPROCESSINGS,
     read,
     SOLVERS,
     TENSORS,
@@ -68,6 +71,7 @@ class Artifact(eqx.Module):
         `None`. With a recipe, the mean over networks.
     - `deviation`: the standard deviation over networks that is claimed, or `None`.
     - `fits`: the number of networks.
+    - `preprocessing`: what was done to the real images first, or `None`.
     - `dataset`: the name of the dataset that was distilled, or `None`.
     - `sha256`: the SHA-256 of each of the dataset's files, if it has any.
     - `learned`: the names of what was learned, such as `"images"` and `"log_l2"`; or
@@ -86,6 +90,7 @@ class Artifact(eqx.Module):
     accuracy: float | None
     deviation: float | None
     fits: int
+    preprocessing: AbstractPreprocessing | None
     dataset: str | None
     sha256: dict[str, str]
     learned: tuple[str, ...] | None
@@ -101,6 +106,7 @@ def save(
     evaluation: Evaluation | Evaluations | None = None,
     *,
     inner: AbstractInnerSolver = AutoSolver(),
+    preprocessing: AbstractPreprocessing | None = None,
     dataset: str | None = None,
     seed: int | None = None,
 ) -> None:
@@ -130,6 +136,8 @@ def save(
     - `inner`: the inner solver that `evaluation` was made with. It can be built again
         if it is a solver of this package with the default settings, except for numbers;
         of any other, only a description is kept.
+    - `preprocessing`: the [`eqdistill.Standardisation`][] or [`eqdistill.ZCA`][] that
+        the real images went through. The distilled images are in its units.
     - `dataset`: the name of the dataset, as in [`eqdistill.datasets.load`][].
     - `seed`: the seed of the run.
 
@@ -155,6 +163,7 @@ def save(
         distilled = check_inner(distilled, classifier)
         description = _describe_classifier(classifier, distilled)
     loss = _describe_loss(distilled.loss)
+    kind = _name_preprocessing(preprocessing)
     source = SOURCES.get(dataset) if dataset is not None else None
     metadata = {
         "format": FORMAT,
@@ -166,6 +175,7 @@ def save(
         if dataset is None
         else {"name": dataset, "sha256": {} if source is None else source.sha256},
         "loss": loss,
+        "preprocessing": kind,
         "learned": result.learned if is_result else None,
         "seed": seed,
         "x64": jnp.result_type(float) == jnp.float64,
@@ -175,6 +185,8 @@ def save(
     tensors = {name: np.array(getattr(distilled, name), order="C") for name in TENSORS}
     for name in LOSSES[loss]:
         tensors[name] = np.array(getattr(distilled.loss, name))
+    for name, field in preprocessing_tensors(kind).items():
+        tensors[name] = np.array(getattr(preprocessing, field), order="C")
     data = safetensors.numpy.save(
         tensors, {key: json.dumps(value) for key, value in metadata.items()}
     )
@@ -309,6 +321,22 @@ def _describe_loss(loss: AbstractLoss) -> str:
     return name
 
 
+def _name_preprocessing(preprocessing: AbstractPreprocessing | None) -> str | None:
+    """**Raises:**
+
+    A `TypeError` for a preprocessing that no file can hold.
+    """
+    if preprocessing is None:
+        return None
+    name = type(preprocessing).__name__
+    if name not in PREPROCESSINGS or type(preprocessing) is not PREPROCESSINGS[name][0]:
+        raise TypeError(
+            "`preprocessing` must be a `Standardisation` or a `ZCA` to be saved; got "
+            f"a `{name}`."
+        )
+    return name
+
+
 def _type_name(x: Any) -> str:
     """A name with a dot, unlike the names of what can be built again."""
     return f"{type(x).__module__}.{type(x).__qualname__}"
@@ -334,7 +362,7 @@ def _decode(data: bytes) -> Artifact:
 
     A `ValueError` with the reason, as a clause.
     """
-    metadata, distilled = read(data)
+    metadata, distilled, preprocessing = read(data)
     accuracy, dataset = metadata["accuracy"], metadata["dataset"]
     return Artifact(
         distilled=distilled,
@@ -346,6 +374,7 @@ def _decode(data: bytes) -> Artifact:
         accuracy=None if accuracy is None else float(accuracy["value"]),
         deviation=None if accuracy is None else accuracy["deviation"],
         fits=1 if accuracy is None else accuracy["fits"],
+        preprocessing=preprocessing,
         dataset=None if dataset is None else dataset["name"],
         sha256={} if dataset is None else dataset["sha256"],
         learned=None if metadata["learned"] is None else tuple(metadata["learned"]),

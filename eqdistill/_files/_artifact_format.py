@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from .._classifier import LinearClassifier, LogisticRegression
 from .._data._distilled_set import DistilledSet
+from .._data._preprocessing import AbstractPreprocessing, Standardisation, ZCA
 from .._inner._argmin_solver import ArgminSolver
 from .._inner._auto_solver import AutoSolver
 from .._inner._inner_solver import AbstractInnerSolver
@@ -25,6 +26,11 @@ _FLOATS = ("F32", "F64")
 _INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 # The losses, and the tensors that each has.
 LOSSES = {"CrossEntropy": (), "SquaredError": ("log_temperature",)}
+# The kinds of preprocessing, and the tensors that each has.
+PREPROCESSINGS = {
+    "Standardisation": (Standardisation, ("mean", "deviation")),
+    "ZCA": (ZCA, ("mean", "whitening")),
+}
 # The inner solvers that can be built again, and which of their fields are numbers.
 SOLVERS = {
     "AutoSolver": (AutoSolver, ()),
@@ -59,8 +65,11 @@ def header_bytes(start: bytes, size: int) -> int:
     return length
 
 
-def read(data: bytes) -> tuple[dict[str, Any], DistilledSet]:
-    """Checks the bytes of a file, and takes its metadata and distilled set from them.
+def read(
+    data: bytes,
+) -> tuple[dict[str, Any], DistilledSet, AbstractPreprocessing | None]:
+    """Checks the bytes of a file, and takes its metadata, its distilled set and its
+    preprocessing from them.
 
     **Raises:**
 
@@ -69,7 +78,8 @@ def read(data: bytes) -> tuple[dict[str, Any], DistilledSet]:
     header = _json(data[8 : 8 + header_bytes(data, len(data))], "its header")
     check(type(header) is dict, "its header must be a JSON object")
     metadata = _metadata(header.pop("__metadata__", None))
-    tensors = _tensors(header, (*TENSORS, *LOSSES[metadata["loss"]]), data)
+    own = preprocessing_tensors(metadata["preprocessing"])
+    tensors = _tensors(header, (*TENSORS, *LOSSES[metadata["loss"]], *own), data)
     images, labels, log_l2 = (_canonical(tensors[name]) for name in TENSORS)
     num_classes = metadata["classifier"]["num_classes"]
 
@@ -112,7 +122,44 @@ def read(data: bytes) -> tuple[dict[str, Any], DistilledSet]:
     # The logarithms are put in as they are: to take them of the ridge and of the
     # temperature again would round.
     distilled = DistilledSet(images, labels, l2=1.0, loss=loss)
-    return metadata, eqx.tree_at(lambda d: d.log_l2, distilled, jnp.asarray(log_l2))
+    distilled = eqx.tree_at(lambda d: d.log_l2, distilled, jnp.asarray(log_l2))
+    preprocessing = None
+    if metadata["preprocessing"] is not None:
+        make, fields = PREPROCESSINGS[metadata["preprocessing"]]
+        arrays = {f: _canonical(tensors[f"preprocessing.{f}"]) for f in fields}
+        _check_preprocessing(arrays, images.shape[1:])
+        preprocessing = make(**{f: jnp.asarray(x) for f, x in arrays.items()})
+    return metadata, distilled, preprocessing
+
+
+def preprocessing_tensors(kind: str | None) -> dict[str, str]:
+    """The names of its tensors in a file, and the fields that they are."""
+    fields = () if kind is None else PREPROCESSINGS[kind][1]
+    return {f"preprocessing.{field}": field for field in fields}
+
+
+def _check_preprocessing(arrays: dict[str, np.ndarray], shape: tuple[int, ...]) -> None:
+    for name, x in arrays.items():
+        check(np.isfinite(x).all(), f"`preprocessing.{name}` must be finite")
+    pixels = math.prod(shape)
+    if "whitening" in arrays:
+        wanted = {"mean": shape, "whitening": (pixels, pixels)}
+    else:
+        ones = (
+            (*shape[:1], *[1] * len(shape[1:]))
+            if len(shape) == 3
+            else (1,) * len(shape)
+        )
+        wanted = {"mean": ones, "deviation": ones}
+        check(
+            bool((arrays["deviation"] > 0).all()),
+            "`preprocessing.deviation` must be positive",
+        )
+    for name, x in arrays.items():
+        check(
+            x.shape == wanted[name],
+            f"`preprocessing.{name}` must have shape {wanted[name]}; got {x.shape}",
+        )
 
 
 def _json(data: str | bytes, name: str) -> Any:
@@ -180,6 +227,8 @@ def _metadata(raw: Any) -> dict[str, Any]:
     if version != FORMAT_VERSION and type(metadata.get("accuracy")) is dict:
         # All were of one fit.
         metadata["accuracy"] = {"deviation": None, "fits": 1, **metadata["accuracy"]}
+    if version != FORMAT_VERSION:
+        metadata.setdefault("preprocessing", None)
     checks = {
         "format": (lambda x: True, ""),
         "format_version": (lambda x: True, ""),
@@ -197,6 +246,10 @@ def _metadata(raw: Any) -> dict[str, Any]:
         "loss": (
             lambda x: type(x) is str and x in LOSSES,
             f"one of {', '.join(LOSSES)}",
+        ),
+        "preprocessing": (
+            lambda x: x is None or (type(x) is str and x in PREPROCESSINGS),
+            f"null or one of {', '.join(PREPROCESSINGS)}",
         ),
         "learned": (
             lambda x: x is None or _are_names(x),

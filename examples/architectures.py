@@ -1,0 +1,285 @@
+"""Trains networks on small sets of images by a named recipe: a table of sets against
+networks.
+
+The sets are random real images, of several draws; the same with labels that are learned
+for ridge regression on the pixels; class means; k-means; herding; images distilled for
+logistic regression with a learned ridge; and the sets in any files of `eqdistill.save`
+that are given. All images are standardised. A recipe for hard labels leaves out sets
+with soft ones.
+
+Prints the mean test accuracy and the standard deviation over networks, after the last
+step of the training, as a table in Markdown; and draws the table. What has been
+measured is kept in `architectures.json`: the script can be stopped, and goes on from
+there.
+"""
+
+import argparse
+import functools as ft
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import eqdistill as eqd
+from eqdistill import nn, recipes
+
+
+# Grey images of 28 x 28 are padded to 32, as in the papers.
+NETWORKS = {
+    "ConvNet, instance norm": ft.partial(nn.ConvNet, size=32),
+    "ConvNet": ft.partial(nn.ConvNet, size=32, widths=(32, 64, 128), norm=None),
+    "FRePo's ConvNet": ft.partial(
+        nn.ConvNet, size=32, widths=(128, 256, 512), norm=None
+    ),
+    "LeNet": nn.LeNet,
+    "MLP": nn.MLP,
+    "AlexNet": nn.AlexNet,
+    "VGG-11": nn.VGG11,
+    "ResNet-18": nn.ResNet18,
+}
+RECIPES = {
+    "dc": recipes.dc,
+    "dc, augmented": ft.partial(recipes.dc, updates=1000, augment=True),
+    "frepo": recipes.frepo,
+    "zero_start": recipes.zero_start,
+}
+Sets = Callable[[], list[eqd.DistilledSet]]
+
+
+def main(
+    dataset: str,
+    data_dir: Path | None,
+    recipe: str,
+    networks: list[str],
+    sets: list[str] | None,
+    artifacts: list[Path],
+    images: int,
+    draws: int,
+    num_networks: int,
+    updates: int | None,
+    output: Path,
+) -> None:
+    train, test = eqd.datasets.load(dataset, data_dir)
+    standardisation = eqd.Standardisation.fit(train)
+    train, test = train.map(standardisation), test.map(standardisation)
+    made = make_sets(train, images, draws)
+    made = {name: made[name] for name in sets or made}
+    for path in artifacts:
+        made[path.stem] = ft.partial(load, path, standardisation)
+    output.mkdir(parents=True, exist_ok=True)
+    kept = Measured(output / "architectures.json")
+    rows = {}
+    for name, make in made.items():
+        rows[name] = []
+        for network in networks:
+            settings = {} if updates is None else {"updates": updates}
+            by = RECIPES[recipe](NETWORKS[network], **settings)
+            key = [dataset, images, name, draws, network, recipe, updates, num_networks]
+            measure = ft.partial(accuracies, make, by, test, num_networks)
+            rows[name].append(kept.get(json.dumps(key), measure))
+    table = to_table(rows, networks)
+    print(f"\n{dataset}, {images} images a class, by the recipe {recipe}:\n\n{table}")
+    stem = f"architectures_{dataset}_{images}_{recipe.split(',')[0]}"
+    (output / f"{stem}.md").write_text(table + "\n")
+    draw(rows, networks).savefig(output / f"{stem}.png")
+    print(f"\nfiles {output / stem}.md, {output / stem}.png")
+
+
+class Measured:
+    """What has been measured, in a file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.found = json.loads(file.read_text()) if file.exists() else {}
+
+    def get(
+        self, key: str, measure: Callable[[], recipes.Evaluations | None]
+    ) -> recipes.Evaluations | None:
+        if key not in self.found:
+            evaluations = measure()
+            self.found[key] = (
+                None if evaluations is None else evaluations.accuracies.tolist()
+            )
+            print(f"{key}: {to_cell(evaluations)}", flush=True)
+            # All of the file is there, or the old one.
+            part = self.file.with_suffix(".part")
+            part.write_text(json.dumps(self.found, indent=1))
+            part.replace(self.file)
+        kept = self.found[key]
+        return None if kept is None else recipes.Evaluations(np.array(kept))
+
+
+def accuracies(
+    make: Sets, recipe: recipes.Recipe, test: eqd.Dataset, num_networks: int
+) -> recipes.Evaluations | None:
+    sets = make()
+    if recipe.name == "dc" and sets[0].labels.ndim == 2:
+        return None
+    return recipes.evaluate(
+        sets, recipe, test, num_networks=num_networks, key=jr.key(0)
+    )
+
+
+def make_sets(train: eqd.Dataset, images: int, draws: int) -> dict[str, Sets]:
+    n = images * train.num_classes
+    once = lambda constructor: [constructor(train, n, l2=0.1, key=jr.key(0))]
+    real = lambda seed: eqd.DistilledSet.from_real(train, n, l2=0.1, key=jr.key(seed))
+    return {
+        "random real images": lambda: [real(seed) for seed in range(draws)],
+        "learned labels": lambda: [
+            learn_labels(real(seed), train) for seed in range(draws)
+        ],
+        "class means": lambda: once(eqd.DistilledSet.from_class_means),
+        "k-means": lambda: once(eqd.DistilledSet.from_kmeans),
+        "herding": lambda: once(eqd.DistilledSet.from_herding),
+        "distilled, linear": lambda: [distil_linear(train, n)],
+    }
+
+
+def learn_labels(real: eqd.DistilledSet, train: eqd.Dataset) -> eqd.DistilledSet:
+    targets = jax.nn.one_hot(real.labels, train.num_classes) - 1 / train.num_classes
+    start = eqd.DistilledSet(real.images, targets, l2=1.0, loss=eqd.SquaredError())
+    nothing = jax.tree.map(lambda _: False, start)
+    learn = eqx.tree_at(lambda d: (d.labels, d.log_l2), nothing, (True, True))
+    result = eqd.distill(
+        start,
+        linear(train),
+        train,
+        optimiser=optax.adam(0.02),
+        steps=200,
+        learn=(learn, False),
+    )
+    return result.distilled
+
+
+def distil_linear(train: eqd.Dataset, n: int) -> eqd.DistilledSet:
+    start = eqd.DistilledSet.from_noise(train, n, l2=0.01, scale=0.01, key=jr.key(0))
+    optimiser = optax.chain(
+        optax.lbfgs(learning_rate=1.0, linesearch=None), optax.clip_by_global_norm(0.5)
+    )
+    result = eqd.distill(
+        start,
+        linear(train),
+        train,
+        optimiser=optimiser,
+        steps=150,
+        learn=(True, False),
+    )
+    return result.distilled
+
+
+def linear(train: eqd.Dataset) -> eqd.LinearClassifier:
+    return eqd.LogisticRegression(train.images[0].size, train.num_classes)
+
+
+def load(path: Path, standardisation: eqd.Standardisation) -> list[eqd.DistilledSet]:
+    artifact = eqd.load(path)
+    distilled = artifact.distilled
+    if artifact.preprocessing is None:
+        images = jax.vmap(standardisation)(distilled.images)
+        return [eqx.tree_at(lambda d: d.images, distilled, images)]
+    to_pixels = jax.vmap(artifact.preprocessing.inverse)
+    images = jax.vmap(standardisation)(to_pixels(distilled.images))
+    return [eqx.tree_at(lambda d: d.images, distilled, jnp.asarray(images))]
+
+
+def to_cell(found: recipes.Evaluations | None) -> str:
+    if found is None:
+        return "-"
+    text = f"{100 * found.mean:.1f}"
+    if found.accuracies.shape[1] > 1:
+        text += f" ± {100 * found.deviation_of_networks:.1f}"
+    if len(found.accuracies) > 1:
+        text += f" (draws ± {100 * found.deviation_of_sets:.1f})"
+    return text
+
+
+def to_table(
+    rows: dict[str, list[recipes.Evaluations | None]], networks: list[str]
+) -> str:
+    lines = [f"| | {' | '.join(networks)} |", "|---" * (len(networks) + 1) + "|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {' | '.join(map(to_cell, row))} |")
+    return "\n".join(lines)
+
+
+def draw(
+    rows: dict[str, list[recipes.Evaluations | None]], networks: list[str]
+) -> Figure:
+    """One line for each set, one mark for each network: the mean over sets and
+    networks, with the deviation over networks."""
+    figure = Figure(
+        figsize=(6.5, 0.45 * len(rows) + 1.6), dpi=200, layout="constrained"
+    )
+    axis = figure.add_subplot()
+    markers = "osD^vP*X"
+    for j, network in enumerate(networks):
+        # Marks of one line stand a little apart.
+        shift = 0.08 * (j - (len(networks) - 1) / 2)
+        found = [(i, row[j]) for i, row in enumerate(rows.values()) if row[j]]
+        axis.errorbar(
+            [100 * f.mean for _, f in found if f],
+            [i + shift for i, _ in found],
+            xerr=[100 * np.nan_to_num(f.deviation_of_networks) for _, f in found if f],
+            fmt=markers[j % len(markers)],
+            markersize=5,
+            linewidth=1,
+            label=network,
+        )
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.invert_yaxis()
+    axis.set_xlabel("test accuracy (%)")
+    axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(
+        loc="outside lower center",
+        ncols=min(4, len(networks)),
+        frameon=False,
+        fontsize=8,
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset",
+        default="mnist",
+        choices=["mnist", "fashion_mnist", "digits", "cifar10"],
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, help="where to look for the dataset first"
+    )
+    parser.add_argument("--recipe", default="zero_start", choices=list(RECIPES))
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=list(NETWORKS),
+        default=["ConvNet, instance norm", "ConvNet", "LeNet", "MLP"],
+    )
+    parser.add_argument("--sets", nargs="+", help="defaults to all", metavar="SET")
+    parser.add_argument(
+        "--artifacts", nargs="*", type=Path, default=[], help="files of eqdistill.save"
+    )
+    parser.add_argument("--images", type=int, default=1, help="images a class")
+    parser.add_argument("--draws", type=int, default=5, help="of random real images")
+    parser.add_argument("--num-networks", type=int, default=3)
+    parser.add_argument("--updates", type=int, help="defaults to the recipe's")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="a folder for the results"
+    )
+    args = parser.parse_args()
+    # The next run loads what this one compiles.
+    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    main(**vars(args))
