@@ -6,6 +6,7 @@ from ._outer._recipes import (
     Evaluations as Evaluations,
     frepo as frepo,
     Recipe as Recipe,
+    supervised as supervised,
     zero_start as zero_start,
 )
 from ._outer._scores import (

@@ -4,8 +4,8 @@ networks.
 The sets are random real images, of several draws; the same with labels that are learned
 for ridge regression on the pixels; class means; k-means; herding; images distilled for
 logistic regression with a learned ridge; and the sets in any files of `eqdistill.save`
-that are given. All images are standardised. A recipe for hard labels leaves out sets
-with soft ones.
+that are given. For the recipe `supervised` there is one set: all training images. All
+images are standardised. A recipe for hard labels leaves out sets with soft ones.
 
 Prints the mean test accuracy and the standard deviation over networks, after the last
 step of the training, as a table in Markdown; and draws the table. What has been
@@ -49,6 +49,7 @@ RECIPES = {
     "dc, augmented": ft.partial(recipes.dc, updates=1000, augment=True),
     "frepo": recipes.frepo,
     "zero_start": recipes.zero_start,
+    "supervised": recipes.supervised,
 }
 Sets = Callable[[], list[eqd.DistilledSet]]
 
@@ -70,6 +71,12 @@ def main(
     standardisation = eqd.Standardisation.fit(train)
     train, test = train.map(standardisation), test.map(standardisation)
     made = make_sets(train, images, draws)
+    if recipe == "supervised":
+        made = {
+            "all training images": lambda: [
+                eqd.DistilledSet(train.images, train.labels, l2=1.0)
+            ]
+        }
     made = {name: made[name] for name in sets or made}
     for path in artifacts:
         made[path.stem] = ft.partial(load, path, standardisation)

@@ -163,6 +163,15 @@ def test_networks_differ_and_are_the_same_for_all_sets(real, digits):
     np.testing.assert_array_equal(run(real).accuracies, found.accuracies[:1])
 
 
+@pytest.mark.slow
+def test_ordinary_training_on_real_data(digits):
+    train, test = digits
+    real = eqd.DistilledSet(train.floating(), train.labels, l2=1.0)
+    recipe = recipes.supervised(functools.partial(nn.ConvNet, widths=(8, 16)))
+    found = recipes.evaluate(real, recipe, test, num_networks=1, key=jr.key(0))
+    assert found.mean > 0.97
+
+
 SCRIPT = """
 import functools, jax.random as jr, eqdistill as eqd
 train, test = eqd.datasets.load("digits")

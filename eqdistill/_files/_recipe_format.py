@@ -21,7 +21,7 @@ from .._nn._networks import (
     ResNet18,
     VGG11,
 )
-from .._outer._recipes import dc, frepo, Recipe, zero_start
+from .._outer._recipes import dc, frepo, Recipe, supervised, zero_start
 
 
 _NORMS = {None: None, "instance_norm": instance_norm, "group_norm": group_norm}
@@ -43,6 +43,7 @@ _ARCHITECTURES = {
 # The recipes, and their settings beside the network.
 _RECIPES = {
     "dc": (dc, ("updates", "augment")),
+    "supervised": (supervised, ("updates", "batch_size")),
     "frepo": (frepo, ("updates",)),
     "zero_start": (zero_start, ("updates",)),
 }
@@ -141,6 +142,7 @@ def _are_widths(x: Any) -> bool:
 
 _CHECKS = {
     "updates": lambda x: is_integer(x, 2, _MOST_UPDATES),
+    "batch_size": lambda x: is_integer(x, 1, _MOST_UPDATES),
     "augment": lambda x: type(x) is bool,
     "widths": _are_widths,
     "size": lambda x: x is None or is_integer(x, 1, _MOST_PIXELS),

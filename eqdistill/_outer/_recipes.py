@@ -186,15 +186,6 @@ def dc(
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021.
     """
 
-    def prepare(distilled, num_classes):
-        del num_classes
-        if distilled.labels.ndim != 1:
-            raise ValueError(
-                "`distilled` must have hard labels for the recipe `dc`; got labels of "
-                f"dtype {distilled.labels.dtype} and shape {distilled.labels.shape}."
-            )
-        return _with(distilled, CrossEntropy(), weight_decay=5e-4)
-
     inner = UnrolledSolver(
         _drops_at_half(updates),
         {"learning_rate": 0.01},
@@ -204,6 +195,7 @@ def dc(
         else None,
     )
     settings = (("updates", updates), ("augment", augment))
+    prepare = ft.partial(_with_hard_labels, "dc", 5e-4)
     return Recipe("dc", settings, network, _as_it_is, prepare, inner)
 
 
@@ -266,6 +258,34 @@ def zero_start(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
     return Recipe("zero_start", settings, network, start, _with_targets, inner)
 
 
+def supervised(
+    network: Callable = ConvNet, *, updates: int = 1000, batch_size: int = 128
+) -> Recipe:
+    """The ordinary training on real data, to compare with: cross-entropy on hard
+    labels, and Adam at a rate of 1e-3, which decays by a cosine to a hundredth, in
+    batches. The distilled set is to be all of the real images.
+
+    **Arguments:** as for [`eqdistill.recipes.dc`][], but for
+
+    - `batch_size`: the number of images in a step. (Keyword only argument.)
+
+    **Returns:**
+
+    An [`eqdistill.recipes.Recipe`][].
+
+    **Raises:**
+
+    A `ValueError` if `updates` or `batch_size` is less than 1; and when used, if there
+    are fewer images than in a batch.
+    """
+    inner = UnrolledSolver(
+        _warms_up(0, updates), {"learning_rate": 1e-3}, updates, batch_size=batch_size
+    )
+    settings = (("updates", updates), ("batch_size", batch_size))
+    prepare = ft.partial(_with_hard_labels, "supervised", 0.0)
+    return Recipe("supervised", settings, network, _as_it_is, prepare, inner)
+
+
 @ft.cache  # What holds a new function is compiled anew.
 def _drops_at_half(updates: int) -> Callable:
     def make(learning_rate):
@@ -288,6 +308,18 @@ def _warms_up(warm_up: int, updates: int) -> Callable:
 def _as_it_is(network: PyTree, *, key: PRNGKeyArray) -> PyTree:
     del key
     return network
+
+
+def _with_hard_labels(
+    recipe: str, weight_decay: float, distilled: DistilledSet, num_classes: int
+) -> DistilledSet:
+    del num_classes
+    if distilled.labels.ndim != 1:
+        raise ValueError(
+            f"`distilled` must have hard labels for the recipe `{recipe}`; got labels "
+            f"of dtype {distilled.labels.dtype} and shape {distilled.labels.shape}."
+        )
+    return _with(distilled, CrossEntropy(), weight_decay)
 
 
 def _with_targets(distilled: DistilledSet, num_classes: int) -> DistilledSet:
