@@ -296,6 +296,7 @@ class Features(eqx.Module):
         return jnp.tanh(jr.normal(self.key, (4, 6)) @ image)
 
 
+@pytest.mark.slow
 def test_key_inside_features():
     head = linear(4, 3)
     classifier, other = (

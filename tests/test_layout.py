@@ -66,6 +66,7 @@ def test_loss_of_separated_data(digits):
     assert 0 <= loss < 1e-6
 
 
+@pytest.mark.slow
 def test_half_precision(digits):
     images = digits[0].floating()[:101].astype(jnp.bfloat16)
     train = eqd.Dataset(images, digits[0].labels[:101], 10)
