@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
     "docs/write-a-solver.md",
+    pytest.param("docs/evaluation.md", marks=pytest.mark.slow),
     pytest.param("docs/getting-started.md", marks=pytest.mark.slow),
 ]
 

@@ -23,8 +23,8 @@ from ._evaluate import evaluate as evaluate_one
 
 class Recipe(eqx.Module):
     """All that decides which accuracy a distilled set has: how networks are made, what
-    the labels stand for, and how a network is trained. The same ten images may score
-    95% by one recipe and 69% by another.
+    the labels stand for, and how a network is trained. The same images score very
+    differently by two recipes.
 
     **Attributes:**
 
