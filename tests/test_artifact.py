@@ -214,7 +214,9 @@ def test_preprocessing_travels(path, kind):
 
 
 RECIPES = [
-    eqd.recipes.dc(functools.partial(nn.ConvNet, widths=(4,), size=8), updates=7),
+    eqd.recipes.dc(
+        functools.partial(nn.ConvNet, widths=(4,), size=8, norm_last=True), updates=7
+    ),
     eqd.recipes.frepo(functools.partial(nn.MLP, widths=(5,)), updates=7),
     eqd.recipes.zero_start(nn.LeNet, updates=7),
     eqd.recipes.dc(nn.AlexNet, updates=7, augment=True),
@@ -392,6 +394,7 @@ NETWORK = {
     "architecture": "ConvNet",
     "widths": [4],
     "norm": None,
+    "norm_last": False,
     "activation": "relu",
     "pool": "max_pool",
     "size": None,

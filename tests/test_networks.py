@@ -75,6 +75,13 @@ def test_layers_are_as_by_hand(network):
     np.testing.assert_allclose(CALL(network, image), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_place_of_the_normalisation():
+    make = lambda key: nn.ConvNet((8, 8), 10, widths=(4,), norm_last=True, key=key)
+    kinds = [type(layer) for layer in make(jr.key(0)).layers]
+    wanted = [nn.Conv2d, eqx.nn.Lambda, eqx.nn.AvgPool2d, eqx.nn.GroupNorm]
+    assert kinds[1:5] == wanted
+
+
 def test_last_layer_is_the_head(network):
     linear = eqd.last_layer(network)
     assert linear.head is network.layers[-1]

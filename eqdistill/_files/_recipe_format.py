@@ -33,7 +33,7 @@ _ACTIVATIONS = {
 _FUNCTIONS = {"norm": _NORMS, "pool": _POOLS, "activation": _ACTIVATIONS}
 # The architectures, and their settings beside the shape and the number of classes.
 _ARCHITECTURES = {
-    "ConvNet": (ConvNet, ("widths", "norm", "activation", "pool", "size")),
+    "ConvNet": (ConvNet, ("widths", "norm", "norm_last", "activation", "pool", "size")),
     "LeNet": (LeNet, ("activation",)),
     "MLP": (MLP, ("widths", "activation")),
     "AlexNet": (AlexNet, ("norm", "activation")),
@@ -144,6 +144,7 @@ _CHECKS = {
     "updates": lambda x: is_integer(x, 2, _MOST_UPDATES),
     "batch_size": lambda x: is_integer(x, 1, _MOST_UPDATES),
     "augment": lambda x: type(x) is bool,
+    "norm_last": lambda x: type(x) is bool,
     "widths": _are_widths,
     "size": lambda x: x is None or is_integer(x, 1, _MOST_PIXELS),
     **{field: _is_name(field) for field in _FUNCTIONS},

@@ -91,6 +91,7 @@ def ConvNet(
     *,
     widths: Sequence[int] = (128, 128, 128),
     norm: Norm | None = instance_norm,
+    norm_last: bool = False,
     activation: Activation = jax.nn.relu,
     pool: Callable = average_pool,
     size: int | None = None,
@@ -112,6 +113,8 @@ def ConvNet(
     - `widths`: the number of channels after each block.
     - `norm`: makes a layer from a number of channels, such as
         [`eqdistill.nn.instance_norm`][]; or `None`.
+    - `norm_last`: whether the normalisation of a block stands after the pooling, and not
+        before the activation.
     - `activation`: a function of an array. A smooth one, such as `jax.nn.softplus`, is
         best for [`eqdistill.ArgminSolver`][].
     - `pool`: `eqdistill.nn.average_pool` or `eqdistill.nn.max_pool`, of 2 x 2 pixels.
@@ -137,6 +140,7 @@ def ConvNet(
         "num_classes": num_classes,
         "widths": tuple(widths),
         "norm": norm,
+        "norm_last": norm_last,
         "activation": activation,
         "pool": pool,
         "size": size,
@@ -144,8 +148,11 @@ def ConvNet(
     layers, (channels, height, width) = _begin(shape, size)
     *keys, head_key = jr.split(key, len(widths) + 1)
     for new_channels, key in zip(widths, keys, strict=True):
-        layers += _block(channels, new_channels, norm, activation, key=key)
+        before, after = (None, norm) if norm_last else (norm, None)
+        layers += _block(channels, new_channels, before, activation, key=key)
         layers.append(pool)
+        if after is not None:
+            layers.append(after(new_channels))
         channels, height, width = new_channels, height // 2, width // 2
     if height * width == 0:
         raise ValueError(
