@@ -113,8 +113,8 @@ def ConvNet(
     - `widths`: the number of channels after each block.
     - `norm`: makes a layer from a number of channels, such as
         [`eqdistill.nn.instance_norm`][]; or `None`.
-    - `norm_last`: whether the normalisation of a block stands after the pooling, and not
-        before the activation.
+    - `norm_last`: whether the normalisation of a block stands after the pooling, and
+        not before the activation.
     - `activation`: a function of an array. A smooth one, such as `jax.nn.softplus`, is
         best for [`eqdistill.ArgminSolver`][].
     - `pool`: `eqdistill.nn.average_pool` or `eqdistill.nn.max_pool`, of 2 x 2 pixels.
