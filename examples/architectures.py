@@ -34,6 +34,7 @@ from eqdistill import nn, recipes
 # Grey images of 28 x 28 are padded to 32, as in the papers.
 NETWORKS = {
     "ConvNet, instance norm": ft.partial(nn.ConvNet, size=32),
+    "ConvNet, instance norm, not padded": nn.ConvNet,
     "ConvNet": ft.partial(nn.ConvNet, size=32, widths=(32, 64, 128), norm=None),
     "FRePo's ConvNet": ft.partial(
         nn.ConvNet, size=32, widths=(128, 256, 512), norm=None
