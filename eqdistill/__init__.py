@@ -55,6 +55,7 @@ with install_import_hook("eqdistill", "beartype.beartype"):
         Fitted as Fitted,
         inner_loss as inner_loss,
     )
+    from ._inner._pool import Pool as Pool, PoolState as PoolState
     from ._inner._ridge_solver import RidgeSolver as RidgeSolver
     from ._inner._span_solver import SpanSolver as SpanSolver
     from ._inner._unrolled_solver import UnrolledSolver as UnrolledSolver

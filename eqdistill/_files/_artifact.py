@@ -160,7 +160,7 @@ def save(
     if isinstance(classifier, Recipe):
         description = _describe_recipe(classifier, distilled, evaluation)
     else:
-        distilled = check_inner(distilled, classifier)
+        distilled = check_inner(distilled, classifier, inner)
         description = _describe_classifier(classifier, distilled)
     loss = _describe_loss(distilled.loss)
     kind = _name_preprocessing(preprocessing)

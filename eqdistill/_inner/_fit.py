@@ -63,7 +63,7 @@ def fit(
     - A `RuntimeError` as `throw` says.
     """
     check_key("key", key)
-    distilled = check_inner(distilled, classifier)
+    distilled = check_inner(distilled, classifier, inner)
     fitted = _fit(distilled, classifier, inner, key)
     if throw:
         # Outside of the compiled program: JAX's persistent compilation cache does not
@@ -143,7 +143,9 @@ def image_struct(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
 
 
-def check_inner(distilled: DistilledSet, classifier: PyTree) -> DistilledSet:
+def check_inner(
+    distilled: DistilledSet, classifier: PyTree, inner: AbstractInnerSolver
+) -> DistilledSet:
     """Checks that a classifier can be fitted to a distilled set.
 
     **Returns:**
@@ -154,6 +156,16 @@ def check_inner(distilled: DistilledSet, classifier: PyTree) -> DistilledSet:
 
     A `TypeError` or `ValueError` that names the argument at fault.
     """
+    name = type(inner).__name__
+    if inner.takes_classifier and classifier is None:
+        raise TypeError(f"`classifier` must be given with `{name}`; got None.")
+    if not inner.takes_classifier:
+        if classifier is not None:
+            raise TypeError(
+                f"`classifier` must be None with `{name}`, which draws classifiers of "
+                f"its own; got a {type(classifier).__name__}."
+            )
+        return distilled
     num_classes = check_classifier(classifier, image_struct(distilled))
     labels = distilled.labels
     if labels.ndim == 2:

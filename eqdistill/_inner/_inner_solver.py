@@ -1,5 +1,5 @@
 import abc
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -79,7 +79,14 @@ class AbstractInnerSolver(eqx.Module, Generic[State]):
 
     A solver may carry a state from one outer step to the next, such as a warm start or
     a pool of networks, and may draw random numbers.
+
+    **Attributes:**
+
+    - `takes_classifier`: whether the solver is given a classifier. A solver that draws
+        classifiers of its own is given `None`. (Class attribute.)
     """
+
+    takes_classifier: ClassVar[bool] = True
 
     @abc.abstractmethod
     def init(

@@ -95,7 +95,7 @@ def distill_each(
         tolerance=tolerance,
     )
     for start in starts[1:]:
-        check_inner(decode(start), classifier)
+        check_inner(decode(start), classifier, inner)
     arrays = [eqx.filter((start, inner), eqx.is_array) for start in starts]
     arrays = jax.tree.map(lambda *x: jnp.stack(x), *arrays)
     keys = None if key is None else jr.split(key, len(starts))

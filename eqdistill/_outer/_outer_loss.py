@@ -83,7 +83,7 @@ def outer_loss(
     has.
     """
     check_key("key", key)
-    distilled = check_inner(decode(start), classifier)
+    distilled = check_inner(decode(start), classifier, inner)
     check_data("data", data, distilled, classifier)
     return loss_of(distilled, classifier, data, inner, state, step=step, key=key)
 
@@ -178,6 +178,8 @@ def check_data(
             f"`{name}` and `distilled` must have images of one shape; got "
             f"{data.shape} and {shape}."
         )
+    if classifier is None:  # The inner solver draws its own.
+        return
     num_classes = check_classifier(classifier, image_struct(distilled))
     if data.num_classes > num_classes:
         raise ValueError(

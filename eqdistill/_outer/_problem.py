@@ -121,7 +121,7 @@ class Problem(eqx.Module):
 
         A `TypeError` or `ValueError` for an argument that is not as it should be.
         """
-        distilled = check_inner(decode(start), classifier)
+        distilled = check_inner(decode(start), classifier, inner)
         check_data("train", data, distilled, classifier)
         if not tolerance >= 0:
             raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
