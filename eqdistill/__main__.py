@@ -5,9 +5,11 @@ import sys
 
 import jax
 import jax.random as jr
+import numpy as np
 
 from . import datasets, recipes
 from ._data._dataset import Dataset
+from ._data._preprocessing import AbstractPreprocessing, Standardisation, ZCA
 from ._data._sources import SOURCES
 from ._files._artifact import Artifact, load
 from ._outer._evaluate import evaluate
@@ -53,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_tolerance,
         metavar="T",
         help="the most by which the accuracies, from 0 to 1, may differ. Defaults to "
-        "the deviation over networks that the file claims, or else to 0.0001: one test "
+        "the deviation that is measured over networks, or else to 0.0001: one test "
         "image in 10,000",
     )
     return main
@@ -82,28 +84,59 @@ def _measure(args: argparse.Namespace) -> tuple[str, float, float, float]:
             "their SHA-256 differ."
         )
     with jax.enable_x64(artifact.x64):
-        _, test = datasets.load(name, args.data_dir)
+        train, test = datasets.load(name, args.data_dir)
         if artifact.preprocessing is not None:
+            _check_preprocessing(args.file, artifact.preprocessing, train)
             test = test.map(artifact.preprocessing)
-        measured = _retrain(args.file, artifact, test)
+        measured, deviation = _retrain(args.file, artifact, test)
     tolerance = args.tolerance
     if tolerance is None:
-        tolerance = max(artifact.deviation or 0.0, 1e-4)
+        tolerance = max(deviation, 1e-4)
     return name, artifact.accuracy, measured, tolerance
 
 
-def _retrain(file: str, artifact: Artifact, test: Dataset) -> float:
-    """The accuracy of the classifier, or the mean accuracy of the networks, that a file
-    says was fitted."""
-    key = jr.key(artifact.seed or 0)
+def _check_preprocessing(
+    file: str, preprocessing: AbstractPreprocessing, train: Dataset
+) -> None:
+    """**Raises:**
+
+    A `ValueError` if that is not what is fitted to the training data: it could hold all
+    that is to be learned.
+    """
+    if isinstance(preprocessing, ZCA):
+        wanted = ZCA.fit(train, regularisation=preprocessing.regularisation)
+    else:
+        wanted = Standardisation.fit(train)
+    for x, y in zip(
+        jax.tree.leaves(preprocessing), jax.tree.leaves(wanted), strict=True
+    ):
+        if x.shape != y.shape or not np.allclose(x, y, 1e-2, 1e-3 * np.abs(y).max()):
+            raise ValueError(
+                f"The preprocessing of {file} is not the one that is fitted to the "
+                "training data."
+            )
+
+
+def _retrain(file: str, artifact: Artifact, test: Dataset) -> tuple[float, float]:
+    """The accuracy of the classifier that a file says was fitted, and zero; or the mean
+    accuracy of the networks that were trained, and their deviation."""
     if artifact.recipe is not None:
-        return recipes.evaluate(
+        key = jr.key(artifact.seed or 0) if artifact.key is None else artifact.key
+        found = recipes.evaluate(
             artifact.distilled,
             artifact.recipe,
             test,
             num_networks=artifact.fits,
             key=key,
-        ).mean
+        )
+        deviation = found.deviation_of_networks if artifact.fits > 1 else 0.0
+        return found.mean, deviation
+    if artifact.inner is None and artifact.inner_description == "none":
+        raise ValueError(
+            f"The recipe of {file} cannot be built from a file: "
+            f"{artifact.classifier_description!r}. Use eqdistill.load and "
+            "eqdistill.recipes.evaluate."
+        )
     for part in ("classifier", "inner"):
         if getattr(artifact, part) is None:
             description = getattr(artifact, f"{part}_description")
@@ -114,14 +147,22 @@ def _retrain(file: str, artifact: Artifact, test: Dataset) -> float:
     assert artifact.classifier is not None
     assert artifact.inner is not None
     evaluation = evaluate(artifact.distilled, artifact.classifier, test, artifact.inner)
-    return float(evaluation.accuracy)
+    return float(evaluation.accuracy), 0.0
 
 
 def _main() -> int:
     args = _parser().parse_args()
     try:
         name, claimed, measured, tolerance = _measure(args)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as e:
+    except (
+        ArithmeticError,
+        ImportError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
         lines = [line for line in str(e).splitlines() if line.strip()]
         return args.error(lines[0] if lines else type(e).__name__)
     # Accuracies are fractions in single precision: digits beyond these are rounding.

@@ -15,6 +15,7 @@ there.
 
 import argparse
 import functools as ft
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -73,14 +74,13 @@ def main(
     train, test = train.map(standardisation), test.map(standardisation)
     made = make_sets(train, images, draws)
     if recipe == "supervised":
-        made = {
-            "all training images": lambda: [
-                eqd.DistilledSet(train.images, train.labels, l2=1.0)
-            ]
-        }
+        everything = ft.partial(eqd.DistilledSet, train.images, train.labels, l2=1.0)
+        made, sets = {"all training images": lambda: [everything()]}, None
     made = {name: made[name] for name in sets or made}
+    contents = {}
     for path in artifacts:
         made[path.stem] = ft.partial(load, path, standardisation)
+        contents[path.stem] = hashlib.sha256(path.read_bytes()).hexdigest()
     output.mkdir(parents=True, exist_ok=True)
     kept = Measured(output / "architectures.json")
     rows = {}
@@ -90,11 +90,12 @@ def main(
             settings = {} if updates is None else {"updates": updates}
             by = RECIPES[recipe](NETWORKS[network], **settings)
             key = [dataset, images, name, draws, network, recipe, updates, num_networks]
+            key += [contents[name]] if name in contents else []
             measure = ft.partial(accuracies, make, by, test, num_networks)
             rows[name].append(kept.get(json.dumps(key), measure))
     table = to_table(rows, networks)
     print(f"\n{dataset}, {images} images a class, by the recipe {recipe}:\n\n{table}")
-    stem = f"architectures_{dataset}_{images}_{recipe.split(',')[0]}"
+    stem = f"architectures_{dataset}_{images}_{recipe.replace(', ', '_')}"
     (output / f"{stem}.md").write_text(table + "\n")
     draw(rows, networks).savefig(output / f"{stem}.png")
     print(f"\nfiles {output / stem}.md, {output / stem}.png")
@@ -128,7 +129,7 @@ def accuracies(
     make: Sets, recipe: recipes.Recipe, test: eqd.Dataset, num_networks: int
 ) -> recipes.Evaluations | None:
     sets = make()
-    if recipe.name == "dc" and sets[0].labels.ndim == 2:
+    if recipe.name in ("dc", "supervised") and sets[0].labels.ndim == 2:
         return None
     return recipes.evaluate(
         sets, recipe, test, num_networks=num_networks, key=jr.key(0)

@@ -32,7 +32,7 @@ def main(
 ) -> None:
     train, test = eqd.datasets.load(dataset, data_dir)
     standardisation = eqd.Standardisation.fit(train)
-    distilled = read(path, standardisation)
+    distilled = read(path, test.num_classes, standardisation)
     found = eqd.recipes.evaluate(
         distilled,
         RECIPES[recipe](NETWORKS[network]),
@@ -53,13 +53,21 @@ def main(
     print(f"files           {picture}")
 
 
-def read(path: Path, standardisation: eqd.Standardisation) -> eqd.DistilledSet:
+def read(
+    path: Path, num_classes: int, standardisation: eqd.Standardisation
+) -> eqd.DistilledSet:
     """**Raises:**
 
-    A `ValueError` if the file has no `images` and `labels`.
+    A `ValueError` if there is not one folder for each class, or if the file has no
+    `images` and `labels`.
     """
     if path.is_dir():
         data = eqd.datasets.from_folder(path)
+        if data.num_classes != num_classes:
+            raise ValueError(
+                f"`path` must have a folder for each of the {num_classes} classes; "
+                f"{path} has {', '.join(data.class_names or ())}."
+            )
         images, labels = np.asarray(data.floating()), np.asarray(data.labels)
     else:
         # Without pickles, which could run code.
@@ -70,7 +78,7 @@ def read(path: Path, standardisation: eqd.Standardisation) -> eqd.DistilledSet:
                     f"{', '.join(file) or 'nothing'}."
                 )
             images, labels = file["images"], file["labels"]
-        if images.dtype == np.uint8:
+        if np.issubdtype(images.dtype, np.integer):
             images = images / 255
     images = jax.vmap(standardisation)(jnp.asarray(images, jnp.float32))
     is_soft = labels.ndim == 2

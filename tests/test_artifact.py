@@ -1,5 +1,6 @@
 """What is saved is what is loaded; what is not as it was saved is refused."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import optimistix as optx
 import pytest
 import safetensors
@@ -198,8 +200,8 @@ def test_preprocessing_travels(path, kind):
     change(path, {"preprocessing.mean": np.array(np.inf)})
     with pytest.raises(ValueError, match=r"`preprocessing\.mean` must be finite"):
         eqd.load(path)
-    change(path, preprocessing="Own")
-    with pytest.raises(ValueError, match="`preprocessing` must be null or one of"):
+    change(path, preprocessing={"type": "Own"})
+    with pytest.raises(ValueError, match="`preprocessing` must be null, or the set"):
         eqd.load(path)
 
     class Own(eqd.AbstractPreprocessing):
@@ -227,12 +229,14 @@ RECIPES = [
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_is_rebuilt(path, recipe):
-    evaluations = eqd.recipes.Evaluations(np.array([[0.5, 0.7]]))
+    evaluations = eqd.recipes.Evaluations(np.array([[0.5, 0.7]]), KEY)
     eqd.save(path, small(), recipe, evaluations)
     artifact = eqd.load(path)
     np.testing.assert_allclose(artifact.accuracy, 0.6)
     np.testing.assert_allclose(artifact.deviation, np.sqrt(0.02))
     assert artifact.fits == 2
+    assert jnp.array_equal(artifact.key, KEY)
+    assert artifact.inner is None
     assert artifact.classifier is None
     rebuilt = artifact.recipe
     assert rebuilt is not None
@@ -241,8 +245,6 @@ def test_recipe_is_rebuilt(path, recipe):
     make = lambda recipe: eqx.filter_eval_shape(recipe.make, (2, 3), C, key=KEY)
     network, wanted = make(rebuilt), make(recipe)
     assert network.settings == wanted.settings
-    assert network.initialiser == wanted.initialiser
-    assert network.has_zero_head == wanted.has_zero_head
 
 
 def test_recipe_of_another_network_is_named(path):
@@ -258,6 +260,43 @@ def test_recipe_of_another_network_is_named(path):
         eqd.save(path, small(), eqd.recipes.dc(own), two)
     with pytest.raises(ValueError, match="must have hard labels"):
         eqd.save(path, small(soft=True), eqd.recipes.dc(own))
+    for classifier, evaluation in (
+        (eqd.recipes.dc(own), claim(0.5)),
+        (eqd.LogisticRegression(6, C), two),
+    ):
+        with pytest.raises(TypeError, match=r"`evaluation` must be of.*got an `Eval"):
+            eqd.save(path, small(), classifier, evaluation)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"initialise": lambda network, *, key: nn.zero_head(network)},
+        {"prepare": lambda distilled, num_classes: distilled},
+        {"inner": eqd.UnrolledSolver(optax.sgd, {"learning_rate": 1.0}, 7)},
+    ],
+)
+def test_a_recipe_that_was_changed_is_named(path, change):
+    recipe = dataclasses.replace(RECIPES[0], **change)
+    eqd.save(path, small(), recipe)
+    assert eqd.load(path).recipe is None
+
+
+def test_command_refuses_another_preprocessing(tmp_path, monkeypatch, capsys):
+    # A matrix of whitening could hold the weights of a classifier.
+    train, test = eqd.datasets.load("digits")
+    distilled = eqd.DistilledSet.from_class_means(train, l2=0.1, key=KEY)
+    classifier = eqd.LogisticRegression(64, 10)
+    path = tmp_path / "a.safetensors"
+    standardisation = eqd.Standardisation.fit(train)
+    args = {"dataset": "digits", "preprocessing": standardisation}
+    evaluation = eqd.evaluate(distilled, classifier, test.map(standardisation))
+    eqd.save(path, distilled, classifier, evaluation, **args)
+    assert run(monkeypatch, capsys, path)[0] == 0
+    change(path, {"preprocessing.mean": np.ones((1, 1), np.float32)})
+    status, _, err = run(monkeypatch, capsys, path)
+    assert status == 2
+    assert "is not the one that is fitted to the training data" in err
 
 
 def test_double_precision(tmp_path):
@@ -389,7 +428,13 @@ def test_refuses_tensors(path, tensors, match):
     assert str(info.value).startswith(f"Cannot load {path}: ")
 
 
-CLAIM = {"value": 0.5, "split": "test", "deviation": None, "fits": 1}
+CLAIM = {
+    "value": 0.5,
+    "split": "test",
+    "deviation": None,
+    "fits": 1,
+    "key": None,
+}
 NETWORK = {
     "architecture": "ConvNet",
     "widths": [4],
@@ -430,7 +475,7 @@ SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
         ({"loss": "SquaredError"}, "tensors must be images.*log_temperature; got"),
         ({"seed": None}, "must have the keys.*'seed'"),
         ({"code": "print(1)"}, "must have the keys.*got.*'code'"),
-        ({"seed": 1.5}, "`seed` must be null or an integer; got 1.5"),
+        ({"seed": 1.5}, "`seed` must be null or an integer of 64 bits; got 1.5"),
         ({"x64": 1}, "`x64` must be"),
         ({"versions": {"jax": 1}}, "`versions` must be"),
         ({"learned": "images"}, "`learned` must be null, or a list of names"),
@@ -443,6 +488,10 @@ SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
         ({"accuracy": {**CLAIM, "split": "train"}}, "`accuracy` must be.*'train'"),
         ({"accuracy": {**CLAIM, "deviation": -1}}, "`accuracy` must be.*-1"),
         ({"accuracy": {**CLAIM, "fits": 0}}, "`accuracy` must be.*'fits': 0"),
+        ({"accuracy": {**CLAIM, "deviation": 1.0}}, "`accuracy` must be.*1.0"),
+        ({"accuracy": {**CLAIM, "fits": 2}}, "`accuracy` must be.*'fits': 2"),
+        ({"accuracy": {**CLAIM, "key": [1, 2**32]}}, "`accuracy` must be.*'key'"),
+        ({"seed": 2**63}, "`seed` must be null or an integer of 64 bits"),
         ({"classifier": {**RECIPE, "name": "x"}}, "`classifier` must be"),
         ({"classifier": {**RECIPE, "updates": 10**9}}, "`classifier` must be"),
         ({"classifier": {**RECIPE, "network": {}}}, "`classifier` must be"),
@@ -637,7 +686,7 @@ def test_command_finds_a_false_claim(published, tmp_path, monkeypatch, capsys):
     path.write_bytes(published.read_bytes())
     true = eqd.load(path).accuracy
     assert true is not None
-    claim = {"value": true + 0.01, "split": "test", "deviation": None, "fits": 1}
+    claim = {**CLAIM, "value": true + 0.01}
     change(path, accuracy=claim)
     status, out, _ = run(monkeypatch, capsys, path)
     assert status == 1

@@ -108,6 +108,21 @@ def test_initialisation(network):
     assert eqx.tree_equal(zero.layers[1], drawn.layers[1])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.ConvNet((8, 8), 0, key=jr.key(0)),
+        lambda: nn.ConvNet((0, 8), 10, key=jr.key(0)),
+        lambda: nn.ConvNet((8, 8), 10, widths=(-4,), key=jr.key(0)),
+        lambda: nn.MLP((8, 8), 10, widths=(0,), key=jr.key(0)),
+        lambda: nn.ResNet18((8, 8), -1, key=jr.key(0)),
+    ],
+)
+def test_sizes_must_be_positive(make):
+    with pytest.raises(ValueError, match="`num_classes` and `widths` must be at least"):
+        make()
+
+
 def test_bad_input(network):
     with pytest.raises(ValueError, match=r"`image` must have shape \(8, 8\).*\(9, 8\)"):
         network(jnp.ones((9, 8)))

@@ -97,3 +97,14 @@ def test_bad_input():
         eqd.ZCA.fit(few, regularisation=0)
     with pytest.raises(ValueError, match="`regularisation` must be finite and not neg"):
         eqd.ZCA.fit(few, regularisation=-0.1)
+
+
+def test_images_of_other_channels_are_refused():
+    rng = np.random.default_rng(0)
+    grey = eqd.Dataset(rng.normal(size=(9, 4, 4)), np.arange(9) % 3)
+    colour = eqd.Dataset(rng.normal(size=(9, 3, 4, 4)), np.arange(9) % 3)
+    for kind in (eqd.Standardisation, eqd.ZCA):
+        for one, other in ((grey, colour), (colour, grey)):
+            preprocessing = kind.fit(one)
+            with pytest.raises(ValueError, match="`image` must have the"):
+                other.map(preprocessing)

@@ -74,7 +74,7 @@ def cosine(peak, warm_up):
 
 
 RATES = {
-    "dc": lambda t: 0.01 if t < STEPS // 2 + 1 else 0.001,
+    "dc": lambda t: 0.01 if t < STEPS // 2 else 0.001,
     "frepo": cosine(3e-4, STEPS // 2),
     "zero_start": cosine(1e-3, 0),
 }
@@ -206,8 +206,9 @@ def test_bad_input(real, digits):
     other = eqd.DistilledSet(jnp.ones((10, 9, 9)), jnp.arange(10), l2=0.1)
     with pytest.raises(ValueError, match=r"`test` and `distilled`.*\(8, 8\).*\(9, 9\)"):
         evaluate(other, dc, test)
-    with pytest.raises(ValueError, match="`steps` must be at least 1; got 0"):
-        recipes.dc(SMALL, updates=0)
+    for recipe in (recipes.dc, recipes.frepo, recipes.zero_start, recipes.supervised):
+        with pytest.raises(ValueError, match=r"`updates` must be from 2 to.*got 1"):
+            recipe(SMALL, updates=1)
 
     def with_batch_norm(shape, num_classes, *, key):
         layers = [

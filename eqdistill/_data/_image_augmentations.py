@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -211,5 +213,5 @@ class ColourJitter(AbstractAugmentation):
 
 
 def _check_at_least(name: str, value: float | int, least: float | int) -> None:
-    if not value >= least:
-        raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+    if not least <= value < math.inf:
+        raise ValueError(f"`{name}` must be finite and at least {least}; got {value}.")

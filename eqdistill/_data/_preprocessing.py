@@ -77,7 +77,8 @@ class Standardisation(AbstractPreprocessing):
 
         mean = _mean_of_chunks(train, mean_over)
         variance = _mean_of_chunks(train, lambda x: mean_over((x - mean) ** 2))
-        if not (variance > 0).all():
+        # Of a constant, in single precision, rounding is left.
+        if not (variance > 1e-12 * (1 + mean**2)).all():
             raise ValueError(
                 "`train` must have channels that vary; got channels of the variances "
                 f"{variance.ravel()}."
@@ -85,12 +86,30 @@ class Standardisation(AbstractPreprocessing):
         return cls(_to_device(mean), _to_device(np.sqrt(variance)))
 
     def __call__(self, image):
-        """As [`eqdistill.AbstractPreprocessing`][]."""
+        """As [`eqdistill.AbstractPreprocessing`][].
+
+        **Raises:**
+
+        A `ValueError` if the image has other channels than the real images had.
+        """
+        self._check(image)
         return (image - self.mean) / self.deviation
 
     def inverse(self, image):
-        """As [`eqdistill.AbstractPreprocessing`][]."""
+        """As [`eqdistill.AbstractPreprocessing`][], and as a call."""
+        self._check(image)
         return self.mean + self.deviation * image
+
+    def _check(self, image: Float[Array, "*shape"]) -> None:
+        ones = self.mean.shape
+        is_alike = image.ndim == len(ones) and (
+            image.ndim != 3 or image.shape[0] == ones[0]
+        )
+        if not is_alike:
+            raise ValueError(
+                f"`image` must have the channels of the real images, {ones}; got shape "
+                f"{image.shape}."
+            )
 
 
 class ZCA(AbstractPreprocessing):
@@ -106,6 +125,7 @@ class ZCA(AbstractPreprocessing):
 
     - `mean`: $\mu$, of the shape of an image.
     - `whitening`: the matrix $W$, shape `(p, p)`.
+    - `regularisation`: $\rho$.
 
     Source: Coates and Ng, *Learning Feature Representations with K-means*, 2012. The
     regularisation relative to the mean eigenvalue is that of Nguyen et al., *Dataset
@@ -115,10 +135,11 @@ class ZCA(AbstractPreprocessing):
 
     mean: Float[Array, "*shape"]
     whitening: Float[Array, "p p"]
+    regularisation: float | int = eqx.field(static=True)
 
     @classmethod
     def fit(cls, train: Dataset, *, regularisation: float | int = 0.1) -> "ZCA":
-        r"""Takes $O(N p^2 + p^3)$ operations, on the host.
+        r"""Takes $O(N p^2 + p^3)$ operations.
 
         **Arguments:**
 
@@ -155,10 +176,20 @@ class ZCA(AbstractPreprocessing):
                     f"of `train` is singular; got {regularisation}."
                 )
             whitening = (vectors / np.sqrt(eigenvalues)) @ vectors.T
-        return cls(_to_device(mean), _to_device(whitening))
+        return cls(_to_device(mean), _to_device(whitening), regularisation)
 
     def __call__(self, image):
-        """As [`eqdistill.AbstractPreprocessing`][]."""
+        """As [`eqdistill.AbstractPreprocessing`][].
+
+        **Raises:**
+
+        A `ValueError` if the image is not of the shape of the real images.
+        """
+        if image.shape != self.mean.shape:
+            raise ValueError(
+                f"`image` must have the shape of the real images, {self.mean.shape}; "
+                f"got {image.shape}."
+            )
         whitened = _product(self.whitening, (image - self.mean).ravel())
         return whitened.reshape(image.shape)
 

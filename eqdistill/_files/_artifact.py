@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import safetensors.numpy
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import count_outputs
 from .._classifier import LinearClassifier, takes_pixels
 from .._data._distilled_set import DistilledSet
 from .._data._preprocessing import AbstractPreprocessing
 from .._data._sources import SOURCES
 from .._inner._auto_solver import AutoSolver
-from .._inner._fit import check_inner, image_struct
+from .._inner._fit import check_inner
 from .._inner._inner_solver import AbstractInnerSolver
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from .._outer._distillation import Distillation
@@ -71,6 +70,7 @@ class Artifact(eqx.Module):
         `None`. With a recipe, the mean over networks.
     - `deviation`: the standard deviation over networks that is claimed, or `None`.
     - `fits`: the number of networks.
+    - `key`: the key of the networks, or `None`.
     - `preprocessing`: what was done to the real images first, or `None`.
     - `dataset`: the name of the dataset that was distilled, or `None`.
     - `sha256`: the SHA-256 of each of the dataset's files, if it has any.
@@ -90,6 +90,7 @@ class Artifact(eqx.Module):
     accuracy: float | None
     deviation: float | None
     fits: int
+    key: PRNGKeyArray | None
     preprocessing: AbstractPreprocessing | None
     dataset: str | None
     sha256: dict[str, str]
@@ -157,25 +158,28 @@ def save(
         )
     is_result = isinstance(result, Distillation)
     distilled = result.distilled if is_result else result
-    if isinstance(classifier, Recipe):
-        description = _describe_recipe(classifier, distilled, evaluation)
+    is_by_recipe = isinstance(classifier, Recipe)
+    if is_by_recipe:
+        description = describe_recipe(classifier, distilled)
     else:
         distilled = check_inner(distilled, classifier, inner)
         description = _describe_classifier(classifier, distilled)
     loss = _describe_loss(distilled.loss)
-    kind = _name_preprocessing(preprocessing)
+    described = _describe_preprocessing(preprocessing)
     source = SOURCES.get(dataset) if dataset is not None else None
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "classifier": description,
-        "inner": _describe_inner(inner),
-        "accuracy": None if evaluation is None else _describe_claim(evaluation),
+        "inner": None if is_by_recipe else _describe_inner(inner),
+        "accuracy": None
+        if evaluation is None
+        else _describe_claim(evaluation, is_by_recipe),
         "dataset": None
         if dataset is None
         else {"name": dataset, "sha256": {} if source is None else source.sha256},
         "loss": loss,
-        "preprocessing": kind,
+        "preprocessing": described,
         "learned": result.learned if is_result else None,
         "seed": seed,
         "x64": jnp.result_type(float) == jnp.float64,
@@ -185,7 +189,7 @@ def save(
     tensors = {name: np.array(getattr(distilled, name), order="C") for name in TENSORS}
     for name in LOSSES[loss]:
         tensors[name] = np.array(getattr(distilled.loss, name))
-    for name, field in preprocessing_tensors(kind).items():
+    for name, field in preprocessing_tensors(described).items():
         tensors[name] = np.array(getattr(preprocessing, field), order="C")
     data = safetensors.numpy.save(
         tensors, {key: json.dumps(value) for key, value in metadata.items()}
@@ -262,28 +266,22 @@ def _describe_classifier(classifier: PyTree, distilled: DistilledSet) -> dict[st
     return {"type": _type_name(classifier), "num_classes": logits.shape[0]}
 
 
-def _describe_recipe(
-    recipe: Recipe,
-    distilled: DistilledSet,
-    evaluation: Evaluation | Evaluations | None,
+def _describe_claim(
+    evaluation: Evaluation | Evaluations, is_by_recipe: bool
 ) -> dict[str, Any]:
-    labels = np.asarray(distilled.labels)
-    num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
-    network = eqx.filter_eval_shape(
-        recipe.make, distilled.images.shape[1:], num_classes, key=jax.random.key(0)
-    )
-    recipe.prepare(distilled, num_classes)  # Refuses labels of the wrong kind.
-    count_outputs("classifier", network, image_struct(distilled))
-    return {**describe_recipe(recipe, network), "num_classes": num_classes}
-
-
-def _describe_claim(evaluation: Evaluation | Evaluations) -> dict[str, Any]:
     """**Raises:**
 
-    A `ValueError` for a claim about several sets, of which a file holds one.
+    A `TypeError` for a claim of the wrong kind, and a `ValueError` for one about
+    several sets, of which a file holds one.
     """
+    if isinstance(evaluation, Evaluations) != is_by_recipe:
+        raise TypeError(
+            "`evaluation` must be of `eqdistill.recipes.evaluate` for a recipe, and of "
+            "`eqdistill.evaluate` for a classifier; got an "
+            f"`{type(evaluation).__name__}`."
+        )
     if isinstance(evaluation, Evaluation):
-        accuracy, deviation, fits = float(evaluation.accuracy), None, 1
+        accuracy, deviation, fits, key = float(evaluation.accuracy), None, 1, None
     else:
         sets, fits = evaluation.accuracies.shape
         if sets != 1:
@@ -292,7 +290,15 @@ def _describe_claim(evaluation: Evaluation | Evaluations) -> dict[str, Any]:
             )
         accuracy = evaluation.mean
         deviation = evaluation.deviation_of_networks if fits > 1 else None
-    return {"value": accuracy, "split": "test", "deviation": deviation, "fits": fits}
+        key = evaluation.key
+        key = None if key is None else np.asarray(jr.key_data(key)).tolist()
+    return {
+        "value": accuracy,
+        "split": "test",
+        "deviation": deviation,
+        "fits": fits,
+        "key": key,
+    }
 
 
 def _describe_inner(inner: AbstractInnerSolver) -> dict[str, Any]:
@@ -321,7 +327,9 @@ def _describe_loss(loss: AbstractLoss) -> str:
     return name
 
 
-def _name_preprocessing(preprocessing: AbstractPreprocessing | None) -> str | None:
+def _describe_preprocessing(
+    preprocessing: AbstractPreprocessing | None,
+) -> dict[str, Any] | None:
     """**Raises:**
 
     A `TypeError` for a preprocessing that no file can hold.
@@ -334,7 +342,8 @@ def _name_preprocessing(preprocessing: AbstractPreprocessing | None) -> str | No
             "`preprocessing` must be a `Standardisation` or a `ZCA` to be saved; got "
             f"a `{name}`."
         )
-    return name
+    plain = {field: getattr(preprocessing, field) for field in PREPROCESSINGS[name][2]}
+    return {"type": name, **plain}
 
 
 def _type_name(x: Any) -> str:
@@ -374,6 +383,9 @@ def _decode(data: bytes) -> Artifact:
         accuracy=None if accuracy is None else float(accuracy["value"]),
         deviation=None if accuracy is None else accuracy["deviation"],
         fits=1 if accuracy is None else accuracy["fits"],
+        key=None
+        if accuracy is None or accuracy["key"] is None
+        else jr.wrap_key_data(jnp.asarray(accuracy["key"], jnp.uint32)),
         preprocessing=preprocessing,
         dataset=None if dataset is None else dataset["name"],
         sha256={} if dataset is None else dataset["sha256"],
@@ -384,7 +396,9 @@ def _decode(data: bytes) -> Artifact:
     )
 
 
-def _in_words(description: dict[str, Any]) -> str:
+def _in_words(description: dict[str, Any] | None) -> str:
+    if description is None:
+        return "none"
     if "text" in description:
         return description["text"]
     fields = (f"{k}={v!r}" for k, v in description.items() if k != "type")

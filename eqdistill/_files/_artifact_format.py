@@ -26,10 +26,10 @@ _FLOATS = ("F32", "F64")
 _INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 # The losses, and the tensors that each has.
 LOSSES = {"CrossEntropy": (), "SquaredError": ("log_temperature",)}
-# The kinds of preprocessing, and the tensors that each has.
+# The kinds of preprocessing, and the tensors and the numbers that each has.
 PREPROCESSINGS = {
-    "Standardisation": (Standardisation, ("mean", "deviation")),
-    "ZCA": (ZCA, ("mean", "whitening")),
+    "Standardisation": (Standardisation, ("mean", "deviation"), ()),
+    "ZCA": (ZCA, ("mean", "whitening"), ("regularisation",)),
 }
 # The inner solvers that can be built again, and which of their fields are numbers.
 SOLVERS = {
@@ -125,16 +125,20 @@ def read(
     distilled = eqx.tree_at(lambda d: d.log_l2, distilled, jnp.asarray(log_l2))
     preprocessing = None
     if metadata["preprocessing"] is not None:
-        make, fields = PREPROCESSINGS[metadata["preprocessing"]]
+        description = metadata["preprocessing"]
+        make, fields, plain = PREPROCESSINGS[description["type"]]
         arrays = {f: _canonical(tensors[f"preprocessing.{f}"]) for f in fields}
         _check_preprocessing(arrays, images.shape[1:])
-        preprocessing = make(**{f: jnp.asarray(x) for f, x in arrays.items()})
+        preprocessing = make(
+            **{field: jnp.asarray(x) for field, x in arrays.items()},
+            **{field: description[field] for field in plain},
+        )
     return metadata, distilled, preprocessing
 
 
-def preprocessing_tensors(kind: str | None) -> dict[str, str]:
-    """The names of its tensors in a file, and the fields that they are."""
-    fields = () if kind is None else PREPROCESSINGS[kind][1]
+def preprocessing_tensors(description: dict[str, Any] | None) -> dict[str, str]:
+    """The names of the tensors of a preprocessing in a file, and their fields."""
+    fields = () if description is None else PREPROCESSINGS[description["type"]][1]
     return {f"preprocessing.{field}": field for field in fields}
 
 
@@ -226,18 +230,22 @@ def _metadata(raw: Any) -> dict[str, Any]:
         metadata.setdefault("loss", "CrossEntropy")
     if version != FORMAT_VERSION and type(metadata.get("accuracy")) is dict:
         # All were of one fit.
-        metadata["accuracy"] = {"deviation": None, "fits": 1, **metadata["accuracy"]}
+        one = {"deviation": None, "fits": 1, "key": None}
+        metadata["accuracy"] = {**one, **metadata["accuracy"]}
     if version != FORMAT_VERSION:
         metadata.setdefault("preprocessing", None)
     checks = {
         "format": (lambda x: True, ""),
         "format_version": (lambda x: True, ""),
         "classifier": (_is_classifier, "a classifier's `type` and sizes"),
-        "inner": (_is_inner, "an inner solver's `type` and settings"),
+        "inner": (
+            lambda x: x is None or _is_inner(x),
+            "null, or an inner solver's `type` and settings",
+        ),
         "accuracy": (
             lambda x: x is None or _is_accuracy(x),
-            "null, or a `value` from 0 to 1 on the `split` 'test', and its `deviation` "
-            "over a number of `fits`",
+            "null, or a `value` from 0 to 1 on the `split` 'test', its `deviation` "
+            "over several `fits`, and their `key`",
         ),
         "dataset": (
             lambda x: x is None or _is_dataset(x),
@@ -248,14 +256,17 @@ def _metadata(raw: Any) -> dict[str, Any]:
             f"one of {', '.join(LOSSES)}",
         ),
         "preprocessing": (
-            lambda x: x is None or (type(x) is str and x in PREPROCESSINGS),
-            f"null or one of {', '.join(PREPROCESSINGS)}",
+            lambda x: x is None or _is_preprocessing(x),
+            f"null, or the settings of a {' or a '.join(PREPROCESSINGS)}",
         ),
         "learned": (
             lambda x: x is None or _are_names(x),
             "null, or a list of names",
         ),
-        "seed": (lambda x: x is None or type(x) is int, "null or an integer"),
+        "seed": (
+            lambda x: x is None or is_integer(x, -(2**63), 2**63 - 1),
+            "null or an integer of 64 bits",
+        ),
         "x64": (lambda x: type(x) is bool, "true or false"),
         "versions": (_is_texts, "a version for each package"),
     }
@@ -284,11 +295,32 @@ def _are_names(x: Any) -> bool:
 def _is_accuracy(x: Any) -> bool:
     return (
         type(x) is dict
-        and set(x) == {"value", "split", "deviation", "fits"}
+        and set(x) == {"value", "split", "deviation", "fits", "key"}
         and _is_fraction(x["value"])
         and x["split"] == "test"
+        and is_integer(x["fits"], 1, 100)
+        and (x["deviation"] is None) == (x["fits"] == 1)
         and (x["deviation"] is None or _is_fraction(x["deviation"]))
-        and is_integer(x["fits"], 1, 1000)
+        and (x["key"] is None or _is_key(x["key"]))
+    )
+
+
+def _is_key(x: Any) -> bool:
+    return (
+        type(x) is list
+        and len(x) == 2
+        and all(is_integer(word, 0, 2**32 - 1) for word in x)
+    )
+
+
+def _is_preprocessing(x: Any) -> bool:
+    if type(x) is not dict or type(x.get("type")) is not str:
+        return False
+    if x["type"] not in PREPROCESSINGS:
+        return False
+    _, _, plain = PREPROCESSINGS[x["type"]]
+    return set(x) == {"type", *plain} and all(
+        type(x[field]) in (int, float) and 0 <= x[field] <= _MAX_INT for field in plain
     )
 
 
@@ -358,8 +390,8 @@ def build_classifier(
     )
 
 
-def build_inner(description: dict[str, Any]) -> AbstractInnerSolver | None:
-    if description["type"] not in SOLVERS:
+def build_inner(description: dict[str, Any] | None) -> AbstractInnerSolver | None:
+    if description is None or description["type"] not in SOLVERS:
         return None
     cls, plain = SOLVERS[description["type"]]
     # JSON does not tell 1.0 from 1, but type checks do.

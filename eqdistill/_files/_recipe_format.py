@@ -6,8 +6,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.random as jr
+import numpy as np
 from jaxtyping import PyTree
 
+from .._data._distilled_set import DistilledSet
 from .._nn._networks import (
     AlexNet,
     average_pool,
@@ -21,7 +24,14 @@ from .._nn._networks import (
     ResNet18,
     VGG11,
 )
-from .._outer._recipes import dc, frepo, Recipe, supervised, zero_start
+from .._outer._recipes import (
+    dc,
+    frepo,
+    MOST_UPDATES,
+    Recipe,
+    supervised,
+    zero_start,
+)
 
 
 _NORMS = {None: None, "instance_norm": instance_norm, "group_norm": group_norm}
@@ -49,27 +59,34 @@ _RECIPES = {
 }
 # What a hostile file may ask for is bounded.
 _MOST_LAYERS = 8
-_MOST_CHANNELS = 1024
-_MOST_PIXELS = 256
-_MOST_UPDATES = 100_000
+_MOST_CHANNELS = 512
+_MOST_PIXELS = 64
 
 
-def describe_recipe(recipe: Recipe, network: PyTree) -> dict[str, Any]:
-    """A recipe in words, with a network that the recipe made; the name alone, if the
-    recipe or the network is not of this package."""
-    description = {"type": "Recipe", "name": recipe.name}
-    settings = dict(recipe.settings)
-    words = _describe_network(network)
-    if recipe.name not in _RECIPES or words is None:
-        return description
-    make, _ = _RECIPES[recipe.name]
-    rebuilt = make(recipe.network, **settings)
-    is_same = eqx.tree_equal(rebuilt.inner, recipe.inner)
-    return {**description, **settings, "network": words} if is_same else description
+def describe_recipe(recipe: Recipe, distilled: DistilledSet) -> dict[str, Any]:
+    """A recipe in words, of which a recipe can be built that makes the same networks
+    and trains them in the same way. Only the name, if there are no such words."""
+    labels = np.asarray(distilled.labels)
+    num_classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+    name = {"type": "Recipe", "name": recipe.name, "num_classes": num_classes}
+    try_out = lambda recipe: (
+        recipe.make(distilled.images.shape[1:], num_classes, key=jr.key(0)),
+        recipe.prepare(distilled, num_classes),
+        recipe.inner,
+    )
+    tried = try_out(recipe)
+    network = _describe_network(tried[0])
+    if recipe.name not in _RECIPES or network is None:
+        return name
+    words = {**name, **dict(recipe.settings), "network": network}
+    if not is_recipe(words):
+        return name
+    is_same = eqx.tree_equal(try_out(build_recipe(words)), tried)
+    return words if is_same else name
 
 
 def is_recipe(x: dict[str, Any]) -> bool:
-    """Whether that describes a recipe, in words that are allowed."""
+    """Whether a description is of a recipe, in words that are allowed."""
     if type(x.get("name")) is not str or len(x["name"]) > 200:
         return False
     if set(x) == {"type", "name", "num_classes"}:
@@ -141,8 +158,8 @@ def _are_widths(x: Any) -> bool:
 
 
 _CHECKS = {
-    "updates": lambda x: is_integer(x, 2, _MOST_UPDATES),
-    "batch_size": lambda x: is_integer(x, 1, _MOST_UPDATES),
+    "updates": lambda x: is_integer(x, 2, MOST_UPDATES),
+    "batch_size": lambda x: is_integer(x, 1, MOST_UPDATES),
     "augment": lambda x: type(x) is bool,
     "norm_last": lambda x: type(x) is bool,
     "widths": _are_widths,

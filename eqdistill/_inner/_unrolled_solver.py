@@ -66,7 +66,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         """**Arguments:**
 
         - `make`: as above. Must be a function that is made once, such as `optax.adam`:
-            what holds a new one is compiled anew.
+            for a new function, the solver is compiled anew.
         - `hyperparameters`: positive numbers, or arrays of them.
         - `steps`: the number of steps, at least 1.
         - `batch_size`: the number of distilled images in a step: drawn at random
@@ -138,8 +138,10 @@ class UnrolledSolver(AbstractInnerSolver[None]):
             updates, optimiser_state = optimiser.update(
                 gradient, optimiser_state, params
             )
+            updates = optax.tree.cast_like(updates, params)
             norm = optax.tree.norm(jax.lax.stop_gradient(gradient))
-            return (eqx.apply_updates(params, updates), optimiser_state, norm), None
+            params = eqx.apply_updates(params, updates)
+            return (params, optimiser_state, norm.astype(zero.dtype)), None
 
         zero = jnp.zeros_like(optax.tree.norm(params))
         init = (params, optimiser.init(params), zero)

@@ -1,5 +1,6 @@
 """The networks of the field's tables, made of Equinox's layers."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -145,7 +146,7 @@ def ConvNet(
         "pool": pool,
         "size": size,
     }
-    layers, (channels, height, width) = _begin(shape, size)
+    layers, (channels, height, width) = _begin(shape, size, num_classes, *widths)
     *keys, head_key = jr.split(key, len(widths) + 1)
     for new_channels, key in zip(widths, keys, strict=True):
         before, after = (None, norm) if norm_last else (norm, None)
@@ -190,7 +191,7 @@ def LeNet(
         "num_classes": num_classes,
         "activation": activation,
     }
-    layers, (channels, _, _) = _begin(shape, 32)
+    layers, (channels, _, _) = _begin(shape, 32, num_classes)
     keys = jr.split(key, 5)
     relu, pool = eqx.nn.Lambda(activation), max_pool
     layers += [
@@ -231,9 +232,8 @@ def MLP(
         "widths": tuple(widths),
         "activation": activation,
     }
-    in_size = 1
-    for length in shape:
-        in_size *= length
+    _check_positive(*shape, num_classes, *widths)
+    in_size = math.prod(shape)
     layers: list[Callable] = [eqx.nn.Lambda(jnp.ravel)]
     *keys, head_key = jr.split(key, len(widths) + 1)
     for width, key in zip(widths, keys, strict=True):
@@ -251,7 +251,8 @@ def AlexNet(
     activation: Activation = jax.nn.relu,
     key: PRNGKeyArray,
 ) -> Network:
-    """A network like AlexNet, for images padded by zeros to 32 x 32.
+    """A network like AlexNet, for images padded by zeros to 32 x 32. The one of Zhao et
+    al. has no normalisation: `norm=None`.
 
     **Arguments:** as for [`eqdistill.nn.ConvNet`][].
 
@@ -327,7 +328,7 @@ def ResNet18(
         "norm": norm,
         "activation": activation,
     }
-    layers, (channels, _, _) = _begin(shape, 32)
+    layers, (channels, _, _) = _begin(shape, 32, num_classes)
     first_key, head_key, *keys = jr.split(key, 10)
     layers += _block(channels, 64, norm, activation, use_bias=False, key=first_key)
     channels = 64
@@ -468,14 +469,16 @@ class _Residual(eqx.Module):
 
 
 def _begin(
-    shape: Sequence[int], size: int | None
+    shape: Sequence[int], size: int | None, *others: int
 ) -> tuple[list[Callable], tuple[int, int, int]]:
     """The first layer, and the shape of what the layer gives.
 
     **Raises:**
 
-    A `ValueError` if an image of this shape cannot be taken.
+    A `ValueError` if an image of this shape cannot be taken, or if one of the other
+    sizes is not positive.
     """
+    _check_positive(*shape, *others)
     if len(shape) not in (2, 3):
         raise ValueError(
             "`shape` must be (height, width) or (channels, height, width); got "
@@ -494,6 +497,14 @@ def _begin(
         before = (size - length) // 2
         padding.append((before, size - length - before))
     return [_Pad(tuple(padding))], (channels, size, size)
+
+
+def _check_positive(*sizes: int) -> None:
+    if min(sizes, default=1) < 1:
+        raise ValueError(
+            "`shape`, `num_classes` and `widths` must be at least 1; got a size of "
+            f"{min(sizes)}."
+        )
 
 
 def _block(
@@ -548,7 +559,7 @@ def _from_plan(
         "norm": norm,
         "activation": activation,
     }
-    layers, (channels, size, _) = _begin(shape, 32)
+    layers, (channels, size, _) = _begin(shape, 32, num_classes)
     *keys, head_key = jr.split(key, len(plan) + 1)
     for entry, key in zip(plan, keys, strict=True):
         if entry is None:

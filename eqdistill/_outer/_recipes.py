@@ -17,8 +17,11 @@ from .._data._image_augmentations import Affine, Crop
 from .._inner._inner_solver import AbstractInnerSolver
 from .._inner._unrolled_solver import UnrolledSolver
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
-from .._nn._networks import ConvNet, initialise, lecun, zero_head
+from .._nn._networks import ConvNet, initialise, lecun, Network, zero_head
 from ._evaluate import evaluate as evaluate_one
+
+
+MOST_UPDATES = 100_000
 
 
 class Recipe(eqx.Module):
@@ -46,7 +49,6 @@ class Recipe(eqx.Module):
     prepare: Callable = eqx.field(static=True)
     inner: AbstractInnerSolver
 
-    @eqx.filter_jit  # One program: each layer would otherwise compile several.
     def make(
         self, shape: tuple[int, ...], num_classes: int, *, key: PRNGKeyArray
     ) -> PyTree:
@@ -60,9 +62,13 @@ class Recipe(eqx.Module):
 
         A fresh network.
         """
-        network_key, key = jr.split(key)
-        network = self.network(shape, num_classes, key=network_key)
-        return self.initialise(network, key=key)
+        return _make(self.network, self.initialise, tuple(shape), num_classes, key)
+
+
+@eqx.filter_jit  # One program: each layer would otherwise compile several.
+def _make(network, initialise, shape, num_classes, key) -> PyTree:
+    network_key, key = jr.split(key)
+    return initialise(network(shape, num_classes, key=network_key), key=key)
 
 
 class Evaluations(eqx.Module):
@@ -72,9 +78,11 @@ class Evaluations(eqx.Module):
     **Attributes:**
 
     - `accuracies`: the accuracy of each network, from 0 to 1: one row for each set.
+    - `key`: the key of the networks, or `None` if that is not known.
     """
 
     accuracies: Float[np.ndarray, "sets networks"]
+    key: PRNGKeyArray | None = None
 
     @property
     def mean(self) -> float:
@@ -155,15 +163,15 @@ def evaluate(
                 prepared, network, test, recipe.inner, key=training_key
             )
             accuracies[i, j] = float(found.accuracy)
-    return Evaluations(accuracies)
+    return Evaluations(accuracies, key)
 
 
 def dc(
     network: Callable = ConvNet, *, updates: int = 300, augment: bool = False
 ) -> Recipe:
     """The recipe of dataset condensation: cross-entropy on hard labels, and stochastic
-    gradient descent at a rate of 0.01, a tenth of that from half of the time on, with a
-    momentum of 0.9 and a weight decay of 5e-4. All images are in each step.
+    gradient descent at a rate of 0.01, a tenth of that in the second half of the steps,
+    with a momentum of 0.9 and a weight decay of 5e-4. All images are in each step.
 
     **Arguments:**
 
@@ -181,11 +189,12 @@ def dc(
 
     **Raises:**
 
-    A `ValueError` if `updates` is less than 1.
+    A `ValueError` if `updates` is not from 2 to 100,000.
 
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021.
     """
 
+    _check_updates(updates)
     inner = UnrolledSolver(
         _drops_at_half(updates),
         {"learning_rate": 0.01},
@@ -208,8 +217,8 @@ def frepo(
     Adam at a rate of 3e-4, which warms up over 500 steps and then decays by a cosine to
     a hundredth. The weights are drawn as by LeCun et al. All images are in each step.
 
-    Learned targets are taken as they are; of the logits of soft labels, the
-    probabilities less $1/c$.
+    Learned targets are taken as they are. Logits of soft labels become probabilities
+    less $1/c$.
 
     **Arguments:** as for [`eqdistill.recipes.dc`][], but for
 
@@ -221,17 +230,17 @@ def frepo(
 
     **Raises:**
 
-    A `ValueError` if `updates` is less than 2.
+    A `ValueError` as [`eqdistill.recipes.dc`][].
 
     Source: Zhou, Nezhadarya and Ba, *Dataset distillation using neural feature
     regression*, 2022.
     """
+    _check_updates(updates)
     inner = UnrolledSolver(
         _warms_up(min(500, updates // 2), updates), {"learning_rate": 3e-4}, updates
     )
     settings = (("updates", updates),)
-    draw = lambda network, *, key: initialise(network, lecun, key=key)
-    return Recipe("frepo", settings, network, draw, _with_targets, inner)
+    return Recipe("frepo", settings, network, _as_by_lecun, _with_targets, inner)
 
 
 def zero_start(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
@@ -250,12 +259,12 @@ def zero_start(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
 
     **Raises:**
 
-    A `ValueError` if `updates` is less than 1.
+    A `ValueError` as [`eqdistill.recipes.dc`][].
     """
+    _check_updates(updates)
     inner = UnrolledSolver(_warms_up(0, updates), {"learning_rate": 1e-3}, updates)
-    start = lambda network, *, key: zero_head(network)
     settings = (("updates", updates),)
-    return Recipe("zero_start", settings, network, start, _with_targets, inner)
+    return Recipe("zero_start", settings, network, _from_zero, _with_targets, inner)
 
 
 def supervised(
@@ -275,9 +284,10 @@ def supervised(
 
     **Raises:**
 
-    A `ValueError` if `updates` or `batch_size` is less than 1; and when used, if there
-    are fewer images than in a batch.
+    A `ValueError` as [`eqdistill.recipes.dc`][], or if `batch_size` is less than 1; and
+    when used, if there are fewer images than in a batch.
     """
+    _check_updates(updates)
     inner = UnrolledSolver(
         _warms_up(0, updates), {"learning_rate": 1e-3}, updates, batch_size=batch_size
     )
@@ -289,9 +299,7 @@ def supervised(
 @ft.cache  # What holds a new function is compiled anew.
 def _drops_at_half(updates: int) -> Callable:
     def make(learning_rate):
-        schedule = optax.piecewise_constant_schedule(
-            learning_rate, {updates // 2 + 1: 0.1}
-        )
+        schedule = optax.piecewise_constant_schedule(learning_rate, {updates // 2: 0.1})
         return optax.sgd(schedule, momentum=0.9)
 
     return make
@@ -308,6 +316,22 @@ def _warms_up(warm_up: int, updates: int) -> Callable:
 def _as_it_is(network: PyTree, *, key: PRNGKeyArray) -> PyTree:
     del key
     return network
+
+
+def _as_by_lecun(network: Network, *, key: PRNGKeyArray) -> Network:
+    return initialise(network, lecun, key=key)
+
+
+def _from_zero(network: Network, *, key: PRNGKeyArray) -> Network:
+    del key
+    return zero_head(network)
+
+
+def _check_updates(updates: int) -> None:
+    if not 2 <= updates <= MOST_UPDATES:
+        raise ValueError(
+            f"`updates` must be from 2 to {MOST_UPDATES:,}; got {updates}."
+        )
 
 
 def _with_hard_labels(
