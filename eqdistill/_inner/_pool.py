@@ -1,3 +1,4 @@
+import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from ._ridge_solver import RidgeSolver
 
 
 class PoolState(eqx.Module):
-    """The networks of a pool.
+    """The networks of a pool: one entry for each kind of network.
 
     **Attributes:**
 
@@ -28,32 +29,34 @@ class PoolState(eqx.Module):
     - `ages`: the number of steps that each network has been trained for.
     """
 
-    weights: Float[Array, "networks parameters"]
-    training: PyTree
-    ages: Int[Array, " networks"]
+    weights: tuple[Float[Array, "size _"], ...]
+    training: tuple[PyTree, ...]
+    ages: tuple[Int[Array, " size"], ...]
 
 
 class Pool(AbstractInnerSolver[PoolState]):
-    r"""Fits the last layer of a network that is drawn from a pool, in closed form, so
-    that images are distilled for networks of all ages:
+    r"""Fits the last layer of a network that is drawn from a pool, so that images are
+    distilled for networks of all ages:
 
-    $$w^\star(\theta) = \arg\min_w \frac{1}{2n} \|\Phi_j(\theta) w - T\|^2
-    + \frac{\lambda}{2} \|w\|^2,$$
+    $$w^\star(\theta) = \arg\min_w f(\Phi_j(\theta) w; y) + \frac{\lambda}{2} \|w\|^2,$$
 
-    with the features $\Phi_j$ before the last layer of network $j$, drawn anew in each
-    outer step, and scaled such that their mean squared norm is the number of images
-    $n$. The ridge $\lambda$ is therefore relative to the features.
+    with the features $\Phi_j$ before the last layer of network $j$, which is drawn anew
+    in each outer step. The features are scaled such that their mean squared norm is the
+    number of images $n$: the ridge $\lambda$ is relative to the features.
 
     After each fit the network that was drawn takes one step of training on the
-    distilled images, and when it has taken `max_age` steps it is started anew. A
-    hypergradient needs the features of the real images, and no gradient of them.
+    distilled images, without a ridge. A network that has taken `max_age` steps is
+    started anew. A hypergradient needs the features of the real images, and no gradient
+    of them.
 
-    `classifier` must be `None` where a pool is the inner solver.
+    `classifier` must be `None` where a pool is the inner solver, and a `key` must be
+    given.
 
     !!! Example
 
         ```python
         network = functools.partial(eqd.nn.ConvNet, widths=(16, 32, 64), norm=None)
+        targets = jax.nn.one_hot(real.labels, 10) - 0.1
         start = eqd.DistilledSet(
             real.images, targets, l2=1e-3, loss=eqd.SquaredError()
         )
@@ -61,139 +64,191 @@ class Pool(AbstractInnerSolver[PoolState]):
             start,
             None,
             eqd.Batches(train, 128),
-            inner=eqd.Pool(network, train.num_classes),
+            inner=eqd.Pool(network, num_classes=10),
             learn=(True, False),
+            steps=2000,
             key=jr.key(0),
         )
         ```
 
     Source: Zhou, Nezhadarya and Ba, *Dataset distillation using neural feature
     regression* (FRePo), 2022, Algorithm 1.
-
-    **Attributes:**
-
-    - `network`: makes a network from the shape of an image, the number of classes and a
-        `key`, such as [`eqdistill.nn.ConvNet`][] with all else bound.
-    - `num_classes`: the number of classes $c$.
-    - `inner`: fits the last layer.
-    - `size`: the number of networks in the pool.
-    - `max_age`: the number of steps after which a network is started anew.
-    - `optimiser`: the Optax optimiser of the networks.
-    - `augmentation`: how the distilled images are changed in the training of the
-        networks, or `None`.
     """
 
     takes_classifier: ClassVar[bool] = False
 
-    network: Callable = eqx.field(static=True)
+    networks: tuple[Callable, ...] = eqx.field(static=True)
     num_classes: int = eqx.field(static=True)
-    inner: AbstractInnerSolver = RidgeSolver()
-    size: int = eqx.field(static=True, default=10)
-    max_age: int = eqx.field(static=True, default=100)
-    optimiser: optax.GradientTransformation = eqx.field(
-        static=True, default=optax.adam(1e-3)
-    )
-    augmentation: AbstractAugmentation | None = None
+    inner: AbstractInnerSolver
+    size: int = eqx.field(static=True)
+    max_age: int = eqx.field(static=True)
+    optimiser: optax.GradientTransformation
+    augmentation: AbstractAugmentation | None
 
-    def __check_init__(self):
-        """**Raises:**
+    def __init__(
+        self,
+        *networks: Callable,
+        num_classes: int,
+        inner: AbstractInnerSolver = RidgeSolver(),
+        size: int = 10,
+        max_age: int = 100,
+        optimiser: optax.GradientTransformation = optax.adam(1e-3),
+        augmentation: AbstractAugmentation | None = None,
+    ):
+        """**Arguments:**
 
-        A `ValueError` if there are no networks or classes, or networks of no age.
+        - `networks`: the kinds of networks, with last layers of equally many features.
+            Each one makes a network of `eqdistill.nn` from the shape of an image, the
+            number of classes and a `key`, such as [`eqdistill.nn.ConvNet`][] with all
+            else bound. The images serve the kinds that are in the pool: with and
+            without normalisation, say.
+
+        All other arguments are keyword only.
+
+        - `num_classes`: the number of classes $c$.
+        - `inner`: fits the last layer. The default is for
+            [`eqdistill.SquaredError`][]; [`eqdistill.SpanSolver`][] is for
+            [`eqdistill.CrossEntropy`][].
+        - `size`: the number of networks of each kind.
+        - `max_age`: the number of steps after which a network is started anew.
+        - `optimiser`: the Optax optimiser of the networks.
+        - `augmentation`: changes the distilled images in the training of the networks.
+
+        **Raises:**
+
+        A `ValueError` if there is no kind of network, no network, no class or no age.
         """
-        for name in ("num_classes", "size", "max_age"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"`{name}` must be at least 1; got {getattr(self, name)}."
-                )
+        if not networks:
+            raise ValueError("`networks` must be at least one kind; got none.")
+        sizes = {"num_classes": num_classes, "size": size, "max_age": max_age}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        self.networks = networks
+        self.num_classes = num_classes
+        self.inner = inner
+        self.size = size
+        self.max_age = max_age
+        self.optimiser = optimiser
+        self.augmentation = augmentation
 
     def init(self, distilled, classifier, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
 
-        A `ValueError` if there is no `key`.
+        A `ValueError` if there is no `key`, or if the last layers of the networks
+        differ in the number of their features.
         """
         del classifier
         if key is None:
             raise ValueError(
                 "`key` must be given with a `Pool`, which draws networks; got None."
             )
-        template = self._template(distilled)
-        weights = jax.vmap(template.draw)(jr.split(key, self.size))
-        return PoolState(
-            weights,
-            jax.vmap(self.optimiser.init)(weights),
-            # One after the other reaches its greatest age.
-            jnp.arange(self.size) * self.max_age // self.size,
+        templates = self._templates(distilled)
+        widths = {template.in_features for template in templates}
+        if len(widths) > 1:
+            raise ValueError(
+                "`networks` must have last layers of equally many features; got "
+                f"{sorted(widths)}."
+            )
+        keys = jr.split(key, (len(templates), self.size))
+        weights = tuple(
+            jax.vmap(template.draw)(own)
+            for template, own in zip(templates, keys, strict=True)
         )
+        training = tuple(jax.vmap(self.optimiser.init)(rows) for rows in weights)
+        # The networks reach their greatest age one after the other.
+        age = jnp.arange(self.size) * self.max_age // self.size
+        return PoolState(weights, training, tuple(age for _ in weights))
 
     def __call__(self, distilled: DistilledSet, classifier, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]."""
         del classifier
         assert key is not None  # As `init` has checked.
-        index_key, augmentation_key, fresh_key = jr.split(key, 3)
+        kind_key, index_key, *keys = jr.split(key, 2 + len(self.networks))
+        kind = jr.randint(kind_key, (), 0, len(self.networks))
         index = jr.randint(index_key, (), 0, self.size)
-        template = self._template(distilled)
-        weights, training, age = jax.tree.map(
-            lambda x: x[index], (state.weights, state.training, state.ages)
-        )
-        fitted = self._fit(template.network(weights), distilled)
+        templates = self._templates(distilled)
+        # One network of each kind is taken out, which costs nothing.
+        drawn = [
+            template.network(rows[index])
+            for template, rows in zip(templates, state.weights, strict=True)
+        ]
+        features = _Either(kind, tuple(last_layer(x).features for x in drawn))
+        fitted = self._fit(features, distilled)
 
-        # The training of the network is not differentiated.
-        images, labels = jax.lax.stop_gradient((distilled.images, distilled.labels))
+        stacks = zip(state.weights, state.training, state.ages, strict=True)
+        fixed = jax.lax.stop_gradient(distilled)
+        moved = []
+        for i, stack in enumerate(stacks):
+            own = jax.tree.map(lambda x: jax.lax.stop_gradient(x[index]), stack)
+            train = ft.partial(self._train, templates[i], fixed, key=keys[i])
+            new = jax.lax.cond(kind == i, train, lambda *own: own, *own)
+            moved.append(jax.tree.map(lambda x, y: x.at[index].set(y), stack, new))
+        return fitted, PoolState(*zip(*moved, strict=True))
+
+    def _fit(self, features: Callable, distilled: DistilledSet) -> Fitted:
+        """Fits a last layer on the features."""
+        rows = jax.vmap(features)(distilled.images)
+        factor = len(rows) * jax.lax.rsqrt(jnp.sum(rows**2))
+        zeros = jnp.zeros((self.num_classes, rows.shape[1]), rows.dtype)
+        head = eqx.filter_eval_shape(
+            eqx.nn.Linear, *zeros.shape[::-1], use_bias=False, key=jr.key(0)
+        )
+        head = eqx.tree_at(lambda h: h.weight, head, zeros)
+        scaled = LinearClassifier(_Scaled(features, factor), head)
+        state = self.inner.init(distilled, scaled, key=None)
+        fitted, _ = self.inner(distilled, scaled, state, key=None)
+        # The features stay as they are, and the last layer takes the factor.
+        weight = factor * fitted.classifier.head.weight
+        classifier = LinearClassifier(
+            features, eqx.tree_at(lambda h: h.weight, head, weight)
+        )
+        return eqx.tree_at(lambda f: f.classifier, fitted, classifier)
+
+    def _train(self, template, distilled, weights, training, age, *, key):
+        """A step of training, of a network that is then a step older, or started
+        anew."""
+        augmentation_key, fresh_key = jr.split(key)
+        images = distilled.images
         if self.augmentation is not None:
             images = augment(self.augmentation, images, key=augmentation_key)
 
         def loss(weights):
             outputs = jax.vmap(template.network(weights))(images)
-            return distilled.loss(outputs, labels)
+            return distilled.loss(outputs, distilled.labels)
 
-        updates, training = self.optimiser.update(
-            jax.grad(loss)(weights), training, weights
-        )
+        gradient = jax.grad(loss)(weights)
+        updates, training = self.optimiser.update(gradient, training, weights)
         weights = optax.apply_updates(weights, updates)
         fresh = template.draw(fresh_key)
-        weights, training, age = optax.tree.where(
+        return optax.tree.where(
             age + 1 < self.max_age,
             (weights, training, age + 1),
             (fresh, self.optimiser.init(fresh), jnp.zeros_like(age)),
         )
-        stacks, structure = jax.tree.flatten(state)
-        new = jax.lax.stop_gradient(jax.tree.leaves((weights, training, age)))
-        stacks = [x.at[index].set(y) for x, y in zip(stacks, new, strict=True)]
-        return fitted, jax.tree.unflatten(structure, stacks)
 
-    def _fit(self, network: Network, distilled: DistilledSet) -> Fitted:
-        linear = last_layer(network)
-        features = jax.vmap(linear.features)(distilled.images)
-        n, p = features.shape
-        factor = n * jax.lax.rsqrt(jnp.sum(features**2))
-        shape = jax.ShapeDtypeStruct((self.num_classes, p), features.dtype)
-        head = eqx.filter_eval_shape(
-            eqx.nn.Linear, p, self.num_classes, use_bias=False, key=jr.key(0)
-        )
-        zeros = eqx.tree_at(
-            lambda h: h.weight, head, jnp.zeros(shape.shape, shape.dtype)
-        )
-        scaled = LinearClassifier(_Scaled(linear.features, factor), zeros)
-        solver_state = self.inner.init(distilled, scaled, key=None)
-        fitted, _ = self.inner(distilled, scaled, solver_state, key=None)
-        # The features stay as they are, and the head takes the factor.
-        head = eqx.tree_at(
-            lambda h: h.weight, zeros, factor * fitted.classifier.head.weight
-        )
-        return eqx.tree_at(
-            lambda f: f.classifier, fitted, LinearClassifier(linear.features, head)
-        )
+    def _templates(self, distilled: DistilledSet) -> list["_Template"]:
+        shape = distilled.images.shape[1:]
+        return [
+            _Template(
+                eqx.filter_eval_shape(network, shape, self.num_classes, key=jr.key(0))
+            )
+            for network in self.networks
+        ]
 
-    def _template(self, distilled: DistilledSet) -> "_Template":
-        network = eqx.filter_eval_shape(
-            self.network,
-            distilled.images.shape[1:],
-            self.num_classes,
-            key=jr.key(0),
-        )
-        return _Template(network)
+
+class _Either(eqx.Module):
+    """One of several features of an image."""
+
+    kind: Int[Array, ""]
+    options: tuple[Callable, ...]
+
+    def __call__(self, image: Array) -> Array:
+        if len(self.options) == 1:
+            return self.options[0](image)
+        return jax.lax.switch(self.kind, self.options, image)
 
 
 class _Scaled(eqx.Module):
@@ -214,6 +269,7 @@ class _Template:
         self._places = [i for i, x in enumerate(self._structs) if is_struct(x)]
         self._bounds = _bounds(network)
         self.size = sum(self._structs[i].size for i in self._places)
+        self.in_features = network.layers[-1].in_features
 
     def network(self, weights: Float[Array, " parameters"]) -> Network:
         leaves, first = list(self._structs), 0
