@@ -248,7 +248,9 @@ class _Either(eqx.Module):
     def __call__(self, image: Array) -> Array:
         if len(self.options) == 1:
             return self.options[0](image)
-        return jax.lax.switch(self.kind, self.options, image)
+        # Modules that hold traced arrays cannot be branches, which JAX hashes.
+        branches = [lambda x, f=f: f(x) for f in self.options]
+        return jax.lax.switch(self.kind, branches, image)
 
 
 class _Scaled(eqx.Module):
