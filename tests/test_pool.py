@@ -130,8 +130,6 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(train):
 
 
 def test_no_gradient_of_the_real_images_is_computed(train):
-    # In the compiled program, of ten times the real images, there are three forward
-    # passes of a convolution more, and no backward one.
     def count(n):
         data = eqd.Batches(subset(train, n), n)
         problem = eqd.Problem(
@@ -141,11 +139,10 @@ def test_no_gradient_of_the_real_images_is_computed(train):
         step = jax.jit(lambda state: problem.step(state)).lower(state).compile()
         return step.cost_analysis()["flops"]
 
-    # A forward pass of the convolution and of the rest is 4 * 9 * 64 * 2 operations,
-    # and little else.
+    # A forward pass of the convolution, and less than a backward pass for all else.
     per_image = (count(200) - count(100)) / 100
     forward = 2 * 4 * 9 * 64
-    assert per_image < 2 * forward
+    assert forward <= per_image < 2.5 * forward
 
 
 @pytest.mark.slow
