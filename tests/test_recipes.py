@@ -97,12 +97,13 @@ def test_training_is_as_by_hand(real, digits, name):
 
 
 def test_networks_are_drawn_as_the_recipe_says():
-    make = lambda recipe: eqx.filter_eval_shape(
-        recipe(SMALL).make, (8, 8), 10, key=jr.key(0)
-    )
-    assert make(recipes.dc).initialiser is None
-    assert make(recipes.frepo).initialiser is nn.lecun
-    assert make(recipes.zero_start).has_zero_head
+    make = lambda recipe: recipe(SMALL).make((8, 8), 10, key=jr.key(0)).layers
+    first, last = 1, -1
+    assert make(recipes.dc)[first].bias.any()  # PyTorch draws biases too.
+    assert make(recipes.dc)[last].weight.any()
+    assert not make(recipes.frepo)[first].bias.any()
+    assert make(recipes.frepo)[last].weight.any()
+    assert not make(recipes.zero_start)[last].weight.any()
     wide = eqx.filter_eval_shape(recipes.frepo().make, (28, 28), 10, key=jr.key(0))
     assert dict(wide.settings)["widths"] == (128, 256, 512)
 

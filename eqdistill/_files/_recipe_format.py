@@ -11,19 +11,14 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._data._distilled_set import DistilledSet
-from .._nn._networks import (
-    AlexNet,
+from .._nn._network import (
     average_pool,
-    ConvNet,
     group_norm,
     instance_norm,
-    LeNet,
     max_pool,
-    MLP,
     Network,
-    ResNet18,
-    VGG11,
 )
+from .._nn._networks import AlexNet, ConvNet, LeNet, MLP, ResNet18, VGG11
 from .._outer._recipes import (
     dc,
     frepo,

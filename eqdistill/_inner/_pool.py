@@ -14,7 +14,7 @@ from .._classifier import last_layer, LinearClassifier
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
 from .._nn._conv2d import Conv2d
-from .._nn._networks import Network
+from .._nn._network import Network
 from ._inner_solver import AbstractInnerSolver, Fitted
 from ._ridge_solver import RidgeSolver
 

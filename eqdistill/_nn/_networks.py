@@ -8,82 +8,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from ._conv2d import Conv2d
+from ._network import average_pool, instance_norm, max_pool, Network
 
 
 Activation = Callable[[Array], Array]
 # From a number of channels to a layer.
 Norm = Callable[[int], Callable]
-
-
-class Network(eqx.Module):
-    """A network whose layers stand in a row, with all that is needed to make the
-    network again from a file.
-
-    **Attributes:**
-
-    - `layers`: the layers, from one image to its logits. The last one is an
-        `equinox.nn.Linear`: [`eqdistill.last_layer`][] makes a linear classifier of the
-        network.
-    - `architecture`: the name of the function that made the network.
-    - `settings`: the arguments of that function, as pairs of a name and a value.
-    - `initialiser`: what drew the weights, or `None` for PyTorch's default.
-    - `has_zero_head`: whether the last layer started at zero.
-    """
-
-    layers: eqx.nn.Sequential
-    architecture: str = eqx.field(static=True)
-    settings: tuple[tuple[str, Any], ...] = eqx.field(static=True)
-    initialiser: Callable | None = eqx.field(static=True)
-    has_zero_head: bool = eqx.field(static=True)
-
-    def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, " c"]:
-        """**Arguments:**
-
-        - `image`: one image, of the shape that the network was made for.
-
-        **Returns:**
-
-        The logits.
-
-        **Raises:**
-
-        A `ValueError` if the image is of another shape.
-        """
-        wanted = dict(self.settings)["shape"]
-        if image.shape != wanted:
-            raise ValueError(
-                f"`image` must have shape {wanted}, for which this "
-                f"`{self.architecture}` was made; got shape {image.shape}."
-            )
-        return self.layers(image)
-
-
-def instance_norm(channels: int) -> eqx.nn.GroupNorm:
-    """Instance normalisation with a learned scale and shift for each channel.
-
-    Source: Ulyanov et al., *Instance normalization*, 2016.
-    """
-    return eqx.nn.GroupNorm(channels, channels)
-
-
-def group_norm(channels: int) -> eqx.nn.GroupNorm:
-    """Group normalisation in four groups.
-
-    Source: Wu and He, *Group normalization*, 2018.
-    """
-    return eqx.nn.GroupNorm(4, channels)
-
-
-# Over squares of 2 x 2 pixels. A last row or column that is left over is dropped.
-average_pool = eqx.nn.AvgPool2d(2, 2)
-max_pool = eqx.nn.MaxPool2d(2, 2)
-# He et al. 2015 and LeCun et al. 1998, for the weights of Equinox's layers, whose first
-# axis is that of the outputs. Biases become zero.
-he = jax.nn.initializers.he_normal(in_axis=1, out_axis=0)
-lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
 
 
 def ConvNet(
@@ -344,78 +277,6 @@ def ResNet18(
     return _network("ResNet18", settings, layers)
 
 
-def initialise(
-    network: Network, initialiser: Callable, *, key: PRNGKeyArray
-) -> Network:
-    """The network with all weights drawn anew, and all biases zero. Scales and shifts
-    of normalisations stay.
-
-    **Arguments:**
-
-    - `network`: an [`eqdistill.nn.Network`][].
-    - `initialiser`: of the kind of `jax.nn.initializers`, for weights whose first two
-        axes are the outputs and the inputs: `eqdistill.nn.he` or
-        `eqdistill.nn.lecun`.
-    - `key`: a `jax.random.key`. (Keyword only argument.)
-
-    **Returns:**
-
-    The new network.
-    """
-
-    def is_layer(node: Any) -> bool:
-        return isinstance(node, Conv2d | eqx.nn.Linear)
-
-    def draw(layer: Any, key: PRNGKeyArray) -> Any:
-        weight = initialiser(key, layer.weight.shape, layer.weight.dtype)
-        layer = eqx.tree_at(lambda layer: layer.weight, layer, weight)
-        if layer.bias is None:
-            return layer
-        zeros = jnp.zeros_like(layer.bias)
-        return eqx.tree_at(lambda layer: layer.bias, layer, zeros)
-
-    leaves, structure = jax.tree.flatten(network.layers, is_leaf=is_layer)
-    keys = jr.split(key, len(leaves))
-    leaves = [
-        draw(leaf, key) if is_layer(leaf) else leaf
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    layers = jax.tree.unflatten(structure, leaves)
-    return Network(
-        layers,
-        network.architecture,
-        network.settings,
-        initialiser,
-        has_zero_head=False,
-    )
-
-
-def zero_head(network: Network) -> Network:
-    """The network with a last layer of zeros. With few training images, the function
-    that a random last layer starts with is never unlearned.
-
-    **Arguments:**
-
-    - `network`: an [`eqdistill.nn.Network`][].
-
-    **Returns:**
-
-    The new network, all logits of which are zero.
-
-    Source: the centring (a network less its initial function) of Loo et al., *Efficient
-    dataset distillation using random feature approximation*, 2022, has the same effect.
-    """
-    zeros = jax.tree.map(jnp.zeros_like, network.layers[-1])
-    layers = eqx.tree_at(lambda layers: layers[-1], network.layers, zeros)
-    return Network(
-        layers,
-        network.architecture,
-        network.settings,
-        network.initialiser,
-        has_zero_head=True,
-    )
-
-
 class _Pad(eqx.Module):
     """Gives an image an axis of channels, and pads the image by zeros around."""
 
@@ -580,8 +441,6 @@ def _network(name: str, settings: dict[str, Any], layers: list[Callable]) -> Net
         eqx.nn.Sequential(layers),
         name,
         tuple(settings.items()),
-        initialiser=None,
-        has_zero_head=False,
     )
 
 

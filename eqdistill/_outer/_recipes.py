@@ -17,7 +17,8 @@ from .._data._image_augmentations import Affine, Crop
 from .._inner._inner_solver import AbstractInnerSolver
 from .._inner._unrolled_solver import UnrolledSolver
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
-from .._nn._networks import ConvNet, initialise, lecun, Network, zero_head
+from .._nn._network import initialise, lecun, Network, zero_head
+from .._nn._networks import ConvNet
 from ._evaluate import evaluate as evaluate_one
 
 
