@@ -43,6 +43,7 @@ def main(
     batch: int,
     learning_rate: float,
     held_out: float,
+    networks: list[str],
     num_networks: int,
     seed: int,
     output: Path,
@@ -95,14 +96,14 @@ def main(
     files = [output / f"network.{end}" for end in ("png", "safetensors")]
     eqd.plot.images(distilled).savefig(files[0])
     eqd.plot.history(result.history).savefig(output / "network_history.png")
-    for name, network in NETWORKS.items():
-        recipe = recipes.zero_start(network)
+    for name in networks:
+        recipe = recipes.zero_start(NETWORKS[name])
         found = recipes.evaluate(
             distilled, recipe, test, num_networks=num_networks, key=jr.key(seed)
         )
         deviation = f" ± {found.deviation_of_networks:.1%}" if num_networks > 1 else ""
         print(f"{on} accuracy {found.mean:.1%}{deviation}, {name}", flush=True)
-        if name == next(iter(NETWORKS)) and on == "test":
+        if name == networks[0] and on == "test":
             eqd.save(
                 files[1],
                 distilled,
@@ -139,6 +140,13 @@ if __name__ == "__main__":
         default=0.0,
         help="a fraction of the training images to evaluate on, in place of the test "
         "images",
+    )
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=list(NETWORKS),
+        default=list(NETWORKS),
+        help="to train on the distilled images",
     )
     parser.add_argument("--num-networks", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

@@ -137,7 +137,9 @@ def test_no_gradient_of_the_real_images_is_computed(train):
         )
         state = eqx.filter_eval_shape(problem.init, key=KEY)
         step = jax.jit(lambda state: problem.step(state)).lower(state).compile()
-        return step.cost_analysis()["flops"]
+        costs = step.cost_analysis()
+        assert costs is not None
+        return costs["flops"]
 
     # A forward pass of the convolution, and less than a backward pass for all else.
     per_image = (count(200) - count(100)) / 100
