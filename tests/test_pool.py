@@ -129,6 +129,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(train):
     assert whole.learned == ("images", "labels", "log_l2", "loss.log_temperature")
 
 
+@pytest.mark.slow
 def test_no_gradient_of_the_real_images_is_computed(train):
     def count(n):
         data = eqd.Batches(subset(train, n), n)
