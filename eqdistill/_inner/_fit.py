@@ -41,7 +41,8 @@ def fit(
 
     - `distilled`: the distilled set.
     - `classifier`: an `equinox.Module` from one image, of shape `(*shape,)`, to its
-        logits, of shape `(c,)`. Its [`eqdistill.parameters`][] are fitted.
+        logits, of shape `(c,)`. Its [`eqdistill.parameters`][] are fitted. Or `None`,
+        for an inner solver that draws classifiers of its own: [`eqdistill.Pool`][].
     - `inner`: how to fit it.
     - `key`: a `jax.random.key`, for a solver that draws random numbers. (Keyword only
         argument.)
