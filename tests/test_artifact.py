@@ -227,7 +227,10 @@ RECIPES = [
 ]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [*RECIPES[:2], *(pytest.param(x, marks=pytest.mark.slow) for x in RECIPES[2:])],
+)
 def test_recipe_is_rebuilt(path, recipe):
     evaluations = eqd.recipes.Evaluations(np.array([[0.5, 0.7]]), KEY)
     eqd.save(path, small(), recipe, evaluations)

@@ -108,6 +108,7 @@ def test_affine_is_that_of_scipy(x64):
     np.testing.assert_allclose(got, wanted, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_gradient_in_a_scan(x64):
     """Against a central difference, each step with another key."""
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5, 5)))

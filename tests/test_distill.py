@@ -150,6 +150,7 @@ def test_inner_failure_returns_the_last_good_set(problem):
     assert jnp.array_equal(result.distilled.images, problem[0].images)
 
 
+@pytest.mark.slow
 def test_useless_adjoint_returns_the_last_good_set(problem):
     useless = eqd.DampedCG(rtol=1e-30, accept=0.0, max_residual=0.0)
     minimiser = optx.OptaxMinimiser(SGD, rtol=1e-4, atol=1e-4)
@@ -200,6 +201,7 @@ def test_each_part_has_its_own_optimiser(problem):
     assert jnp.array_equal(result.distilled.log_l2, start.log_l2)
 
 
+@pytest.mark.slow
 def test_outer_loss_needs_no_gradient(problem):
     start, linear, train = problem
     network = MLP(64, 4, jax.nn.softplus, key=jr.key(0))

@@ -45,6 +45,7 @@ def strong_noise(train, l2):
     return eqd.DistilledSet.from_noise(train, l2=l2, scale=0.3, key=jr.key(0))
 
 
+@pytest.mark.slow
 def test_any_classifier_and_data(train):
     # Each start has its own key, and with it its own batches.
     classifier = MLP(64, 4, jax.nn.softplus, key=jr.key(1))

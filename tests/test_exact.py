@@ -150,6 +150,7 @@ def test_no_ridge_above_the_bound_has_a_solution():
         eqd.distill_exactly(start, classifier, l2=1.001 * bound)
 
 
+@pytest.mark.slow
 def test_says_why_there_is_no_solution():
     rng = np.random.default_rng(0)
     weights, intercept = rng.normal(size=(3, 5)), rng.normal(size=3)

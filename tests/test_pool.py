@@ -100,6 +100,7 @@ def test_networks_are_trained_and_started_anew(train):
     assert {0, 1, 2} == {age for _, age in seen}
 
 
+@pytest.mark.slow
 def test_weights_are_drawn_as_by_pytorch(train):
     start = start_of(train)
     solver = pool(SMOOTH, size=50)
@@ -115,6 +116,7 @@ def test_weights_are_drawn_as_by_pytorch(train):
     np.testing.assert_allclose(filters.std(), (1 / 3) / np.sqrt(3), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_it_had_not_stopped(train):
     start = start_of(train)
     args = {"inner": pool(), "optimiser": ADAM, "learn": (True, False)}

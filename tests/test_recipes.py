@@ -81,7 +81,12 @@ RATES = {
 
 
 @pytest.mark.parametrize(
-    "name", ["dc", "frepo", pytest.param("zero_start", marks=pytest.mark.slow)]
+    "name",
+    [
+        "dc",
+        pytest.param("frepo", marks=pytest.mark.slow),
+        pytest.param("zero_start", marks=pytest.mark.slow),
+    ],
 )
 def test_training_is_as_by_hand(real, digits, name):
     recipe = getattr(recipes, name)(SMALL, updates=STEPS)

@@ -250,6 +250,7 @@ def test_refuses_what_is_not_linear(digits):
         eqd.fit(squared, eqd.LogisticRegression(64, 10), eqd.SpanSolver())
 
 
+@pytest.mark.slow
 def test_says_where_there_is_no_solution(digits):
     # Without an image of some class, its intercept would be minus infinity.
     distilled = eqd.DistilledSet.from_real(digits[0], l2=0.1, key=jr.key(0))

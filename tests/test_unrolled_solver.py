@@ -66,6 +66,7 @@ def test_derivative_agrees_with_central_differences(problem):
     check_gradient(*problem, solver)
 
 
+@pytest.mark.slow
 def test_step_sizes_are_learned(problem):
     solver = eqd.UnrolledSolver(**SGD, steps=5)
     args = {"inner": solver, "optimiser": optax.adam(0.05), "steps": 10}
