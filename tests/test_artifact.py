@@ -668,6 +668,7 @@ def test_command_in_a_fresh_process(published):
     assert f"claimed {accuracy}, measured {accuracy}" in result.stdout
 
 
+@pytest.mark.slow
 def test_command_retrains_by_the_recipe(tmp_path, monkeypatch, capsys):
     train, test = eqd.datasets.load("digits")
     distilled = eqd.DistilledSet.from_class_means(train, l2=0.1, key=KEY)

@@ -41,11 +41,8 @@ def augment_by_each(augmentations, images, key):
     return [eqd.augment(a, images, key=key) for a in augmentations]
 
 
-@pytest.mark.parametrize(
-    "images",
-    [COLOUR, pytest.param(COLOUR[:, 0], marks=pytest.mark.slow)],
-    ids=["colour", "grey"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [COLOUR, COLOUR[:, 0]], ids=["colour", "grey"])
 def test_a_function_of_image_and_key(images):
     runs = [augment_by_each(EVERYTHING, images, jr.key(i)) for i in (0, 0, 1, 2, 3)]
     for first, again, *others in zip(*runs, strict=True):

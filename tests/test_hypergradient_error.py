@@ -78,6 +78,7 @@ def test_is_a_bound(seed, log_scale, log_l2, log_error, derivative):
     assert derivative == 0 or found.error > 1e-4 * of_reference.norm
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_is_in_proportion_to_the_error_of_the_fit():
     args = soft_start(0), eqd.LogisticRegression(P, C), data()

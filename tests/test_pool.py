@@ -75,6 +75,7 @@ def test_fit_is_that_of_the_inner_solver_on_scaled_features(train):
     np.testing.assert_allclose(outputs, wanted, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_networks_are_trained_and_started_anew(train):
     start, solver = start_of(train), pool(PLAIN, SMOOTH)
     call = eqx.filter_jit(solver.__call__)
