@@ -183,7 +183,7 @@ class Own(eqd.AbstractAugmentation):
     def __call__(self, image, *, key):
         return {
             "shape": image[..., 1:],
-            "dtype": image.astype(jnp.float16),
+            "dtype": image.astype(jnp.bfloat16),
             "tuple": (image, image),
         }[self.change]
 
@@ -192,7 +192,7 @@ class Own(eqd.AbstractAugmentation):
     ("change", "match"),
     [
         ("shape", r"keep the shape .*\(3, 6, 8\); that of a Own is \(3, 6, 7\)"),
-        ("dtype", r"keep the dtype .*float32; that of a Own is float16"),
+        ("dtype", r"keep the dtype .*float32; that of a Own is bfloat16"),
         ("tuple", r"keep the shape .*that of a Own is \(\(3, 6, 8\), \(3, 6, 8\)\)"),
     ],
 )
