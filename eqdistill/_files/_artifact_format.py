@@ -149,11 +149,8 @@ def _check_preprocessing(arrays: dict[str, np.ndarray], shape: tuple[int, ...]) 
     if "whitening" in arrays:
         wanted = {"mean": shape, "whitening": (pixels, pixels)}
     else:
-        ones = (
-            (*shape[:1], *[1] * len(shape[1:]))
-            if len(shape) == 3
-            else (1,) * len(shape)
-        )
+        channels = shape[0] if len(shape) == 3 else 1
+        ones = (channels, *[1] * (len(shape) - 1))
         wanted = {"mean": ones, "deviation": ones}
         check(
             bool((arrays["deviation"] > 0).all()),

@@ -10,12 +10,13 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._classifier import last_layer, LinearClassifier
+from .._classifier import last_layer, LinearClassifier, LogisticRegression
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
 from .._nn._conv2d import Conv2d
 from .._nn._network import Network
 from ._inner_solver import AbstractInnerSolver, Fitted
+from ._linear import with_head
 from ._ridge_solver import RidgeSolver
 
 
@@ -192,19 +193,15 @@ class Pool(AbstractInnerSolver[PoolState]):
         """Fits a last layer on the features."""
         rows = jax.vmap(features)(distilled.images)
         factor = len(rows) * jax.lax.rsqrt(jnp.sum(rows**2))
-        zeros = jnp.zeros((self.num_classes, rows.shape[1]), rows.dtype)
-        head = eqx.filter_eval_shape(
-            eqx.nn.Linear, *zeros.shape[::-1], use_bias=False, key=jr.key(0)
-        )
-        head = eqx.tree_at(lambda h: h.weight, head, zeros)
+        head = LogisticRegression(
+            rows.shape[1], self.num_classes, dtype=rows.dtype
+        ).head
         scaled = LinearClassifier(_Scaled(features, factor), head)
         state = self.inner.init(distilled, scaled, key=None)
         fitted, _ = self.inner(distilled, scaled, state, key=None)
         # The features stay as they are, and the last layer takes the factor.
         weight = factor * fitted.classifier.head.weight
-        classifier = LinearClassifier(
-            features, eqx.tree_at(lambda h: h.weight, head, weight)
-        )
+        classifier = with_head(LinearClassifier(features, head), weight, None)
         return eqx.tree_at(lambda f: f.classifier, fitted, classifier)
 
     def _train(self, template, distilled, weights, training, age, *, key):

@@ -200,8 +200,7 @@ def AlexNet(
     Source: Krizhevsky et al. 2012; in the form of Zhao et al. 2021.
     """
     plan = [(128, 5), None, (192, 5), None, (256, 3), (192, 3), (192, 3), None]
-    settings, layers = _from_plan(plan, shape, num_classes, norm, activation, key=key)
-    return _network("AlexNet", settings, layers)
+    return _from_plan("AlexNet", plan, shape, num_classes, norm, activation, key=key)
 
 
 def VGG11(
@@ -229,8 +228,7 @@ def VGG11(
     """
     widths = [64, None, 128, None, 256, 256, None, 512, 512, None, 512, 512, None]
     plan = [width and (width, 3) for width in widths]
-    settings, layers = _from_plan(plan, shape, num_classes, norm, activation, key=key)
-    return _network("VGG11", settings, layers)
+    return _from_plan("VGG11", plan, shape, num_classes, norm, activation, key=key)
 
 
 def ResNet18(
@@ -404,6 +402,7 @@ def _end(in_features: int, num_classes: int, *, key: PRNGKeyArray) -> list[Calla
 
 
 def _from_plan(
+    name: str,
     plan: Sequence[tuple[int, int] | None],
     shape: Sequence[int],
     num_classes: int,
@@ -411,9 +410,9 @@ def _from_plan(
     activation: Activation,
     *,
     key: PRNGKeyArray,
-) -> tuple[dict[str, Any], list[Callable]]:
-    """The settings and the layers of a network of blocks, each of some width and kernel
-    size, and of poolings, where the plan says `None`."""
+) -> Network:
+    """A network of blocks, each of some width and kernel size, and of poolings, where
+    the plan says `None`."""
     settings = {
         "shape": tuple(shape),
         "num_classes": num_classes,
@@ -433,7 +432,7 @@ def _from_plan(
             )
             channels = width
     layers += _end(channels * size**2, num_classes, key=head_key)
-    return settings, layers
+    return _network(name, settings, layers)
 
 
 def _network(name: str, settings: dict[str, Any], layers: list[Callable]) -> Network:

@@ -194,7 +194,6 @@ def dc(
 
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021.
     """
-
     _check_updates(updates)
     inner = UnrolledSolver(
         _drops_at_half(updates),
