@@ -145,6 +145,19 @@ def test_what_each_does():
     assert 60 < (one_of[:, 0, 0] == 1).sum() < 140
 
 
+def test_one_of_for_a_batch():
+    """Of one kind in each batch, with another place in each image."""
+    one_of = eqd.OneOf(eqd.Cutout(2), Constant(2.0), per_batch=True)
+    augmentation = eqd.Compose(Constant(3.0), one_of)
+    augment = lambda key: eqd.augment(augmentation, jnp.ones((50, 4, 4)), key=key)
+    batches = np.asarray(jax.jit(jax.vmap(augment))(jr.split(KEY, 20)))
+    is_cut = [not (batch == 2).any() for batch in batches]
+    assert 0 < sum(is_cut) < 20
+    for batch in batches[is_cut]:
+        assert (batch == 0).any((1, 2)).all()
+        assert len(np.unique(batch, axis=0)) > 5
+
+
 def test_colour_jitter():
     image = COLOUR[:1].repeat(200, 0)
     augmentations = [

@@ -1,4 +1,6 @@
 import abc
+import functools as ft
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -49,11 +51,12 @@ class Compose(AbstractAugmentation):
 
 
 class OneOf(AbstractAugmentation):
-    """One of several augmentations, drawn at random, all equally likely.
+    """One of several augmentations, drawn at random, all equally likely: for each
+    image anew, or for all images of a batch.
 
     !!! Example
 
-        Differentiable siamese augmentation of images of 32 x 32 pixels:
+        The augmentation of DSA and FRePo, of images of 32 x 32 pixels:
 
         ```python
         augmentation = eqd.OneOf(
@@ -63,6 +66,7 @@ class OneOf(AbstractAugmentation):
             eqd.Flip(),
             eqd.Affine(scale=1.2),
             eqd.Affine(rotation=15),
+            per_batch=True,
         )
         ```
 
@@ -71,11 +75,15 @@ class OneOf(AbstractAugmentation):
     """
 
     augmentations: tuple[AbstractAugmentation, ...]
+    per_batch: bool = eqx.field(static=True)
 
-    def __init__(self, *augmentations: AbstractAugmentation):
+    def __init__(self, *augmentations: AbstractAugmentation, per_batch: bool = False):
         """**Arguments:**
 
         - `augmentations`: the augmentations, at least one.
+        - `per_batch`: whether [`eqdistill.augment`][] draws one augmentation for all
+            images, whose random numbers differ from image to image. Several times
+            quicker. (Keyword only argument.)
 
         **Raises:**
 
@@ -84,14 +92,19 @@ class OneOf(AbstractAugmentation):
         if not augmentations:
             raise ValueError("`augmentations` must be at least one; got none.")
         self.augmentations = augmentations
+        self.per_batch = per_batch
 
     def __call__(self, image, *, key):
         """As [`eqdistill.AbstractAugmentation`][]."""
-        choice_key, own_key = jr.split(key)
-        index = jr.randint(choice_key, (), 0, len(self.augmentations))
         # By default, `a` would be the last augmentation in each of them.
         branches = [lambda x, key, a=a: a(x, key=key) for a in self.augmentations]
-        return jax.lax.switch(index, branches, image, own_key)
+        return _one_of(branches, image, key)
+
+
+def _one_of(branches: list[Callable], images: Array, key: PRNGKeyArray) -> Array:
+    choice_key, own_key = jr.split(key)
+    index = jr.randint(choice_key, (), 0, len(branches))
+    return jax.lax.switch(index, branches, images, own_key)
 
 
 def augment(
@@ -110,8 +123,7 @@ def augment(
     - `key`: a `jax.random.key`. (Keyword only argument.)
     - `siamese`: whether all images are changed in the same way, by one key
         $k_i = k$: then a second call with this key changes other images in the same
-        way, too. [`eqdistill.OneOf`][] is several times quicker so, as it takes one
-        augmentation for all images. (Keyword only argument.)
+        way, too. (Keyword only argument.)
 
     **Returns:**
 
@@ -124,9 +136,10 @@ def augment(
     Source: Zhao and Bilen, *Dataset Condensation with Differentiable Siamese
     Augmentation*, 2021.
     """
-    keys = key if siamese else jr.split(key, len(images))
-    apply = lambda image, key: augmentation(image, key=key)
-    changed = jax.vmap(apply, (0, None if siamese else 0))(images, keys)
+    if siamese:
+        changed = jax.vmap(lambda image: augmentation(image, key=key))(images)
+    else:
+        changed = _each(augmentation, images, key)
     if not eqx.is_array(changed) or changed.shape != images.shape:
         got = jax.tree.map(lambda x: x.shape[1:], changed)
         raise ValueError(
@@ -139,3 +152,17 @@ def augment(
             f"that of a {type(augmentation).__name__} is {changed.dtype}."
         )
     return changed
+
+
+def _each(augmentation: AbstractAugmentation, images: Array, key: PRNGKeyArray):
+    """The images, each of which is changed by random numbers of its own."""
+    if isinstance(augmentation, Compose):
+        keys = jr.split(key, len(augmentation.augmentations))
+        for part, own_key in zip(augmentation.augmentations, keys, strict=True):
+            images = _each(part, images, own_key)
+        return images
+    if isinstance(augmentation, OneOf) and augmentation.per_batch:
+        branches = [ft.partial(_each, a) for a in augmentation.augmentations]
+        return _one_of(branches, images, key)
+    apply = lambda image, key: augmentation(image, key=key)
+    return jax.vmap(apply)(images, jr.split(key, len(images)))
