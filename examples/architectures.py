@@ -7,10 +7,10 @@ logistic regression with a learned ridge; and the sets in any files of `eqdistil
 that are given. For the recipe `supervised` there is one set: all training images. All
 images are standardised. A recipe for hard labels leaves out sets with soft ones.
 
-Prints the mean test accuracy and the standard deviation over networks, after the last
-step of the training, as a table in Markdown; and draws the table. What has been
-measured is kept in `architectures.json`: the script can be stopped, and goes on from
-there.
+Prints the size of each set with its labels, the mean test accuracy after the last step
+of the training, and the standard deviation over networks, as a table in Markdown; and
+draws the accuracies. What has been measured is kept in `architectures.json`: the script
+can be stopped, and goes on from there.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -83,17 +84,20 @@ def main(
         contents[path.stem] = hashlib.sha256(path.read_bytes()).hexdigest()
     output.mkdir(parents=True, exist_ok=True)
     kept = Measured(output / "architectures.json")
-    rows = {}
+    rows, sizes = {}, []
     for name, make in made.items():
+        own = [contents[name]] if name in contents else []
+        measure = lambda make=make: make()[0].nbytes
+        sizes.append(kept.get([dataset, images, name, "bytes", *own], measure))
         rows[name] = []
         for network in networks:
             settings = {} if updates is None else {"updates": updates}
             by = RECIPES[recipe](NETWORKS[network], **settings)
             key = [dataset, images, name, draws, network, recipe, updates, num_networks]
-            key += [contents[name]] if name in contents else []
             measure = ft.partial(accuracies, make, by, test, num_networks)
-            rows[name].append(kept.get(json.dumps(key), measure))
-    table = to_table(rows, networks)
+            found = kept.get([*key, *own], measure)
+            rows[name].append(found and recipes.Evaluations(np.array(found)))
+    table = to_table(rows, sizes, networks)
     print(f"\n{dataset}, {images} images a class, by the recipe {recipe}:\n\n{table}")
     stem = f"architectures_{dataset}_{images}_{recipe.replace(', ', '_')}"
     (output / f"{stem}.md").write_text(table + "\n")
@@ -108,32 +112,30 @@ class Measured:
         self.file = file
         self.found = json.loads(file.read_text()) if file.exists() else {}
 
-    def get(
-        self, key: str, measure: Callable[[], recipes.Evaluations | None]
-    ) -> recipes.Evaluations | None:
-        if key not in self.found:
-            evaluations = measure()
-            self.found[key] = (
-                None if evaluations is None else evaluations.accuracies.tolist()
-            )
-            print(f"{key}: {to_cell(evaluations)}", flush=True)
+    def get(self, key: list, measure: Callable[[], Any]) -> Any:
+        """What `measure` returns, or returned when the script ran before."""
+        text = json.dumps(key)
+        if text not in self.found:
+            self.found[text] = measure()
+            print(f"{text}: {self.found[text]}", flush=True)
             # All of the file is there, or the old one.
             part = self.file.with_suffix(".part")
             part.write_text(json.dumps(self.found, indent=1))
             part.replace(self.file)
-        kept = self.found[key]
-        return None if kept is None else recipes.Evaluations(np.array(kept))
+        return self.found[text]
 
 
 def accuracies(
     make: Sets, recipe: recipes.Recipe, test: eqd.Dataset, num_networks: int
-) -> recipes.Evaluations | None:
+) -> list[list[float]] | None:
+    """One row for each set, with the accuracy of each network."""
     sets = make()
     if recipe.name in ("dc", "supervised") and sets[0].labels.ndim == 2:
         return None
-    return recipes.evaluate(
+    found = recipes.evaluate(
         sets, recipe, test, num_networks=num_networks, key=jr.key(0)
     )
+    return found.accuracies.tolist()
 
 
 def make_sets(train: eqd.Dataset, images: int, draws: int) -> dict[str, Sets]:
@@ -211,11 +213,14 @@ def to_cell(found: recipes.Evaluations | None) -> str:
 
 
 def to_table(
-    rows: dict[str, list[recipes.Evaluations | None]], networks: list[str]
+    rows: dict[str, list[recipes.Evaluations | None]],
+    sizes: list[int],
+    networks: list[str],
 ) -> str:
-    lines = [f"| | {' | '.join(networks)} |", "|---" * (len(networks) + 1) + "|"]
-    for name, row in rows.items():
-        lines.append(f"| {name} | {' | '.join(map(to_cell, row))} |")
+    lines = [f"| | bytes | {' | '.join(networks)} |"]
+    lines.append("|---" * (len(networks) + 2) + "|")
+    for (name, row), size in zip(rows.items(), sizes, strict=True):
+        lines.append(f"| {name} | {size:,} | {' | '.join(map(to_cell, row))} |")
     return "\n".join(lines)
 
 
