@@ -32,6 +32,7 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     )
     from ._data._dataset import Dataset as Dataset
     from ._data._distilled_set import DistilledSet as DistilledSet
+    from ._data._frequencies import Frequencies as Frequencies
     from ._data._image_augmentations import (
         Affine as Affine,
         ColourJitter as ColourJitter,
@@ -39,6 +40,7 @@ with install_import_hook("eqdistill", "beartype.beartype"):
         Cutout as Cutout,
         Flip as Flip,
     )
+    from ._data._packed import Packed as Packed
     from ._data._preprocessing import (
         AbstractPreprocessing as AbstractPreprocessing,
         Standardisation as Standardisation,

@@ -332,7 +332,7 @@ def test_double_precision(tmp_path):
 def test_files_of_the_first_version(path):
     claim = {"value": 0.75, "split": "test"}
     args = {"loss": None, "learned": ["images"], "accuracy": claim}
-    args["preprocessing"] = None
+    args["preprocessing"] = args["parameterisation"] = None
     change(path, format_version=1, **args)
     artifact = eqd.load(path)
     assert artifact.accuracy == 0.75
@@ -470,8 +470,8 @@ SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
     [
         ({"format": None}, "`format` must be 'eqdistill'; got None"),
         ({"format": "pt"}, "`format` must be 'eqdistill'; got 'pt'"),
-        ({"format_version": 4}, "`format_version` must be from 1 to 3.*got 4"),
-        ({"format_version": True}, "`format_version` must be from 1 to 3.*got True"),
+        ({"format_version": 5}, "`format_version` must be from 1 to 4.*got 5"),
+        ({"format_version": True}, "`format_version` must be from 1 to 4.*got True"),
         ({"loss": None}, "must have the keys.*'loss'"),
         ({"loss": "HingeLoss"}, "`loss` must be one of CrossEntropy, SquaredError"),
         ({"loss": ["CrossEntropy"]}, "`loss` must be one of"),

@@ -33,3 +33,16 @@ def to_pictures(images: np.ndarray) -> np.ndarray:
         "size 1, or colour images of shape (height, width, 3) or (3, height, width); "
         f"got {tuple(shape)}."
     )
+
+
+def height_and_width(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """**Raises:**
+
+    A `ValueError` if the images of the argument `name` are no pictures.
+    """
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            f"`{name}` must have images of shape (height, width) or (channels, height, "
+            f"width); got {shape}."
+        )
+    return shape[-2], shape[-1]

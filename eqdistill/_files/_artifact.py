@@ -14,6 +14,8 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._classifier import LinearClassifier, takes_pixels
 from .._data._distilled_set import DistilledSet
+from .._data._frequencies import Frequencies
+from .._data._packed import Packed
 from .._data._preprocessing import AbstractPreprocessing
 from .._data._sources import SOURCES
 from .._inner._auto_solver import AutoSolver
@@ -22,6 +24,7 @@ from .._inner._inner_solver import AbstractInnerSolver
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from .._outer._distillation import Distillation
 from .._outer._evaluate import Evaluation
+from .._outer._outer_loss import decode
 from .._outer._recipes import Evaluations, Recipe
 from ._artifact_format import (
     build_classifier,
@@ -32,6 +35,7 @@ from ._artifact_format import (
     header_bytes,
     LOSSES,
     MAX_BYTES,
+    PARAMETERISATIONS,
     preprocessing_tensors,
     PREPROCESSINGS,
     read,
@@ -59,6 +63,8 @@ class Artifact(eqx.Module):
     **Attributes:**
 
     - `distilled`: the distilled set.
+    - `start`: the parameterisation that it is decoded from, such as an
+        [`eqdistill.Packed`][]; or the distilled set itself.
     - `classifier`: the classifier to fit to it, not fitted; or `None` if it is not an
         [`eqdistill.LogisticRegression`][], and cannot be built from a file.
     - `inner`: how to fit it; or `None` if it is not a solver of this package with plain
@@ -82,6 +88,7 @@ class Artifact(eqx.Module):
     """
 
     distilled: DistilledSet
+    start: PyTree
     classifier: LinearClassifier | None
     inner: AbstractInnerSolver | None
     recipe: Recipe | None
@@ -102,7 +109,7 @@ class Artifact(eqx.Module):
 
 def save(
     path: str | os.PathLike,
-    result: Distillation | DistilledSet,
+    result: Distillation | DistilledSet | Packed | Frequencies,
     classifier: PyTree,
     evaluation: Evaluation | Evaluations | None = None,
     *,
@@ -122,7 +129,9 @@ def save(
     - `path`: where to write. Must end in `.safetensors`. A file that is there already
         is replaced, once all of the new one is on disk.
     - `result`: what [`eqdistill.distill`][] returned, which knows what was learned; or
-        a distilled set.
+        a distilled set. Of an [`eqdistill.Packed`][] or [`eqdistill.Frequencies`][]
+        the small images or the coefficients are stored; of any other parameterisation,
+        the images that it decodes to.
     - `classifier`: the classifier of `evaluation`, fitted or not. An
         [`eqdistill.LogisticRegression`][] can be built again from the file; of any
         other, only the name of its type is kept. Or the
@@ -157,13 +166,15 @@ def save(
             f"`path` must be in a folder that exists; got {str(path)!r}."
         )
     is_result = isinstance(result, Distillation)
-    distilled = result.distilled if is_result else result
+    start = result.start if is_result else result
+    distilled = decode(start)
     is_by_recipe = isinstance(classifier, Recipe)
     if is_by_recipe:
         description = describe_recipe(classifier, distilled)
     else:
         distilled = check_inner(distilled, classifier, inner)
         description = _describe_classifier(classifier, distilled)
+    stored, parameterisation = _describe_start(start, distilled)
     loss = _describe_loss(distilled.loss)
     described = _describe_preprocessing(preprocessing)
     source = SOURCES.get(dataset) if dataset is not None else None
@@ -180,15 +191,16 @@ def save(
         else {"name": dataset, "sha256": {} if source is None else source.sha256},
         "loss": loss,
         "preprocessing": described,
+        "parameterisation": parameterisation,
         "learned": result.learned if is_result else None,
         "seed": seed,
         "x64": jnp.result_type(float) == jnp.float64,
         "versions": {package: _version(package) for package in _PACKAGES},
     }
     # The writer takes memory as it lies, hence the order.
-    tensors = {name: np.array(getattr(distilled, name), order="C") for name in TENSORS}
+    tensors = {name: np.array(getattr(stored, name), order="C") for name in TENSORS}
     for name in LOSSES[loss]:
-        tensors[name] = np.array(getattr(distilled.loss, name))
+        tensors[name] = np.array(getattr(stored.loss, name))
     for name, field in preprocessing_tensors(described).items():
         tensors[name] = np.array(getattr(preprocessing, field), order="C")
     data = safetensors.numpy.save(
@@ -313,6 +325,17 @@ def _describe_inner(inner: AbstractInnerSolver) -> dict[str, Any]:
     return {"type": _type_name(inner), "text": eqx.tree_pformat(inner)}
 
 
+def _describe_start(
+    start: PyTree, distilled: DistilledSet
+) -> tuple[DistilledSet, dict[str, Any] | None]:
+    """What is stored, and the parameterisation that it is stored as."""
+    name = type(start).__name__
+    if name not in PARAMETERISATIONS or type(start) is not PARAMETERISATIONS[name][0]:
+        return distilled, None
+    stored = getattr(start, PARAMETERISATIONS[name][1])
+    return stored, {"type": name, "shape": start.shape}
+
+
 def _describe_loss(loss: AbstractLoss) -> str:
     """**Raises:**
 
@@ -371,10 +394,12 @@ def _decode(data: bytes) -> Artifact:
 
     A `ValueError` with the reason, as a clause.
     """
-    metadata, distilled, preprocessing = read(data)
+    metadata, start, preprocessing = read(data)
+    distilled = decode(start)
     accuracy, dataset = metadata["accuracy"], metadata["dataset"]
     return Artifact(
         distilled=distilled,
+        start=start,
         classifier=build_classifier(metadata["classifier"], distilled),
         inner=build_inner(metadata["inner"]),
         recipe=build_recipe(metadata["classifier"]),

@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jaxtyping import PyTree
 
 from .._classifier import LinearClassifier, LogisticRegression
 from .._data._distilled_set import DistilledSet
+from .._data._frequencies import Frequencies
+from .._data._packed import Packed
 from .._data._preprocessing import AbstractPreprocessing, Standardisation, ZCA
 from .._inner._argmin_solver import ArgminSolver
 from .._inner._auto_solver import AutoSolver
@@ -31,6 +34,12 @@ PREPROCESSINGS = {
     "Standardisation": (Standardisation, ("mean", "deviation"), ()),
     "ZCA": (ZCA, ("mean", "whitening"), ("regularisation",)),
 }
+# The parameterisations, and the field of each that is stored in the place of images,
+# labels and ridge.
+PARAMETERISATIONS = {
+    "Packed": (Packed, "small"),
+    "Frequencies": (Frequencies, "coefficients"),
+}
 # The inner solvers that can be built again, and which of their fields are numbers.
 SOLVERS = {
     "AutoSolver": (AutoSolver, ()),
@@ -39,12 +48,14 @@ SOLVERS = {
     "ArgminSolver": (ArgminSolver, ("max_steps", "tolerance")),
 }
 FORMAT = "eqdistill"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAX_BYTES = 2**30
 _MAX_HEADER_BYTES = 2**20
 _MAX_INT = 2**31 - 1
 # Beyond this the ridge is no normal number of single precision.
 _MAX_LOG_L2 = 87.0
+# The most pixels that a parameterisation makes of a number that is stored.
+_MOST_PIXELS = 64
 
 
 def check(ok: bool | np.bool_, reason: str) -> None:
@@ -67,9 +78,9 @@ def header_bytes(start: bytes, size: int) -> int:
 
 def read(
     data: bytes,
-) -> tuple[dict[str, Any], DistilledSet, AbstractPreprocessing | None]:
-    """Checks the bytes of a file, and takes its metadata, its distilled set and its
-    preprocessing from them.
+) -> tuple[dict[str, Any], PyTree, AbstractPreprocessing | None]:
+    """Checks the bytes of a file, and takes its metadata, its distilled set, or the
+    parameterisation of one, and its preprocessing from them.
 
     **Raises:**
 
@@ -123,17 +134,27 @@ def read(
     # temperature again would round.
     distilled = DistilledSet(images, labels, l2=1.0, loss=loss)
     distilled = eqx.tree_at(lambda d: d.log_l2, distilled, jnp.asarray(log_l2))
+    start, shape = distilled, images.shape[1:]
+    if metadata["parameterisation"] is not None:
+        name = metadata["parameterisation"]["type"]
+        shape = tuple(metadata["parameterisation"]["shape"])
+        check(
+            math.prod(shape) <= _MOST_PIXELS * math.prod(images.shape[1:]),
+            f"its images must be at most {_MOST_PIXELS} times as large as what is "
+            f"stored of shape {images.shape[1:]}; got {shape}",
+        )
+        start = PARAMETERISATIONS[name][0](distilled, shape)
     preprocessing = None
     if metadata["preprocessing"] is not None:
         description = metadata["preprocessing"]
         make, fields, plain = PREPROCESSINGS[description["type"]]
         arrays = {f: _canonical(tensors[f"preprocessing.{f}"]) for f in fields}
-        _check_preprocessing(arrays, images.shape[1:])
+        _check_preprocessing(arrays, shape)
         preprocessing = make(
             **{field: jnp.asarray(x) for field, x in arrays.items()},
             **{field: description[field] for field in plain},
         )
-    return metadata, distilled, preprocessing
+    return metadata, start, preprocessing
 
 
 def preprocessing_tensors(description: dict[str, Any] | None) -> dict[str, str]:
@@ -231,6 +252,7 @@ def _metadata(raw: Any) -> dict[str, Any]:
         metadata["accuracy"] = {**one, **metadata["accuracy"]}
     if version != FORMAT_VERSION:
         metadata.setdefault("preprocessing", None)
+        metadata.setdefault("parameterisation", None)
     checks = {
         "format": (lambda x: True, ""),
         "format_version": (lambda x: True, ""),
@@ -255,6 +277,10 @@ def _metadata(raw: Any) -> dict[str, Any]:
         "preprocessing": (
             lambda x: x is None or _is_preprocessing(x),
             f"null, or the settings of a {' or a '.join(PREPROCESSINGS)}",
+        ),
+        "parameterisation": (
+            lambda x: x is None or _is_parameterisation(x),
+            f"null, or the `shape` of the images of {' or '.join(PARAMETERISATIONS)}",
         ),
         "learned": (
             lambda x: x is None or _are_names(x),
@@ -318,6 +344,18 @@ def _is_preprocessing(x: Any) -> bool:
     _, _, plain = PREPROCESSINGS[x["type"]]
     return set(x) == {"type", *plain} and all(
         type(x[field]) in (int, float) and 0 <= x[field] <= _MAX_INT for field in plain
+    )
+
+
+def _is_parameterisation(x: Any) -> bool:
+    return (
+        type(x) is dict
+        and set(x) == {"type", "shape"}
+        and type(x["type"]) is str
+        and x["type"] in PARAMETERISATIONS
+        and type(x["shape"]) is list
+        and 2 <= len(x["shape"]) <= 3
+        and all(is_integer(size, 1, MAX_BYTES) for size in x["shape"])
     )
 
 

@@ -1,0 +1,88 @@
+import equinox as eqx
+import jax
+
+from ._distilled_set import DistilledSet
+from ._pictures import height_and_width
+
+
+class Packed(eqx.Module):
+    r"""Several small images in the room of one: what is learned are images of
+    $h / f \times w / f$ pixels, which `decode` enlarges to $h \times w$ by bilinear
+    interpolation. The bytes of one image have room for $f^2$ of the small ones.
+
+    !!! Example
+
+        ```python
+        real = eqd.DistilledSet.from_real(train, 40, l2=1e-3, key=jr.key(0))
+        start = eqd.Packed.from_distilled(real, 2)  # as many pixels as ten images
+        result = eqd.distill(start, classifier, train, learn=(True, False))
+        result.start.small  # the small images
+        result.distilled  # forty images of the size of real ones
+        ```
+
+    Source: Kim et al., *Dataset Condensation via Efficient Synthetic-Data
+    Parameterization* (IDC), 2022.
+    """
+
+    small: DistilledSet
+    shape: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(self, small: DistilledSet, shape: tuple[int, ...]):
+        """**Arguments:**
+
+        - `small`: the small images, of shape `(h / f, w / f)` or
+            `(channels, h / f, w / f)`, with the labels, the ridge and the loss.
+        - `shape`: the shape of an enlarged image, `(h, w)` or `(channels, h, w)`.
+
+        **Raises:**
+
+        A `ValueError` if `shape` is not a multiple of that of a small image.
+        """
+        least = small.images.shape[1:]
+        height, width = height_and_width("small", least)
+        factor = max(shape[-1] // width, 1)
+        if shape != (*least[:-2], factor * height, factor * width):
+            raise ValueError(
+                "`shape` must be that of a small image with its height and width "
+                f"multiplied by one number; got {shape} for {least}."
+            )
+        self.small = small
+        self.shape = shape
+
+    @classmethod
+    def from_distilled(cls, distilled: DistilledSet, factor: int = 2) -> "Packed":
+        """Makes the images of a distilled set small: a pixel becomes the mean of a
+        square of pixels.
+
+        **Arguments:**
+
+        - `distilled`: images of shape `(h, w)` or `(channels, h, w)`.
+        - `factor`: $f$, the side of the square, at least 1.
+
+        **Raises:**
+
+        A `ValueError` if `factor` does not divide the height and the width.
+        """
+        shape = distilled.images.shape
+        height, width = height_and_width("distilled", shape[1:])
+        if factor < 1 or height % factor or width % factor:
+            raise ValueError(
+                f"`factor` must divide the height {height} and the width {width} of "
+                f"the images; got {factor}."
+            )
+        squares = distilled.images.reshape(
+            *shape[:-2], height // factor, factor, width // factor, factor
+        )
+        images = squares.mean((-3, -1))
+        return cls(eqx.tree_at(lambda d: d.images, distilled, images), shape[1:])
+
+    def decode(self) -> DistilledSet:
+        """The distilled set, with images of the size of real ones."""
+        shape = (len(self.small), *self.shape)
+        images = jax.image.resize(self.small.images, shape, "bilinear")
+        return eqx.tree_at(lambda d: d.images, self.small, images)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the small images and the labels, in bytes."""
+        return self.small.nbytes
