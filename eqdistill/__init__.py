@@ -53,11 +53,18 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     from ._inner._auto_solver import AutoSolver as AutoSolver
     from ._inner._fit import fit as fit
     from ._inner._inner_solver import (
+        AbstractDrawingSolver as AbstractDrawingSolver,
         AbstractInnerSolver as AbstractInnerSolver,
         Fitted as Fitted,
         inner_loss as inner_loss,
     )
+    from ._inner._linearised_solver import (
+        Linearised as Linearised,
+        LinearisedSolver as LinearisedSolver,
+    )
     from ._inner._pool import Pool as Pool, PoolState as PoolState
+    from ._inner._random_features import RandomFeatures as RandomFeatures
+    from ._inner._relative_ridge import RelativeRidge as RelativeRidge
     from ._inner._ridge_solver import RidgeSolver as RidgeSolver
     from ._inner._span_solver import SpanSolver as SpanSolver
     from ._inner._unrolled_solver import UnrolledSolver as UnrolledSolver

@@ -46,8 +46,13 @@ def train(digits):
 @pytest.mark.parametrize(
     ("loss", "inner"),
     [
-        (eqd.SquaredError, eqd.RidgeSolver()),
-        pytest.param(eqd.CrossEntropy, eqd.SpanSolver(), marks=pytest.mark.slow),
+        (eqd.SquaredError, eqd.RelativeRidge()),
+        pytest.param(
+            eqd.CrossEntropy,
+            eqd.RelativeRidge(eqd.SpanSolver()),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(eqd.SquaredError, eqd.LinearisedSolver(), marks=pytest.mark.slow),
     ],
 )
 def test_hypergradient_agrees_with_central_differences(train, loss, inner):
@@ -189,3 +194,53 @@ def test_bad_input(train):
         eqd.fit(start, None)
     with pytest.raises(TypeError, match="`RidgeSolver` minimises `SquaredError`"):
         eqd.fit(start_of(train, loss=eqd.CrossEntropy()), None, pool(), key=KEY)
+    few = eqd.Pool(PLAIN, num_classes=9, size=2)
+    with pytest.raises(
+        ValueError, match=r"each of the 9 classes of `Pool`.*\(10, 10\)"
+    ):
+        eqd.fit(start, None, few, key=KEY)
+    hard = eqd.DistilledSet.from_real(train, 9, l2=0.1, key=KEY)
+    with pytest.raises(
+        ValueError, match="`inner` must have a logit for each of the 10"
+    ):
+        eqd.outer_loss(hard, None, train, few, key=KEY)
+
+
+def with_layer(make_layer):
+    def make(*shape, key):
+        network = PLAIN(*shape, key=key)
+        layers = eqx.nn.Sequential([make_layer(), *network.layers])
+        return nn.Network(layers, network.architecture, network.settings)
+
+    return make
+
+
+def batch_norm():
+    return eqx.nn.make_with_state(eqx.nn.BatchNorm)(1, "batch", mode="batch")[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (with_layer(eqx.nn.Dropout), "got a Dropout at `layers.layers.0`"),
+        (with_layer(batch_norm), "got a .* at `layers.layers.0"),
+        (with_layer(eqx.nn.PReLU), "ShapeDtypeStruct at `layers.layers.0"),
+        (lambda *_, key: eqx.nn.Identity(), "of `eqdistill.nn`; got a Identity"),
+    ],
+    ids=["dropout", "batch norm", "other layer", "other type"],
+)
+def test_networks_that_no_pool_can_train(train, make, match):
+    with pytest.raises(TypeError, match=match):
+        eqd.fit(start_of(train), None, pool(make), key=KEY)
+
+
+def test_a_dead_network(train):
+    """All of its features are zero: no accident, and nothing to be learned."""
+    dead = lambda x: 0 * x
+    kind = functools.partial(nn.ConvNet, widths=(4,), norm=None, activation=dead)
+    start = start_of(train)
+    assert eqd.fit(start, None, pool(kind), key=KEY).converged
+    loss, gradient = hypergradient(start, None, train, pool(kind), key=KEY)
+    np.testing.assert_allclose(loss, np.log(10), rtol=1e-6)
+    for x in jax.tree.leaves(gradient):
+        np.testing.assert_array_equal(x, 0)

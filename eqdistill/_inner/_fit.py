@@ -13,7 +13,7 @@ from .._checks import (
 from .._data._distilled_set import DistilledSet
 from .._error import error_if
 from ._auto_solver import AutoSolver
-from ._inner_solver import AbstractInnerSolver, Fitted
+from ._inner_solver import AbstractDrawingSolver, AbstractInnerSolver, Fitted
 
 
 NOT_CONVERGED = "the inner solver did not converge"
@@ -158,28 +158,37 @@ def check_inner(
     A `TypeError` or `ValueError` that names the argument at fault.
     """
     name = type(inner).__name__
-    if inner.takes_classifier and classifier is None:
+    draws = isinstance(inner, AbstractDrawingSolver)
+    if classifier is None and not draws:
         raise TypeError(f"`classifier` must be given with `{name}`; got None.")
-    if not inner.takes_classifier:
-        if classifier is not None:
-            raise TypeError(
-                f"`classifier` must be None with `{name}`, which draws classifiers of "
-                f"its own; got a {type(classifier).__name__}."
-            )
-        return distilled
-    num_classes = check_classifier(classifier, image_struct(distilled))
+    if classifier is not None and draws:
+        raise TypeError(
+            f"`classifier` must be None with `{name}`, which draws classifiers of its "
+            f"own; got a {type(classifier).__name__}."
+        )
+    num_classes = count_classes(distilled, classifier, inner)
+    fitted = f"`{name}`" if draws else "`classifier`"
     labels = distilled.labels
     if labels.ndim == 2:
         if labels.shape[1] != num_classes:
             raise ValueError(
                 f"`distilled.labels` must have a column for each of the {num_classes} "
-                f"classes of `classifier`; got shape {labels.shape}."
+                f"classes of {fitted}; got shape {labels.shape}."
             )
         return distilled
     labels = error_if(
         labels,
         lambda x: ((x < 0) | (x >= num_classes)).any(),
-        f"`distilled.labels` must be in [0, {num_classes}), the classes of "
-        "`classifier`; some are not.",
+        f"`distilled.labels` must be in [0, {num_classes}), the classes of {fitted}; "
+        "some are not.",
     )
     return eqx.tree_at(lambda d: d.labels, distilled, labels)
+
+
+def count_classes(
+    distilled: DistilledSet, classifier: PyTree, inner: AbstractInnerSolver
+) -> int:
+    """The number of classes of the classifier that is fitted."""
+    if isinstance(inner, AbstractDrawingSolver):
+        return inner.num_classes
+    return check_classifier(classifier, image_struct(distilled))

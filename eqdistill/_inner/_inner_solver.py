@@ -1,5 +1,5 @@
 import abc
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -79,14 +79,7 @@ class AbstractInnerSolver(eqx.Module, Generic[State]):
 
     A solver may carry a state from one outer step to the next, such as a warm start or
     a pool of networks, and may draw random numbers.
-
-    **Attributes:**
-
-    - `takes_classifier`: whether the solver is given a classifier. A solver that draws
-        classifiers of its own is given `None`. (Class attribute.)
     """
-
-    takes_classifier: ClassVar[bool] = True
 
     @abc.abstractmethod
     def init(
@@ -131,3 +124,15 @@ class AbstractInnerSolver(eqx.Module, Generic[State]):
         the next fit, of the same structure, shapes and dtypes. A fit that failed is
         returned too: `converged` tells.
         """
+
+
+class AbstractDrawingSolver(AbstractInnerSolver[State]):
+    """An inner solver that draws the classifiers that it fits, such as a pool of
+    networks: it is given `None` for the classifier, and must be given a `key`.
+
+    **Attributes:**
+
+    - `num_classes`: the number of classes of the classifiers.
+    """
+
+    num_classes: eqx.AbstractVar[int]

@@ -1,23 +1,20 @@
 import functools as ft
-import math
 from collections.abc import Callable
-from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._classifier import last_layer, LinearClassifier, LogisticRegression
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
-from .._nn._conv2d import Conv2d
-from .._nn._network import Network
-from ._inner_solver import AbstractInnerSolver, Fitted
+from ._drawn_network import Either, Template
+from ._inner_solver import AbstractDrawingSolver, AbstractInnerSolver
 from ._linear import with_head
-from ._ridge_solver import RidgeSolver
+from ._relative_ridge import RelativeRidge
 
 
 class PoolState(eqx.Module):
@@ -35,15 +32,15 @@ class PoolState(eqx.Module):
     ages: tuple[Int[Array, " size"], ...]
 
 
-class Pool(AbstractInnerSolver[PoolState]):
+class Pool(AbstractDrawingSolver[PoolState]):
     r"""Fits the last layer of a network that is drawn from a pool, so that images are
     distilled for networks of all ages:
 
     $$w^\star(\theta) = \arg\min_w f(\Phi_j(\theta) w; y) + \frac{\lambda}{2} \|w\|^2,$$
 
     with the features $\Phi_j$ before the last layer of network $j$, which is drawn anew
-    in each outer step. The features are scaled such that their mean squared norm is the
-    number of images $n$: the ridge $\lambda$ is relative to the features.
+    in each outer step. By default the ridge $\lambda$ is relative to the features:
+    [`eqdistill.RelativeRidge`][].
 
     After each fit the network that was drawn takes one step of training on the
     distilled images, without a ridge. A network that has taken `max_age` steps is
@@ -76,8 +73,6 @@ class Pool(AbstractInnerSolver[PoolState]):
     regression* (FRePo), 2022, Algorithm 1.
     """
 
-    takes_classifier: ClassVar[bool] = False
-
     networks: tuple[Callable, ...] = eqx.field(static=True)
     num_classes: int = eqx.field(static=True)
     inner: AbstractInnerSolver
@@ -90,7 +85,7 @@ class Pool(AbstractInnerSolver[PoolState]):
         self,
         *networks: Callable,
         num_classes: int,
-        inner: AbstractInnerSolver = RidgeSolver(),
+        inner: AbstractInnerSolver = RelativeRidge(),
         size: int = 10,
         max_age: int = 100,
         optimiser: optax.GradientTransformation = optax.adam(1e-3),
@@ -107,8 +102,9 @@ class Pool(AbstractInnerSolver[PoolState]):
         All other arguments are keyword only.
 
         - `num_classes`: the number of classes $c$.
-        - `inner`: fits the last layer. The default is for
-            [`eqdistill.SquaredError`][]; [`eqdistill.SpanSolver`][] is for
+        - `inner`: fits the last layer, as in FRePo; or the network linearised in its
+            parameters: [`eqdistill.LinearisedSolver`][]. The default is for
+            [`eqdistill.SquaredError`][], and `RelativeRidge(SpanSolver())` is for
             [`eqdistill.CrossEntropy`][].
         - `size`: the number of networks of each kind.
         - `max_age`: the number of steps after which a network is started anew.
@@ -176,8 +172,13 @@ class Pool(AbstractInnerSolver[PoolState]):
             template.network(rows[index])
             for template, rows in zip(templates, state.weights, strict=True)
         ]
-        features = _Either(kind, tuple(last_layer(x).features for x in drawn))
-        fitted = self._fit(features, distilled)
+        features = Either(kind, tuple(last_layer(x).features for x in drawn))
+        weights = jnp.stack([last_layer(x).head.weight for x in drawn])
+        _, num_classes, in_features = weights.shape
+        head = LogisticRegression(in_features, num_classes, dtype=weights.dtype).head
+        classifier = with_head(LinearClassifier(features, head), weights[kind], None)
+        inner_state = self.inner.init(distilled, classifier, key=None)
+        fitted, _ = self.inner(distilled, classifier, inner_state, key=None)
 
         stacks = zip(state.weights, state.training, state.ages, strict=True)
         fixed = jax.lax.stop_gradient(distilled)
@@ -188,21 +189,6 @@ class Pool(AbstractInnerSolver[PoolState]):
             new = jax.lax.cond(kind == i, train, lambda *own: own, *own)
             moved.append(jax.tree.map(lambda x, y: x.at[index].set(y), stack, new))
         return fitted, PoolState(*zip(*moved, strict=True))
-
-    def _fit(self, features: Callable, distilled: DistilledSet) -> Fitted:
-        """Fits a last layer on the features."""
-        rows = jax.vmap(features)(distilled.images)
-        factor = len(rows) * jax.lax.rsqrt(jnp.sum(rows**2))
-        head = LogisticRegression(
-            rows.shape[1], self.num_classes, dtype=rows.dtype
-        ).head
-        scaled = LinearClassifier(_Scaled(features, factor), head)
-        state = self.inner.init(distilled, scaled, key=None)
-        fitted, _ = self.inner(distilled, scaled, state, key=None)
-        # The features stay as they are, and the last layer takes the factor.
-        weight = factor * fitted.classifier.head.weight
-        classifier = with_head(LinearClassifier(features, head), weight, None)
-        return eqx.tree_at(lambda f: f.classifier, fitted, classifier)
 
     def _train(self, template, distilled, weights, training, age, *, key):
         """A step of training, of a network that is then a step older, or started
@@ -226,80 +212,6 @@ class Pool(AbstractInnerSolver[PoolState]):
             (fresh, self.optimiser.init(fresh), jnp.zeros_like(age)),
         )
 
-    def _templates(self, distilled: DistilledSet) -> list["_Template"]:
+    def _templates(self, distilled: DistilledSet) -> list[Template]:
         shape = distilled.images.shape[1:]
-        return [
-            _Template(
-                eqx.filter_eval_shape(network, shape, self.num_classes, key=jr.key(0))
-            )
-            for network in self.networks
-        ]
-
-
-class _Either(eqx.Module):
-    """One of several features of an image."""
-
-    kind: Int[Array, ""]
-    options: tuple[Callable, ...]
-
-    def __call__(self, image: Array) -> Array:
-        if len(self.options) == 1:
-            return self.options[0](image)
-        # Modules that hold traced arrays cannot be branches, which JAX hashes.
-        branches = [lambda x, f=f: f(x) for f in self.options]
-        return jax.lax.switch(self.kind, branches, image)
-
-
-class _Scaled(eqx.Module):
-    features: Callable
-    factor: Float[Array, ""]
-
-    def __call__(self, image: Array) -> Array:
-        return self.factor * self.features(image)
-
-
-class _Template:
-    """The structure of a network, whose parameters stand in a row: one array is quick
-    to draw, to take out of a pool and to write back."""
-
-    def __init__(self, network: Any):
-        is_struct = lambda x: isinstance(x, jax.ShapeDtypeStruct)
-        self._structs, self._structure = jax.tree.flatten(network)
-        self._places = [i for i, x in enumerate(self._structs) if is_struct(x)]
-        self._bounds = _bounds(network)
-        self.size = sum(self._structs[i].size for i in self._places)
-        self.in_features = network.layers[-1].in_features
-
-    def network(self, weights: Float[Array, " parameters"]) -> Network:
-        leaves, first = list(self._structs), 0
-        for i in self._places:
-            struct = leaves[i]
-            leaves[i] = weights[first : first + struct.size].reshape(struct.shape)
-            first += struct.size
-        return jax.tree.unflatten(self._structure, leaves)
-
-    def draw(self, key: PRNGKeyArray) -> Float[Array, " parameters"]:
-        """Draws parameters as PyTorch does: uniformly within one over the square root
-        of a layer's number of inputs. Scales of normalisations are one."""
-        uniform = jr.uniform(key, (self.size,), minval=-1.0)
-        parts, first = [], 0
-        for i, bound in zip(self._places, self._bounds, strict=True):
-            size = self._structs[i].size
-            part = uniform[first : first + size]
-            parts.append(jnp.ones_like(part) if bound is None else bound * part)
-            first += size
-        return jnp.concatenate(parts)
-
-
-def _bounds(network: Any) -> list[float | None]:
-    """The bound of each array of a network, or `None` for the scale of a normalisation;
-    its shift is zero."""
-    is_layer = lambda x: isinstance(x, Conv2d | eqx.nn.Linear | eqx.nn.GroupNorm)
-    bounds: list[float | None] = []
-    for layer in jax.tree.leaves(network, is_leaf=is_layer):
-        if isinstance(layer, eqx.nn.GroupNorm):
-            bounds += [None, 0.0]
-        elif is_layer(layer):
-            bound = 1 / math.sqrt(math.prod(layer.weight.shape[1:]))
-            bounds += [bound] * len(jax.tree.leaves(layer))
-    return bounds
+        return [Template(make, shape, self.num_classes) for make in self.networks]

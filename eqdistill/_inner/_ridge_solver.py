@@ -54,11 +54,11 @@ class RidgeSolver(AbstractInnerSolver[None]):
             features, targets = features - means[0], targets - means[1]
         ridge = n * distilled.l2 * jnp.eye(min(n, p), dtype=features.dtype)
         if n <= p:
-            solution, is_exact = _solve(features @ features.T + ridge, targets)
+            solution, is_exact = solve_cholesky(features @ features.T + ridge, targets)
             weight = (features.T @ solution).T
         else:
             moments = features.T @ features + ridge
-            solution, is_exact = _solve(moments, features.T @ targets)
+            solution, is_exact = solve_cholesky(moments, features.T @ targets)
             weight = solution.T
         bias = means[1] - weight @ means[0] if use_intercept else None
         fitted = with_head(classifier, weight, bias)
@@ -69,7 +69,7 @@ class RidgeSolver(AbstractInnerSolver[None]):
         ), state
 
 
-def _solve(
+def solve_cholesky(
     matrix: Float[Array, "m m"], vectors: Float[Array, "m c"]
 ) -> tuple[Float[Array, "m c"], Bool[Array, ""]]:
     """The solution of a linear system, and whether a step of iterative refinement would

@@ -217,7 +217,7 @@ class EarlyStopping(AbstractCallback[Best]):
         """
         del steps
         distilled = problem.distilled(state)
-        check_data("data", self.data, distilled, problem.classifier)
+        check_data("data", self.data, distilled, problem.classifier, problem.inner)
         data = as_data(self.data, problem.classifier)
         loss = _loss_on(data, problem, state)
         if not np.isfinite(loss):

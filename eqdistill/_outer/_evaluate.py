@@ -54,7 +54,7 @@ def evaluate(
 
     As [`eqdistill.fit`][], and as [`eqdistill.outer_loss`][] for the data.
     """
-    check_data("test", test, distilled, classifier)
+    check_data("test", test, distilled, classifier, inner)
     fitted = fit(distilled, classifier, inner, key=key)
     reader = as_logits(eqx.nn.inference_mode(fitted.classifier), distilled.loss)
     loss, accuracy = _measure(reader, test)

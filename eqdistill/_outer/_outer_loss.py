@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import check_classifier, check_key
+from .._checks import check_key
 from .._classifier import LinearClassifier
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
-from .._inner._fit import check_inner, image_struct, solve
+from .._inner._fit import check_inner, count_classes, solve
 from .._inner._inner_solver import AbstractInnerSolver, Fitted
 from .._losses import AbstractLoss
 from ._data import AbstractData
@@ -84,7 +84,7 @@ def outer_loss(
     """
     check_key("key", key)
     distilled = check_inner(decode(start), classifier, inner)
-    check_data("data", data, distilled, classifier)
+    check_data("data", data, distilled, classifier, inner)
     return loss_of(distilled, classifier, data, inner, state, step=step, key=key)
 
 
@@ -165,6 +165,7 @@ def check_data(
     data: Dataset | AbstractData,
     distilled: DistilledSet,
     classifier: PyTree,
+    inner: AbstractInnerSolver,
 ) -> None:
     """Checks that a distilled set can stand for real data.
 
@@ -178,11 +179,10 @@ def check_data(
             f"`{name}` and `distilled` must have images of one shape; got "
             f"{data.shape} and {shape}."
         )
-    if classifier is None:  # The inner solver draws its own.
-        return
-    num_classes = check_classifier(classifier, image_struct(distilled))
+    num_classes = count_classes(distilled, classifier, inner)
     if data.num_classes > num_classes:
+        fitted = "classifier" if classifier is not None else "inner"
         raise ValueError(
-            f"`classifier` must have a logit for each of the {data.num_classes} "
-            f"classes of `{name}`; it has {num_classes}."
+            f"`{fitted}` must have a logit for each of the {data.num_classes} classes "
+            f"of `{name}`; it has {num_classes}."
         )

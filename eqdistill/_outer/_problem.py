@@ -122,7 +122,7 @@ class Problem(eqx.Module):
         A `TypeError` or `ValueError` for an argument that is not as it should be.
         """
         distilled = check_inner(decode(start), classifier, inner)
-        check_data("train", data, distilled, classifier)
+        check_data("train", data, distilled, classifier, inner)
         if not tolerance >= 0:
             raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
         if not isinstance(optimiser, optax.GradientTransformation):

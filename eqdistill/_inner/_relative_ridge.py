@@ -1,0 +1,80 @@
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .._classifier import LinearClassifier
+from .._data._distilled_set import DistilledSet
+from .._losses import AbstractLoss
+from ._inner_solver import AbstractInnerSolver
+from ._linear import check_linear, with_head
+from ._ridge_solver import RidgeSolver
+
+
+class RelativeRidge(AbstractInnerSolver[PyTree]):
+    r"""Fits a [`eqdistill.LinearClassifier`][] with a ridge that is relative to its
+    features: before the fit, the features $\phi$ are multiplied by
+
+    $$s = n \Big/ \sqrt{\textstyle \sum_{i=1}^n \|\phi(\theta_i)\|^2},$$
+
+    such that the mean squared norm of the features of $n$ images is $n$. The features
+    of two networks differ in size, and one ridge serves both.
+
+    The fitted classifier takes the features as they are. `gradient_norm` is that of the
+    problem with scaled features.
+
+    Source: Zhou et al., *Dataset distillation using neural feature regression* (FRePo),
+    2022, whose ridge is relative to the trace of the kernel.
+    """
+
+    inner: AbstractInnerSolver
+
+    def __init__(self, inner: AbstractInnerSolver = RidgeSolver()):
+        """**Arguments:**
+
+        - `inner`: fits the classifier with the scaled features.
+        """
+        self.inner = inner
+
+    def init(self, distilled, classifier, *, key):
+        """As [`eqdistill.AbstractInnerSolver`][]; raises as a call does."""
+        scaled, _ = _scale(distilled, classifier)
+        return self.inner.init(distilled, scaled, key=key)
+
+    def __call__(self, distilled: DistilledSet, classifier, state, *, key):
+        """As [`eqdistill.AbstractInnerSolver`][].
+
+        **Raises:**
+
+        A `TypeError` if the classifier is not a [`eqdistill.LinearClassifier`][], or as
+        `inner` says.
+        """
+        scaled, factor = _scale(distilled, classifier)
+        fitted, state = self.inner(distilled, scaled, state, key=key)
+        head = fitted.classifier.head
+        found = with_head(classifier, factor * head.weight, head.bias)
+        return eqx.tree_at(lambda f: f.classifier, fitted, found), state
+
+
+def _scale(
+    distilled: DistilledSet, classifier: PyTree
+) -> tuple[LinearClassifier, Float[Array, ""]]:
+    classifier = check_linear("RelativeRidge", distilled, classifier, AbstractLoss)
+    rows = jax.vmap(classifier.features)(distilled.images)
+    total = jnp.sum(rows**2)
+    # A network may have died: all of its features are zero, and stay so.
+    factor = len(rows) * jax.lax.rsqrt(jnp.where(total > 0, total, 1))
+    scaled = LinearClassifier(_Scaled(classifier.features, factor), classifier.head)
+    return with_head(
+        scaled, classifier.head.weight / factor, classifier.head.bias
+    ), factor
+
+
+class _Scaled(eqx.Module):
+    features: Callable
+    factor: Float[Array, ""]
+
+    def __call__(self, image: Array) -> Array:
+        return self.factor * self.features(image)
