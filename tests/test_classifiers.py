@@ -308,3 +308,22 @@ def test_key_inside_features():
     np.testing.assert_allclose(got, loss, rtol=1e-5)
     with pytest.raises(ValueError, match="the features that this `FullBatch` was made"):
         eqd.distill(squared(), other, data, steps=1)
+
+
+def test_features_in_batches():
+    """The features of the real images are computed once, and not in a step."""
+    classifier = eqd.LinearClassifier(Features(jr.key(0)), linear(4, 3))
+    for make in (eqd.Batches, eqd.BalancedBatches):
+        once, anew = make(REAL, 2, classifier), make(REAL, 2)
+        assert once.dataset.shape == (4,)
+        loss = lambda data: data.loss(classifier, jnp.array(3), key=jr.key(0))
+        got, wanted = loss(once), loss(anew)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    other = eqd.LinearClassifier(Features(jr.key(1)), linear(4, 3))
+    with pytest.raises(ValueError, match="that this `BalancedBatches` was made with"):
+        eqd.distill(squared(), other, once, key=jr.key(0), steps=1)
+    with pytest.raises(ValueError, match=r"`augmentation` must be None.*got a Flip"):
+        eqd.Batches(REAL, 2, classifier, augmentation=eqd.Flip())
+    bad = eqd.LinearClassifier(lambda x: x / 0, linear(6, 3))
+    with pytest.raises(ValueError, match="`classifier` must have finite feat"):
+        eqd.FullBatch(REAL, bad)

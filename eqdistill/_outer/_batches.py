@@ -5,22 +5,28 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from .._classifier import Frozen, LinearClassifier, takes_pixels
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._dataset import Dataset
 from .._data._permutation import batch_at, half_bits
-from ._data import AbstractData
+from ._data import AbstractFeatureData, check_features, features_of
 from ._mean_loss import mean_loss
 from ._rows import Rows
 
 
-class Batches(AbstractData):
+class Batches(AbstractFeatureData):
     """Some of the real images in each outer step: drawn at random, without replacement,
     until there are fewer left than a batch; then all over again in another order.
 
     The order is a function of the key and the epoch.
+
+    For an [`eqdistill.LinearClassifier`][] the features of the images are computed
+    once, here, as in a [`eqdistill.FullBatch`][]: a step then takes no pass of real
+    images through a frozen network.
     """
 
     dataset: Dataset
+    features: Frozen | None
     size: int = eqx.field(static=True)
     augmentation: AbstractAugmentation | None
     shape: tuple[int, ...] = eqx.field(static=True)
@@ -30,6 +36,7 @@ class Batches(AbstractData):
         self,
         dataset: Dataset,
         size: int,
+        classifier: PyTree = None,
         *,
         augmentation: AbstractAugmentation | None = None,
     ):
@@ -37,19 +44,21 @@ class Batches(AbstractData):
 
         - `dataset`: the real images.
         - `size`: the number of images in a batch.
+        - `classifier`: as for [`eqdistill.FullBatch`][].
         - `augmentation`: changes each image at random, in each step anew. (Keyword only
             argument.)
 
         **Raises:**
 
-        A `ValueError` if `size` is not from 1 to the number of images.
+        A `ValueError` if `size` is not from 1 to the number of images, if features are
+        not finite, or if images whose features are computed once are to be changed.
         """
         if not 1 <= size <= len(dataset):
             raise ValueError(
                 f"`size` must be from 1 to {len(dataset)}, the number of images in "
                 f"`dataset`; got {size}."
             )
-        self.dataset = dataset
+        self.dataset, self.features = _seen(dataset, classifier, augmentation)
         self.size = size
         self.augmentation = augmentation
         self.shape = dataset.shape
@@ -60,8 +69,8 @@ class Batches(AbstractData):
 
         **Raises:**
 
-        A `ValueError` if `key` is `None`, or if the augmentation changes the shape of
-        an image.
+        A `ValueError` if `key` is `None`, if the augmentation changes the shape of an
+        image, or as [`eqdistill.FullBatch`][].
         """
         key = _given(self, key)
         num_images = len(self.dataset)
@@ -69,15 +78,17 @@ class Batches(AbstractData):
         return _loss_of(self, classifier, chosen, step, key)
 
 
-class BalancedBatches(AbstractData):
+class BalancedBatches(AbstractFeatureData):
     """As many real images of each class in each outer step: drawn at random, without
     replacement, until there are fewer left of the class than a batch takes; then all
     over again in another order, for this class alone.
 
-    The order of a class is a function of the key, the class and its epoch.
+    The order of a class is a function of the key, the class and its epoch. Features
+    are as in [`eqdistill.Batches`][].
     """
 
     dataset: Dataset
+    features: Frozen | None
     by_class: Int[Array, " N"]
     counts: tuple[int, ...] = eqx.field(static=True)
     per_class: int = eqx.field(static=True)
@@ -89,6 +100,7 @@ class BalancedBatches(AbstractData):
         self,
         dataset: Dataset,
         per_class: int,
+        classifier: PyTree = None,
         *,
         augmentation: AbstractAugmentation | None = None,
     ):
@@ -96,12 +108,13 @@ class BalancedBatches(AbstractData):
 
         - `dataset`: the real images.
         - `per_class`: the number of images of each class in a batch.
+        - `classifier`: as for [`eqdistill.FullBatch`][].
         - `augmentation`: as for [`eqdistill.Batches`][]. (Keyword only argument.)
 
         **Raises:**
 
         A `ValueError` if `per_class` is not from 1 to the number of images of the
-        smallest class.
+        smallest class; and as [`eqdistill.Batches`][].
         """
         labels = np.asarray(dataset.labels)
         counts = np.bincount(labels, minlength=dataset.num_classes)
@@ -110,7 +123,7 @@ class BalancedBatches(AbstractData):
                 f"`per_class` must be from 1 to {counts.min()}, the number of images "
                 f"of class {counts.argmin()} in `dataset`; got {per_class}."
             )
-        self.dataset = dataset
+        self.dataset, self.features = _seen(dataset, classifier, augmentation)
         self.by_class = jnp.asarray(np.argsort(labels, kind="stable"))
         self.counts = tuple(counts.tolist())
         self.per_class = per_class
@@ -140,6 +153,21 @@ class BalancedBatches(AbstractData):
         return _loss_of(self, classifier, chosen, step, key)
 
 
+def _seen(
+    dataset: Dataset, classifier: PyTree, augmentation: AbstractAugmentation | None
+) -> tuple[Dataset, Frozen | None]:
+    """The real images, or their features and what these were computed by."""
+    if not isinstance(classifier, LinearClassifier) or takes_pixels(classifier):
+        return dataset, None
+    if augmentation is not None:
+        raise ValueError(
+            "`augmentation` must be None for a linear classifier on features, which "
+            f"are computed once; got a {type(augmentation).__name__}. Leave out "
+            "`classifier`: then the features are computed in each step."
+        )
+    return features_of(dataset, classifier), classifier.features
+
+
 def _given(data: Batches | BalancedBatches, key: PRNGKeyArray | None) -> PRNGKeyArray:
     if key is None:
         raise ValueError(
@@ -162,4 +190,6 @@ def _loss_of(
         # No epoch and no class has this number.
         key = jr.fold_in(jr.fold_in(key, np.uint32(2**32 - 1)), step)
         images = augment(data.augmentation, Dataset.to_floating(images), key=key)
-    return mean_loss(classifier, Rows(images, data.dataset.labels[chosen]))
+    return mean_loss(
+        check_features(data, classifier), Rows(images, data.dataset.labels[chosen])
+    )

@@ -46,7 +46,19 @@ class AbstractData(eqx.Module):
         """
 
 
-class FullBatch(AbstractData):
+class AbstractFeatureData(AbstractData):
+    """Real data that hold the features of a linear classifier, computed once, in the
+    place of images.
+
+    **Attributes:**
+
+    - `features`: what the features were computed by, or `None` if images are held.
+    """
+
+    features: eqx.AbstractVar[Frozen | None]
+
+
+class FullBatch(AbstractFeatureData):
     """All of the real images in each outer step.
 
     For an [`eqdistill.LinearClassifier`][] the features of the images are computed
@@ -65,13 +77,17 @@ class FullBatch(AbstractData):
         - `dataset`: the real images.
         - `classifier`: the classifier to be fitted, whose features are used if it is
             linear. Defaults to a layout that suits any classifier.
+
+        **Raises:**
+
+        A `ValueError` if the features are not finite.
         """
         self.shape = dataset.shape
         self.num_classes = dataset.num_classes
         if isinstance(classifier, LinearClassifier):
             self.features = classifier.features
             self.layout = LinearLayout(
-                _features(dataset, classifier), np.asarray(dataset.labels)
+                _rows(dataset, classifier), np.asarray(dataset.labels)
             )
         else:
             self.features = None
@@ -86,23 +102,29 @@ class FullBatch(AbstractData):
         than this one. The values of arrays that are traced are not compared.
         """
         del step, key
-        self.check(classifier)
-        is_laid_out = self.features is not None
-        return mean_loss(classifier.head if is_laid_out else classifier, self.layout)
+        return mean_loss(check_features(self, classifier), self.layout)
 
-    def check(self, classifier: PyTree) -> None:
-        """**Raises:**
 
-        A `ValueError` as `loss`.
-        """
-        if self.features is None:
-            return
-        is_linear = isinstance(classifier, LinearClassifier)
-        if not is_linear or not _are_alike(classifier.features, self.features):
-            raise ValueError(
-                "`classifier` must have the features that this `FullBatch` was made "
-                "with. Use `FullBatch(dataset)`, which suits any classifier."
-            )
+def check_features(data: AbstractFeatureData, classifier: PyTree) -> PyTree:
+    """**Returns:**
+
+    What is applied to the rows of the real data: the head of a linear classifier, or
+    the classifier.
+
+    **Raises:**
+
+    A `ValueError` if the data were made for a linear classifier with other features.
+    """
+    if data.features is None:
+        return classifier
+    is_linear = isinstance(classifier, LinearClassifier)
+    if not is_linear or not _are_alike(classifier.features, data.features):
+        name = type(data).__name__
+        raise ValueError(
+            f"`classifier` must have the features that this `{name}` was made with. "
+            f"Make the `{name}` without a classifier: then it suits any."
+        )
+    return classifier.head
 
 
 def as_data(data: Dataset | AbstractData, classifier: PyTree) -> AbstractData:
@@ -110,13 +132,27 @@ def as_data(data: Dataset | AbstractData, classifier: PyTree) -> AbstractData:
     return FullBatch(data, classifier) if isinstance(data, Dataset) else data
 
 
-def _features(dataset: Dataset, classifier: LinearClassifier) -> np.ndarray:
-    """The features of all real images, one row for each."""
-    if takes_pixels(classifier):
-        # As bytes, if they are bytes: the layout converts them.
-        return np.asarray(dataset.images).reshape(len(dataset), -1)
+def features_of(dataset: Dataset, classifier: LinearClassifier) -> Dataset:
+    """The features of all real images, in the place of the images.
 
-    return np.asarray(dataset.map(classifier.features).images).reshape(len(dataset), -1)
+    **Raises:**
+
+    A `ValueError` if they are not finite.
+    """
+    try:
+        return dataset.map(classifier.features)
+    except ValueError as e:
+        raise ValueError(
+            "`classifier` must have finite features of the real images; in their "
+            f"place, {e}"
+        ) from e
+
+
+def _rows(dataset: Dataset, classifier: LinearClassifier) -> np.ndarray:
+    """The features of all real images, one row for each."""
+    if not takes_pixels(classifier):  # Pixels stay bytes: the layout converts them.
+        dataset = features_of(dataset, classifier)
+    return np.asarray(dataset.images).reshape(len(dataset), -1)
 
 
 def _are_alike(features: Frozen, others: Frozen) -> bool:

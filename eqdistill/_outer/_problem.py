@@ -14,7 +14,7 @@ from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
 from .._inner._fit import check_inner, COLLAPSED, NOT_CONVERGED
 from .._inner._inner_solver import AbstractInnerSolver
-from ._data import AbstractData, as_data, FullBatch
+from ._data import AbstractData, AbstractFeatureData, as_data, check_features
 from ._outer_loss import check_data, decode, loss_of, split_key
 
 
@@ -133,8 +133,9 @@ class Problem(eqx.Module):
         self.start = start
         self.classifier = classifier
         self.data = as_data(data, classifier)
-        if isinstance(self.data, FullBatch):
-            self.data.check(classifier)
+        if isinstance(self.data, AbstractFeatureData):
+            # Here the values of arrays can be compared, too.
+            check_features(self.data, classifier)
         self.inner = inner
         self.optimiser = optimiser
         self.learn = _learn(start, inner, learn)
