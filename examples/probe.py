@@ -1,0 +1,213 @@
+"""Distils a dataset into images for linear probes of frozen networks.
+
+The backbones are convolutional networks that are trained here, on another dataset; in
+their place stand the pre-trained networks of one's own. The features of the real images
+are computed once. The inner problem is ridge regression on the features of the
+distilled images, whose targets, ridge and temperature are learned, too. With several
+backbones, one set serves them all: each outer step takes the next one.
+
+Prints the test accuracy of the probes of ten real images, of the distilled images and
+of all real images: on the backbones that the images were distilled for, and on one of
+another architecture that they were not distilled for. Writes the images and an
+artifact.
+"""
+
+import argparse
+import functools as ft
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import optax
+
+import eqdistill as eqd
+from eqdistill import nn, recipes
+
+
+BACKBONES = {
+    "16-32-64": ft.partial(nn.ConvNet, widths=(16, 32, 64), norm=None, size=32),
+    "32-64-64": ft.partial(nn.ConvNet, widths=(32, 64, 64), norm=None, size=32),
+    "16-32-64, group norm": ft.partial(
+        nn.ConvNet, widths=(16, 32, 64), norm=nn.group_norm, size=32
+    ),
+}
+UNSEEN = ft.partial(nn.ConvNet, widths=(32, 32, 32), size=32)
+INNER = eqd.RelativeRidge()
+
+
+def main(
+    dataset: str,
+    data_dir: Path | None,
+    pretraining: str,
+    pretraining_steps: int,
+    num_backbones: int,
+    images: int,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    held_out: float,
+    seed: int,
+    output: Path,
+) -> None:
+    source, _ = eqd.datasets.load(pretraining, data_dir)
+    train, test = eqd.datasets.load(dataset, data_dir)
+    source = source.map(eqd.Standardisation.fit(source))
+    standardisation = eqd.Standardisation.fit(train)
+    train, test = train.map(standardisation), test.map(standardisation)
+    on = "test"
+    if held_out > 0:  # For choices: not by the test set.
+        train, test = train.split(held_out, key=jr.key(0))
+        on = "held-out"
+    output.mkdir(parents=True, exist_ok=True)
+
+    kinds = dict(list(BACKBONES.items())[:num_backbones])
+    probes = {
+        name: probe(kind, source, train, pretraining_steps, key=jr.key(i))
+        for i, (name, kind) in enumerate(kinds.items())
+    }
+    n = images * train.num_classes
+    real = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
+    targets = jax.nn.one_hot(real.labels, train.num_classes) - 1 / train.num_classes
+    start = eqd.DistilledSet(real.images, targets, l2=1e-3, loss=eqd.SquaredError())
+    schedule = optax.cosine_decay_schedule(learning_rate, steps)
+    optimiser = optax.partition(
+        {
+            "images": optax.adam(schedule),
+            "all else": optax.adam(lambda step: schedule(step) / 10),
+        },
+        lambda learned: jax.tree.map_with_path(of_what, learned),
+    )
+    problems = [
+        eqd.Problem(
+            start,
+            classifier,
+            eqd.Batches(train, min(batch, len(train)), classifier),
+            INNER,
+            optimiser=optimiser,
+            learn=(True, False),
+        )
+        for classifier in probes.values()
+    ]
+    updates = [eqx.filter_jit(problem.step, donate="all") for problem in problems]
+    began = time.perf_counter()
+    state = problems[0].init(key=jr.key(seed))
+    for step in range(steps):
+        state, _ = updates[step % len(updates)](state)
+    distilled = problems[0].distilled(jax.block_until_ready(state))
+    seconds = time.perf_counter() - began
+    print(f"outer steps     {steps}, {seconds:.0f} s with compiling")
+    print(f"size            {distilled.nbytes:,} bytes with labels")
+    print(f"ridge           {start.l2:.2g} -> {distilled.l2:.2g}, of the features")
+
+    unseen = probe(UNSEEN, source, train, pretraining_steps, key=jr.key(100))
+    print(f"{on} accuracy of probes: real images as many, distilled, all real images")
+    for name, classifier in {**probes, "not distilled for": unseen}.items():
+        found = [
+            float(eqd.evaluate(x, classifier, test, INNER).accuracy)
+            for x in (start, distilled)
+        ]
+        whole = accuracy_of_all(classifier, train, test)
+        print(
+            f"  {name:<22} {found[0]:.2%}  {found[1]:.2%}  {whole:.2%}  "
+            f"({found[1] / whole:.1%} of all)",
+            flush=True,
+        )
+    files = [output / f"probe.{end}" for end in ("png", "safetensors")]
+    eqd.plot.images(distilled).savefig(files[0])
+    classifier = next(iter(probes.values()))
+    eqd.save(
+        files[1],
+        distilled,
+        classifier,
+        eqd.evaluate(distilled, classifier, test, INNER) if on == "test" else None,
+        inner=INNER,
+        preprocessing=standardisation,
+        dataset=dataset,
+        seed=seed,
+    )
+    print(f"files           {', '.join(map(str, files))}")
+
+
+def probe(
+    kind: Callable, source: eqd.Dataset, train: eqd.Dataset, steps: int, *, key
+) -> eqd.LinearClassifier:
+    """A linear classifier on the features of a network that is trained on `source`."""
+    make_key, fit_key = jr.split(key)
+    recipe = recipes.supervised(kind, updates=steps)
+    network = recipe.make(source.shape, source.num_classes, key=make_key)
+    everything = eqd.DistilledSet(source.images, source.labels, l2=1.0)
+    prepared = recipe.prepare(everything, source.num_classes)
+    trained = eqd.fit(prepared, network, recipe.inner, key=fit_key).classifier
+    features = eqd.last_layer(trained).features
+    (p,) = eqx.filter_eval_shape(features, train.images[0]).shape
+    return eqd.LinearClassifier(
+        features, eqd.LogisticRegression(p, train.num_classes).head
+    )
+
+
+def accuracy_of_all(
+    classifier: eqd.LinearClassifier, train: eqd.Dataset, test: eqd.Dataset
+) -> float:
+    """The test accuracy of the probe of all real images: ridge regression, in double
+    precision."""
+    train, test = (data.map(classifier.features) for data in (train, test))
+    features = np.asarray(train.images, np.float64)
+    targets = np.eye(train.num_classes)[np.asarray(train.labels)]
+    moments = features.T @ features
+    ridge = 1e-6 * np.trace(moments) * np.eye(len(moments))
+    weight = np.linalg.solve(moments + ridge, features.T @ targets)
+    predicted = np.argmax(np.asarray(test.images) @ weight, axis=1)
+    return float(np.mean(predicted == np.asarray(test.labels)))
+
+
+def of_what(path: tuple, _: jax.Array) -> str:
+    """The images move ten times as fast as all else."""
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return "images" if name == "images" else "all else"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    names = ["mnist", "fashion_mnist", "digits", "cifar10"]
+    parser.add_argument("--dataset", default="mnist", choices=names)
+    parser.add_argument(
+        "--pretraining",
+        default="fashion_mnist",
+        choices=names,
+        help="the dataset that the backbones are trained on",
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, help="where to look for the datasets first"
+    )
+    parser.add_argument("--pretraining-steps", type=int, default=500)
+    parser.add_argument(
+        "--num-backbones", type=int, default=1, choices=range(1, 1 + len(BACKBONES))
+    )
+    parser.add_argument("--images", type=int, default=1, help="images a class")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=1000, help="real images a step")
+    parser.add_argument(
+        "--learning-rate", type=float, default=0.03, help="of the images, at first"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        help="a fraction of the training images to evaluate on, in place of the test "
+        "images",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="a folder for the results"
+    )
+    args = parser.parse_args()
+    # The next run loads what this one compiles.
+    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    main(**vars(args))
