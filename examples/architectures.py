@@ -51,9 +51,14 @@ RECIPES = {
     "dc": recipes.dc,
     "dc, augmented": ft.partial(recipes.dc, updates=1000, augment=True),
     "frepo": recipes.frepo,
+    "frepo, augmented": ft.partial(recipes.frepo, augment=True),
     "zero_start": recipes.zero_start,
     "supervised": recipes.supervised,
 }
+DATASETS = (
+    "mnist, fashion_mnist, digits, cifar10, or a folder that holds the folders train "
+    "and test, with a folder for each class"
+)
 Sets = Callable[[], list[eqd.DistilledSet]]
 
 
@@ -70,9 +75,7 @@ def main(
     updates: int | None,
     output: Path,
 ) -> None:
-    train, test = eqd.datasets.load(dataset, data_dir)
-    standardisation = eqd.Standardisation.fit(train)
-    train, test = train.map(standardisation), test.map(standardisation)
+    train, test, standardisation = real_data(dataset, data_dir)
     made = make_sets(train, images, draws)
     if recipe == "supervised":
         everything = ft.partial(eqd.DistilledSet, train.images, train.labels, l2=1.0)
@@ -99,10 +102,32 @@ def main(
             rows[name].append(found and recipes.Evaluations(np.array(found)))
     table = to_table(rows, sizes, networks)
     print(f"\n{dataset}, {images} images a class, by the recipe {recipe}:\n\n{table}")
-    stem = f"architectures_{dataset}_{images}_{recipe.replace(', ', '_')}"
+    stem = f"architectures_{Path(dataset).name}_{images}_{recipe.replace(', ', '_')}"
     (output / f"{stem}.md").write_text(table + "\n")
     draw(rows, networks).savefig(output / f"{stem}.png")
     print(f"\nfiles {output / stem}.md, {output / stem}.png")
+
+
+def real_data(
+    dataset: str, data_dir: Path | None, *, held_out: float = 0.0, zca: bool = False
+) -> tuple[eqd.Dataset, eqd.Dataset, eqd.AbstractPreprocessing]:
+    """Training and test images that are standardised or whitened, and by what. With
+    `held_out`, that fraction of the training images is in the place of the test images,
+    so that choices are not made by these.
+
+    `dataset` is a name, or a folder that holds the folders `train` and `test`.
+    """
+    if Path(dataset).is_dir():
+        train, test = (
+            eqd.datasets.from_folder(Path(dataset) / part) for part in ("train", "test")
+        )
+    else:
+        train, test = eqd.datasets.load(dataset, data_dir)
+    preprocessing = (eqd.ZCA if zca else eqd.Standardisation).fit(train)
+    train, test = train.map(preprocessing), test.map(preprocessing)
+    if held_out > 0:
+        train, test = train.split(held_out, key=jr.key(0))
+    return train, test, preprocessing
 
 
 class Measured:
@@ -190,7 +215,9 @@ def linear(train: eqd.Dataset) -> eqd.LinearClassifier:
     return eqd.LogisticRegression(train.images[0].size, train.num_classes)
 
 
-def load(path: Path, standardisation: eqd.Standardisation) -> list[eqd.DistilledSet]:
+def load(
+    path: Path, standardisation: eqd.AbstractPreprocessing
+) -> list[eqd.DistilledSet]:
     artifact = eqd.load(path)
     distilled = artifact.distilled
     if artifact.preprocessing is None:
@@ -266,11 +293,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--dataset",
-        default="mnist",
-        choices=["mnist", "fashion_mnist", "digits", "cifar10"],
-    )
+    parser.add_argument("--dataset", default="mnist", help=DATASETS)
     parser.add_argument(
         "--data-dir", type=Path, help="where to look for the dataset first"
     )

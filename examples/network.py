@@ -1,13 +1,15 @@
 """Distils a dataset into images that train convolutional networks from scratch.
 
 The inner problem is ridge regression on the last layer of a network that is drawn from
-a pool: networks of all ages, of two kinds, with and without instance normalisation.
-Learned are the images, their targets, the ridge and the temperature. The result is the
-exponential average of these over the steps. All images are standardised.
+a pool: networks of all ages, with and without instance normalisation. Learned are the
+images, their targets, the ridge and the temperature. With `--hard` the labels stay
+fixed, the loss is the cross-entropy, and the images suit recipes with hard labels. With
+`--pack 2` there are four small images in the room of one. The result is the exponential
+average over the steps. All images are standardised, or whitened with `--zca`.
 
-Prints the accuracy of fresh networks of three kinds that are trained on the distilled
-images alone; and writes the images, the course of the training, and an artifact that
-claims the accuracy of the first kind.
+Prints the accuracy of fresh networks that are trained on the distilled images alone;
+and writes the images, the course of the training, and an artifact that claims the
+accuracy of the first kind of network.
 """
 
 import argparse
@@ -18,48 +20,54 @@ from pathlib import Path
 import jax
 import jax.random as jr
 import optax
+from architectures import DATASETS, NETWORKS, real_data, RECIPES
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
 
 
 # Grey images of 28 x 28 are padded to 32, as in the papers.
-POOL = (
-    ft.partial(nn.ConvNet, widths=(16, 32, 64), norm=None, size=32),
-    ft.partial(nn.ConvNet, widths=(16, 32, 64), size=32),
-)
-NETWORKS = {
-    "ConvNet, instance norm": ft.partial(nn.ConvNet, size=32),
-    "ConvNet": ft.partial(nn.ConvNet, size=32, widths=(32, 64, 128), norm=None),
-    "LeNet": nn.LeNet,
+POOL = {
+    "plain": ft.partial(nn.ConvNet, widths=(16, 32, 64), norm=None, size=32),
+    "norm": ft.partial(nn.ConvNet, widths=(16, 32, 64), size=32),
 }
 
 
 def main(
     dataset: str,
     data_dir: Path | None,
+    zca: bool,
+    flip: bool,
     images: int,
+    pack: int,
+    hard: bool,
+    pool: list[str],
+    linearised: bool,
     steps: int,
     batch: int,
     learning_rate: float,
     held_out: float,
+    recipe: str,
     networks: list[str],
     num_networks: int,
     seed: int,
     output: Path,
 ) -> None:
-    train, test = eqd.datasets.load(dataset, data_dir)
-    standardisation = eqd.Standardisation.fit(train)
-    train, test = train.map(standardisation), test.map(standardisation)
-    on = "test"
-    if held_out > 0:  # For choices: not by the test set.
-        train, test = train.split(held_out, key=jr.key(0))
-        on = "held-out"
+    train, test, preprocessing = real_data(
+        dataset, data_dir, held_out=held_out, zca=zca
+    )
+    on = "held-out" if held_out > 0 else "test"
     output.mkdir(parents=True, exist_ok=True)
-    n = images * train.num_classes
-    real = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
-    targets = jax.nn.one_hot(real.labels, train.num_classes) - 1 / train.num_classes
-    start = eqd.DistilledSet(real.images, targets, l2=1e-3, loss=eqd.SquaredError())
+    n = pack**2 * images * train.num_classes
+    start = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
+    inner = eqd.RelativeRidge(eqd.SpanSolver())
+    if not hard:
+        labels = jax.nn.one_hot(start.labels, train.num_classes) - 1 / train.num_classes
+        loss = eqd.SquaredError()
+        start = eqd.DistilledSet(start.images, labels, l2=1e-3, loss=loss)
+        inner = eqd.LinearisedSolver() if linearised else eqd.RelativeRidge()
+    if pack > 1:
+        start = eqd.Packed.from_distilled(start, pack)
 
     def rates(learned):
         """The images move ten times as fast as all else."""
@@ -81,7 +89,12 @@ def main(
         start,
         None,
         eqd.Batches(train, batch),
-        inner=eqd.Pool(*POOL, num_classes=train.num_classes),
+        inner=eqd.Pool(
+            *(POOL[kind] for kind in pool),
+            num_classes=train.num_classes,
+            inner=inner,
+            augmentation=eqd.Flip() if flip else None,
+        ),
         optimiser=eqd.averaged(optimiser, decay=0.99),
         learn=(True, False),
         steps=steps,
@@ -89,28 +102,29 @@ def main(
         callbacks=[eqd.ProgressBar()],
     )
     seconds = time.perf_counter() - began
-    distilled = eqd.average_of(result).distilled
+    result = eqd.average_of(result)
+    distilled = result.distilled
     print(f"outer steps     {steps}, {seconds:.0f} s")
-    print(f"size            {distilled.nbytes:,} bytes with labels")
-    print(f"ridge           {start.l2:.2g} -> {distilled.l2:.2g}, of the features")
+    print(f"size            {result.start.nbytes:,} bytes with labels")
+    print(f"ridge           0.001 -> {distilled.l2:.2g}, of the features")
     files = [output / f"network.{end}" for end in ("png", "safetensors")]
     eqd.plot.images(distilled).savefig(files[0])
     eqd.plot.history(result.history).savefig(output / "network_history.png")
     for name in networks:
-        recipe = recipes.zero_start(NETWORKS[name])
+        by = RECIPES[recipe](NETWORKS[name])
         found = recipes.evaluate(
-            distilled, recipe, test, num_networks=num_networks, key=jr.key(seed)
+            distilled, by, test, num_networks=num_networks, key=jr.key(seed)
         )
         deviation = f" ± {found.deviation_of_networks:.1%}" if num_networks > 1 else ""
         print(f"{on} accuracy {found.mean:.1%}{deviation}, {name}", flush=True)
-        if name == networks[0] and on == "test":
+        if name == networks[0]:
             eqd.save(
                 files[1],
-                distilled,
-                recipe,
-                found,
-                preprocessing=standardisation,
-                dataset=dataset,
+                result,
+                by,
+                found if on == "test" else None,
+                preprocessing=preprocessing,
+                dataset=Path(dataset).name,
                 seed=seed,
             )
     print(f"files           {', '.join(map(str, files))}")
@@ -120,15 +134,29 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--dataset",
-        default="mnist",
-        choices=["mnist", "fashion_mnist", "digits", "cifar10"],
-    )
+    parser.add_argument("--dataset", default="mnist", help=DATASETS)
     parser.add_argument(
         "--data-dir", type=Path, help="where to look for the dataset first"
     )
+    parser.add_argument("--zca", action="store_true", help="whiten the images")
+    parser.add_argument(
+        "--flip",
+        action="store_true",
+        help="flip the distilled images at random in the training of the pool",
+    )
     parser.add_argument("--images", type=int, default=1, help="images a class")
+    parser.add_argument(
+        "--pack", type=int, default=1, help="the factor by which images are enlarged"
+    )
+    parser.add_argument("--hard", action="store_true", help="labels are not learned")
+    parser.add_argument(
+        "--pool", nargs="+", default=list(POOL), choices=list(POOL), help="its networks"
+    )
+    parser.add_argument(
+        "--linearised",
+        action="store_true",
+        help="linearise the networks in all parameters, in the place of a last layer",
+    )
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=128, help="real images a step")
     parser.add_argument(
@@ -141,11 +169,12 @@ if __name__ == "__main__":
         help="a fraction of the training images to evaluate on, in place of the test "
         "images",
     )
+    parser.add_argument("--recipe", default="zero_start", choices=list(RECIPES))
     parser.add_argument(
         "--networks",
         nargs="+",
         choices=list(NETWORKS),
-        default=list(NETWORKS),
+        default=["ConvNet, instance norm", "ConvNet"],
         help="to train on the distilled images",
     )
     parser.add_argument("--num-networks", type=int, default=3)

@@ -23,6 +23,7 @@ import jax
 import jax.random as jr
 import numpy as np
 import optax
+from architectures import DATASETS, real_data
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
@@ -53,15 +54,9 @@ def main(
     seed: int,
     output: Path,
 ) -> None:
-    source, _ = eqd.datasets.load(pretraining, data_dir)
-    train, test = eqd.datasets.load(dataset, data_dir)
-    source = source.map(eqd.Standardisation.fit(source))
-    standardisation = eqd.Standardisation.fit(train)
-    train, test = train.map(standardisation), test.map(standardisation)
-    on = "test"
-    if held_out > 0:  # For choices: not by the test set.
-        train, test = train.split(held_out, key=jr.key(0))
-        on = "held-out"
+    source, _, _ = real_data(pretraining, data_dir)
+    train, test, standardisation = real_data(dataset, data_dir, held_out=held_out)
+    on = "held-out" if held_out > 0 else "test"
     output.mkdir(parents=True, exist_ok=True)
 
     kinds = dict(list(BACKBONES.items())[:num_backbones])
@@ -126,7 +121,7 @@ def main(
         eqd.evaluate(distilled, classifier, test, INNER) if on == "test" else None,
         inner=INNER,
         preprocessing=standardisation,
-        dataset=dataset,
+        dataset=Path(dataset).name,
         seed=seed,
     )
     print(f"files           {', '.join(map(str, files))}")
@@ -174,13 +169,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    names = ["mnist", "fashion_mnist", "digits", "cifar10"]
-    parser.add_argument("--dataset", default="mnist", choices=names)
+    parser.add_argument("--dataset", default="mnist", help=DATASETS)
     parser.add_argument(
         "--pretraining",
         default="fashion_mnist",
-        choices=names,
-        help="the dataset that the backbones are trained on",
+        help="the dataset that the backbones are trained on, likewise",
     )
     parser.add_argument(
         "--data-dir", type=Path, help="where to look for the datasets first"

@@ -253,6 +253,9 @@ def _metadata(raw: Any) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         metadata.setdefault("preprocessing", None)
         metadata.setdefault("parameterisation", None)
+        classifier = metadata.get("classifier")
+        if type(classifier) is dict and classifier.get("name") == "frepo":
+            classifier.setdefault("augment", False)
     checks = {
         "format": (lambda x: True, ""),
         "format_version": (lambda x: True, ""),

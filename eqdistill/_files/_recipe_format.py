@@ -49,7 +49,7 @@ _ARCHITECTURES = {
 _RECIPES = {
     "dc": (dc, ("updates", "augment")),
     "supervised": (supervised, ("updates", "batch_size")),
-    "frepo": (frepo, ("updates",)),
+    "frepo": (frepo, ("updates", "augment")),
     "zero_start": (zero_start, ("updates",)),
 }
 # What a hostile file may ask for is bounded.

@@ -13,7 +13,7 @@ from jaxtyping import Float, PRNGKeyArray, PyTree
 from .._data._augmentation import OneOf
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
-from .._data._image_augmentations import Affine, Crop
+from .._data._image_augmentations import Affine, Crop, Flip
 from .._inner._inner_solver import AbstractInnerSolver
 from .._inner._unrolled_solver import UnrolledSolver
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
@@ -212,6 +212,7 @@ def frepo(
     network: Callable = ft.partial(ConvNet, widths=(128, 256, 512), norm=None),
     *,
     updates: int = 1000,
+    augment: bool = False,
 ) -> Recipe:
     """The recipe of neural feature regression: squared error on centred targets, and
     Adam at a rate of 3e-4, which warms up over 500 steps and then decays by a cosine to
@@ -223,6 +224,8 @@ def frepo(
     **Arguments:** as for [`eqdistill.recipes.dc`][], but for
 
     - `updates`: the number of steps, of which the first half warm up, or the first 500.
+    - `augment`: whether each image is flipped from left to right at random in each
+        step, as is fit for photographs. (Keyword only argument.)
 
     **Returns:**
 
@@ -237,9 +240,12 @@ def frepo(
     """
     _check_updates(updates)
     inner = UnrolledSolver(
-        _warms_up(min(500, updates // 2), updates), {"learning_rate": 3e-4}, updates
+        _warms_up(min(500, updates // 2), updates),
+        {"learning_rate": 3e-4},
+        updates,
+        augmentation=Flip() if augment else None,
     )
-    settings = (("updates", updates),)
+    settings = (("updates", updates), ("augment", augment))
     return Recipe("frepo", settings, network, _as_by_lecun, _with_targets, inner)
 
 
