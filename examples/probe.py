@@ -137,11 +137,9 @@ def probe(
     everything = eqd.DistilledSet(source.images, source.labels, l2=1.0)
     prepared = recipe.prepare(everything, source.num_classes)
     trained = eqd.fit(prepared, network, recipe.inner, key=fit_key).classifier
-    features = eqd.last_layer(trained).features
-    (p,) = eqx.filter_eval_shape(features, train.images[0]).shape
-    return eqd.LinearClassifier(
-        features, eqd.LogisticRegression(p, train.num_classes).head
-    )
+    last = eqd.last_layer(trained)
+    head = eqd.LogisticRegression(last.head.in_features, train.num_classes).head
+    return eqd.LinearClassifier(last.features, head)
 
 
 def accuracy_of_all(
