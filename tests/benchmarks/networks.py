@@ -3,12 +3,14 @@
 XLA's convolutions are slow on a CPU if their derivative lies in a loop or a branch. The
 network has three blocks of a convolution, a ReLU and pooling, of 16, 32 and 64
 channels, on images of 28 x 28. Then the same steps of L-BFGS are timed in the loop of
-`ArgminSolver` and called one by one.
+`ArgminSolver` and called one by one; and a step of `distill` with a pool of networks,
+and its parts.
 
 Prints Markdown tables of medians, and writes `networks.json`. Run on demand, by `python
 tests/benchmarks/networks.py`.
 """
 
+import functools as ft
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 from _timing import machine, parser, write
 
 import eqdistill as eqd
@@ -155,11 +158,87 @@ def argmin(real: eqd.Dataset, repeats: int) -> dict[str, float]:
     return {"one by one": first, "ArgminSolver": second}
 
 
+def pool(real: eqd.Dataset, repeats: int) -> dict[str, float]:
+    """CPU-milliseconds of an outer step with a pool, of its parts, and of as many
+    products as the forward pass of the real images takes, in one large product."""
+    batch = 128
+    real = real.map(eqd.Standardisation.fit(real))
+    images, labels = real.images[:10], jax.nn.one_hot(real.labels[:10], 10) - 0.1
+    start = eqd.DistilledSet(images, labels, l2=1e-3, loss=eqd.SquaredError())
+    kind = ft.partial(eqd.nn.ConvNet, widths=(16, 32, 64), norm=None, size=32)
+    problem = eqd.Problem(
+        start,
+        None,
+        eqd.Batches(real, batch),
+        eqd.Pool(kind, num_classes=10),
+        optimiser=optax.adam(0.01),
+        learn=(True, False),
+    )
+    update = eqx.filter_jit(problem.step, donate="all")
+    state = problem.init(key=jr.key(0))
+
+    def step():
+        nonlocal state
+        state, metrics = update(state)
+        return metrics
+
+    network = kind((28, 28), 10, key=jr.key(0))
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+    forward = jax.jit(
+        lambda params, x: jax.vmap(eqx.combine(params, static).layers[:-1])(x)
+    )
+    optimiser = optax.adam(1e-3)
+
+    @jax.jit
+    def train(params, optimiser_state):
+        loss = lambda p: start.loss(jax.vmap(eqx.combine(p, static))(images), labels)
+        updates, optimiser_state = optimiser.update(
+            jax.grad(loss)(params), optimiser_state
+        )
+        return optax.apply_updates(params, updates), optimiser_state
+
+    @jax.jit
+    @jax.grad
+    def fit_and_adjoint(images, params):
+        distilled = eqx.tree_at(lambda d: d.images, start, images)
+        classifier = eqd.last_layer(eqx.combine(params, static))
+        fitted, _ = eqd.RelativeRidge()(distilled, classifier, None, key=None)
+        return jnp.sum(fitted.classifier.head.weight)
+
+    side = 2048
+    square = jnp.ones((side, side))
+    costs = forward.lower(params, real.images[:batch]).compile().cost_analysis()
+    assert costs is not None
+    share = costs["flops"] / (2 * side**3)
+    names = [
+        "an outer step",
+        "forward pass of 128",
+        "fit and adjoint",
+        "step of the pool",
+    ]
+    timed = [
+        (names[0], step, (), 1),
+        (names[1], forward, (params, real.images[:batch]), 1),
+        (names[2], fit_and_adjoint, (images, params), 1),
+        (names[3], train, (params, optimiser.init(params)), 1),
+        ("", jax.jit(jnp.matmul), (square, square), 1),
+    ]
+    *found, product = cpu_milliseconds(timed, repeats)
+    print("\nA pool of one kind, padded to 32 x 32:\n")
+    print("| | CPU-milliseconds |\n|---|---|")
+    rows = {name: x for (name, *_), x in zip(timed, found, strict=False)}
+    rows["the same FLOPs as in the forward pass, in one product"] = share * product
+    for name, value in rows.items():
+        print(f"| {name} | {value:.1f} |")
+    return rows
+
+
 def main(repeats: int, output: Path) -> None:
     results: dict[str, object] = {"machine": machine()}
     real, _ = eqd.datasets.load("mnist")
     results["convolutions"] = convolutions(real, repeats)
     results["argmin"] = argmin(real, repeats)
+    results["pool"] = pool(real, repeats)
     write(results, output / "networks.json")
 
 
