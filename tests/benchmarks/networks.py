@@ -210,17 +210,11 @@ def pool(real: eqd.Dataset, repeats: int) -> dict[str, float]:
     costs = forward.lower(params, real.images[:batch]).compile().cost_analysis()
     assert costs is not None
     share = costs["flops"] / (2 * side**3)
-    names = [
-        "an outer step",
-        "forward pass of 128",
-        "fit and adjoint",
-        "step of the pool",
-    ]
     timed = [
-        (names[0], step, (), 1),
-        (names[1], forward, (params, real.images[:batch]), 1),
-        (names[2], fit_and_adjoint, (images, params), 1),
-        (names[3], train, (params, optimiser.init(params)), 1),
+        ("an outer step", step, (), 1),
+        ("the forward pass of 128", forward, (params, real.images[:batch]), 1),
+        ("the fit and its derivative", fit_and_adjoint, (images, params), 1),
+        ("the step of the pool", train, (params, optimiser.init(params)), 1),
         ("", jax.jit(jnp.matmul), (square, square), 1),
     ]
     *found, product = cpu_milliseconds(timed, repeats)
