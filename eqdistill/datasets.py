@@ -25,13 +25,14 @@ def load(
     | `"digits"` | 8 x 8 handwritten digits, from scikit-learn | 10 | 1,347 | 450 |
 
     The files are the IDX files of MNIST and Fashion-MNIST, compressed by gzip or not,
-    and the six files of the binary version of CIFAR-10. The files are looked for in
-    turn in `data_dir`; the folder that the environment variable `EQDISTILL_DATA_DIR`
-    names; the folder that ships with this repository; the system's folder
-    (`/usr/share/datasets/fashion-mnist`, of Debian's `dataset-fashion-mnist`); and the
-    user's cache. In each they may lie in a folder of the dataset's name, or directly;
-    those of CIFAR-10 also in a folder `cifar-10-batches-bin`. If they are in none,
-    then they are downloaded to the cache by `pooch`.
+    and the six files of the binary version of CIFAR-10. The files are in `data_dir`; or
+    if that is not given, they are looked for in turn in the folder that the environment
+    variable `EQDISTILL_DATA_DIR` names; the folder that ships with this repository; the
+    system's folder (`/usr/share/datasets/fashion-mnist`, of Debian's
+    `dataset-fashion-mnist`); and the user's cache. In each they may lie in a folder of
+    the dataset's name, or directly; those of CIFAR-10 also in a folder
+    `cifar-10-batches-bin`. If they are in none, then they are downloaded to the cache
+    by `pooch`.
 
     The SHA-256 of the IDX files is checked, wherever they come from. For CIFAR-10 only
     the MD5 of the whole archive is published: this is checked before a downloaded
@@ -41,7 +42,7 @@ def load(
     **Arguments:**
 
     - `name`: one of the above.
-    - `data_dir`: where to look first.
+    - `data_dir`: the folder of the files. Defaults to the first of the above.
 
     **Returns:**
 
@@ -53,8 +54,9 @@ def load(
 
     - A `ValueError` if there is no dataset of that name, or if a file is truncated or
         corrupt, or of another dataset.
-    - A `FileNotFoundError` if `data_dir` does not exist, some but not all of the files
-        are in a folder, or none is anywhere and they cannot be downloaded.
+    - A `FileNotFoundError` if `data_dir` does not exist or has no such files, some but
+        not all of the files are in a folder, or none is anywhere and they cannot be
+        downloaded.
 
     Source: LeCun, Cortes and Burges, *MNIST*, 1998; Xiao et al., *Fashion-MNIST*, 2017;
     Krizhevsky, *Learning multiple layers of features from tiny images*, 2009.
@@ -65,37 +67,53 @@ def load(
         known = ", ".join(repr(known) for known in (*SOURCES, "digits"))
         raise ValueError(f"`name` must be one of {known}; got {name!r}.")
     source = SOURCES[name]
-    folders = _folders(name, source, data_dir)
+    if data_dir is None:
+        folders = _folders(name, source)
+    else:
+        folders = _in("`data_dir`", data_dir, name, source)
     for folder in folders:
         paths = _find(folder, source.format.files)
         if paths is not None:
             break
     else:
+        if data_dir is not None:
+            wanted = ", ".join(names[0] for names in source.format.files.values())
+            raise FileNotFoundError(
+                f"`data_dir` must have the files of {name!r}, which are {wanted}; "
+                f"{str(data_dir)!r} has none of them."
+            )
         paths = _download(name, source, folders)
     return source.format.read(paths)
 
 
-def _folders(
-    name: str, source: Source, data_dir: str | os.PathLike | None
+def _folders(name: str, source: Source) -> list[Path]:
+    """Where the files may be if no folder is given."""
+    folders = []
+    named = os.environ.get("EQDISTILL_DATA_DIR")
+    if named:
+        variable = "The environment variable `EQDISTILL_DATA_DIR`"
+        folders += _in(variable, named, name, source)
+    folders += _below(Path(__file__).parents[1] / "examples" / "data", name, source)
+    others = [folder for folder in (source.system, _cache(name)) if folder]
+    return folders + [f / sub for f in others for sub in source.format.subfolders]
+
+
+def _in(
+    origin: str, folder: str | os.PathLike, name: str, source: Source
 ) -> list[Path]:
-    named = {
-        "`data_dir`": data_dir,
-        "The environment variable `EQDISTILL_DATA_DIR`": os.environ.get(
-            "EQDISTILL_DATA_DIR"
-        ),
-    }
-    roots = []
-    for origin, folder in named.items():
-        if folder:
-            if not Path(folder).is_dir():
-                raise FileNotFoundError(
-                    f"{origin} must name a folder that exists; got {str(folder)!r}."
-                )
-            roots.append(Path(folder))
-    roots.append(Path(__file__).parents[1] / "examples" / "data")
-    folders = [folder for root in roots for folder in (root / name, root)]
-    folders += [folder for folder in (source.system, _cache(name)) if folder]
-    return [folder / sub for folder in folders for sub in source.format.subfolders]
+    """**Raises:**
+
+    A `FileNotFoundError` if there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"{origin} must name a folder that exists; got {str(folder)!r}."
+        )
+    return _below(Path(folder), name, source)
+
+
+def _below(root: Path, name: str, source: Source) -> list[Path]:
+    return [f / sub for f in (root / name, root) for sub in source.format.subfolders]
 
 
 def _find(folder: Path, files: dict[str, tuple[str, ...]]) -> dict[str, Path] | None:

@@ -138,7 +138,7 @@ def probe(
     prepared = recipe.prepare(everything, source.num_classes)
     trained = eqd.fit(prepared, network, recipe.inner, key=fit_key).classifier
     last = eqd.last_layer(trained)
-    head = eqd.LogisticRegression(last.head.in_features, train.num_classes).head
+    head = eqd.LogisticRegression(last.head.weight.shape[1], train.num_classes).head
     return eqd.LinearClassifier(last.features, head)
 
 

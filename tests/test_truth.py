@@ -121,3 +121,43 @@ def test_pixels_whose_squares_overflow(digits):
         assert not fitted.converged
         with pytest.raises(RuntimeError, match="inner solver did not converge"):
             eqd.fit(start, classifier, inner)
+
+
+def test_labels_that_do_not_fit(tmp_path):
+    """Each was taken, and became another label."""
+    images = np.ones((3, 2, 2), np.float32)
+    with pytest.raises(ValueError, match="got 3 different labels from 0 to 10995"):
+        eqd.Dataset(images, np.array([0, 1, 2**40]))
+    with pytest.raises(ValueError, match="`num_classes` must be a number of 31 bits"):
+        eqd.Dataset(images, np.array([0, 1, 2**40]), 2**41)
+    with pytest.raises(ValueError, match="got 3 different labels from 1 to 3"):
+        eqd.Dataset(images, np.array([1, 2, 3]))
+    assert eqd.Dataset(images, np.array([1, 2, 3]), 4).num_classes == 4
+
+
+def test_pixels_that_do_not_fit():
+    images = np.ones((3, 2, 2))
+    images[0, 0, 0] = 1e300
+    with pytest.raises(ValueError, match="`images` must be finite; 1 of 12"):
+        eqd.Dataset(images, np.arange(3))
+
+
+def test_cross_entropy_of_no_class():
+    logits = jnp.zeros((2, 3))
+    for label in (-1, 3):
+        labels = jnp.array([0, label])
+        with pytest.raises(ValueError, match=r"`labels` must be in \[0, 3\)"):
+            eqd.cross_entropy(logits, labels)
+        assert jnp.isnan(jax.jit(eqd.cross_entropy)(logits, labels))
+
+
+def test_probabilities_are_no_logits():
+    with pytest.raises(ValueError, match=r"must be logits.*got probabilities"):
+        eqd.DistilledSet(jnp.ones((2, 2, 2)), jnp.full((2, 4), 0.25), l2=0.1)
+    targets = jnp.full((2, 4), 0.25)
+    eqd.DistilledSet(jnp.ones((2, 2, 2)), targets, l2=0.1, loss=eqd.SquaredError())
+
+
+def test_no_other_folder_than_the_one_that_is_given(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`data_dir` must have the files"):
+        eqd.datasets.load("mnist", tmp_path)

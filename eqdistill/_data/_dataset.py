@@ -38,14 +38,17 @@ class Dataset(eqx.Module):
         - `images`: real images, shape `(N, *shape)`, `uint8` or floating point.
         - `labels`: class indices, shape `(N,)`, any integer type.
         - `num_classes`: the number of classes. Defaults to the number of names, or
-            without names to the largest label plus one.
+            without names to the largest label plus one: then each class must have an
+            image.
         - `class_names`: one name for each class, or `None`. (Keyword only argument.)
 
         **Raises:**
 
         A `ValueError` or `TypeError` if there are no images, if there is not one label
-        for each image, if the labels are not integers in `[0, num_classes)`, if there
-        is not one name for each class, or if any image is not finite.
+        for each image, if the labels are not integers in `[0, num_classes)`, if a class
+        has no image and `num_classes` does not say that it is one, if there is not one
+        name for each class, or if any image is not finite in the precision that JAX
+        gives it.
         """
         # Checked on the host: a dataset is made once, from concrete arrays.
         images_ = np.asarray(images)
@@ -70,7 +73,7 @@ class Dataset(eqx.Module):
                 f"{labels_.shape} for images of shape {images_.shape}."
             )
         if num_classes is None:
-            num_classes = len(class_names) if class_names else int(labels_.max()) + 1
+            num_classes = len(class_names) if class_names else _count(labels_)
         if class_names is not None and not (
             len(class_names) == len(set(class_names)) == num_classes
         ):
@@ -78,11 +81,18 @@ class Dataset(eqx.Module):
                 f"`class_names` must have one name for each of the {num_classes} "
                 f"classes, all different; got {class_names}."
             )
+        if num_classes > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"`num_classes` must be a number of 31 bits; got {num_classes}."
+            )
         if labels_.min() < 0 or labels_.max() >= num_classes:
             raise ValueError(
                 f"`labels` must be in [0, {num_classes}); got values from "
                 f"{labels_.min()} to {labels_.max()}."
             )
+        if not is_bytes:
+            with np.errstate(over="ignore"):  # What is too large becomes infinite.
+                images_ = images_.astype(jax.dtypes.canonicalize_dtype(images_.dtype))
         if not is_bytes and not np.isfinite(images_).all():
             raise ValueError(
                 f"`images` must be finite; {(~np.isfinite(images_)).sum()} of "
@@ -185,3 +195,20 @@ class Dataset(eqx.Module):
 @eqx.filter_jit
 def _map_chunk(fn: Callable, images: Array) -> Array:
     return jax.vmap(fn)(Dataset.to_floating(images))
+
+
+def _count(labels: np.ndarray) -> int:
+    """The number of classes.
+
+    **Raises:**
+
+    A `ValueError` if the labels are not from 0, or leave one out.
+    """
+    found = np.unique(labels)
+    if found[0] != 0 or found[-1] != len(found) - 1:
+        raise ValueError(
+            "`labels` must be from 0 to the number of classes less one, each of them "
+            "at least once, unless `num_classes` is given; got "
+            f"{len(found)} different labels from {found[0]} to {found[-1]}."
+        )
+    return len(found)

@@ -1,6 +1,7 @@
 import math
 
 import equinox as eqx
+import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -53,9 +54,9 @@ class DistilledSet(eqx.Module):
         **Raises:**
 
         A `TypeError` for images or labels of the wrong dtype, a `ValueError` for those
-        of the wrong shape, and an error (at run time, if the values are traced) if the
-        images or soft labels are not finite, a class index is negative, or `l2` is not
-        positive and finite.
+        of the wrong shape, or for probabilities in the place of logits; and an error
+        (at run time, if the values are traced) if the images or soft labels are not
+        finite, a class index is negative, or `l2` is not positive and finite.
         """
         images = jnp.asarray(images)
         labels = jnp.asarray(labels)
@@ -98,6 +99,12 @@ class DistilledSet(eqx.Module):
             "`labels` must be non-negative class indices, or finite in floating point; "
             "some are not.",
         )
+        if ndim == 2 and isinstance(loss, CrossEntropy) and _are_probabilities(labels):
+            raise ValueError(
+                "`labels` in floating point must be logits for `CrossEntropy`; got "
+                "probabilities, which are at least 0 and have a sum of 1 in each row. "
+                "Take their logarithms, or class indices for one-hot rows."
+            )
         self.log_l2 = jnp.log(
             error_if(
                 l2,
@@ -299,6 +306,14 @@ class DistilledSet(eqx.Module):
     def l2(self) -> Float[Array, ""]:
         r"""The ridge $\lambda$."""
         return jnp.exp(self.log_l2)
+
+
+def _are_probabilities(labels: Array) -> bool:
+    """Whether labels that are not traced can be nothing else."""
+    if isinstance(labels, jax.core.Tracer):
+        return False
+    rows = np.asarray(labels, np.float64)
+    return bool((rows >= 0).all() and (abs(rows.sum(axis=1) - 1) < 1e-3).all())
 
 
 def _cyclic_labels(train: Dataset, n: int | None) -> Int[np.ndarray, " n"]:
