@@ -27,6 +27,7 @@ def start_of(train, n=10, l2=1e-2):
     return eqd.DistilledSet(real.images, real.labels, l2=l2, loss=eqd.SquaredError())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_of_a_linear_model_it_is_that_of_scikit_learn(digits):
     """From any start: the ridge is taken over the move."""

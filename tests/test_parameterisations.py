@@ -110,6 +110,7 @@ class Own(eqx.Module):
         return eqx.tree_at(lambda d: d.images, self.half, 2 * self.half.images)
 
 
+@pytest.mark.slow
 def test_of_others_the_images_are_saved(tmp_path):
     distilled = images_of((4, 4))
     result = eqd.distill(

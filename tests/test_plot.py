@@ -91,7 +91,7 @@ def test_a_mosaic_takes_rows_and_blocks(tmp_path):
 
 
 def test_soft_labels_in_a_mosaic_go_to_their_most_likely_class():
-    labels = np.eye(3, dtype=np.float32)[np.arange(60) % 3]
+    labels = 4 * np.eye(3, dtype=np.float32)[np.arange(60) % 3]
     axis = eqd.plot.images(distilled(labels)).axes[0]
     assert [text.get_text() for text in axis.texts] == ["0", "1", "2"]
 

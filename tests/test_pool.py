@@ -234,6 +234,7 @@ def test_networks_that_no_pool_can_train(train, make, match):
         eqd.fit(start_of(train), None, pool(make), key=KEY)
 
 
+@pytest.mark.slow
 def test_a_dead_network(train):
     """All of its features are zero: no accident, and nothing to be learned."""
     dead = lambda x: 0 * x

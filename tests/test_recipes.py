@@ -202,7 +202,7 @@ def test_bad_input(real, digits):
     test = subset(digits[1], 20)
     evaluate = functools.partial(recipes.evaluate, num_networks=1, key=jr.key(0))
     dc = recipes.dc(SMALL, updates=2)
-    soft = eqd.DistilledSet(real.images, jnp.eye(10), l2=0.1)
+    soft = eqd.DistilledSet(real.images, 4 * jnp.eye(10), l2=0.1)
     with pytest.raises(ValueError, match=r"must have hard labels.*`dc`.*\(10, 10\)"):
         evaluate(soft, dc, test)
     with pytest.raises(ValueError, match="`num_networks` must be at least 1; got 0"):
