@@ -108,7 +108,8 @@ def main(
     print(f"size            {result.start.nbytes:,} bytes with labels")
     print(f"ridge           0.001 -> {distilled.l2:.2g}, of the features")
     files = [output / f"network.{end}" for end in ("png", "safetensors")]
-    eqd.plot.images(distilled).savefig(files[0])
+    columns = train.num_classes if pack > 1 else None
+    eqd.plot.images(distilled, columns=columns).savefig(files[0])
     eqd.plot.history(result.history).savefig(output / "network_history.png")
     for name in networks:
         by = RECIPES[recipe](NETWORKS[name])
