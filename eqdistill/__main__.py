@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "may not contradict it",
     )
     parser.add_argument(
-        "--data-dir", metavar="DIR", help="where to look for the dataset first"
+        "--data-dir", metavar="DIR", help="the folder of the files of the dataset"
     )
     parser.add_argument(
         "--tolerance",

@@ -26,28 +26,26 @@ def cross_entropy(
 
     **Returns:**
 
-    The loss, in nats per image. NaN if a class index is not in $[0, c)$ and the labels
-    are traced.
+    The loss, in nats per image. The loss and its gradient are NaN if a class index is
+    not in $[0, c)$ and the labels are traced.
 
     **Raises:**
 
     A `ValueError` if a class index is not in $[0, c)$ and the labels are not traced.
     """
-    losses = cross_entropies(logits, labels)
-    if labels.ndim == 2:
-        return jnp.mean(losses)
     num_classes = logits.shape[1]
-    if isinstance(labels, jax.core.Tracer):
+    if labels.ndim == 1 and isinstance(labels, jax.core.Tracer):
         # Not an error from a callback: JAX keeps no program with one in its cache.
         is_class = (labels >= 0) & (labels < num_classes)
-        return jnp.mean(jnp.where(is_class, losses, jnp.nan))
-    error_if(
-        labels,
-        lambda x: ((x < 0) | (x >= num_classes)).any(),
-        f"`labels` must be in [0, {num_classes}), the columns of `logits`; some are "
-        "not.",
-    )
-    return jnp.mean(losses)
+        logits = logits * jnp.where(is_class, 1, jnp.nan).astype(logits.dtype)[:, None]
+    elif labels.ndim == 1:
+        error_if(
+            labels,
+            lambda x: ((x < 0) | (x >= num_classes)).any(),
+            f"`labels` must be in [0, {num_classes}), the columns of `logits`; some "
+            "are not.",
+        )
+    return jnp.mean(cross_entropies(logits, labels))
 
 
 def cross_entropies(

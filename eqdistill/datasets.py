@@ -42,7 +42,8 @@ def load(
     **Arguments:**
 
     - `name`: one of the above.
-    - `data_dir`: the folder of the files. Defaults to the first of the above.
+    - `data_dir`: the folder of the files. Defaults to the first of the above folders
+        that has them.
 
     **Returns:**
 

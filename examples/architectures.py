@@ -130,6 +130,22 @@ def real_data(
     return train, test, preprocessing
 
 
+def adam(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Adam, for which the images move ten times as fast as all else that is learned."""
+
+    def part(path: tuple, _: jax.Array) -> str:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return "images" if name == "images" else "all else"
+
+    return optax.partition(
+        {
+            "images": optax.adam(schedule),
+            "all else": optax.adam(lambda step: schedule(step) / 10),
+        },
+        lambda learned: jax.tree.map_with_path(part, learned),
+    )
+
+
 class Measured:
     """What has been measured, in a file."""
 
@@ -295,7 +311,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--dataset", default="mnist", help=DATASETS)
     parser.add_argument(
-        "--data-dir", type=Path, help="where to look for the dataset first"
+        "--data-dir", type=Path, help="the folder of the files of the dataset"
     )
     parser.add_argument("--recipe", default="zero_start", choices=list(RECIPES))
     parser.add_argument(

@@ -101,7 +101,7 @@ if __name__ == "__main__":
         choices=["mnist", "fashion_mnist", "digits", "cifar10"],
     )
     parser.add_argument(
-        "--data-dir", type=Path, help="where to look for the dataset first"
+        "--data-dir", type=Path, help="the folder of the files of the dataset"
     )
     parser.add_argument("--recipe", default="dc", choices=list(RECIPES))
     parser.add_argument(

@@ -73,7 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=50, help="outer steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--data-dir", type=Path, help="where to look for the data first"
+        "--data-dir", type=Path, help="the folder of the files of the dataset"
     )
     parser.add_argument(
         "--output", type=Path, default=Path("output"), help="a folder for the pictures"

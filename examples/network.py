@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import jax.random as jr
 import optax
-from architectures import DATASETS, NETWORKS, real_data, RECIPES
+from architectures import adam, DATASETS, NETWORKS, real_data, RECIPES
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
@@ -69,21 +69,7 @@ def main(
     if pack > 1:
         start = eqd.Packed.from_distilled(start, pack)
 
-    def rates(learned):
-        """The images move ten times as fast as all else."""
-        name = lambda path: jax.tree_util.keystr(path[-1:], simple=True)
-        return jax.tree.map_with_path(
-            lambda path, _: "images" if name(path) == "images" else "all else", learned
-        )
-
-    schedule = optax.cosine_decay_schedule(learning_rate, steps)
-    optimiser = optax.partition(
-        {
-            "images": optax.adam(schedule),
-            "all else": optax.adam(lambda step: schedule(step) / 10),
-        },
-        rates,
-    )
+    optimiser = adam(optax.cosine_decay_schedule(learning_rate, steps))
     began = time.perf_counter()
     result = eqd.distill(
         start,
@@ -137,7 +123,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--dataset", default="mnist", help=DATASETS)
     parser.add_argument(
-        "--data-dir", type=Path, help="where to look for the dataset first"
+        "--data-dir", type=Path, help="the folder of the files of the dataset"
     )
     parser.add_argument("--zca", action="store_true", help="whiten the images")
     parser.add_argument(
@@ -184,6 +170,8 @@ if __name__ == "__main__":
         "--output", type=Path, default=Path("output"), help="a folder for the results"
     )
     args = parser.parse_args()
+    if args.linearised and args.hard:
+        parser.error("--linearised is for labels that are learned, and not for --hard.")
     # The next run loads what this one compiles.
     jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

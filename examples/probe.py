@@ -6,7 +6,7 @@ are computed once. The inner problem is ridge regression on the features of the
 distilled images, whose targets, ridge and temperature are learned, too. With several
 backbones, one set serves them all: each outer step takes the next one.
 
-Prints the test accuracy of the probes of ten real images, of the distilled images and
+Prints the test accuracy of the probes of as many real images, of the distilled images and
 of all real images: on the backbones that the images were distilled for, and on one of
 another architecture that they were not distilled for. Writes the images and an
 artifact.
@@ -23,7 +23,7 @@ import jax
 import jax.random as jr
 import numpy as np
 import optax
-from architectures import DATASETS, real_data
+from architectures import adam, DATASETS, real_data
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
@@ -69,13 +69,7 @@ def main(
     targets = jax.nn.one_hot(real.labels, train.num_classes) - 1 / train.num_classes
     start = eqd.DistilledSet(real.images, targets, l2=1e-3, loss=eqd.SquaredError())
     schedule = optax.cosine_decay_schedule(learning_rate, steps)
-    optimiser = optax.partition(
-        {
-            "images": optax.adam(schedule),
-            "all else": optax.adam(lambda step: schedule(step) / 10),
-        },
-        lambda learned: jax.tree.map_with_path(of_what, learned),
-    )
+    optimiser = adam(schedule)
     problems = [
         eqd.Problem(
             start,
@@ -157,12 +151,6 @@ def accuracy_of_all(
     return float(np.mean(predicted == np.asarray(test.labels)))
 
 
-def of_what(path: tuple, _: jax.Array) -> str:
-    """The images move ten times as fast as all else."""
-    name = jax.tree_util.keystr(path[-1:], simple=True)
-    return "images" if name == "images" else "all else"
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -174,7 +162,7 @@ if __name__ == "__main__":
         help="the dataset that the backbones are trained on, likewise",
     )
     parser.add_argument(
-        "--data-dir", type=Path, help="where to look for the datasets first"
+        "--data-dir", type=Path, help="the folder of the files of both datasets"
     )
     parser.add_argument("--pretraining-steps", type=int, default=500)
     parser.add_argument(

@@ -94,11 +94,19 @@ def test_hostile_files(tmp_path):
         with pytest.raises(ValueError, match="`parameterisation` must be null, or the"):
             eqd.load(path)
     change({"type": "Packed", "shape": [20000, 20000]})
-    with pytest.raises(ValueError, match=r"at most 64 times as large.*got \(20000, "):
+    with pytest.raises(ValueError, match=r"at most 1024 times as large.*\(20000, "):
         eqd.load(path)
     change({"type": "Packed", "shape": [4, 6]})
     with pytest.raises(ValueError, match=r"Cannot load .*by one number; got"):
         eqd.load(path)
+
+
+def test_images_that_are_not_finite(tmp_path):
+    """The coefficients are, and not what they decode to."""
+    large = eqd.DistilledSet(jnp.full((2, 3, 3), 3e38), np.array([0, 1]), l2=0.1)
+    start = eqd.Frequencies(large, (4, 4))
+    with pytest.raises(ValueError, match="its images must be finite"):
+        eqd.save(tmp_path / "a.safetensors", start, eqd.LogisticRegression(16, 2))
 
 
 class Own(eqx.Module):
@@ -140,8 +148,12 @@ def test_bad_input():
             eqd.Frequencies.from_distilled(distilled, size)
     with pytest.raises(ValueError, match=r"`shape` must be.*got \(12, 12\) for \(6, 4"):
         eqd.Packed(distilled, (12, 12))
-    with pytest.raises(ValueError, match=r"`coefficients` must be as many.*\(6, 4\)"):
+    with pytest.raises(ValueError, match=r"`coefficients` must have.*\(6, 4\)"):
         eqd.Frequencies(distilled, (8, 8))
+    with pytest.raises(ValueError, match=r"the channels of an image.*\(3, 8, 8\)"):
+        eqd.Frequencies(images_of((4, 4)), (3, 8, 8))
+    with pytest.raises(ValueError, match=r"`shape` must be.*got \(\)"):
+        eqd.Packed(distilled, ())
     row = eqd.DistilledSet(jnp.ones((2, 5)), np.array([0, 1]), l2=0.1)
     with pytest.raises(ValueError, match="`distilled` must have images of shape"):
         eqd.Packed.from_distilled(row)

@@ -240,8 +240,18 @@ def test_a_dead_network(train):
     dead = lambda x: 0 * x
     kind = functools.partial(nn.ConvNet, widths=(4,), norm=None, activation=dead)
     start = start_of(train)
-    assert eqd.fit(start, None, pool(kind), key=KEY).converged
-    loss, gradient = hypergradient(start, None, train, pool(kind), key=KEY)
-    np.testing.assert_allclose(loss, np.log(10), rtol=1e-6)
-    for x in jax.tree.leaves(gradient):
-        np.testing.assert_array_equal(x, 0)
+    for inner in (eqd.RelativeRidge(), eqd.LinearisedSolver()):
+        solver = pool(kind, inner=inner)
+        assert eqd.fit(start, None, solver, key=KEY).converged
+        loss, gradient = hypergradient(start, None, train, solver, key=KEY)
+        np.testing.assert_allclose(loss, np.log(10), rtol=1e-6)
+        for x in jax.tree.leaves(gradient):
+            np.testing.assert_array_equal(x, 0)
+
+
+@pytest.mark.slow
+def test_all_layers_of_a_linearised_network_move(train):
+    solver = pool(PLAIN, inner=eqd.LinearisedSolver())
+    tangent = eqd.fit(start_of(train), None, solver, key=KEY).classifier.tangent
+    shapes = {x.shape for x in jax.tree.leaves(tangent)}
+    assert shapes == {(4, 1, 3, 3), (4, 1, 1), (10, 64)}

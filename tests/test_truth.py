@@ -133,6 +133,8 @@ def test_labels_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="got 3 different labels from 1 to 3"):
         eqd.Dataset(images, np.array([1, 2, 3]))
     assert eqd.Dataset(images, np.array([1, 2, 3]), 4).num_classes == 4
+    with pytest.raises(ValueError, match="`labels` must be class indices of 31 bits"):
+        eqd.DistilledSet(images, np.array([0, 1, 2**32 + 1]), l2=0.1)
 
 
 def test_pixels_that_do_not_fit():
@@ -142,13 +144,30 @@ def test_pixels_that_do_not_fit():
         eqd.Dataset(images, np.arange(3))
 
 
+def test_features_of_any_size():
+    """The squares of these are no numbers of single precision."""
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(4, 3, 3)).astype(np.float32)
+    outputs = []
+    for scale in (1, 1e20, 1e-21):
+        distilled = eqd.DistilledSet(
+            scale * images, np.arange(4), l2=0.1, loss=eqd.SquaredError()
+        )
+        fitted = eqd.fit(distilled, eqd.LogisticRegression(9, 4), eqd.RelativeRidge())
+        outputs.append(jax.vmap(fitted.classifier)(distilled.images))
+    for found in outputs[1:]:
+        np.testing.assert_allclose(found, outputs[0], rtol=1e-4, atol=1e-6)
+
+
 def test_cross_entropy_of_no_class():
     logits = jnp.zeros((2, 3))
     for label in (-1, 3):
         labels = jnp.array([0, label])
         with pytest.raises(ValueError, match=r"`labels` must be in \[0, 3\)"):
             eqd.cross_entropy(logits, labels)
-        assert jnp.isnan(jax.jit(eqd.cross_entropy)(logits, labels))
+        value, gradient = jax.jit(jax.value_and_grad(eqd.cross_entropy))(logits, labels)
+        assert jnp.isnan(value)
+        assert jnp.isnan(gradient).any()
 
 
 def test_probabilities_are_no_logits():

@@ -83,7 +83,8 @@ class OneOf(AbstractAugmentation):
         - `augmentations`: the augmentations, at least one.
         - `per_batch`: whether [`eqdistill.augment`][] draws one augmentation for all
             images, whose random numbers differ from image to image. Several times
-            quicker. (Keyword only argument.)
+            quicker. Inside of an augmentation of one's own there are no batches: the
+            draw is for each image. (Keyword only argument.)
 
         **Raises:**
 

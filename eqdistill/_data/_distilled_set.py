@@ -59,6 +59,14 @@ class DistilledSet(eqx.Module):
         finite, a class index is negative, or `l2` is not positive and finite.
         """
         images = jnp.asarray(images)
+        if not isinstance(labels, jax.Array):
+            labels = np.asarray(labels)
+            # Before they become narrower.
+            if labels.dtype.kind in "iu" and labels.size and labels.max() >= 2**31:
+                raise ValueError(
+                    "`labels` must be class indices of 31 bits; got values up to "
+                    f"{labels.max()}."
+                )
         labels = jnp.asarray(labels)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(

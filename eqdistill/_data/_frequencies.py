@@ -1,7 +1,6 @@
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-import scipy.fft
 from jaxtyping import Array, Float
 
 from ._distilled_set import DistilledSet
@@ -37,10 +36,12 @@ class Frequencies(eqx.Module):
         """
         least = coefficients.images.shape[1:]
         size, other = height_and_width("coefficients", least)
-        if size != other or shape[:-2] != least[:-2] or size > min(shape[-2:]):
+        is_alike = len(shape) == len(least) and shape[:-2] == least[:-2]
+        if size != other or not is_alike or size > min(shape[-2:]):
             raise ValueError(
-                "`coefficients` must be as many for the height as for the width, and "
-                f"no more than pixels; got {least} for images of `shape` {shape}."
+                "`coefficients` must have the channels of an image, and as many of "
+                "them for its height as for its width, no more than pixels; got "
+                f"{least} for images of `shape` {shape}."
             )
         self.coefficients = coefficients
         self.shape = shape
@@ -85,5 +86,7 @@ class Frequencies(eqx.Module):
 
 def _transform(side: int, size: int, like: DistilledSet) -> Float[Array, "k side"]:
     """The first rows of the orthonormal discrete cosine transform."""
-    matrix = scipy.fft.dct(np.eye(side), axis=0, norm="ortho")[:size]
-    return jnp.asarray(matrix, like.images.dtype)
+    frequencies, pixels = np.arange(size)[:, None], np.arange(side)
+    cosines = np.cos(np.pi * frequencies * (2 * pixels + 1) / (2 * side))
+    norms = np.where(frequencies > 0, 2, 1) / side
+    return jnp.asarray(np.sqrt(norms) * cosines, like.images.dtype)

@@ -40,7 +40,7 @@ class Packed(eqx.Module):
         """
         least = small.images.shape[1:]
         height, width = height_and_width("small", least)
-        factor = max(shape[-1] // width, 1)
+        factor = max(shape[-1] // width, 1) if shape else 1
         if shape != (*least[:-2], factor * height, factor * width):
             raise ValueError(
                 "`shape` must be that of a small image with its height and width "

@@ -167,6 +167,11 @@ def save(
         )
     is_result = isinstance(result, Distillation)
     start = result.start if is_result else result
+    if not is_result and not hasattr(start, "decode"):
+        raise TypeError(
+            "`result` must be what `distill` returned, or a distilled set; got a "
+            f"{type(start).__name__}."
+        )
     distilled = decode(start)
     is_by_recipe = isinstance(classifier, Recipe)
     if is_by_recipe:
@@ -383,7 +388,7 @@ def _version(package: str) -> str:
 
 def _shorten(e: ValueError) -> str:
     """The reason of a refusal, without most of what a hostile file makes it quote."""
-    reason = str(e)
+    reason = str(e).rstrip(".")
     return reason if len(reason) <= 500 else f"{reason[:500]} ..."
 
 
@@ -396,6 +401,8 @@ def _decode(data: bytes) -> Artifact:
     """
     metadata, start, preprocessing = read(data)
     distilled = decode(start)
+    is_finite = bool(jnp.isfinite(distilled.images).all())
+    check(is_finite, "its images must be finite; some pixels are not")
     accuracy, dataset = metadata["accuracy"], metadata["dataset"]
     return Artifact(
         distilled=distilled,

@@ -55,7 +55,7 @@ _MAX_INT = 2**31 - 1
 # Beyond this the ridge is no normal number of single precision.
 _MAX_LOG_L2 = 87.0
 # The most pixels that a parameterisation makes of a number that is stored.
-_MOST_PIXELS = 64
+_MOST_PIXELS = 1024
 
 
 def check(ok: bool | np.bool_, reason: str) -> None:
@@ -131,17 +131,23 @@ def read(
         where = lambda loss: loss.log_temperature
         loss = eqx.tree_at(where, SquaredError(), jnp.asarray(log_temperature))
     # The logarithms are put in as they are: to take them of the ridge and of the
-    # temperature again would round.
-    distilled = DistilledSet(images, labels, l2=1.0, loss=loss)
-    distilled = eqx.tree_at(lambda d: d.log_l2, distilled, jnp.asarray(log_l2))
+    # temperature again would round. Labels, too, which have been checked.
+    distilled = DistilledSet(images, np.zeros(n, np.int32), l2=1.0, loss=loss)
+    distilled = eqx.tree_at(
+        lambda d: (d.labels, d.log_l2),
+        distilled,
+        (jnp.asarray(labels), jnp.asarray(log_l2)),
+    )
     start, shape = distilled, images.shape[1:]
     if metadata["parameterisation"] is not None:
         name = metadata["parameterisation"]["type"]
         shape = tuple(metadata["parameterisation"]["shape"])
         check(
-            math.prod(shape) <= _MOST_PIXELS * math.prod(images.shape[1:]),
+            math.prod(shape) <= _MOST_PIXELS * math.prod(images.shape[1:])
+            and 8 * n * math.prod(shape) <= MAX_BYTES,
             f"its images must be at most {_MOST_PIXELS} times as large as what is "
-            f"stored of shape {images.shape[1:]}; got {shape}",
+            f"stored of shape {images.shape[1:]}, and have at most {MAX_BYTES} bytes; "
+            f"got {n} of shape {shape}",
         )
         start = PARAMETERISATIONS[name][0](distilled, shape)
     preprocessing = None
@@ -254,8 +260,9 @@ def _metadata(raw: Any) -> dict[str, Any]:
         metadata.setdefault("preprocessing", None)
         metadata.setdefault("parameterisation", None)
         classifier = metadata.get("classifier")
-        if type(classifier) is dict and classifier.get("name") == "frepo":
-            classifier.setdefault("augment", False)
+        if type(classifier) is dict and "network" in classifier:
+            if classifier.get("name") == "frepo":
+                classifier.setdefault("augment", False)
     checks = {
         "format": (lambda x: True, ""),
         "format_version": (lambda x: True, ""),

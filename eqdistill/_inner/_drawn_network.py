@@ -19,14 +19,16 @@ class Template:
     """The structure of a network, whose parameters stand in a row: one array is quick
     to draw, to take out of a pool and to write back."""
 
-    def __init__(self, make: Callable, shape: tuple[int, ...], num_classes: int):
+    def __init__(
+        self, name: str, make: Callable, shape: tuple[int, ...], num_classes: int
+    ):
         """**Raises:**
 
-        A `TypeError` for a network that cannot be drawn, or cannot be trained without
-        a state or a key.
+        A `TypeError`, which names the argument `name`, for a network that cannot be
+        drawn, or cannot be trained without a state or a key.
         """
         network = eqx.filter_eval_shape(make, shape, num_classes, key=jr.key(0))
-        _check(network)
+        _check(name, network)
         is_struct = lambda x: isinstance(x, jax.ShapeDtypeStruct)
         self._structs, self._structure = jax.tree.flatten(network)
         self._places = [i for i, x in enumerate(self._structs) if is_struct(x)]
@@ -58,10 +60,10 @@ class Template:
 _LAYERS = Conv2d | eqx.nn.Linear | eqx.nn.GroupNorm
 
 
-def _check(network: Any) -> None:
+def _check(name: str, network: Any) -> None:
     if not isinstance(network, Network):
         raise TypeError(
-            "`networks` must make networks of `eqdistill.nn`; got a "
+            f"`{name}` must make networks of `eqdistill.nn`; got a "
             f"{type(network).__name__}."
         )
     last_layer(network)
@@ -72,7 +74,7 @@ def _check(network: Any) -> None:
         ):
             where = jax.tree_util.keystr(path, simple=True, separator=".")
             raise TypeError(
-                "`networks` must have convolutions, linear layers and group "
+                f"`{name}` must have convolutions, linear layers and group "
                 "normalisation for all of their parameters, and neither a state, as "
                 "batch normalisation has, nor dropout; got a "
                 f"{type(node).__name__} at `{where}`."

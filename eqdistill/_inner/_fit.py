@@ -42,7 +42,7 @@ def fit(
     - `distilled`: the distilled set.
     - `classifier`: an `equinox.Module` from one image, of shape `(*shape,)`, to its
         logits, of shape `(c,)`. Its [`eqdistill.parameters`][] are fitted. Or `None`,
-        for an inner solver that draws classifiers of its own: [`eqdistill.Pool`][].
+        for an [`eqdistill.AbstractDrawingSolver`][], such as [`eqdistill.Pool`][].
     - `inner`: how to fit it.
     - `key`: a `jax.random.key`, for a solver that draws random numbers. (Keyword only
         argument.)
@@ -74,7 +74,8 @@ def fit(
             fitted,
             ~fitted.converged,
             f"No fit: {NOT_CONVERGED}. Give it more steps or a looser tolerance, or "
-            "raise `l2`; `fit(..., throw=False)` tells the gradient norm.",
+            "raise `l2`; a training run that diverged needs a smaller step size. "
+            "`fit(..., throw=False)` tells the gradient norm.",
         )
     return fitted
 

@@ -51,7 +51,7 @@ class LinearisedSolver(AbstractInnerSolver[None]):
 
     by Cholesky decomposition: the unknowns are one for each image and class. The ridge
     is relative to the kernel. It is taken over $u$, so that the network stays near
-    where it was.
+    where it was. `gradient_norm` is that of this problem. Dropout is off.
 
     Of a [`eqdistill.LinearClassifier`][] the features move, too, other than those
     parts of them that are an [`eqdistill.Frozen`][]. The distilled images' gradient
@@ -79,9 +79,9 @@ class LinearisedSolver(AbstractInnerSolver[None]):
                 "`LinearisedSolver` minimises `SquaredError`; the loss of `distilled` "
                 f"is `{type(distilled.loss).__name__}`."
             )
-        network = classifier
-        if isinstance(classifier, LinearClassifier):
-            network = _Whole(classifier.features.module, classifier.head)
+        network = eqx.nn.inference_mode(classifier)
+        if isinstance(network, LinearClassifier):
+            network = _Whole(network.features.module, network.head)
         params, static = eqx.partition(network, parameters(network))
         flat, unravel = ravel_pytree(params)
 
@@ -93,7 +93,9 @@ class LinearisedSolver(AbstractInnerSolver[None]):
         n, c = start.shape
         jacobian = of_each(jax.jacrev(outputs)).reshape(n * c, -1)
         kernel = jacobian @ jacobian.T
-        scale = n**2 * c / jnp.trace(kernel)
+        trace = jnp.trace(kernel)
+        # A network may have died: nothing moves its outputs.
+        scale = n**2 * c / jnp.where(trace > 0, trace, 1)
         targets = distilled.loss.targets(distilled.labels, c).astype(start.dtype)
         residuals = (targets - start).reshape(-1, 1)
         ridge = n * distilled.l2

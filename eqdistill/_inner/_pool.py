@@ -135,7 +135,8 @@ class Pool(AbstractDrawingSolver[PoolState]):
         **Raises:**
 
         A `ValueError` if there is no `key`, or if the last layers of the networks
-        differ in the number of their features.
+        differ in the number of their features. A `TypeError` for a network that a pool
+        cannot train.
         """
         del classifier
         if key is None:
@@ -172,7 +173,8 @@ class Pool(AbstractDrawingSolver[PoolState]):
             template.network(rows[index])
             for template, rows in zip(templates, state.weights, strict=True)
         ]
-        features = Either(kind, tuple(last_layer(x).features for x in drawn))
+        # Frozen by the linear classifier as a whole.
+        features = Either(kind, tuple(last_layer(x).features.module for x in drawn))
         weights = jnp.stack([last_layer(x).head.weight for x in drawn])
         _, num_classes, in_features = weights.shape
         head = LogisticRegression(in_features, num_classes, dtype=weights.dtype).head
@@ -214,4 +216,7 @@ class Pool(AbstractDrawingSolver[PoolState]):
 
     def _templates(self, distilled: DistilledSet) -> list[Template]:
         shape = distilled.images.shape[1:]
-        return [Template(make, shape, self.num_classes) for make in self.networks]
+        return [
+            Template("networks", make, shape, self.num_classes)
+            for make in self.networks
+        ]

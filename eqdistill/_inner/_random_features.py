@@ -17,7 +17,7 @@ from ._relative_ridge import RelativeRidge
 class RandomFeatures(AbstractDrawingSolver[None]):
     r"""Fits one linear head on the features of several fresh random networks side by
     side, $\phi(x) = (\phi_1(x), \dots, \phi_K(x))$, which are drawn anew in each fit.
-    As $K$ grows, this becomes the kernel of infinitely wide networks.
+    As $K$ grows, the kernel of the features becomes the mean of that of such networks.
 
     `classifier` must be `None` where this is the inner solver, and a `key` must be
     given.
@@ -47,7 +47,8 @@ class RandomFeatures(AbstractDrawingSolver[None]):
 
         - `num_classes`: the number of classes $c$.
         - `num_networks`: the number of networks $K$.
-        - `inner`: fits the head, as for [`eqdistill.Pool`][].
+        - `inner`: fits the head: with [`eqdistill.SquaredError`][] by default, and with
+            [`eqdistill.CrossEntropy`][] by `RelativeRidge(SpanSolver())`.
 
         **Raises:**
 
@@ -69,22 +70,23 @@ class RandomFeatures(AbstractDrawingSolver[None]):
 
         **Raises:**
 
-        A `ValueError` if there is no `key`.
+        A `ValueError` if there is no `key`. A `TypeError` for a network that cannot be
+        drawn.
         """
-        del distilled, classifier
+        del classifier
         if key is None:
             raise ValueError(
                 "`key` must be given with `RandomFeatures`, which draws networks; got "
                 "None."
             )
+        self._template(distilled)
         return None
 
     def __call__(self, distilled: DistilledSet, classifier, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]."""
         del classifier
         assert key is not None  # As `init` has checked.
-        shape = distilled.images.shape[1:]
-        template = Template(self.network, shape, self.num_classes)
+        template = self._template(distilled)
         weights = jax.vmap(template.draw)(jr.split(key, self.num_networks))
         networks = eqx.filter_vmap(template.network)(weights)
         in_features = self.num_networks * template.in_features
@@ -95,6 +97,10 @@ class RandomFeatures(AbstractDrawingSolver[None]):
         inner_state = self.inner.init(distilled, drawn, key=None)
         fitted, _ = self.inner(distilled, drawn, inner_state, key=None)
         return fitted, state
+
+    def _template(self, distilled: DistilledSet) -> Template:
+        shape = distilled.images.shape[1:]
+        return Template("network", self.network, shape, self.num_classes)
 
 
 class _SideBySide(eqx.Module):

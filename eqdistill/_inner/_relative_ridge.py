@@ -34,7 +34,8 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
     def __init__(self, inner: AbstractInnerSolver = RidgeSolver()):
         """**Arguments:**
 
-        - `inner`: fits the classifier with the scaled features.
+        - `inner`: fits the classifier with the scaled features, and returns another
+            [`eqdistill.LinearClassifier`][].
         """
         self.inner = inner
 
@@ -53,6 +54,12 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
         """
         scaled, factor = _scale(distilled, classifier)
         fitted, state = self.inner(distilled, scaled, state, key=key)
+        if not isinstance(fitted.classifier, LinearClassifier):
+            raise TypeError(
+                "`inner` of `RelativeRidge` must return a `LinearClassifier`; "
+                f"`{type(self.inner).__name__}` returned a "
+                f"{type(fitted.classifier).__name__}."
+            )
         head = fitted.classifier.head
         found = with_head(classifier, factor * head.weight, head.bias)
         return eqx.tree_at(lambda f: f.classifier, fitted, found), state
@@ -63,9 +70,12 @@ def _scale(
 ) -> tuple[LinearClassifier, Float[Array, ""]]:
     classifier = check_linear("RelativeRidge", distilled, classifier, AbstractLoss)
     rows = jax.vmap(classifier.features)(distilled.images)
-    total = jnp.sum(rows**2)
     # A network may have died: all of its features are zero, and stay so.
-    factor = len(rows) * jax.lax.rsqrt(jnp.where(total > 0, total, 1))
+    positive = lambda x: jnp.where(x > 0, x, 1)
+    # The squares of large and of small features are no numbers of their precision.
+    largest = positive(jnp.max(jnp.abs(jax.lax.stop_gradient(rows))))
+    total = positive(jnp.sum((rows / largest) ** 2))
+    factor = len(rows) / largest * jax.lax.rsqrt(total)
     scaled = LinearClassifier(_Scaled(classifier.features, factor), classifier.head)
     return with_head(
         scaled, classifier.head.weight / factor, classifier.head.bias

@@ -143,8 +143,7 @@ def features_of(dataset: Dataset, classifier: LinearClassifier) -> Dataset:
         return dataset.map(classifier.features)
     except ValueError as e:
         raise ValueError(
-            "`classifier` must have finite features of the real images; in their "
-            f"place, {e}"
+            f"`classifier` must have finite features of the real images: {e}"
         ) from e
 
 
