@@ -6,9 +6,9 @@ are computed once. The inner problem is ridge regression on the features of the
 distilled images, whose targets, ridge and temperature are learned, too. With several
 backbones, one set serves them all: each outer step takes the next one.
 
-Prints the test accuracy of the probes of as many real images, of the distilled images and
-of all real images: on the backbones that the images were distilled for, and on one of
-another architecture that they were not distilled for. Writes the images and an
+Prints the test accuracy of the probes of as many real images, of the distilled images
+and of all real images: on the backbones that the images were distilled for, and on one
+of another architecture that they were not distilled for. Writes the images and an
 artifact.
 """
 

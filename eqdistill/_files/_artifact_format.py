@@ -259,10 +259,11 @@ def _metadata(raw: Any) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         metadata.setdefault("preprocessing", None)
         metadata.setdefault("parameterisation", None)
-        classifier = metadata.get("classifier")
-        if type(classifier) is dict and "network" in classifier:
-            if classifier.get("name") == "frepo":
-                classifier.setdefault("augment", False)
+        recipe = metadata.get("classifier")
+        if isinstance(recipe, dict) and {"network", "name"} <= set(recipe):
+            # An older recipe of FRePo has no augmentation.
+            default = {"augment": False} if recipe["name"] == "frepo" else {}
+            metadata["classifier"] = {**default, **recipe}
     checks = {
         "format": (lambda x: True, ""),
         "format_version": (lambda x: True, ""),
