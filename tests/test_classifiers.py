@@ -310,6 +310,7 @@ def test_key_inside_features():
         eqd.distill(squared(), other, data, steps=1)
 
 
+@pytest.mark.slow
 def test_features_in_batches():
     """The features of the real images are computed once, and not in a step."""
     classifier = eqd.LinearClassifier(Features(jr.key(0)), linear(4, 3))

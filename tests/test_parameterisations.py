@@ -51,9 +51,9 @@ def test_frequencies_are_those_of_scipy(shape):
         np.testing.assert_allclose(found.decode().images, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("parameterisation", "size"),
-    [(eqd.Packed, 2), pytest.param(eqd.Frequencies, 4, marks=pytest.mark.slow)],
+    ("parameterisation", "size"), [(eqd.Packed, 2), (eqd.Frequencies, 4)]
 )
 def test_is_learned_and_saved(digits, tmp_path, parameterisation, size):
     train, test = digits
