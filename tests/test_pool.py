@@ -112,7 +112,7 @@ def test_weights_are_drawn_as_by_pytorch(train):
     solver = pool(SMOOTH, size=50)
     state = solver.init(start, None, key=KEY)
     fitted = eqd.fit(start, None, solver, key=KEY).classifier
-    layers = fitted.features.module.options[0].module.layers
+    layers = fitted.features.module.options[0].layers
     convolution = layers[1]
     assert jnp.abs(convolution.weight).max() <= 1 / 3
     assert jnp.abs(convolution.bias).max() <= 1 / 3
