@@ -196,8 +196,9 @@ def make_sets(train: eqd.Dataset, images: int, draws: int) -> dict[str, Sets]:
 
 
 def learn_labels(real: eqd.DistilledSet, train: eqd.Dataset) -> eqd.DistilledSet:
-    targets = jax.nn.one_hot(real.labels, train.num_classes) - 1 / train.num_classes
-    start = eqd.DistilledSet(real.images, targets, l2=1.0, loss=eqd.SquaredError())
+    loss = eqd.SquaredError()
+    targets = loss.targets(real.labels, train.num_classes)
+    start = eqd.DistilledSet(real.images, targets, l2=1.0, loss=loss)
     nothing = jax.tree.map(lambda _: False, start)
     learn = eqx.tree_at(lambda d: (d.labels, d.log_l2), nothing, (True, True))
     result = eqd.distill(

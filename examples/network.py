@@ -62,8 +62,8 @@ def main(
     start = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
     inner = eqd.RelativeRidge(eqd.SpanSolver())
     if not hard:
-        labels = jax.nn.one_hot(start.labels, train.num_classes) - 1 / train.num_classes
         loss = eqd.SquaredError()
+        labels = loss.targets(start.labels, train.num_classes)
         start = eqd.DistilledSet(start.images, labels, l2=1e-3, loss=loss)
         inner = eqd.LinearisedSolver() if linearised else eqd.RelativeRidge()
     if pack > 1:

@@ -66,10 +66,10 @@ def main(
     }
     n = images * train.num_classes
     real = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
-    targets = jax.nn.one_hot(real.labels, train.num_classes) - 1 / train.num_classes
-    start = eqd.DistilledSet(real.images, targets, l2=1e-3, loss=eqd.SquaredError())
-    schedule = optax.cosine_decay_schedule(learning_rate, steps)
-    optimiser = adam(schedule)
+    loss = eqd.SquaredError()
+    targets = loss.targets(real.labels, train.num_classes)
+    start = eqd.DistilledSet(real.images, targets, l2=1e-3, loss=loss)
+    optimiser = adam(optax.cosine_decay_schedule(learning_rate, steps))
     problems = [
         eqd.Problem(
             start,

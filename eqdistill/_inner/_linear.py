@@ -19,12 +19,20 @@ def check_linear(
             f"got a {type(classifier).__name__}. Use `ArgminSolver`, or fit only the "
             "last layer: `last_layer(network)`."
         )
+    check_loss(solver, distilled, loss)
+    return classifier
+
+
+def check_loss(solver: str, distilled: DistilledSet, loss: type[AbstractLoss]) -> None:
+    """**Raises:**
+
+    A `TypeError` if a convex solver is given a loss that it does not minimise.
+    """
     if not isinstance(distilled.loss, loss):
         raise TypeError(
             f"`{solver}` minimises `{loss.__name__}`; the loss of `distilled` is "
             f"`{type(distilled.loss).__name__}`."
         )
-    return classifier
 
 
 def with_head(

@@ -10,6 +10,7 @@ from .._classifier import Frozen, LinearClassifier, parameters
 from .._data._distilled_set import DistilledSet
 from .._losses import SquaredError
 from ._inner_solver import AbstractInnerSolver, Fitted
+from ._linear import check_loss
 from ._ridge_solver import solve_cholesky
 
 
@@ -74,11 +75,8 @@ class LinearisedSolver(AbstractInnerSolver[None]):
         A `TypeError` if the loss is not [`eqdistill.SquaredError`][].
         """
         del key
-        if not isinstance(distilled.loss, SquaredError):
-            raise TypeError(
-                "`LinearisedSolver` minimises `SquaredError`; the loss of `distilled` "
-                f"is `{type(distilled.loss).__name__}`."
-            )
+        check_loss("LinearisedSolver", distilled, SquaredError)
+        assert isinstance(distilled.loss, SquaredError)
         network = eqx.nn.inference_mode(classifier)
         if isinstance(network, LinearClassifier):
             network = _Whole(network.features.module, network.head)
