@@ -48,9 +48,9 @@ with install_import_hook("eqdistill", "beartype.beartype"):
     )
     from ._files._artifact import Artifact as Artifact, load as load, save as save
     from ._files._export import export as export
-    from ._inner._adjoint import DampedCG as DampedCG
     from ._inner._argmin_solver import ArgminSolver as ArgminSolver
     from ._inner._auto_solver import AutoSolver as AutoSolver
+    from ._inner._damped_cg import DampedCG as DampedCG
     from ._inner._fit import fit as fit
     from ._inner._inner_solver import (
         AbstractDrawingSolver as AbstractDrawingSolver,
@@ -62,13 +62,30 @@ with install_import_hook("eqdistill", "beartype.beartype"):
         Linearised as Linearised,
         LinearisedSolver as LinearisedSolver,
     )
+    from ._inner._neumann_series import NeumannSeries as NeumannSeries
     from ._inner._pool import Pool as Pool, PoolState as PoolState
     from ._inner._random_features import RandomFeatures as RandomFeatures
+    from ._inner._random_initialisation import (
+        RandomInitialisation as RandomInitialisation,
+    )
     from ._inner._relative_ridge import RelativeRidge as RelativeRidge
+    from ._inner._reversible_solver import ReversibleSolver as ReversibleSolver
     from ._inner._ridge_solver import RidgeSolver as RidgeSolver
     from ._inner._span_solver import SpanSolver as SpanSolver
+    from ._inner._unrolled_adjoint import (
+        AbstractUnrolledAdjoint as AbstractUnrolledAdjoint,
+        DirectAdjoint as DirectAdjoint,
+        ForwardAdjoint as ForwardAdjoint,
+        RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
+    )
     from ._inner._unrolled_solver import UnrolledSolver as UnrolledSolver
     from ._inner._warm_lbfgs import WarmLBFGS as WarmLBFGS
+    from ._inner._window import (
+        AbstractWindow as AbstractWindow,
+        GradientWindow as GradientWindow,
+        LastSteps as LastSteps,
+        RandomWindow as RandomWindow,
+    )
     from ._losses import (
         AbstractLoss as AbstractLoss,
         cross_entropy as cross_entropy,
@@ -87,6 +104,7 @@ with install_import_hook("eqdistill", "beartype.beartype"):
         Log as Log,
         ProgressBar as ProgressBar,
     )
+    from ._outer._clipping import clip_by_running_norm as clip_by_running_norm
     from ._outer._data import (
         AbstractData as AbstractData,
         FullBatch as FullBatch,

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._classifier import parameters, squared_norm
 from .._data._distilled_set import DistilledSet
-from ._adjoint import DampedCG
+from ._damped_cg import DampedCG
 from ._inner_solver import AbstractInnerSolver, Fitted, gradient_norm, inner_loss
 from ._warm_lbfgs import WarmLBFGS
 

@@ -14,7 +14,9 @@ from .._data._distilled_set import DistilledSet
 State = TypeVar("State")
 
 
-def inner_loss(distilled: DistilledSet, classifier: PyTree) -> Float[Array, ""]:
+def inner_loss(
+    distilled: DistilledSet, classifier: PyTree, *, key: PRNGKeyArray | None = None
+) -> Float[Array, ""]:
     r"""The objective of the inner problem, for a classifier with parameters $w$:
 
     $$\frac{1}{n} \sum_{i=1}^n \ell(y_i, w(\theta_i)) + \frac{\lambda}{2} \|w\|^2.$$
@@ -24,6 +26,8 @@ def inner_loss(distilled: DistilledSet, classifier: PyTree) -> Float[Array, ""]:
     - `distilled`: the images $\theta$, their labels $y$, the ridge $\lambda$ and the
         loss $\ell$.
     - `classifier`: a map from one image to its outputs.
+    - `key`: a `jax.random.key` for a classifier with dropout, which is called with a
+        `key` of its own for each image. Defaults to none. (Keyword only argument.)
 
     **Returns:**
 
@@ -33,7 +37,12 @@ def inner_loss(distilled: DistilledSet, classifier: PyTree) -> Float[Array, ""]:
     Source: the code of JAXopt's dataset-distillation notebook. (The formula in the
     notebook has no factor of one half.)
     """
-    outputs = jax.vmap(classifier)(distilled.images)
+    if key is None:
+        outputs = jax.vmap(classifier)(distilled.images)
+    else:
+        keys = jax.random.split(key, len(distilled))
+        call = lambda image, key: classifier(image, key=key)
+        outputs = jax.vmap(call)(distilled.images, keys)
     loss = distilled.loss(outputs, distilled.labels)
     return loss + 0.5 * distilled.l2 * squared_norm(classifier)
 
@@ -41,13 +50,17 @@ def inner_loss(distilled: DistilledSet, classifier: PyTree) -> Float[Array, ""]:
 def gradient_norm(distilled: DistilledSet, classifier: PyTree) -> Float[Array, ""]:
     """The Euclidean norm of the gradient of the inner loss in the parameters. It is a
     diagnostic, and is not to be differentiated."""
-    distilled, classifier = jax.tree.map(
-        lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x,
-        (distilled, classifier),
-    )
+    distilled, classifier = stop_gradient((distilled, classifier))
     params, static = eqx.partition(classifier, parameters(classifier))
     loss = lambda params: inner_loss(distilled, eqx.combine(params, static))
     return optax.tree.norm(jax.grad(loss)(params))
+
+
+def stop_gradient(tree: PyTree) -> PyTree:
+    """A tree, of arrays and other leaves, that is not differentiated."""
+    return jax.tree.map(
+        lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree
+    )
 
 
 class Fitted(eqx.Module):

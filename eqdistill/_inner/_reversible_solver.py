@@ -1,0 +1,406 @@
+import fractions
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, UInt
+
+from .._classifier import parameters
+from .._data._distilled_set import DistilledSet
+from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss, stop_gradient
+from ._unrolled_adjoint import AbstractUnrolledAdjoint, with_zeros
+from ._unrolled_solver import log_positive
+
+
+# The bits before the point of parameters and of velocities: of them one is for the
+# sign, and one is to spare.
+_PARAMETER_BITS = 8
+_VELOCITY_BITS = 4
+
+
+class _Exact(eqx.Module):
+    """The state of a run in fixed point: for each array of parameters, integers that
+    are the parameters and the velocities times powers of two, and the bits that the
+    momentum has dropped."""
+
+    params: PyTree[Int[Array, "..."]]
+    velocity: PyTree[Int[Array, "..."]]
+    dropped: PyTree[UInt[Array, "..."]]
+    fits: Bool[Array, ""]
+
+
+class ReversibleSolver(AbstractInnerSolver[None]):
+    r"""Trains the classifier by gradient descent with momentum in fixed point, so that
+    the run can be taken backwards to the bit:
+
+    $$v_{t+1} = \gamma v_t - \alpha_t \nabla_w g(w_t; \theta), \qquad
+    w_{t+1} = w_t + v_{t+1}, \qquad w^\star(\theta) = w_T,$$
+
+    where $g$ is [`eqdistill.inner_loss`][]. The backward pass of the derivative
+    computes $w_t$ and $v_t$ from $w_{t+1}$ and $v_{t+1}$. What it needs beyond them are
+    the bits that the product with the momentum $\gamma$ drops: $\log_2 (1 / \gamma)$
+    bits for each parameter and step, 0.029 for 0.98, where the parameters of each step
+    would take 32.
+
+    Parameters are between -64 and 64, and velocities between -4 and 4, with as many
+    bits as the classifier's floating-point numbers have. A run that leaves these ranges
+    has not `converged`. The derivative takes rounding for the identity. Dropout is off.
+
+    A backward pass that does not end at the initial parameters, bit for bit, gives
+    hypergradients that are NaN.
+
+    !!! Example
+
+        ```python
+        inner = eqd.ReversibleSolver(0.1, momentum=0.98, steps=1000)
+        ```
+
+    Source: Maclaurin, Duvenaud and Adams, *Gradient-based hyperparameter optimization
+    through reversible learning*, 2015, Algorithms 2 and 3.
+
+    **Attributes:**
+
+    - `log_learning_rate`: the logarithm of the step size $\alpha$, or of one for each
+        step.
+    - `momentum`: the momentum $\gamma$, as a fraction.
+    - `steps`: the number of steps $T$.
+    - `adjoint`: how the steps are differentiated, or `None` for exact reversal.
+    """
+
+    log_learning_rate: Float[Array, ""] | Float[Array, " steps"]
+    momentum: fractions.Fraction = eqx.field(static=True)
+    steps: int = eqx.field(static=True)
+    adjoint: AbstractUnrolledAdjoint | None
+
+    def __init__(
+        self,
+        learning_rate: ArrayLike,
+        *,
+        momentum: float = 0.98,
+        steps: int,
+        adjoint: AbstractUnrolledAdjoint | None = None,
+    ):
+        r"""**Arguments:**
+
+        - `learning_rate`: the step size $\alpha > 0$, or one for each step.
+
+        All other arguments are keyword only.
+
+        - `momentum`: the momentum $\gamma$, from 0.01 to 0.99, which is rounded to a
+            fraction with a denominator of at most 100.
+        - `steps`: the number of steps, at least 1.
+        - `adjoint`: the same run may be differentiated by any
+            [`eqdistill.AbstractUnrolledAdjoint`][]. Defaults to exact reversal.
+
+        **Raises:**
+
+        A `ValueError` for an argument out of its range or of the wrong shape.
+        """
+        if steps < 1:
+            raise ValueError(f"`steps` must be at least 1; got {steps}.")
+        if not 0.01 <= momentum <= 0.99:
+            raise ValueError(f"`momentum` must be from 0.01 to 0.99; got {momentum}.")
+        log_rate = log_positive("ReversibleSolver", {"learning_rate": learning_rate})
+        self.log_learning_rate = log_rate["learning_rate"]
+        if self.log_learning_rate.shape not in ((), (steps,)):
+            raise ValueError(
+                f"`learning_rate` must be a number, or one for each of {steps} steps; "
+                f"got shape {self.log_learning_rate.shape}."
+            )
+        self.momentum = fractions.Fraction(momentum).limit_denominator(100)
+        self.steps = steps
+        self.adjoint = adjoint
+
+    def init(self, distilled, classifier, *, key):
+        """As [`eqdistill.AbstractInnerSolver`][].
+
+        **Raises:**
+
+        A `TypeError` if the parameters are not of 32 or 64 bits.
+        """
+        del distilled, key
+        params = eqx.filter(classifier, parameters(classifier))
+        dtypes = {x.dtype.name for x in jax.tree.leaves(params)}
+        if len(dtypes) > 1 or not dtypes <= {"float32", "float64"}:
+            raise TypeError(
+                "`classifier` must have parameters that are all in single or all in "
+                f"double precision for a `ReversibleSolver`; got {sorted(dtypes)}."
+            )
+        return None
+
+    def __call__(self, distilled: DistilledSet, classifier, state, *, key):
+        """As [`eqdistill.AbstractInnerSolver`][]."""
+        del key
+        classifier = eqx.nn.inference_mode(classifier)
+        params, static = eqx.partition(classifier, parameters(classifier))
+        args = (distilled, self.log_learning_rate, static)
+        # All that is differentiated is in the arguments of a step.
+        fixed = stop_gradient(self)
+        if self.adjoint is None:
+            params, fits, norm = _reversed_run((params, args), fixed)
+            bits = _bits(params)
+            # Half a word after each block, and the word at the end.
+            kept_bits = (self._blocks(bits).shape[1] * bits // 2 + bits) / self.steps
+        else:
+            floats = (params, optax.tree.zeros_like(params))
+            carry = (_start(params), floats, jnp.zeros_like(optax.tree.norm(params)))
+            exact, (params, _), norm = self.adjoint.loop(
+                fixed._step, carry, args, jnp.array(0), self.steps
+            )
+            fits, kept_bits = exact.fits, 0.0
+        finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
+        return Fitted(
+            classifier=eqx.combine(params, static),
+            converged=fits & jnp.array(finite).all(),
+            gradient_norm=jax.lax.stop_gradient(norm),
+            stats={
+                "steps": jnp.array(self.steps),
+                "kept_bits": jnp.array(kept_bits),
+            },
+        ), state
+
+    def _rate(self, log_learning_rate, step):
+        rate = jnp.exp(log_learning_rate)
+        return rate[step] if rate.ndim else rate
+
+    def _step(self, carry, args, step):
+        """A step whose values are exact, and whose derivative is that of floats."""
+        exact, (params, velocity), _ = carry
+        gradient = _gradient(params, args)
+        rate = self._rate(args[1], step)
+        gamma = float(self.momentum)
+        velocity = jax.tree.map(lambda v, g: gamma * v - rate * g, velocity, gradient)
+        moved = optax.tree.add(params, velocity)
+        exact = self._advance(exact, jax.lax.stop_gradient((gradient, rate)))
+        floats = _attach(_to_floats(exact, params), (moved, velocity))
+        return exact, floats, _norm(gradient)
+
+    def _advance(self, exact: _Exact, gradient_and_rate) -> _Exact:
+        """The state after a step."""
+        gradient, rate = gradient_and_rate
+        n, d = self.momentum.numerator, self.momentum.denominator
+
+        def multiply(v, i):
+            # No integer overflows: the size of `i` is bounded by `_blocks`.
+            i = i * d + (v % d).astype(i.dtype)
+            v = v // d * n + (i % n).astype(v.dtype)
+            return v, i // n
+
+        multiplied = jax.tree.map(multiply, exact.velocity, exact.dropped)
+        velocity, dropped = _unzip(multiplied, exact.velocity)
+        pushes = jax.tree.map(lambda g, v: _push(rate, g, v), gradient, velocity)
+        velocity = optax.tree.sub(velocity, pushes)
+        params = jax.tree.map(lambda w, v: w + _shift(v), exact.params, velocity)
+        found = _Exact(params, velocity, dropped, exact.fits)
+        fits = exact.fits & _fit_in(found) & jnp.isfinite(_norm(gradient))
+        return eqx.tree_at(lambda x: x.fits, found, fits)
+
+    def _retreat(self, exact: _Exact, gradient_of, rate) -> _Exact:
+        """The state before a step."""
+        n, d = self.momentum.numerator, self.momentum.denominator
+        params = jax.tree.map(lambda w, v: w - _shift(v), exact.params, exact.velocity)
+        gradient = gradient_of(params)
+        pushes = jax.tree.map(lambda g, v: _push(rate, g, v), gradient, exact.velocity)
+        velocity = optax.tree.add(exact.velocity, pushes)
+
+        def divide(v, i):
+            i = i * n + (v % n).astype(i.dtype)
+            v = v // n * d + (i % d).astype(v.dtype)
+            return v, i // d
+
+        divided = jax.tree.map(divide, velocity, exact.dropped)
+        velocity, dropped = _unzip(divided, velocity)
+        return _Exact(params, velocity, dropped, exact.fits)
+
+    def _blocks(self, bits: int) -> Int[np.ndarray, "2 blocks"]:
+        """The first step of each block, and the one after its last. After a block, half
+        of a word is put aside, so that no word overflows in the next."""
+        n, d = self.momentum.numerator, self.momentum.denominator
+        most, firsts = 0, [0]
+        for step in range(self.steps):
+            if most * d + d > 2**bits:
+                firsts.append(step)
+                most >>= bits // 2
+            most = (most * d + d - 1) // n
+        return np.array([firsts, [*firsts[1:], self.steps]])
+
+
+def _plain_run(operands: PyTree, solver: ReversibleSolver):
+    params, args = operands
+    half = _bits(params) // 2
+
+    def one(step, carry):
+        exact, _ = carry
+        gradient = _isolated_gradient(_to_floats(exact, params)[0], args)
+        rate = solver._rate(args[1], step)
+        return solver._advance(exact, (gradient, rate)), _norm(gradient)
+
+    def of_block(carry, block):
+        exact, norm = jax.lax.fori_loop(*block, one, carry)
+        kept = jax.tree.map(lambda i: i.astype(f"uint{half}"), exact.dropped)
+        rest = jax.tree.map(lambda i: i >> half, exact.dropped)
+        return (eqx.tree_at(lambda x: x.dropped, exact, rest), norm), kept
+
+    carry = (_start(params), jnp.zeros_like(optax.tree.norm(params)))
+    (exact, norm), kept = jax.lax.scan(of_block, carry, tuple(solver._blocks(2 * half)))
+    return exact, norm, kept
+
+
+@eqx.filter_custom_vjp
+def _reversed_run(operands: PyTree, solver: ReversibleSolver):
+    exact, norm, _ = _plain_run(operands, solver)
+    return _to_floats(exact, operands[0])[0], exact.fits, norm
+
+
+@_reversed_run.def_fwd
+def _(perturbed, operands, solver):
+    del perturbed
+    exact, norm, kept = _plain_run(operands, solver)
+    out = (_to_floats(exact, operands[0])[0], exact.fits, norm)
+    return out, (exact, kept)
+
+
+@_reversed_run.def_bwd
+def _(residuals, cotangent, perturbed, operands, solver):
+    del perturbed
+    (exact, kept), (params, args) = residuals, operands
+    half = _bits(params) // 2
+    diff_args, other_args = eqx.partition(args, eqx.is_inexact_array)
+    gamma = float(solver.momentum)
+
+    def smooth(params, velocity, diff_args, step):
+        args = eqx.combine(diff_args, other_args)
+        rate = solver._rate(args[1], step)
+        push = lambda v, g: gamma * v - rate * g
+        velocity = jax.tree.map(push, velocity, _gradient(params, args))
+        return optax.tree.add(params, velocity), velocity
+
+    def one(i, carry, last):
+        step = last - 1 - i
+        exact, of_state, of_args = carry
+        gradient_of = lambda w: _isolated_gradient(
+            _to_floats(eqx.tree_at(lambda x: x.params, exact, w), params)[0], args
+        )
+        exact = solver._retreat(exact, gradient_of, solver._rate(args[1], step))
+        at = (*_to_floats(exact, params), diff_args)
+        _, pull = jax.vjp(lambda *at: smooth(*at, step), *at)
+        *of_state, of_args_here = pull(tuple(of_state))
+        return exact, tuple(of_state), optax.tree.add(of_args, of_args_here)
+
+    def of_block(carry, block_and_kept):
+        (first, last), kept = block_and_kept
+        exact, *rest = carry
+        dropped = jax.tree.map(
+            lambda i, low: (i << half) | low.astype(i.dtype), exact.dropped, kept
+        )
+        exact = eqx.tree_at(lambda x: x.dropped, exact, dropped)
+        carry = jax.lax.fori_loop(
+            0, last - first, lambda i, carry: one(i, carry, last), (exact, *rest)
+        )
+        return carry, None
+
+    zeros = optax.tree.zeros_like(params)
+    of_params = with_zeros(cotangent[0], zeros)
+    carry = (exact, (of_params, zeros), optax.tree.zeros_like(diff_args))
+    blocks = tuple(solver._blocks(2 * half))
+    carry, _ = jax.lax.scan(of_block, carry, (blocks, kept), reverse=True)
+    exact, (of_params, _), of_args = carry
+    start = _start(params)
+    is_back = eqx.tree_equal(
+        (exact.params, exact.velocity, exact.dropped),
+        (start.params, start.velocity, start.dropped),
+    )
+    return jax.tree.map(lambda x: jnp.where(is_back, x, jnp.nan), (of_params, of_args))
+
+
+def _gradient(params: PyTree, args: PyTree) -> PyTree:
+    distilled, _, static = args
+    loss = lambda params: inner_loss(distilled, eqx.combine(params, static))
+    return jax.grad(loss)(params)
+
+
+def _isolated_gradient(params: PyTree, args: PyTree) -> PyTree:
+    """The gradient, in operations that the compiler may not mix with those around: so
+    the bits are the same in the forward and in the backward pass."""
+    dynamic, static = eqx.partition((params, args), eqx.is_inexact_array)
+    params, args = eqx.combine(jax.lax.optimization_barrier(dynamic), static)
+    return jax.lax.optimization_barrier(_gradient(params, args))
+
+
+def _norm(gradient: PyTree) -> Float[Array, ""]:
+    return optax.tree.norm(jax.lax.stop_gradient(gradient))
+
+
+def _bits(params: PyTree) -> int:
+    return 8 * jax.tree.leaves(params)[0].dtype.itemsize
+
+
+def _start(params: PyTree) -> _Exact:
+    bits = _bits(params)
+    integer = jnp.int32 if bits == 32 else jnp.int64
+    unsigned = jnp.uint32 if bits == 32 else jnp.uint64
+    scale = 2.0 ** (bits - _PARAMETER_BITS)
+    params = jax.lax.stop_gradient(params)
+    fixed = jax.tree.map(lambda x: jnp.round(x * scale).astype(integer), params)
+    found = _Exact(
+        fixed,
+        optax.tree.zeros_like(fixed),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, unsigned), fixed),
+        jnp.array(True),
+    )
+    limit = 2.0 ** (_PARAMETER_BITS - 2)
+    small = [(abs(x) < limit).all() for x in jax.tree.leaves(params)]
+    return eqx.tree_at(lambda x: x.fits, found, jnp.array(small).all())
+
+
+def _to_floats(exact: _Exact, like: PyTree) -> tuple[PyTree, PyTree]:
+    """The parameters and the velocities."""
+    bits = _bits(like)
+    of = lambda tree, point: jax.tree.map(
+        lambda x, y: x.astype(y.dtype) * 2.0 ** (point - bits), tree, like
+    )
+    return of(exact.params, _PARAMETER_BITS), of(exact.velocity, _VELOCITY_BITS)
+
+
+def _push(rate, gradient, like):
+    """The step along a gradient, in the fixed point of velocities. A step that is too
+    long for that gives the greatest number, with which the velocity leaves its
+    range."""
+    bits = 8 * like.dtype.itemsize
+    scale = 2.0 ** (bits - _VELOCITY_BITS)
+    most = 2.0 ** (bits - 2)
+    return jnp.clip(jnp.round(rate * gradient * scale), -most, most).astype(like.dtype)
+
+
+def _shift(velocity):
+    """A velocity in the fixed point of parameters."""
+    return velocity >> (_PARAMETER_BITS - _VELOCITY_BITS)
+
+
+def _fit_in(exact: _Exact) -> Bool[Array, ""]:
+    """Whether all numbers are well within their ranges, so that none has left its
+    range in this step."""
+    bits = 8 * jax.tree.leaves(exact.params)[0].dtype.itemsize
+    limit = 2 ** (bits - 2)
+    leaves = jax.tree.leaves((exact.params, exact.velocity))
+    return jnp.array([((x < limit) & (x > -limit)).all() for x in leaves]).all()
+
+
+def _unzip(pairs: PyTree, like: PyTree) -> tuple[PyTree, PyTree]:
+    return jax.tree.transpose(
+        jax.tree.structure(like), jax.tree.structure((0, 0)), pairs
+    )
+
+
+@jax.custom_jvp
+def _attach(exact: PyTree, smooth: PyTree) -> PyTree:
+    """The values of the first with the derivative of the second."""
+    del smooth
+    return exact
+
+
+@_attach.defjvp
+def _(primals, tangents):
+    return primals[0], tangents[1]
