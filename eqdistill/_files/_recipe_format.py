@@ -22,6 +22,7 @@ from .._nn._networks import AlexNet, ConvNet, LeNet, MLP, ResNet18, VGG11
 from .._outer._recipes import (
     dc,
     frepo,
+    learned_rates,
     MOST_UPDATES,
     Recipe,
     supervised,
@@ -51,6 +52,7 @@ _RECIPES = {
     "supervised": (supervised, ("updates", "batch_size")),
     "frepo": (frepo, ("updates", "augment")),
     "zero_start": (zero_start, ("updates",)),
+    "learned_rates": (learned_rates, ("learning_rates", "batch_size", "seed")),
 }
 # What a hostile file may ask for is bounded.
 _MOST_LAYERS = 8
@@ -152,9 +154,19 @@ def _are_widths(x: Any) -> bool:
     )
 
 
+def _are_rates(x: Any) -> bool:
+    return (
+        type(x) in (list, tuple)
+        and 1 <= len(x) <= MOST_UPDATES
+        and all(type(rate) is float and 0 < rate < float("inf") for rate in x)
+    )
+
+
 _CHECKS = {
     "updates": lambda x: is_integer(x, 2, MOST_UPDATES),
     "batch_size": lambda x: is_integer(x, 1, MOST_UPDATES),
+    "learning_rates": _are_rates,
+    "seed": lambda x: x is None or is_integer(x, 0, 2**31 - 1),
     "augment": lambda x: type(x) is bool,
     "norm_last": lambda x: type(x) is bool,
     "widths": _are_widths,

@@ -238,7 +238,8 @@ def _plain_run(operands: PyTree, solver: ReversibleSolver):
         return solver._advance(exact, (gradient, rate)), _norm(gradient)
 
     def of_block(carry, block):
-        exact, norm = jax.lax.fori_loop(*block, one, carry)
+        first, last = block
+        exact, norm = jax.lax.fori_loop(first, last, one, carry)
         kept = jax.tree.map(lambda i: i.astype(f"uint{half}"), exact.dropped)
         rest = jax.tree.map(lambda i: i >> half, exact.dropped)
         return (eqx.tree_at(lambda x: x.dropped, exact, rest), norm), kept
@@ -285,7 +286,7 @@ def _(residuals, cotangent, perturbed, operands, solver):
         )
         exact = solver._retreat(exact, gradient_of, solver._rate(args[1], step))
         at = (*_to_floats(exact, params), diff_args)
-        _, pull = jax.vjp(lambda *at: smooth(*at, step), *at)
+        _, pull = jax.vjp(lambda w, v, args: smooth(w, v, args, step), *at)
         *of_state, of_args_here = pull(tuple(of_state))
         return exact, tuple(of_state), optax.tree.add(of_args, of_args_here)
 

@@ -156,7 +156,8 @@ def _(tangents, cotangent, perturbed, operands, step, length):
     _, unravel = ravel_pytree(learned)
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x[0]), tangents)
     cotangent = with_zeros(eqx.filter(cotangent, eqx.is_inexact_array), zeros)
-    return unravel(jax.vmap(lambda x: optax.tree.vdot(x, cotangent))(tangents))
+    dot = lambda x: jnp.asarray(optax.tree.vdot(x, cotangent))
+    return unravel(jax.vmap(dot)(tangents))
 
 
 def with_zeros(cotangent: PyTree, zeros: PyTree) -> PyTree:

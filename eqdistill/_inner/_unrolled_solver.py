@@ -245,11 +245,13 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         size = self.batch_size
         if size is not None:
             if self.shuffle:
+                assert batch_key is not None
                 chosen = batch_at(step, size, n, half_bits(n), key=batch_key)
             else:
                 chosen = (step * size + jnp.arange(size)) % n
             images, labels = images[chosen], labels[chosen]
         if self.augmentation is not None:
+            assert augmentation_key is not None
             own_key = jr.fold_in(augmentation_key, step)
             images = augment(self.augmentation, images, key=own_key)
         return eqx.tree_at(lambda d: (d.images, d.labels), distilled, (images, labels))

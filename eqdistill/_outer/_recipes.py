@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._data._augmentation import OneOf
 from .._data._dataset import Dataset
@@ -18,7 +18,7 @@ from .._inner._inner_solver import AbstractInnerSolver
 from .._inner._unrolled_solver import UnrolledSolver
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from .._nn._network import initialise, lecun, Network, zero_head
-from .._nn._networks import ConvNet
+from .._nn._networks import ConvNet, LeNet
 from ._evaluate import evaluate as evaluate_one
 
 
@@ -302,6 +302,81 @@ def supervised(
     return Recipe("supervised", settings, network, _as_it_is, prepare, inner)
 
 
+def learned_rates(
+    network: Callable = LeNet,
+    *,
+    learning_rates: Sequence[float],
+    batch_size: int,
+    seed: int | None = None,
+) -> Recipe:
+    """The recipe of a training run that was distilled with its step sizes: gradient
+    descent on batches of the distilled images in their order, with a step size for each
+    step. The loss, the labels and the ridge are those of the distilled set.
+
+    !!! Example
+
+        ```python
+        solver = result.inner  # An `UnrolledSolver` whose step sizes were learned.
+        rates = jnp.exp(solver.log_hyperparameters["learning_rate"])
+        recipe = eqd.recipes.learned_rates(
+            learning_rates=rates.tolist(), batch_size=10
+        )
+        ```
+
+    **Arguments:**
+
+    - `network`: as for [`eqdistill.recipes.dc`][].
+
+    All other arguments are keyword only.
+
+    - `learning_rates`: the step size of each step.
+    - `batch_size`: the number of distilled images in a step.
+    - `seed`: the seed of known initial parameters, for which the set was distilled:
+        each network is `network(shape, num_classes, key=jax.random.key(seed))`.
+        Defaults to fresh networks.
+
+    **Returns:**
+
+    An [`eqdistill.recipes.Recipe`][].
+
+    **Raises:**
+
+    A `ValueError` if there are no step sizes, or more than 100,000, or if one is not
+    positive and finite; or if `batch_size` is less than 1.
+
+    Source: Wang et al., *Dataset distillation*, 2018, Algorithm 1.
+    """
+    rates = tuple(float(rate) for rate in learning_rates)
+    if not 1 <= len(rates) <= MOST_UPDATES:
+        raise ValueError(
+            f"`learning_rates` must be from 1 to {MOST_UPDATES:,}; got {len(rates)}."
+        )
+    inner = UnrolledSolver(
+        sgd_by_step,
+        {"learning_rate": np.array(rates)},
+        len(rates),
+        batch_size=batch_size,
+        shuffle=False,
+    )
+    settings = (("learning_rates", rates), ("batch_size", batch_size), ("seed", seed))
+    if seed is not None:
+        network = _with_seed(network, seed)
+    return Recipe("learned_rates", settings, network, _as_it_is, _as_distilled, inner)
+
+
+def sgd_by_step(learning_rate: Float[Array, " steps"]) -> optax.GradientTransformation:
+    """Gradient descent with a step size for each step."""
+    return optax.sgd(lambda step: learning_rate[step])
+
+
+def _with_seed(network: Callable, seed: int) -> Callable:
+    def make(shape, num_classes, *, key):
+        del key
+        return network(shape, num_classes, key=jr.key(seed))
+
+    return make
+
+
 @ft.cache  # What holds a new function is compiled anew.
 def _drops_at_half(updates: int) -> Callable:
     def make(learning_rate):
@@ -322,6 +397,11 @@ def _warms_up(warm_up: int, updates: int) -> Callable:
 def _as_it_is(network: PyTree, *, key: PRNGKeyArray) -> PyTree:
     del key
     return network
+
+
+def _as_distilled(distilled: DistilledSet, num_classes: int) -> DistilledSet:
+    del num_classes
+    return distilled
 
 
 def _as_by_lecun(network: Network, *, key: PRNGKeyArray) -> Network:
