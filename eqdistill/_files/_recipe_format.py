@@ -52,7 +52,10 @@ _RECIPES = {
     "supervised": (supervised, ("updates", "batch_size")),
     "frepo": (frepo, ("updates", "augment")),
     "zero_start": (zero_start, ("updates",)),
-    "learned_rates": (learned_rates, ("learning_rates", "batch_size", "seed")),
+    "learned_rates": (
+        learned_rates,
+        ("learning_rates", "batch_size", "momentum", "seed"),
+    ),
 }
 # What a hostile file may ask for is bounded.
 _MOST_LAYERS = 8
@@ -166,6 +169,7 @@ _CHECKS = {
     "updates": lambda x: is_integer(x, 2, MOST_UPDATES),
     "batch_size": lambda x: is_integer(x, 1, MOST_UPDATES),
     "learning_rates": _are_rates,
+    "momentum": lambda x: type(x) is float and 0 <= x < 1,
     "seed": lambda x: x is None or is_integer(x, 0, 2**31 - 1),
     "augment": lambda x: type(x) is bool,
     "norm_last": lambda x: type(x) is bool,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from .._data._augmentation import OneOf
 from .._data._dataset import Dataset
@@ -307,6 +307,7 @@ def learned_rates(
     *,
     learning_rates: Sequence[float],
     batch_size: int,
+    momentum: float = 0.0,
     seed: int | None = None,
 ) -> Recipe:
     """The recipe of a training run that was distilled with its step sizes: gradient
@@ -331,6 +332,7 @@ def learned_rates(
 
     - `learning_rates`: the step size of each step.
     - `batch_size`: the number of distilled images in a step.
+    - `momentum`: the momentum.
     - `seed`: the seed of known initial parameters, for which the set was distilled:
         each network is `network(shape, num_classes, key=jax.random.key(seed))`.
         Defaults to fresh networks.
@@ -342,7 +344,8 @@ def learned_rates(
     **Raises:**
 
     A `ValueError` if there are no step sizes, or more than 100,000, or if one is not
-    positive and finite; or if `batch_size` is less than 1.
+    positive and finite; if `batch_size` is less than 1, or if `momentum` is not in
+    [0, 1).
 
     Source: Wang et al., *Dataset distillation*, 2018, Algorithm 1.
     """
@@ -351,22 +354,24 @@ def learned_rates(
         raise ValueError(
             f"`learning_rates` must be from 1 to {MOST_UPDATES:,}; got {len(rates)}."
         )
+    if not 0 <= momentum < 1:
+        raise ValueError(f"`momentum` must be in [0, 1); got {momentum}.")
     inner = UnrolledSolver(
-        sgd_by_step,
+        _by_step(momentum),
         {"learning_rate": np.array(rates)},
         len(rates),
         batch_size=batch_size,
         shuffle=False,
     )
-    settings = (("learning_rates", rates), ("batch_size", batch_size), ("seed", seed))
+    settings = (
+        ("learning_rates", rates),
+        ("batch_size", batch_size),
+        ("momentum", momentum),
+        ("seed", seed),
+    )
     if seed is not None:
         network = _with_seed(network, seed)
     return Recipe("learned_rates", settings, network, _as_it_is, _as_distilled, inner)
-
-
-def sgd_by_step(learning_rate: Float[Array, " steps"]) -> optax.GradientTransformation:
-    """Gradient descent with a step size for each step."""
-    return optax.sgd(lambda step: learning_rate[step])
 
 
 def _with_seed(network: Callable, seed: int) -> Callable:
@@ -382,6 +387,15 @@ def _drops_at_half(updates: int) -> Callable:
     def make(learning_rate):
         schedule = optax.piecewise_constant_schedule(learning_rate, {updates // 2: 0.1})
         return optax.sgd(schedule, momentum=0.9)
+
+    return make
+
+
+@ft.cache
+def _by_step(momentum: float) -> Callable:
+    def make(learning_rate):
+        # No momentum has no state.
+        return optax.sgd(lambda step: learning_rate[step], momentum=momentum or None)
 
     return make
 

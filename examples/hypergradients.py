@@ -1,0 +1,300 @@
+"""Which hypergradient: implicit, unrolled, truncated and approximate ones on the same
+problem, by error, time, memory and by what is distilled with each.
+
+The problem is MNIST, ten images and logistic regression, in double precision, where the
+exact hypergradient is known. Each part prints a table in Markdown:
+
+- `errors`: the relative error of the hypergradient, its time and its memory; with a
+  picture of how the error falls, and how fast it should.
+- `accuracy`: the outer loss and the test accuracy after fifty outer steps with each.
+- `memory`: the memory of a hypergradient through LeNet's training, for 10 to 10,000
+  steps, as the compiler reports it.
+- `cost`: a step of the backward pass against a step of plain training, in a loop, for
+  several networks.
+"""
+
+import argparse
+import functools as ft
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import optimistix as optx
+from matplotlib.figure import Figure
+
+import eqdistill as eqd
+from eqdistill import nn
+
+
+NETWORKS = {
+    "LeNet": nn.LeNet,
+    "ConvNet, 16-32-64": ft.partial(nn.ConvNet, widths=(16, 32, 64), norm=None),
+    "ConvNet, 16-32-64, instance norm": ft.partial(nn.ConvNet, widths=(16, 32, 64)),
+}
+# A little less than one over the greatest curvature of the inner problem.
+RATE = 0.5
+L2 = 0.05
+
+
+def main(parts: list[str], dataset: str, steps: int, repeats: int, output: Path):
+    output.mkdir(parents=True, exist_ok=True)
+    train, test = eqd.datasets.load(dataset)
+    if "errors" in parts:
+        with jax.enable_x64(True):
+            errors(train, repeats, output)
+    if "accuracy" in parts:
+        accuracy(train, test, steps)
+    if "memory" in parts:
+        memory(train)
+    if "cost" in parts:
+        cost(train, repeats)
+
+
+def descent(steps: int, **kwargs) -> eqd.UnrolledSolver:
+    return eqd.UnrolledSolver(optax.sgd, {"learning_rate": RATE}, steps, **kwargs)
+
+
+def neumann(terms: int) -> eqd.ArgminSolver:
+    """The exact argmin with the first terms of the series, at the same step size."""
+    return eqd.ArgminSolver(
+        adjoint=optx.ImplicitAdjoint(eqd.NeumannSeries(terms, RATE))
+    )
+
+
+def errors(train: eqd.Dataset, repeats: int, output: Path) -> None:
+    train = eqd.Dataset(train.floating()[:5000], train.labels[:5000], 10)
+    train = jax.tree.map(
+        lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, train
+    )
+    start = eqd.DistilledSet.from_class_means(train, l2=L2, key=jr.key(0))
+    classifier = eqd.LogisticRegression(math.prod(train.shape), 10, dtype=jnp.float64)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(images, inner):
+        distilled = eqx.tree_at(lambda d: d.images, start, images)
+        return eqd.outer_loss(distilled, classifier, train, inner, key=jr.key(0))[0]
+
+    solver = eqd.SpanSolver(rtol=1e-14, atol=1e-14)
+    exact = gradient(start.images, solver)
+    counts = (1, 3, 10, 30, 100, 300, 1000)
+    made = {
+        "implicit, in the span": [solver],
+        "implicit, L-BFGS and CG": [eqd.ArgminSolver()],
+        "unrolled": [descent(n) for n in counts[2:]],
+        "the last steps of 1,000": [
+            descent(1000, window=eqd.LastSteps(n)) for n in counts[:-1]
+        ],
+        "Neumann series": [neumann(n) for n in counts],
+    }
+    found = {}
+    print("| hypergradient | steps or terms | error | time | memory, MB |")
+    print("|---|---|---|---|---|")
+    unit = None
+    for name, solvers in made.items():
+        found[name] = []
+        for inner in solvers:
+            compiled = gradient.lower(start.images, inner).compile()
+            g = compiled(start.images, inner)
+            times = []
+            for _ in range(repeats):
+                began = time.perf_counter()
+                jax.block_until_ready(compiled(start.images, inner))
+                times.append(time.perf_counter() - began)
+            unit = unit or min(times)
+            count = count_of(inner)
+            error = float(jnp.linalg.norm(g - exact) / jnp.linalg.norm(exact))
+            found[name].append((count, error))
+            print(
+                f"| {name} | {count or '-'} | {error:.1e} | {min(times) / unit:.1f} | "
+                f"{megabytes(compiled.compiled):.2f} |",
+                flush=True,
+            )
+    found = {k: v for k, v in found.items() if len(v) > 1}
+    draw(found).savefig(output / "hypergradients.png")
+    print(f"\nfile {output / 'hypergradients.png'}\n")
+
+
+def count_of(inner: eqd.AbstractInnerSolver) -> int | None:
+    if isinstance(inner, eqd.UnrolledSolver):
+        return inner.steps if inner.window is None else inner.window.size
+    if isinstance(inner, eqd.ArgminSolver):
+        assert isinstance(inner.adjoint, optx.ImplicitAdjoint)
+        linear = inner.adjoint.linear_solver
+        return linear.terms if isinstance(linear, eqd.NeumannSeries) else None
+    return None
+
+
+def draw(found: dict[str, list[tuple[int, float]]]) -> Figure:
+    figure = Figure(figsize=(5, 3.4), dpi=200, layout="constrained")
+    axis = figure.add_subplot()
+    for (name, points), marker in zip(found.items(), "os^", strict=True):
+        axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name)
+    steps = np.geomspace(1, 1000, 200)
+    axis.plot(
+        steps,
+        (1 - RATE * L2) ** steps,
+        color="0.5",
+        linestyle="--",
+        linewidth=1,
+        label=r"$(1 - \alpha \lambda)^K$",
+    )
+    axis.set(xscale="log", yscale="log", ylim=(1e-12, 3))
+    axis.set_xlabel("steps or terms $K$")
+    axis.set_ylabel("relative error of the hypergradient")
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(color="0.92")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def accuracy(train: eqd.Dataset, test: eqd.Dataset, steps: int) -> None:
+    classifier = eqd.LogisticRegression(math.prod(train.shape), 10)
+    start = eqd.DistilledSet.from_noise(
+        train, l2=L2, scale=1 / math.prod(train.shape), key=jr.key(0)
+    )
+    data = eqd.FullBatch(train, classifier)
+    print(f"| hypergradient | outer loss after {steps} steps | test accuracy, % |")
+    print("|---|---|---|")
+    for name, inner in {
+        "implicit, in the span": eqd.SpanSolver(),
+        "implicit, L-BFGS and CG": eqd.ArgminSolver(),
+        "unrolled, 100 steps": descent(100),
+        "the last 10 of 100": descent(100, window=eqd.LastSteps(10)),
+        "random 10 of 100": descent(100, window=eqd.RandomWindow(10)),
+        "10 of 100 by the gradient": descent(100, window=eqd.GradientWindow(10)),
+        "unrolled, 10 steps": descent(10),
+        "Neumann series, 10 terms": neumann(10),
+        "Neumann series, one term": neumann(1),
+    }.items():
+        result = eqd.distill(
+            start,
+            classifier,
+            data,
+            inner=inner,
+            optimiser=optax.adam(0.02),
+            steps=steps,
+            key=jr.key(0),
+        )
+        # All are fitted in the same way in the end.
+        found = eqd.evaluate(result.distilled, classifier, test)
+        loss = eqd.evaluate(result.distilled, classifier, train).loss
+        print(f"| {name} | {loss:.3f} | {100 * found.accuracy:.1f} |", flush=True)
+    print()
+
+
+def unrolled_loss(
+    network: Callable, shape: tuple[int, ...], inner: eqd.AbstractInnerSolver
+) -> Callable:
+    """The loss on ten images of a network that was trained on ten others."""
+    images = jr.normal(jr.key(0), (10, *shape))
+    start = eqd.DistilledSet(images, jnp.arange(10), l2=1e-4)
+    real = eqd.Dataset(jr.normal(jr.key(1), (10, *shape)), jnp.arange(10), 10)
+    classifier = network(shape, 10, key=jr.key(2))
+
+    def loss(images):
+        distilled = eqx.tree_at(lambda d: d.images, start, images)
+        return eqd.outer_loss(distilled, classifier, real, inner, key=jr.key(0))[0]
+
+    return loss
+
+
+def memory(train: eqd.Dataset) -> None:
+    images = jnp.zeros((10, *train.shape))
+    counts = (10, 100, 1000, 10_000)
+    print(f"| memory, MB | {' | '.join(f'{n:,} steps' for n in counts)} |")
+    print("|---" * (len(counts) + 1) + "|")
+    checkpoint = eqd.RecursiveCheckpointAdjoint
+    of_steps = {
+        "`DirectAdjoint()`": descent,
+        "`RecursiveCheckpointAdjoint()`": lambda n: descent(n, adjoint=checkpoint()),
+        "the same with the logarithm of the steps": lambda n: descent(
+            n, adjoint=checkpoint(math.ceil(math.log2(n)))
+        ),
+        "`ReversibleSolver`, momentum 0.98": lambda n: eqd.ReversibleSolver(
+            0.01, momentum=0.98, steps=n
+        ),
+    }
+    for name, make in of_steps.items():
+        sizes = []
+        for n in counts:
+            loss = unrolled_loss(nn.LeNet, train.shape, make(n))
+            sizes.append(megabytes(jax.jit(jax.grad(loss)).lower(images).compile()))
+        print(f"| {name} | {' | '.join(f'{x:.1f}' for x in sizes)} |", flush=True)
+    bits = [
+        float(
+            eqd.fit(
+                eqd.DistilledSet(
+                    jr.normal(jr.key(0), (10, 4, 4)), jnp.arange(10), l2=1
+                ),
+                eqd.LogisticRegression(16, 10),
+                of_steps["`ReversibleSolver`, momentum 0.98"](n),
+            ).stats["kept_bits"]
+        )
+        for n in counts
+    ]
+    print(f"| its bits a parameter and step | {' | '.join(f'{x:.4f}' for x in bits)} |")
+    print(f"\nlog2(1 / 0.98) is {math.log2(1 / 0.98):.4f}\n")
+
+
+def megabytes(compiled) -> float:
+    return compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+
+def cost(train: eqd.Dataset, repeats: int) -> None:
+    images = jr.normal(jr.key(3), (10, *train.shape))
+    names = (
+        "`DirectAdjoint()`",
+        "`RecursiveCheckpointAdjoint()`",
+        "`ReversibleSolver`",
+    )
+    print("| backward pass over plain training | " + " | ".join(names) + " |")
+    print("|---" * (len(names) + 1) + "|")
+    for network, make in NETWORKS.items():
+        ratios = []
+        for inner in (
+            descent(100),
+            descent(100, adjoint=eqd.RecursiveCheckpointAdjoint()),
+            eqd.ReversibleSolver(0.01, momentum=0.98, steps=100),
+        ):
+            loss = unrolled_loss(make, train.shape, inner)
+            plain = unrolled_loss(make, train.shape, descent(100))
+            programs = [
+                jax.jit(f).lower(images).compile() for f in (plain, jax.grad(loss))
+            ]
+            times = [[], []]
+            for _ in range(repeats + 1):
+                for own, program in zip(times, programs, strict=True):
+                    began = time.perf_counter()
+                    jax.block_until_ready(program(images))
+                    own.append(time.perf_counter() - began)
+            ratios.append(min(times[1]) / min(times[0]))
+        print(f"| {network} | {' | '.join(f'{x:.1f}' for x in ratios)} |", flush=True)
+    print()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    every = ["errors", "accuracy", "memory", "cost"]
+    parser.add_argument("--parts", nargs="+", choices=every, default=every)
+    parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("--steps", type=int, default=50, help="outer steps")
+    parser.add_argument("--repeats", type=int, default=5, help="of what is timed")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="a folder for the results"
+    )
+    args = parser.parse_args()
+    # The next run loads what this one compiles.
+    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    main(**vars(args))
