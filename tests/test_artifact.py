@@ -175,6 +175,14 @@ def test_inner_solver_is_rebuilt(path, inner):
     assert eqx.tree_equal(eqd.load(path).inner, inner)
 
 
+def test_solver_that_no_file_may_ask_for_is_described(path):
+    inner = eqd.SpanSolver(max_steps=10**7)
+    eqd.save(path, small(), eqd.LogisticRegression(6, C), inner=inner)
+    artifact = eqd.load(path)
+    assert artifact.inner is None
+    assert "max_steps=10000000" in artifact.inner_description
+
+
 def test_what_cannot_be_rebuilt_is_described(path):
     inner = eqd.ArgminSolver(optx.BFGS(rtol=1e-4, atol=1e-4))
     eqd.save(path, small(), Pairs(jnp.ones((3, 3))), inner=inner)
@@ -508,10 +516,25 @@ SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
         ({"classifier": "LogisticRegression"}, "`classifier` must be"),
         ({"classifier": LOGISTIC}, "`classifier` must be"),
         ({"classifier": LOGISTIC | {"in_features": 6.0}}, "`classifier` must be"),
-        ({"classifier": LOGISTIC | {"in_features": 10**9}}, "`classifier` must be"),
+        ({"classifier": LOGISTIC | {"in_features": 10**9}}, "`in_features` = 6.*got 1"),
+        (
+            {"classifier": LOGISTIC | {"in_features": 6, "num_classes": 10**9}},
+            "its classifier would take 28000000000 bytes, where 16.* are allowed for a",
+        ),
+        (
+            {"parameterisation": {"type": "Packed", "shape": [2000, 3000]}},
+            "its images would take .* bytes, where 16",
+        ),
+        (
+            {"parameterisation": {"type": "Packed", "shape": [4, 6, 3]}},
+            "`shape` must be that of a small image",
+        ),
         ({"classifier": LOGISTIC | {"in_features": 7}}, "`in_features` = 6.*got 7"),
         ({"inner": SPAN}, "`inner` must be"),
         ({"inner": SPAN | {"max_steps": 0}}, "`inner` must be"),
+        ({"inner": SPAN | {"max_steps": 10**7}}, "`inner` must be.*in their ranges"),
+        ({"inner": SPAN | {"max_steps": None}}, "`inner` must be"),
+        ({"inner": SPAN | {"max_steps": 9, "atol": 1.1}}, "`inner` must be"),
         ({"inner": SPAN | {"max_steps": 1, "rtol": np.inf}}, "`inner` must be"),
         ({"inner": {"type": "os.system", "args": "true"}}, "`inner` must be"),
         ({"inner": ["os.system"]}, "`inner` must be"),
