@@ -22,7 +22,6 @@ import optimistix as optx
 import pytest
 import safetensors
 import safetensors.numpy
-from PIL import Image
 
 import eqdistill as eqd
 from eqdistill import nn
@@ -765,62 +764,3 @@ def test_command_refuses_what_is_no_file(tmp_path, monkeypatch, capsys):
     assert status == 2
     assert "`path` must be a file that exists" in err
     assert err.count("\n") == 1
-
-
-def recover(folder):
-    description = json.loads((folder / "export.json").read_text())
-    levels = [np.asarray(Image.open(folder / i["file"])) for i in description["images"]]
-    pictures = description["scale"] * (np.stack(levels) - float(description["zero"]))
-    return pictures, description
-
-
-@pytest.mark.parametrize(
-    ("shape", "bits"),
-    [
-        ((5, 4), 16),
-        ((1, 5, 4), 16),
-        ((5, 4, 1), 16),
-        ((1, 4), 16),
-        ((3, 5, 4), 8),
-        ((5, 4, 3), 8),
-    ],
-)
-def test_export(tmp_path, shape, bits):
-    images = np.random.default_rng(0).normal(size=(11, *shape)).astype(np.float32)
-    distilled = eqd.DistilledSet(images, np.arange(11), l2=0.03)
-    eqd.export(tmp_path / "new" / "folder", distilled)
-    pictures, description = recover(tmp_path / "new" / "folder")
-    if shape == (3, 5, 4):
-        images = np.moveaxis(images, 1, 3)
-    error = np.abs(pictures - images.reshape(pictures.shape)).max()
-    assert error <= 0.5001 * description["scale"]
-    assert description["bits"] == bits
-    assert description["scale"] * (2 ** (bits - 1) - 1) == np.abs(images).max()
-    assert tuple(description["shape"]) == shape
-    np.testing.assert_allclose(description["l2"], 0.03, rtol=1e-6)
-    assert [image["label"] for image in description["images"]] == list(range(11))
-    assert description["images"][3]["file"] == "03.png"
-
-
-def test_export_of_zeros_and_soft_labels(tmp_path):
-    p = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]], np.float32)
-    zeros = np.zeros((2, 3, 3), np.float32)
-    eqd.export(tmp_path, eqd.DistilledSet(zeros, np.log(p), l2=0.1))
-    pictures, description = recover(tmp_path)
-    assert not pictures.any()
-    probabilities = [image["probabilities"] for image in description["images"]]
-    np.testing.assert_allclose(probabilities, p, rtol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 5, 4), (1, 1, 5), (2, 2, 2, 2)])
-def test_export_refuses(tmp_path, shape):
-    distilled = eqd.DistilledSet(np.ones((2, *shape), np.float32), np.arange(2), l2=0.1)
-    with pytest.raises(ValueError, match="`distilled` must have grey images") as info:
-        eqd.export(tmp_path, distilled)
-    assert str(shape) in str(info.value)
-
-
-def test_export_without_pillow(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"needs Pillow: pip install 'eqdistill"):
-        eqd.export(tmp_path, small())
