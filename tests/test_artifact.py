@@ -517,8 +517,12 @@ SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
         ({"classifier": LOGISTIC | {"in_features": 6.0}}, "`classifier` must be"),
         ({"classifier": LOGISTIC | {"in_features": 10**9}}, "`in_features` = 6.*got 1"),
         (
-            {"classifier": LOGISTIC | {"in_features": 6, "num_classes": 10**9}},
-            "its classifier would take 28000000000 bytes, where 16.* are allowed for a",
+            {"classifier": LOGISTIC | {"in_features": 6, "num_classes": 10**6}},
+            "its classifier would take 28000000 bytes, where 16.* are allowed for a",
+        ),
+        (
+            {"classifier": {"type": "a.B", "num_classes": 10**9}},
+            "its labels would take 16000000000 bytes",
         ),
         (
             {"parameterisation": {"type": "Packed", "shape": [2000, 3000]}},
@@ -757,6 +761,20 @@ def test_command_refuses(
     assert err.count("\n") == 1
     assert "\x1b" not in err
     assert re.search(match, err)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), AssertionError(), KeyboardInterrupt()]
+)
+def test_command_ends_with_two_whatever_happens(published, monkeypatch, capsys, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(eqd.datasets, "load", fail)
+    status, out, err = run(monkeypatch, capsys, published)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
 
 
 def test_command_refuses_what_is_no_file(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+from jaxtyping import Float, Int, UInt8
 
 from .._data._cifar import CifarBinary
 from .._data._distilled_set import DistilledSet
@@ -131,8 +132,8 @@ def export(
 
 
 def _to_levels(
-    images: np.ndarray, preprocessing: AbstractPreprocessing | None
-) -> tuple[np.ndarray, float, float]:
+    images: Float[np.ndarray, "n *shape"], preprocessing: AbstractPreprocessing | None
+) -> tuple[UInt8[np.ndarray, "n *picture"], float, float]:
     """The pictures, and the values that the levels 0 and 255 stand for."""
     if preprocessing is not None:
         images = np.asarray(jax.vmap(preprocessing.inverse)(jnp.asarray(images)))
@@ -148,7 +149,7 @@ def _read_labels(
     distilled: DistilledSet,
     artifact: Artifact | None,
     class_names: Sequence[str] | None,
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[Int[np.ndarray, " n"], dict[str, Any]]:
     """The class indices, and what a classifier is fitted to, as the recipe sees it."""
     labels = np.asarray(distilled.labels)
     if labels.ndim == 2:
@@ -169,7 +170,8 @@ def _read_labels(
         meaning["temperature"] = np.asarray(distilled.loss.temperature)
         targets = np.asarray(distilled.loss.targets(distilled.labels, num_classes))
     elif labels.ndim == 1:
-        targets = np.eye(num_classes, dtype=distilled.images.dtype)[labels]
+        one_hot = labels[:, None] == np.arange(num_classes)
+        targets = one_hot.astype(distilled.images.dtype)
     elif isinstance(distilled.loss, CrossEntropy):
         targets = scipy.special.softmax(labels, axis=1)
     else:  # Only the loss knows what they are.

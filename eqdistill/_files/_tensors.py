@@ -58,6 +58,8 @@ def read_tensors(
     check(images.ndim >= 2, f"`images` must have shape (n, ...); got {images.shape}")
     check(np.isfinite(images).all(), "`images` must be finite; some pixels are not")
     n = images.shape[0]
+    # Whoever fits to class indices makes one-hot rows of them.
+    check_room("its labels", images.itemsize * n * num_classes, data)
     if labels.dtype.kind == "f":
         check(
             labels.shape == (n, num_classes),
