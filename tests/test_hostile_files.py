@@ -160,7 +160,7 @@ def try_idx(folder, count):
                 return spoil_bytes(packed, rng)
             case 1:  # The header, above all, in a gzip file that is whole.
                 data = spoil_bytes(plain[:12], rng) + plain[12:]
-                return gzip.compress(data + bytes(10**7 * (i % 2)), 1)
+                return gzip.compress(data + bytes(10**8 if i % 60 == 1 else i % 2), 1)
             case _:
                 return spoil_bytes(plain[:12], rng) + plain[12:]
 
