@@ -22,7 +22,6 @@ import optimistix as optx
 import pytest
 import safetensors
 import safetensors.numpy
-from PIL import Image
 
 import eqdistill as eqd
 from eqdistill import nn
@@ -173,6 +172,14 @@ def test_a_result_tells_what_was_learned(tmp_path):
 def test_inner_solver_is_rebuilt(path, inner):
     eqd.save(path, small(), eqd.LogisticRegression(6, C), inner=inner)
     assert eqx.tree_equal(eqd.load(path).inner, inner)
+
+
+def test_solver_that_no_file_may_ask_for_is_described(path):
+    inner = eqd.SpanSolver(max_steps=10**7)
+    eqd.save(path, small(), eqd.LogisticRegression(6, C), inner=inner)
+    artifact = eqd.load(path)
+    assert artifact.inner is None
+    assert "max_steps=10000000" in artifact.inner_description
 
 
 def test_what_cannot_be_rebuilt_is_described(path):
@@ -508,10 +515,29 @@ SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
         ({"classifier": "LogisticRegression"}, "`classifier` must be"),
         ({"classifier": LOGISTIC}, "`classifier` must be"),
         ({"classifier": LOGISTIC | {"in_features": 6.0}}, "`classifier` must be"),
-        ({"classifier": LOGISTIC | {"in_features": 10**9}}, "`classifier` must be"),
+        ({"classifier": LOGISTIC | {"in_features": 10**9}}, "`in_features` = 6.*got 1"),
+        (
+            {"classifier": LOGISTIC | {"in_features": 6, "num_classes": 10**6}},
+            "its classifier would take 28000000 bytes, where 16.* are allowed for a",
+        ),
+        (
+            {"classifier": {"type": "a.B", "num_classes": 10**9}},
+            "its labels would take 16000000000 bytes",
+        ),
+        (
+            {"parameterisation": {"type": "Packed", "shape": [2000, 3000]}},
+            "its images would take .* bytes, where 16",
+        ),
+        (
+            {"parameterisation": {"type": "Packed", "shape": [4, 6, 3]}},
+            "`shape` must be that of a small image",
+        ),
         ({"classifier": LOGISTIC | {"in_features": 7}}, "`in_features` = 6.*got 7"),
         ({"inner": SPAN}, "`inner` must be"),
         ({"inner": SPAN | {"max_steps": 0}}, "`inner` must be"),
+        ({"inner": SPAN | {"max_steps": 10**7}}, "`inner` must be.*in their ranges"),
+        ({"inner": SPAN | {"max_steps": None}}, "`inner` must be"),
+        ({"inner": SPAN | {"max_steps": 9, "atol": 1.1}}, "`inner` must be"),
         ({"inner": SPAN | {"max_steps": 1, "rtol": np.inf}}, "`inner` must be"),
         ({"inner": {"type": "os.system", "args": "true"}}, "`inner` must be"),
         ({"inner": ["os.system"]}, "`inner` must be"),
@@ -737,67 +763,22 @@ def test_command_refuses(
     assert re.search(match, err)
 
 
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), AssertionError(), KeyboardInterrupt()]
+)
+def test_command_ends_with_two_whatever_happens(published, monkeypatch, capsys, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(eqd.datasets, "load", fail)
+    status, out, err = run(monkeypatch, capsys, published)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+
+
 def test_command_refuses_what_is_no_file(tmp_path, monkeypatch, capsys):
     status, _, err = run(monkeypatch, capsys, tmp_path / "no.safetensors")
     assert status == 2
     assert "`path` must be a file that exists" in err
     assert err.count("\n") == 1
-
-
-def recover(folder):
-    description = json.loads((folder / "export.json").read_text())
-    levels = [np.asarray(Image.open(folder / i["file"])) for i in description["images"]]
-    pictures = description["scale"] * (np.stack(levels) - float(description["zero"]))
-    return pictures, description
-
-
-@pytest.mark.parametrize(
-    ("shape", "bits"),
-    [
-        ((5, 4), 16),
-        ((1, 5, 4), 16),
-        ((5, 4, 1), 16),
-        ((1, 4), 16),
-        ((3, 5, 4), 8),
-        ((5, 4, 3), 8),
-    ],
-)
-def test_export(tmp_path, shape, bits):
-    images = np.random.default_rng(0).normal(size=(11, *shape)).astype(np.float32)
-    distilled = eqd.DistilledSet(images, np.arange(11), l2=0.03)
-    eqd.export(tmp_path / "new" / "folder", distilled)
-    pictures, description = recover(tmp_path / "new" / "folder")
-    if shape == (3, 5, 4):
-        images = np.moveaxis(images, 1, 3)
-    error = np.abs(pictures - images.reshape(pictures.shape)).max()
-    assert error <= 0.5001 * description["scale"]
-    assert description["bits"] == bits
-    assert description["scale"] * (2 ** (bits - 1) - 1) == np.abs(images).max()
-    assert tuple(description["shape"]) == shape
-    np.testing.assert_allclose(description["l2"], 0.03, rtol=1e-6)
-    assert [image["label"] for image in description["images"]] == list(range(11))
-    assert description["images"][3]["file"] == "03.png"
-
-
-def test_export_of_zeros_and_soft_labels(tmp_path):
-    p = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]], np.float32)
-    zeros = np.zeros((2, 3, 3), np.float32)
-    eqd.export(tmp_path, eqd.DistilledSet(zeros, np.log(p), l2=0.1))
-    pictures, description = recover(tmp_path)
-    assert not pictures.any()
-    probabilities = [image["probabilities"] for image in description["images"]]
-    np.testing.assert_allclose(probabilities, p, rtol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 5, 4), (1, 1, 5), (2, 2, 2, 2)])
-def test_export_refuses(tmp_path, shape):
-    distilled = eqd.DistilledSet(np.ones((2, *shape), np.float32), np.arange(2), l2=0.1)
-    with pytest.raises(ValueError, match="`distilled` must have grey images") as info:
-        eqd.export(tmp_path, distilled)
-    assert str(shape) in str(info.value)
-
-
-def test_export_without_pillow(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"needs Pillow: pip install 'eqdistill"):
-        eqd.export(tmp_path, small())

@@ -6,6 +6,7 @@ import http.server
 import shutil
 import tarfile
 import threading
+import tracemalloc
 from pathlib import Path
 
 import equinox as eqx
@@ -103,7 +104,7 @@ def test_looks_in_order(folder, nowhere, monkeypatch):
         (lambda data: gzip.compress(b"\0\0\r\2" + bytes(8)), "not an IDX file"),
         (
             lambda data: gzip.compress(gzip.decompress(data)[:-1], 1),
-            r"promises shape \(10000, 28, 28\).*7840016 bytes.*has 7840015",
+            r"promises shape \(10000, 28, 28\).*7840016 bytes.*has only 7840015",
         ),
         (
             lambda data: gzip.compress(gzip.decompress(data)[:-1] + b"\1", 1),
@@ -111,10 +112,25 @@ def test_looks_in_order(folder, nowhere, monkeypatch):
         ),
         (
             lambda data: (SHIPPED / "train-labels-idx1-ubyte.gz").read_bytes(),
-            r"shape \(60000,\).*not the published ones",
+            r"shape \(60000,\), where \(10000, 28, 28\) was wanted",
         ),
+        (
+            lambda data: gzip.compress(gzip.decompress(data)[:10], 1),
+            "ends within its header, which has 16 bytes for 3 axes: it has 10",
+        ),
+        (lambda data: gzip.compress(b"\0\0\x08\xff" + bytes(40)), "for 255 axes"),
     ],
-    ids=["truncated", "html", "empty", "floats", "short", "corrupt", "mismatched"],
+    ids=[
+        "truncated",
+        "html",
+        "empty",
+        "floats",
+        "short",
+        "corrupt",
+        "mismatched",
+        "cut",
+        "axes",
+    ],
 )
 def test_spoilt_files(folder, spoil, found):
     path = folder / "t10k-images-idx3-ubyte.gz"
@@ -123,6 +139,19 @@ def test_spoilt_files(folder, spoil, found):
         eqd.datasets.load("mnist", folder)
     assert str(path) in str(info.value)
     assert "`data_dir`" in str(info.value)
+
+
+def test_unpacks_no_more_than_was_published(folder):
+    path = folder / "train-images-idx3-ubyte.gz"
+    header = gzip.decompress(path.read_bytes())[:16]
+    path.write_bytes(gzip.compress(header + bytes(300 * 2**20), 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"47040016 bytes .*but it has more"):
+            eqd.datasets.load("mnist", folder)
+        assert tracemalloc.get_traced_memory()[1] < 120 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_missing_files(folder, nowhere):

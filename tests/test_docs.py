@@ -12,6 +12,7 @@ PAGES = [
     "README.md",
     "docs/write-a-solver.md",
     pytest.param("docs/evaluation.md", marks=pytest.mark.slow),
+    pytest.param("docs/elsewhere.md", marks=pytest.mark.slow),
     pytest.param("docs/networks.md", marks=pytest.mark.slow),
     pytest.param("docs/backbones.md", marks=pytest.mark.slow),
     pytest.param("docs/getting-started.md", marks=pytest.mark.slow),

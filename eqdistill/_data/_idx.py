@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import math
+import struct
 import zlib
 from pathlib import Path
 
@@ -8,6 +9,15 @@ import numpy as np
 
 from ._dataset import Dataset
 from ._format import AbstractFormat, cannot_read
+
+
+# What is published under each name: a file that is larger is not unpacked.
+_SHAPES = {
+    "train-images-idx3-ubyte": (60_000, 28, 28),
+    "train-labels-idx1-ubyte": (60_000,),
+    "t10k-images-idx3-ubyte": (10_000, 28, 28),
+    "t10k-labels-idx1-ubyte": (10_000,),
+}
 
 
 class Idx(AbstractFormat):
@@ -43,19 +53,23 @@ class Idx(AbstractFormat):
 
 
 def read_idx(path: Path, sha256: str) -> np.ndarray:
-    """Reads an array of bytes from an IDX file, the format of MNIST, which may be
-    compressed by gzip.
+    """Reads an array of bytes from an IDX file of MNIST or of what is modelled on it,
+    which may be compressed by gzip.
 
     `sha256` is that of the uncompressed file, and so the same for every compression.
+    No more is unpacked than the published file has.
 
     **Raises:**
 
     A `ValueError` that says which file is not what it should be, and how.
     """
+    stem = path.name.removesuffix(".gz")
+    wanted = _SHAPES[stem]
+    header = 4 + 4 * len(wanted)
+    size = header + math.prod(wanted)
     try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            data = file.read(size + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise cannot_read(path, f"it is truncated or not a gzip file ({e})") from e
     # Four bytes of magic, of which the third is the type (8: unsigned bytes) and the
@@ -64,14 +78,24 @@ def read_idx(path: Path, sha256: str) -> np.ndarray:
         raise cannot_read(
             path, f"it is not an IDX file of bytes: it begins with {data[:4]!r}"
         )
-    ndim = data[3]
-    header = 4 + 4 * ndim
-    shape = tuple(np.frombuffer(data[4:header], ">u4").tolist())
-    if len(data) != header + math.prod(shape) or len(shape) != ndim:
+    if len(data) < 4 + 4 * data[3]:
         raise cannot_read(
             path,
-            f"its header promises shape {shape}, which is {header + math.prod(shape)} "
-            f"bytes in all, but it has {len(data)}",
+            f"it ends within its header, which has {4 + 4 * data[3]} bytes for "
+            f"{data[3]} axes: it has {len(data)}",
+        )
+    shape = struct.unpack_from(f">{data[3]}I", data, 4)
+    if shape != wanted:
+        raise cannot_read(
+            path,
+            f"its header promises shape {shape}, where {wanted} was wanted",
+        )
+    if len(data) != size:
+        has = f"only {len(data)}" if len(data) < size else "more"
+        raise cannot_read(
+            path,
+            f"its header promises shape {shape}, which is {size} bytes in all, but it "
+            f"has {has}",
         )
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
