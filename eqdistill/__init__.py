@@ -47,6 +47,7 @@ with install_import_hook("eqdistill", "beartype.beartype"):
         ZCA as ZCA,
     )
     from ._files._artifact import Artifact as Artifact, load as load, save as save
+    from ._files._checkpoint import Checkpoints as Checkpoints
     from ._files._export import export as export
     from ._inner._adjoint import DampedCG as DampedCG
     from ._inner._argmin_solver import ArgminSolver as ArgminSolver
