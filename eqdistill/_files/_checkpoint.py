@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
@@ -227,13 +228,13 @@ class _Folder:
 
 
 def _to_array(leaf: jax.Array) -> np.ndarray:
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.asarray(jr.key_data(leaf) if is_key else leaf)
 
 
 def _to_leaf(array: np.ndarray, like: jax.Array) -> jax.Array:
-    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jr.wrap_key_data(array, impl=jr.key_impl(like))
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jr.wrap_key_data(jnp.asarray(array), impl=jr.key_impl(like))
     return jax.device_put(array)
 
 

@@ -51,8 +51,9 @@ def digest(x: np.ndarray) -> str:
 def _describe(x: Any, path: str, found: dict[str, str], above: tuple[int, ...]) -> None:
     if isinstance(x, _PLAIN):
         # Some schedules of Optax turn an integer into a float when they are traced.
-        is_whole = type(x) is float and x.is_integer()
-        found[path] = repr(int(x) if is_whole else x)
+        if isinstance(x, float) and x.is_integer():
+            x = int(x)
+        found[path] = repr(x)
         return
     if isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
         found[path] = _describe_array(x)
@@ -89,7 +90,7 @@ def _parts(x: Any) -> list[tuple[str, Any]]:
         names = getattr(x, "_fields", range(len(x)))
         return [(str(name), part) for name, part in zip(names, x, strict=True)]
     if isinstance(x, set | frozenset):
-        return list(enumerate(sorted(map(repr, x))))
+        return [(str(i), part) for i, part in enumerate(sorted(map(repr, x)))]
     if dataclasses.is_dataclass(x):
         fields = [field.name for field in dataclasses.fields(x)]
         return [(name, getattr(x, name, None)) for name in fields]

@@ -8,7 +8,7 @@ from jaxtyping import Float, PyTree
 
 from ._callbacks import AbstractCallback
 from ._distillation import History, NO_ROWS
-from ._problem import DistillState, Problem, Status
+from ._problem import DistillState, Problem
 from ._snapshot import AbstractCheckpoints, from_plain, Snapshot, to_plain
 
 
