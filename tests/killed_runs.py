@@ -120,14 +120,14 @@ def compare(runs: int, seed: int, kinds: list[str]) -> bool:
             longest[kind] = time.monotonic() - began
         for i in range(runs):
             kind = kinds[i % len(kinds)]
-            is_killed = False
-            while not is_killed:
+            while True:
                 folder = root / f"{i}-{time.monotonic_ns()}"
                 output = root / f"{i}.npz"
-                output.unlink(missing_ok=True)
                 paths = ("--output", str(output), "--folder", str(folder))
                 process = subprocess.Popen(command(kind, *paths))
-                is_killed = kill(process, folder, longest[kind], rng)
+                if kill(process, folder, longest[kind], rng):
+                    break
+                output.unlink()
             found = sorted(entry.name for entry in folder.iterdir())
             subprocess.run(command(kind, *paths), check=True)
             is_same = same(output, root / f"{kind}.npz")
