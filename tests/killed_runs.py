@@ -78,16 +78,18 @@ def command(kind: str, *paths: str) -> list[str]:
     return [sys.executable, "-m", "tests.killed_runs", "--kind", kind, *paths]
 
 
-def kill(process: subprocess.Popen, folder: Path, longest: float, rng) -> bool:
-    """Kills a process at a random moment after its first checkpoint. Returns whether it
-    was in time."""
-    while not any(folder.glob("[0-9]*")):
-        time.sleep(0.01)
+def kill(process: subprocess.Popen, folder: Path, rng: random.Random) -> list[str]:
+    """Kills a process at a random moment, and returns what it has left: after a random
+    checkpoint, within about the time of some steps or of another checkpoint."""
+    last = folder / str(rng.randrange(EVERY, STEPS - EVERY, EVERY))
+    while not last.exists():
+        time.sleep(0.001)
         if process.poll() is not None:
-            raise RuntimeError(f"{process.args} made no checkpoint.")
-    time.sleep(rng.uniform(0, longest))
+            raise RuntimeError(f"{process.args} has ended before {last}.")
+    time.sleep(rng.uniform(0, 0.15))
     process.send_signal(signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
+    process.wait()
+    return sorted(entry.name for entry in folder.iterdir())
 
 
 def same(path: Path, other: Path) -> bool:
@@ -105,30 +107,16 @@ def compare(runs: int, seed: int, kinds: list[str]) -> bool:
         root = Path(root)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "cache"))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        longest = {}
         for kind in kinds:
-            undisturbed = root / f"{kind}.npz"
-            subprocess.run(command(kind, "--output", str(undisturbed)), check=True)
-            # How long the run takes after its first checkpoint, with all compiled.
-            folder = root / kind
-            paths = ("--output", str(root / "timed.npz"), "--folder", str(folder))
-            process = subprocess.Popen(command(kind, *paths))
-            while not any(folder.glob("[0-9]*")) and process.poll() is None:
-                time.sleep(0.01)
-            began = time.monotonic()
-            assert process.wait() == 0
-            longest[kind] = time.monotonic() - began
+            output = root / f"{kind}.npz"
+            subprocess.run(command(kind, "--output", str(output)), check=True)
         for i in range(runs):
             kind = kinds[i % len(kinds)]
-            while True:
-                folder = root / f"{i}-{time.monotonic_ns()}"
-                output = root / f"{i}.npz"
-                paths = ("--output", str(output), "--folder", str(folder))
-                process = subprocess.Popen(command(kind, *paths))
-                if kill(process, folder, longest[kind], rng):
-                    break
-                output.unlink()
-            found = sorted(entry.name for entry in folder.iterdir())
+            output = root / f"{i}.npz"
+            folder = root / str(i)
+            paths = ("--output", str(output), "--folder", str(folder))
+            found = kill(subprocess.Popen(command(kind, *paths)), folder, rng)
+            assert not output.exists()
             subprocess.run(command(kind, *paths), check=True)
             is_same = same(output, root / f"{kind}.npz")
             all_same = all_same and is_same

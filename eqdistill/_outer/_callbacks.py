@@ -97,16 +97,15 @@ class ProgressBar(AbstractCallback["_Bar"]):
         del problem
         try:
             from tqdm.auto import tqdm
+            from tqdm.notebook import tqdm_notebook
         except ImportError as e:
             raise ImportError(
                 "`ProgressBar` needs tqdm: pip install 'eqdistill[progress]'."
             ) from e
-        # The bar of a notebook is no text.
-        is_text = not tqdm.__module__.startswith("tqdm.notebook")
-        in_lines = is_text and not sys.stderr.isatty()
-        file = io.StringIO() if in_lines else None
-        first = int(state.step)
-        bar = tqdm(total=steps, initial=first, unit="step", file=file)
+        # The bar of a notebook is no text, and its standard error no terminal.
+        in_lines = not issubclass(tqdm, tqdm_notebook) and not sys.stderr.isatty()
+        settings = {"file": io.StringIO()} if in_lines else {}
+        bar = tqdm(total=steps, initial=int(state.step), unit="step", **settings)
         return _Bar(bar, in_lines)
 
     def __call__(self, problem, state, history, own):
