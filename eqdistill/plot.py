@@ -215,7 +215,7 @@ def history(history: History, *, ax: "Sequence[Axes] | None" = None) -> "Figure"
 
 def _figure(width: float, height: float, dpi: int = 200) -> "Figure":
     try:
-        from ._figure import ShownFigure
+        from ._data._shown_figure import ShownFigure
     except ImportError as e:
         raise ImportError(
             "`eqdistill.plot` needs Matplotlib: pip install 'eqdistill[plot]'."

@@ -77,7 +77,7 @@ def _describe_array(x: Any) -> str:
 
 def _name_of(x: Any) -> str:
     named = x if isinstance(x, type) or hasattr(x, "__qualname__") else type(x)
-    return f"{named.__module__}.{named.__qualname__}"
+    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"
 
 
 def _parts(x: Any) -> list[tuple[str, Any]]:

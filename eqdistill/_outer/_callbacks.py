@@ -104,8 +104,12 @@ class ProgressBar(AbstractCallback["_Bar"]):
             ) from e
         # The bar of a notebook is no text, and its standard error no terminal.
         in_lines = not issubclass(tqdm, tqdm_notebook) and not sys.stderr.isatty()
-        settings = {"file": io.StringIO()} if in_lines else {}
-        bar = tqdm(total=steps, initial=int(state.step), unit="step", **settings)
+        bar = tqdm(
+            total=steps,
+            initial=int(state.step),
+            unit="step",
+            file=io.StringIO() if in_lines else None,
+        )
         return _Bar(bar, in_lines)
 
     def __call__(self, problem, state, history, own):

@@ -69,7 +69,8 @@ def distill(
     - `tolerance`: the run has converged when the Euclidean norm of the hypergradient is
         at most this.
     - `callbacks`: [`eqdistill.AbstractCallback`][]s, such as
-        [`eqdistill.ProgressBar`][] and [`eqdistill.EarlyStopping`][].
+        [`eqdistill.ProgressBar`][] and [`eqdistill.EarlyStopping`][]. With
+        [`eqdistill.Checkpoints`][] among them, a run that was killed goes on.
     - `key`: a `jax.random.key`, for data in batches and inner solvers that draw random
         numbers.
     - `state`: goes on from this state, the `state` of an earlier result. All other
@@ -83,7 +84,7 @@ def distill(
     **Raises:**
 
     - A `TypeError` or `ValueError` as [`eqdistill.outer_loss`][], or for an argument
-        that is out of its range.
+        that is out of its range; or if checkpoints are of another problem.
     - An [`eqdistill.DistillationError`][], with the last good distilled set, if the
         inner solver fails or its fit collapses, or if the loss, its gradient or the
         distilled set stop being finite; or if a callback raises an error.

@@ -1,4 +1,4 @@
-"""Apart from `plot`, which is imported without Matplotlib."""
+"""Imports Matplotlib, which `eqdistill` itself does without."""
 
 import io
 
