@@ -83,9 +83,8 @@ class Watch:
         names = [type(self._callbacks[i]).__name__ for i in indices]
         if names != [name for name, _ in stored]:
             raise ValueError(
-                "`callbacks` must be those of the checkpoint: "
-                f"{[name for name, _ in stored]} wanted, {names} got, of those with a "
-                "state."
+                "`callbacks` with a state must be those of the checkpoint, "
+                f"{[name for name, _ in stored]}; got {names}."
             )
         for i, (name, plain) in zip(indices, stored, strict=True):
             if plain is not None:
