@@ -34,9 +34,15 @@ class Checkpoints(AbstractCheckpoints["_Folder"]):
         ```
 
     A checkpoint holds the state of the run, the history, and the states of the other
-    callbacks. It is written under another name, and renamed once it is whole. One that
-    cannot be read is left out with a warning, and the run goes on from the one before;
-    one that cannot be written, as on a full disk, is a warning, and the run goes on.
+    callbacks. It is written under another name, and renamed once it is whole: between
+    two steps, in a tenth of a second or two. One that cannot be read is left out with a
+    warning, and the run goes on from the one before; one that cannot be written, as on
+    a full disk, is a warning, and the run goes on.
+
+    Checkpoints of another problem are refused: of other arrays, such as other data, or
+    of other settings, as far as modules and functions hold them. The number of steps
+    may change. The bits are the same on one machine, with the same versions of all
+    packages.
 
     SIGTERM, by which most clusters end a job, ends the run after the step under way:
     with a checkpoint, and with the exit status 143. This is so only while `distill`
