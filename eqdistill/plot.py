@@ -7,7 +7,7 @@ the value of a cell. With `ax` the functions draw into axes of yours.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import scipy.special
@@ -64,7 +64,8 @@ def images(
 
     **Raises:**
 
-    A `ValueError` if the images are of another shape, or `columns` is not positive.
+    A `ValueError` if the images are of another shape, or `columns` is not positive; a
+    `TypeError` if `ax` are not axes.
     """
     if columns is not None and columns < 1:
         raise ValueError(f"`columns` must be at least 1; got {columns}.")
@@ -80,6 +81,7 @@ def images(
     if ax is not None or len(pictures) > _MOST_WITH_TITLES:
         mosaic = _Mosaic(pictures, _classes(distilled), columns or _MOST_COLUMNS)
         if ax is not None:
+            _check_ax(ax)
             mosaic.draw(ax, scale)
             return _figure_of(ax)
         return _with_mosaic(mosaic, scale)
@@ -176,7 +178,9 @@ def _add_bar(figure: "Figure", axes: Sequence["Axes"]) -> None:
     bar.outline.set_linewidth(0.5)
 
 
-def history(history: History, *, ax: "Sequence[Axes] | None" = None) -> "Figure":
+def history(
+    history: History, *, ax: "Sequence[Axes] | np.ndarray | None" = None
+) -> "Figure":
     """Draws the outer loss, and the norms of the hypergradient and of the inner
     residual, against the step.
 
@@ -192,14 +196,16 @@ def history(history: History, *, ax: "Sequence[Axes] | None" = None) -> "Figure"
 
     **Raises:**
 
-    A `ValueError` if `ax` are not two axes.
+    A `ValueError` or `TypeError` if `ax` are not two axes.
     """
     if ax is None:
         ax = tuple(_figure(7.0, 2.6).subplots(1, 2))
-    elif len(ax) != 2:
-        raise ValueError(
-            f"`ax` must be two axes, such as of `subplots(1, 2)`; got {len(ax)}."
-        )
+    else:
+        ax = tuple(np.ravel(np.asarray(ax, object)))
+        if len(ax) != 2:
+            raise ValueError(f"`ax` must be two Matplotlib axes; got {len(ax)}.")
+        for axis in ax:
+            _check_ax(axis)
     left, right = ax
     left.plot(history.loss, color="black")
     left.set_ylabel("outer loss (nats per image)")
@@ -221,6 +227,13 @@ def _figure(width: float, height: float, dpi: int = 200) -> "Figure":
             "`eqdistill.plot` needs Matplotlib: pip install 'eqdistill[plot]'."
         ) from e
     return ShownFigure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def _check_ax(ax: Any) -> None:
+    from matplotlib.axes import Axes
+
+    if not isinstance(ax, Axes):
+        raise TypeError(f"`ax` must be Matplotlib axes; got a {type(ax).__name__}.")
 
 
 def _figure_of(ax: "Axes") -> "Figure":

@@ -146,8 +146,10 @@ def test_draws_into_given_axes(shape):
     assert eqd.plot.history(eqd.History(*series), ax=[below, last]) is figure
     np.testing.assert_array_equal(below.lines[0].get_ydata(), series[0])
     assert not right.has_data()
-    with pytest.raises(ValueError, match=r"`ax` must be two axes.*got 1"):
+    with pytest.raises(ValueError, match="`ax` must be two Matplotlib axes; got 1"):
         eqd.plot.history(eqd.History(*series), ax=[right])
+    with pytest.raises(TypeError, match="`ax` must be Matplotlib axes; got a Figure"):
+        eqd.plot.images(d, ax=figure)
 
 
 def test_shows_itself_in_a_notebook_without_pyplot():
