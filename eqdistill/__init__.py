@@ -47,13 +47,9 @@ with install_import_hook("eqdistill", "beartype.beartype"):
         ZCA as ZCA,
     )
     from ._files._artifact import Artifact as Artifact, load as load
-    from ._files._export import export as export
-    from ._files._artifact import Artifact as Artifact, load as load
+    from ._files._checkpoint import Checkpoints as Checkpoints
     from ._files._export import export as export
     from ._files._save import save as save
-    from ._inner._argmin_solver import ArgminSolver as ArgminSolver
-    from ._inner._auto_solver import AutoSolver as AutoSolver
-    from ._inner._damped_cg import DampedCG as DampedCG
     from ._inner._argmin_solver import ArgminSolver as ArgminSolver
     from ._inner._auto_solver import AutoSolver as AutoSolver
     from ._inner._damped_cg import DampedCG as DampedCG

@@ -1,12 +1,13 @@
 """Pictures of distilled sets and of their training. Needs `eqdistill[plot]`.
 
 Each function returns a `matplotlib.figure.Figure`, and touches no global state of
-Matplotlib: save it by `figure.savefig("name.png")`.
+Matplotlib: save it by `figure.savefig("name.png")`. Jupyter shows the figure if it is
+the value of a cell. With `ax` the functions draw into axes of yours.
 """
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 import scipy.special
@@ -28,7 +29,12 @@ _MOST_WITH_TITLES = 50
 _MOST_COLUMNS = 50
 
 
-def images(distilled: DistilledSet, *, columns: int | None = None) -> "Figure":
+def images(
+    distilled: DistilledSet,
+    *,
+    columns: int | None = None,
+    ax: "Axes | None" = None,
+) -> "Figure":
     r"""Draws the images of a distilled set on one scale, which they share.
 
     Grey images are drawn on a symmetric scale: ink is positive, white is negative, and
@@ -37,8 +43,9 @@ def images(distilled: DistilledSet, *, columns: int | None = None) -> "Figure":
     the largest value of any image and channel: no value is cut off, and real images
     look as they are.
 
-    Up to 50 images are drawn each under its label. More are drawn as a mosaic: the
-    images of a class side by side, with the class on the left.
+    Up to 50 images are drawn each under its label. More of them, and any number in axes
+    of yours, are drawn as a mosaic: the images of a class side by side, with the class
+    on the left.
 
     **Arguments:**
 
@@ -47,15 +54,18 @@ def images(distilled: DistilledSet, *, columns: int | None = None) -> "Figure":
         `(height, width, 3)`.
     - `columns`: the most images in a row. Defaults to 5, and in a mosaic to 50, so that
         a class of at most 50 images has one row. (Keyword only argument.)
+    - `ax`: the axes to draw into, of any figure. Defaults to a new figure, in which
+        grey images have a colour bar. (Keyword only argument.)
 
     **Returns:**
 
-    A figure. Soft labels are drawn as the most likely class, and its probability if
-    there are at most 50 images.
+    The figure. Soft labels are drawn as the most likely class, and its probability if
+    each image has a label.
 
     **Raises:**
 
-    A `ValueError` if the images are of another shape, or `columns` is not positive.
+    A `ValueError` if the images are of another shape, or `columns` is not positive; a
+    `TypeError` if `ax` are not axes.
     """
     if columns is not None and columns < 1:
         raise ValueError(f"`columns` must be at least 1; got {columns}.")
@@ -68,9 +78,13 @@ def images(distilled: DistilledSet, *, columns: int | None = None) -> "Figure":
     else:
         limit = max(float(np.abs(pictures).max()), tiny)
         scale = {"cmap": "gray_r", "vmin": -limit, "vmax": limit}
-    if len(pictures) > _MOST_WITH_TITLES:
-        classes = _classes(distilled)
-        return _mosaic(pictures, classes, columns or _MOST_COLUMNS, scale)
+    if ax is not None or len(pictures) > _MOST_WITH_TITLES:
+        mosaic = _Mosaic(pictures, _classes(distilled), columns or _MOST_COLUMNS)
+        if ax is not None:
+            _check_ax(ax)
+            mosaic.draw(ax, scale)
+            return _figure_of(ax)
+        return _with_mosaic(mosaic, scale)
     return _with_titles(pictures, _titles(distilled), columns or 5, scale)
 
 
@@ -92,60 +106,66 @@ def _with_titles(
     return figure
 
 
-def _mosaic(
-    pictures: np.ndarray, classes: np.ndarray, columns: int, scale: dict
-) -> "Figure":
+class _Mosaic:
     """All pictures in one: Matplotlib needs two seconds for fifty axes."""
-    _, height, width, *channels = pictures.shape
-    members = {int(c): np.flatnonzero(classes == c) for c in np.unique(classes)}
-    most = max(len(indices) for indices in members.values())
-    columns = min(columns, most)
-    gap = math.ceil(width / 14)
-    # A class has several rows if one does not hold it, and then a gap below them.
-    rows = math.ceil(most / columns)
-    class_height = rows * (height + gap) + (height // 4 if rows > 1 else 0)
-    # On the left of its images there is room for the class.
-    class_width = (columns + 1) * (width + gap)
-    # Many classes of few images stand side by side.
-    beside = next(
-        k
-        for k in range(1, len(members) + 1)
-        if k == len(members)
-        or math.ceil(len(members) / k) * class_height <= k * class_width
-    )
-    below = math.ceil(len(members) / beside)
-    shape = (below * class_height, beside * class_width)
-    # What is not a number is not drawn, and white are all three colours.
-    canvas = np.full((*shape, *channels), 1 if channels else np.nan, np.float32)
 
+    def __init__(self, pictures: np.ndarray, classes: np.ndarray, columns: int):
+        _, height, width, *channels = pictures.shape
+        members = {int(c): np.flatnonzero(classes == c) for c in np.unique(classes)}
+        most = max(len(indices) for indices in members.values())
+        columns = min(columns, most)
+        gap = math.ceil(width / 14)
+        # A class has several rows if one does not hold it, and then a gap below them.
+        rows = math.ceil(most / columns)
+        class_height = rows * (height + gap) + (height // 4 if rows > 1 else 0)
+        # On the left of its images there is room for the class.
+        class_width = (columns + 1) * (width + gap)
+        # Many classes of few images stand side by side.
+        beside = next(
+            k
+            for k in range(1, len(members) + 1)
+            if k == len(members)
+            or math.ceil(len(members) / k) * class_height <= k * class_width
+        )
+        below = math.ceil(len(members) / beside)
+        shape = (below * class_height, beside * class_width)
+        # What is not a number is not drawn, and white are all three colours.
+        self.canvas = np.full(
+            (*shape, *channels), 1 if channels else np.nan, np.float32
+        )
+        self.picture_width = width
+        self._labels = []
+        for i, (class_, indices) in enumerate(members.items()):
+            top = i % below * class_height
+            left = i // below * class_width + width + gap
+            for j, index in enumerate(indices):
+                y = top + j // columns * (height + gap)
+                x = left + j % columns * (width + gap)
+                self.canvas[y : y + height, x : x + width] = pictures[index]
+            self._labels.append((left - 2 * gap, top + height / 2, str(class_)))
+
+    def draw(self, ax: "Axes", scale: dict) -> None:
+        for x, y, label in self._labels:
+            ax.text(x, y, label, fontsize=8, ha="right", va="center")
+        ax.imshow(self.canvas, **scale)
+        ax.set_axis_off()
+
+
+def _with_mosaic(mosaic: _Mosaic, scale: dict) -> "Figure":
+    height, width = mosaic.canvas.shape[:2]
     # A quarter of an inch for each image, if the figure then has no more than 16; and a
     # dot for each pixel, up to 600 an inch.
-    inches = min(0.25, 16 / (max(shape) / width)) / width
+    inches = min(0.25, 16 / (max(height, width) / mosaic.picture_width))
+    inches /= mosaic.picture_width
     figure = _figure(
-        inches * shape[1] + (0.6 if scale else 0),
-        max(inches * shape[0], 1.0),
+        inches * width + (0.6 if scale else 0),
+        max(inches * height, 1.0),
         dpi=min(max(200, round(1 / inches)), 600),
     )
-    axis = figure.subplots()
-    for i, (class_, indices) in enumerate(members.items()):
-        top = i % below * class_height
-        left = i // below * class_width + width + gap
-        for j, index in enumerate(indices):
-            y = top + j // columns * (height + gap)
-            x = left + j % columns * (width + gap)
-            canvas[y : y + height, x : x + width] = pictures[index]
-        axis.text(
-            left - 2 * gap,
-            top + height / 2,
-            str(class_),
-            fontsize=8,
-            ha="right",
-            va="center",
-        )
-    axis.imshow(canvas, **scale)
-    axis.set_axis_off()
+    ax = figure.subplots()
+    mosaic.draw(ax, scale)
     if scale:
-        _add_bar(figure, [axis])
+        _add_bar(figure, [ax])
     return figure
 
 
@@ -158,20 +178,35 @@ def _add_bar(figure: "Figure", axes: Sequence["Axes"]) -> None:
     bar.outline.set_linewidth(0.5)
 
 
-def history(history: History) -> "Figure":
+def history(
+    history: History, *, ax: "Sequence[Axes] | np.ndarray | None" = None
+) -> "Figure":
     """Draws the outer loss, and the norms of the hypergradient and of the inner
     residual, against the step.
 
     **Arguments:**
 
     - `history`: the `history` of a [`eqdistill.Distillation`][].
+    - `ax`: the two axes to draw into, of any figure. Defaults to a new figure. (Keyword
+        only argument.)
 
     **Returns:**
 
-    A figure of two panels.
+    The figure, of two panels.
+
+    **Raises:**
+
+    A `ValueError` or `TypeError` if `ax` are not two axes.
     """
-    figure = _figure(7.0, 2.6)
-    left, right = figure.subplots(1, 2)
+    if ax is None:
+        ax = tuple(_figure(7.0, 2.6).subplots(1, 2))
+    else:
+        ax = tuple(np.ravel(np.asarray(ax, object)))
+        if len(ax) != 2:
+            raise ValueError(f"`ax` must be two Matplotlib axes; got {len(ax)}.")
+        for axis in ax:
+            _check_ax(axis)
+    left, right = ax
     left.plot(history.loss, color="black")
     left.set_ylabel("outer loss (nats per image)")
     right.semilogy(history.gradient_norm, color="black", label="hypergradient")
@@ -181,17 +216,30 @@ def history(history: History) -> "Figure":
     for axis in (left, right):
         axis.set_xlabel("outer step")
         axis.spines[["top", "right"]].set_visible(False)
-    return figure
+    return _figure_of(left)
 
 
 def _figure(width: float, height: float, dpi: int = 200) -> "Figure":
     try:
-        from matplotlib.figure import Figure
+        from ._data._shown_figure import ShownFigure
     except ImportError as e:
         raise ImportError(
             "`eqdistill.plot` needs Matplotlib: pip install 'eqdistill[plot]'."
         ) from e
-    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    return ShownFigure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def _check_ax(ax: Any) -> None:
+    from matplotlib.axes import Axes
+
+    if not isinstance(ax, Axes):
+        raise TypeError(f"`ax` must be Matplotlib axes; got a {type(ax).__name__}.")
+
+
+def _figure_of(ax: "Axes") -> "Figure":
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure
 
 
 def _classes(distilled: DistilledSet) -> np.ndarray:

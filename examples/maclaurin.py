@@ -70,9 +70,8 @@ def learn_images(dataset: str, steps: int, seed: int, output: Path) -> None:
         callbacks=[eqd.ProgressBar()],
     )
     found = eqd.evaluate(result.distilled, classifier, test, inner)
-    print(
-        f"ten images from blank, {steps} outer steps, {time.perf_counter() - began:.0f} s"
-    )
+    seconds = time.perf_counter() - began
+    print(f"ten images from blank, {steps} outer steps, {seconds:.0f} s")
     print(f"test accuracy             {100 * found.accuracy:.1f}%")
     eqd.plot.images(result.distilled).savefig(output / "maclaurin_images.png")
 
@@ -157,9 +156,7 @@ def learn_schedules(
     print(f"learned                   {to_text(learned)}")
     more = of_constants[best] - learned
     error = np.std(more, ddof=1) / np.sqrt(num_networks) if num_networks > 1 else 0.0
-    print(
-        f"below the best constant by {more.mean():.4f} +- {error:.4f}, on the same networks"
-    )
+    print(f"below the best constant   {more.mean():.4f} +- {error:.4f}, paired")
     draw(rates, best).savefig(output / "maclaurin_schedules.png")
     print(
         f"files {output / 'maclaurin_images.png'}, {output / 'maclaurin_schedules.png'}"

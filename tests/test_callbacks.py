@@ -1,6 +1,10 @@
 """Callbacks: when they are called, what they may keep, and how they stop a run."""
 
+import copy
+import io
 import logging
+import pickle
+import sys
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -102,11 +106,52 @@ def test_all_are_closed_if_one_cannot_be(problem):
     assert closed == [12, 12]
 
 
-def test_progress_bar(problem, capsys):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_bar_in_a_terminal(problem, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
     eqd.distill(*problem, **QUICK, steps=12, callbacks=[eqd.ProgressBar()])
-    shown = capsys.readouterr().err
+    shown = sys.stderr.getvalue()
     assert "12/12" in shown
     assert "loss=" in shown
+    # One line, written anew each time.
+    assert shown.count("\n") == 1
+    assert shown.count("\r") >= 2
+
+
+@pytest.mark.parametrize(("every", "steps"), [(10, 12), (1, 37)])
+def test_progress_bar_in_a_log_file(problem, capsys, every, steps):
+    bar = eqd.ProgressBar(every=every)
+    eqd.distill(*problem, **QUICK, steps=steps, callbacks=[bar])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == min(steps // every + (steps % every > 0), 10)
+    assert f"{steps}/{steps}" in lines[-1]
+    assert all("loss=" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))],
+)
+def test_an_error_can_be_copied_and_sent_to_another_process(problem, copy):
+    callbacks = [eqd.ProgressBar(), eqd.EarlyStopping(problem[2])]
+    with pytest.raises(eqd.DistillationError) as e:
+        eqd.distill(
+            *problem,
+            inner=OneStep(),
+            optimiser=optax.sgd(float("inf")),
+            callbacks=callbacks,
+            key=jr.key(0),
+        )
+    again = copy(e.value)
+    assert type(again) is eqd.DistillationError
+    assert str(again) == str(e.value)
+    np.testing.assert_array_equal(
+        again.distillation.distilled.images, e.value.distillation.distilled.images
+    )
 
 
 def test_log(problem, caplog):

@@ -1,6 +1,10 @@
+import io
+
 import equinox as eqx
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 import eqdistill as eqd
 
@@ -118,3 +122,39 @@ def test_history(tmp_path):
         np.testing.assert_array_equal(line.get_ydata(), values)
     assert right.get_yscale() == "log"
     figure.savefig(tmp_path / "history.png")
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 6, 5)])
+def test_draws_into_given_axes(shape):
+    figure = Figure()
+    # A colour bar would take room from the axes beside.
+    left, right, below, last = figure.subplots(2, 2).ravel()
+    place = left.get_position(original=True)
+    d = distilled(np.arange(10), shape=shape)
+    assert eqd.plot.images(d, ax=left, columns=1) is figure
+    assert len(figure.axes) == 4
+    assert left.get_position(original=True).bounds == place.bounds
+    assert sorted(text.get_text() for text in left.texts) == [str(i) for i in range(10)]
+    canvas = np.ma.filled(left.images[0].get_array(), np.nan)
+    drawn = canvas[:6, 6:11]
+    image = np.asarray(d.images[0])
+    if len(shape) == 3:
+        low, high = d.images.min(), d.images.max()
+        image = (np.moveaxis(image, 0, 2) - low) / (high - low)
+    np.testing.assert_allclose(drawn, image, atol=1e-6)
+    series = np.geomspace(1, 1e-4, 60, dtype=np.float32).reshape(3, 20)
+    assert eqd.plot.history(eqd.History(*series), ax=[below, last]) is figure
+    np.testing.assert_array_equal(below.lines[0].get_ydata(), series[0])
+    assert not right.has_data()
+    with pytest.raises(ValueError, match="`ax` must be two Matplotlib axes; got 1"):
+        eqd.plot.history(eqd.History(*series), ax=[right])
+    with pytest.raises(TypeError, match="`ax` must be Matplotlib axes; got a Figure"):
+        eqd.plot.images(d, ax=figure)
+
+
+def test_shows_itself_in_a_notebook_without_pyplot():
+    figure = eqd.plot.images(distilled(np.arange(2)))
+    content, size = figure._repr_png_()
+    picture = Image.open(io.BytesIO(content))
+    assert picture.width == 2 * size["width"]
+    assert picture.height == pytest.approx(2 * size["height"], abs=1)

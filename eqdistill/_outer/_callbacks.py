@@ -1,4 +1,6 @@
 import abc
+import io
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -23,7 +25,11 @@ class AbstractCallback(eqx.Module, Generic[Own]):
     """Watches a distillation, and may stop it.
 
     A callback has a state of its own, which it is given and returns. The states at the
-    end of the run are the `callbacks` of the [`eqdistill.Distillation`][].
+    end of the run are the `callbacks` of the [`eqdistill.Distillation`][]. With
+    [`eqdistill.Checkpoints`][] a state survives the end of the program if it consists
+    of numbers, strings, arrays, and lists, tuples and dicts of these; and of modules
+    that are in the same place of the first state. Functions, files and real data in it
+    are taken from a new first state.
 
     **Attributes:**
 
@@ -38,7 +44,8 @@ class AbstractCallback(eqx.Module, Generic[Own]):
         """**Arguments:**
 
         - `problem`: all that stays fixed.
-        - `state`: the state that the run begins with.
+        - `state`: the state that the run begins with, and began with if it goes on
+            from a checkpoint.
         - `steps`: the number of the step at which the run ends.
 
         **Returns:**
@@ -73,9 +80,11 @@ class AbstractCallback(eqx.Module, Generic[Own]):
         """
 
 
-class ProgressBar(AbstractCallback[Any]):
+class ProgressBar(AbstractCallback["_Bar"]):
     """Shows a progress bar, with the outer loss of the last step. The speed that it
-    shows leaves out the time for compiling. Needs `tqdm`, of `eqdistill[progress]`.
+    shows leaves out the time for compiling. Where the standard error is no terminal, as
+    in a log file, there is a line for each tenth of the run. Needs `tqdm`, of
+    `eqdistill[progress]`.
     """
 
     every: int = 10
@@ -88,30 +97,58 @@ class ProgressBar(AbstractCallback[Any]):
         del problem
         try:
             from tqdm.auto import tqdm
+            from tqdm.notebook import tqdm_notebook
         except ImportError as e:
             raise ImportError(
                 "`ProgressBar` needs tqdm: pip install 'eqdistill[progress]'."
             ) from e
-        return tqdm(total=steps, initial=int(state.step), unit="step"), True
+        # The bar of a notebook is no text, and its standard error no terminal.
+        in_lines = not issubclass(tqdm, tqdm_notebook) and not sys.stderr.isatty()
+        bar = tqdm(
+            total=steps,
+            initial=int(state.step),
+            unit="step",
+            file=io.StringIO() if in_lines else None,
+        )
+        return _Bar(bar, in_lines)
 
     def __call__(self, problem, state, history, own):
         del problem
-        bar, is_first = own
-        step = int(state.step)
-        if is_first:
+        own.show(int(state.step), float(history.loss[-1]) if len(history) else None)
+        return own, False
+
+    def close(self, own):
+        own.bar.close()
+
+
+class _Bar:
+    """A bar of tqdm, or lines of the same words."""
+
+    def __init__(self, bar: Any, in_lines: bool):
+        self.bar = bar
+        self._in_lines = in_lines
+        self._is_first = True
+
+    def __reduce__(self):
+        # A bar cannot be sent to another process. What arrives there shows nothing.
+        return type(self), (None, False)
+
+    def show(self, step: int, loss: float | None) -> None:
+        bar = self.bar
+        tenth = 10 * bar.n // bar.total
+        if self._is_first:
             # The first steps were waited for until they were compiled. The clock starts
             # after them.
             bar.initial = bar.n = bar.last_print_n = step
             bar.start_t = bar.last_print_t = time.time()
-        if len(history) > 0:
-            bar.set_postfix(loss=f"{history.loss[-1]:.4f}", refresh=False)
+            self._is_first = False
+        if loss is not None:
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         bar.update(step - bar.n)
-        bar.refresh()
-        return (bar, False), False
-
-    def close(self, own):
-        bar, _ = own
-        bar.close()
+        if not self._in_lines:
+            bar.refresh()
+        elif 10 * step // bar.total > tenth:
+            print(bar, file=sys.stderr, flush=True)
 
 
 class Log(AbstractCallback[None]):

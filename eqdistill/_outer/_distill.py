@@ -1,4 +1,3 @@
-import contextlib
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -16,18 +15,13 @@ from ._data import AbstractData
 from ._distillation import (
     Distillation,
     DistillationError,
-    History,
-    NO_ROWS,
     to_result,
     to_rows,
 )
 from ._loop import CompiledStep
 from ._problem import DistillState, Problem, REASONS, Status
-
-
-# After this many steps their results are fetched, to see whether the run has ended. To
-# fetch more often would hold up an accelerator.
-_FETCH_EVERY = 10
+from ._snapshot import AbstractCheckpoints
+from ._watch import Watch
 
 
 def distill(
@@ -40,7 +34,7 @@ def distill(
     steps: int = 50,
     learn: PyTree[bool] | None = None,
     tolerance: float = 0.0,
-    callbacks: Sequence[AbstractCallback] = (),
+    callbacks: Sequence[AbstractCallback | AbstractCheckpoints] = (),
     key: PRNGKeyArray | None = None,
     state: DistillState | None = None,
 ) -> Distillation:
@@ -75,7 +69,8 @@ def distill(
     - `tolerance`: the run has converged when the Euclidean norm of the hypergradient is
         at most this.
     - `callbacks`: [`eqdistill.AbstractCallback`][]s, such as
-        [`eqdistill.ProgressBar`][] and [`eqdistill.EarlyStopping`][].
+        [`eqdistill.ProgressBar`][] and [`eqdistill.EarlyStopping`][]. With
+        [`eqdistill.Checkpoints`][] among them, a run that was killed goes on.
     - `key`: a `jax.random.key`, for data in batches and inner solvers that draw random
         numbers.
     - `state`: goes on from this state, the `state` of an earlier result. All other
@@ -89,7 +84,7 @@ def distill(
     **Raises:**
 
     - A `TypeError` or `ValueError` as [`eqdistill.outer_loss`][], or for an argument
-        that is out of its range.
+        that is out of its range; or if checkpoints are of another problem.
     - An [`eqdistill.DistillationError`][], with the last good distilled set, if the
         inner solver fails or its fit collapses, or if the loss, its gradient or the
         distilled set stop being finite; or if a callback raises an error.
@@ -110,15 +105,14 @@ def distill(
         state = problem.init(key=key)
     else:
         _check_state(problem, state, key)
-    first = int(state.step)
-    if steps <= first:
-        wanted = "at least 1" if first == 0 else f"above {first}, the step of `state`"
-        raise ValueError(f"`steps` must be {wanted}; got {steps}.")
-    run = CompiledStep(problem, state, is_batched=False)
-    rows = NO_ROWS
-    watch = _Watch(callbacks)
+    watch = Watch(callbacks)
     try:
-        watch.init(problem, state, steps)
+        begin = watch.init(problem, state, steps)
+        state, rows = begin.state, begin.rows
+        if begin.has_stopped or _has_ended(state, steps):
+            watch.finish(problem, state, rows)
+            return to_result(problem, state, rows, watch.own)
+        run = CompiledStep(problem, state, is_batched=False)
         while True:
             step = int(state.step)
             num_steps = min(steps - step, watch.steps_until_due(step))
@@ -129,6 +123,8 @@ def distill(
                     # At most two steps are under way, so that Ctrl-C is prompt.
                     if i > 0:
                         jax.block_until_ready(found[i - 1])
+                    if watch.is_asked_to_leave():
+                        break
                 new_state = run.state()
                 rows = np.concatenate(
                     [rows, to_rows(found, int(new_state.step) - step)]
@@ -147,9 +143,8 @@ def distill(
                     f"{REASONS[status]}.",
                     to_result(problem, state, rows, watch.own, has_failed=True),
                 )
-            is_last = status == Status.CONVERGED or int(state.step) >= steps
             try:
-                if watch(problem, state, History(*rows.T), is_last):
+                if watch(problem, state, rows, _has_ended(state, steps)):
                     break
             except Exception as e:
                 raise DistillationError(
@@ -162,50 +157,8 @@ def distill(
     return to_result(problem, state, rows, watch.own)
 
 
-class _Watch:
-    """The callbacks of a run, with their states."""
-
-    def __init__(self, callbacks: Sequence[AbstractCallback]):
-        self._callbacks = callbacks
-        self._own = []
-
-    @property
-    def own(self) -> tuple[PyTree, ...]:
-        return tuple(self._own)
-
-    def init(self, problem: Problem, state: DistillState, steps: int) -> None:
-        for callback in self._callbacks:
-            if not callback.every >= 1:
-                raise ValueError(
-                    f"`every` of a `{type(callback).__name__}` must be at least 1; got "
-                    f"{callback.every}."
-                )
-            self._own.append(callback.init(problem, state, steps))
-
-    def steps_until_due(self, step: int) -> int:
-        """How many steps to take until a callback is due, or results are fetched."""
-        every = (_FETCH_EVERY, *(callback.every for callback in self._callbacks))
-        return min(n - step % n for n in every)
-
-    def __call__(
-        self, problem: Problem, state: DistillState, history: History, is_last: bool
-    ) -> bool:
-        """Calls the callbacks that are due, and says whether the run ends here."""
-        step = int(state.step)
-        is_due = [step % callback.every == 0 for callback in self._callbacks]
-        # If one stops the run, the others are called for the last time.
-        for due in (True, False):
-            for i, callback in enumerate(self._callbacks):
-                if is_due[i] == due and (due or is_last):
-                    own, stops = callback(problem, state, history, self._own[i])
-                    self._own[i] = own
-                    is_last = is_last or bool(stops)
-        return is_last
-
-    def close(self) -> None:
-        with contextlib.ExitStack() as stack:  # Also after an error of one of them.
-            for callback, own in zip(self._callbacks, self._own, strict=False):
-                stack.callback(callback.close, own)
+def _has_ended(state: DistillState, steps: int) -> bool:
+    return int(state.status) == Status.CONVERGED or int(state.step) >= steps
 
 
 def _check_state(

@@ -38,11 +38,13 @@ class Distillation(eqx.Module):
     - `distilled`: the distilled set after the last update. The best one by held-out
         data is in the state of [`eqdistill.EarlyStopping`][], in `callbacks`.
     - `start`, `inner`: the two arguments of the same names, as they have been learned.
-    - `history`: what was measured at each step of this call.
+    - `history`: what was measured at each step of this call, and of the calls from
+        whose checkpoints it went on.
     - `converged`: whether the norm of the hypergradient reached the tolerance.
     - `learned`: the names of what was learned, such as `"images"` and `"log_l2"`.
     - `state`: the last state, with which [`eqdistill.distill`][] goes on.
-    - `callbacks`: the last states of the callbacks.
+    - `callbacks`: the last states of the callbacks, and `None` for
+        [`eqdistill.Checkpoints`][].
     """
 
     distilled: DistilledSet
