@@ -79,12 +79,12 @@ def learn_images(dataset: str, steps: int, seed: int, output: Path) -> None:
 def by_layer(learning_rate: jax.Array) -> optax.GradientTransformation:
     """Momentum with a step size for each layer, or for each layer and step."""
 
-    def update(updates, step, params=None):
+    def update(updates, state, params=None):
         leaves, structure = jax.tree.flatten(updates)
-        rates = learning_rate[:, step] if learning_rate.ndim == 2 else learning_rate
+        rates = learning_rate[:, state] if learning_rate.ndim == 2 else learning_rate
         # Each layer has a matrix and a vector.
         leaves = [-rates[i // 2] * x for i, x in enumerate(leaves)]
-        return jax.tree.unflatten(structure, leaves), step + 1
+        return jax.tree.unflatten(structure, leaves), state + 1
 
     scale = optax.GradientTransformation(lambda params: jnp.array(0), update)
     return optax.chain(optax.trace(MOMENTUM), scale)
