@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import equinox as eqx
 import jax
@@ -91,7 +91,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
     def __init__(
         self,
         make: Callable[..., optax.GradientTransformation],
-        hyperparameters: dict[str, ArrayLike],
+        hyperparameters: Mapping[str, ArrayLike],
         steps: int,
         *,
         batch_size: int | None = None,
@@ -258,7 +258,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
 
 def log_positive(
-    name: str, values: dict[str, ArrayLike]
+    name: str, values: Mapping[str, ArrayLike]
 ) -> dict[str, Float[Array, "..."]]:
     """The logarithms of numbers that must be positive.
 
