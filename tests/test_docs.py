@@ -14,6 +14,7 @@ PAGES = [
     pytest.param("docs/evaluation.md", marks=pytest.mark.slow),
     pytest.param("docs/elsewhere.md", marks=pytest.mark.slow),
     pytest.param("docs/networks.md", marks=pytest.mark.slow),
+    pytest.param("docs/training-runs.md", marks=pytest.mark.slow),
     pytest.param("docs/backbones.md", marks=pytest.mark.slow),
     pytest.param("docs/getting-started.md", marks=pytest.mark.slow),
 ]

@@ -5,12 +5,14 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
+import optimistix as optx
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import eqdistill as eqd
 
-from .conftest import OneStep
+from .conftest import OneStep, small_noise, subset
 
 
 C, P = 4, 9
@@ -139,3 +141,41 @@ def test_a_reference_that_fails_is_refused():
     )
     with pytest.raises(ValueError, match="`reference` must fit the classifier"):
         eqd.hypergradient_error(*args, OneStep(), reference=Fails())
+
+
+@pytest.mark.slow
+def test_knows_what_is_approximate(digits):
+    train = subset(digits[0], 60)
+    start = eqd.DistilledSet.from_noise(train, l2=0.05, scale=0.3, key=jr.key(0))
+    classifier = eqd.LogisticRegression(64, 10)
+    error = lambda inner: eqd.hypergradient_error(
+        start, classifier, train, inner, key=jr.key(0)
+    )
+    run = lambda window: eqd.UnrolledSolver(
+        optax.sgd, {"learning_rate": 0.5}, 200, window=window
+    )
+    series = lambda terms: eqd.ArgminSolver(
+        adjoint=optx.ImplicitAdjoint(eqd.NeumannSeries(terms, 0.5))
+    )
+    whole, last, random, one, many = map(
+        error,
+        (
+            run(None),
+            run(eqd.LastSteps(2)),
+            run(eqd.RandomWindow(2)),
+            *map(series, (1, 200)),
+        ),
+    )
+    assert whole.error < 1e-4 * whole.norm
+    assert last.error > 0.1 * whole.norm
+    assert random.error > 0.1 * whole.norm
+    assert one.error > 0.1 * whole.norm > 10 * many.error
+
+
+def test_refuses_solvers_that_draw(digits):
+    train = subset(digits[0], 60)
+    start = small_noise(train)
+    training = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.5}, 2)
+    inner = eqd.RandomInitialisation(eqd.nn.MLP, training, num_classes=10)
+    with pytest.raises(TypeError, match=r"`inner` must fit .*; got a `RandomInit"):
+        eqd.hypergradient_error(start, None, train, inner, key=jr.key(0))

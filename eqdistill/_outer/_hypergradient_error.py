@@ -1,3 +1,5 @@
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,14 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._classifier import takes_pixels
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
+from .._inner._argmin_solver import ArgminSolver
 from .._inner._auto_solver import AutoSolver
-from .._inner._inner_solver import AbstractInnerSolver, Fitted
+from .._inner._inner_solver import (
+    AbstractDrawingSolver,
+    AbstractInnerSolver,
+    Fitted,
+)
+from .._inner._unrolled_solver import UnrolledSolver
 from .._losses import cross_entropy, CrossEntropy
 from .._softmax import label_residual, softmax_change
 from ._outer_loss import outer_loss
@@ -55,8 +63,10 @@ def hypergradient_error(
     - `start`, `classifier`, `inner`: as for [`eqdistill.outer_loss`][].
     - `data`: the real data.
     - `reference`: how to fit the classifier for the reference. Defaults to `inner`,
-        whose tolerances, if they are the defaults, are finer in double precision.
-        (Keyword only argument.)
+        whose tolerances, if they are the defaults, are finer in double precision:
+        without its `window`, if it is an [`eqdistill.UnrolledSolver`][], and with the
+        default adjoint, if it is an [`eqdistill.ArgminSolver`][]. (Keyword only
+        argument.)
     - `key`: as for [`eqdistill.outer_loss`][]. (Keyword only argument.)
 
     **Returns:**
@@ -65,20 +75,27 @@ def hypergradient_error(
 
     **Raises:**
 
-    As [`eqdistill.outer_loss`][]; and a `ValueError` if the fit of the reference does
-    not converge.
+    As [`eqdistill.outer_loss`][]; a `ValueError` if the fit of the reference does not
+    converge; and a `TypeError` for a solver that draws classifiers, as it draws others
+    in double precision.
 
     Source: Blondel et al., *Efficient and modular implicit differentiation*, 2022,
     Theorem 1, and Pedregosa, *Hyperparameter optimization with approximate gradient*,
     2016, Theorem 1, for the bound; `docs/mathematics.md` for its proof.
     """
+    for name, solver in (("inner", inner), ("reference", reference)):
+        if isinstance(solver, AbstractDrawingSolver):
+            raise TypeError(
+                f"`{name}` must fit the `classifier` that is given; got a "
+                f"`{type(solver).__name__}`, which draws others in double precision."
+            )
     gradient, fitted = _hypergradient(start, classifier, data, inner, key)
     with jax.enable_x64(True):
         real = Dataset(_to_double(data.floating()), data.labels, data.num_classes)
         double_start, double_classifier, gradient, at = map(
             _to_double, (start, classifier, gradient, fitted.classifier)
         )
-        reference = _to_double(inner if reference is None else reference)
+        reference = _to_double(_exact(inner) if reference is None else reference)
         args = (double_start, double_classifier, real, reference, key)
         wanted, reference_fit = _hypergradient(*args)
         if not reference_fit.converged:
@@ -107,6 +124,15 @@ def _hypergradient(start, classifier, data, inner, key) -> tuple[PyTree, Fitted]
         start, classifier, data, inner, key=key
     )
     return gradient, outcome.fitted
+
+
+def _exact(inner: AbstractInnerSolver) -> AbstractInnerSolver:
+    """The solver without what approximates its derivative."""
+    if isinstance(inner, UnrolledSolver):
+        return eqx.tree_at(lambda s: s.window, inner, None, is_leaf=lambda x: x is None)
+    if isinstance(inner, ArgminSolver):
+        return dataclasses.replace(inner, adjoint=ArgminSolver().adjoint)
+    return inner
 
 
 def _to_double(tree: PyTree) -> PyTree:
