@@ -130,6 +130,18 @@ def real_data(
     return train, test, preprocessing
 
 
+def run(main: Callable[..., None], parser: argparse.ArgumentParser) -> None:
+    """Calls `main` with the arguments of the command line, and a folder for the
+    results. The next run loads what this one compiles."""
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="a folder for the results"
+    )
+    args = parser.parse_args()
+    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    main(**vars(args))
+
+
 def adam(schedule: optax.Schedule) -> optax.GradientTransformation:
     """Adam, for which the images move ten times as fast as all else that is learned."""
 
@@ -329,11 +341,4 @@ if __name__ == "__main__":
     parser.add_argument("--draws", type=int, default=5, help="of random real images")
     parser.add_argument("--num-networks", type=int, default=3)
     parser.add_argument("--updates", type=int, help="defaults to the recipe's")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the results"
-    )
-    args = parser.parse_args()
-    # The next run loads what this one compiles.
-    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    main(**vars(args))
+    run(main, parser)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from architectures import NETWORKS, RECIPES
+from architectures import NETWORKS, RECIPES, run
 
 import eqdistill as eqd
 
@@ -109,11 +109,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--num-networks", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the results"
-    )
-    args = parser.parse_args()
-    # The next run loads what this one compiles.
-    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    main(**vars(args))
+    run(main, parser)

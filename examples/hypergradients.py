@@ -27,6 +27,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import optimistix as optx
+from architectures import run
 from matplotlib.figure import Figure
 
 import eqdistill as eqd
@@ -291,11 +292,4 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--steps", type=int, default=50, help="outer steps")
     parser.add_argument("--repeats", type=int, default=5, help="of what is timed")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the results"
-    )
-    args = parser.parse_args()
-    # The next run loads what this one compiles.
-    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    main(**vars(args))
+    run(main, parser)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from architectures import real_data
+from architectures import real_data, run
 from matplotlib.figure import Figure
 
 import eqdistill as eqd
@@ -204,11 +204,4 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=250, help="images of a step")
     parser.add_argument("--num-networks", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the results"
-    )
-    args = parser.parse_args()
-    # The next run loads what this one compiles.
-    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    main(**vars(args))
+    run(main, parser)

@@ -17,10 +17,9 @@ import functools as ft
 import time
 from pathlib import Path
 
-import jax
 import jax.random as jr
 import optax
-from architectures import adam, DATASETS, NETWORKS, real_data, RECIPES
+from architectures import adam, DATASETS, NETWORKS, real_data, RECIPES, run
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
@@ -53,6 +52,8 @@ def main(
     seed: int,
     output: Path,
 ) -> None:
+    if linearised and hard:
+        raise SystemExit("--linearised is for labels that are learned, not for --hard.")
     train, test, preprocessing = real_data(
         dataset, data_dir, held_out=held_out, zca=zca
     )
@@ -166,13 +167,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--num-networks", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the results"
-    )
-    args = parser.parse_args()
-    if args.linearised and args.hard:
-        parser.error("--linearised is for labels that are learned, and not for --hard.")
-    # The next run loads what this one compiles.
-    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    main(**vars(args))
+    run(main, parser)

@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import jax.random as jr
 import optax
-from architectures import DATASETS, NETWORKS, real_data, RECIPES
+from architectures import DATASETS, NETWORKS, real_data, RECIPES, run
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
@@ -142,11 +142,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("--num-networks", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the results"
-    )
-    args = parser.parse_args()
-    # The next run loads what this one compiles.
-    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    main(**vars(args))
+    run(main, parser)
