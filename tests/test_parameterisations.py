@@ -94,7 +94,7 @@ def test_hostile_files(tmp_path):
         with pytest.raises(ValueError, match="`parameterisation` must be null, or the"):
             eqd.load(path)
     change({"type": "Packed", "shape": [20000, 20000]})
-    with pytest.raises(ValueError, match=r"at most 1024 times as large.*\(20000, "):
+    with pytest.raises(ValueError, match=r"its images would take .* bytes, where"):
         eqd.load(path)
     change({"type": "Packed", "shape": [4, 6]})
     with pytest.raises(ValueError, match=r"Cannot load .*by one number; got"):
