@@ -148,7 +148,7 @@ def main(
             ("k-means", sets.from_kmeans),
         ):
             own = choose(train, n, l2=1e-8, key=jr.key(seed))
-            _, of_own = evaluate(distil(own, steps // 10, all_of_it=False))
+            _, of_own = evaluate(distil(own, max(1, steps // 10), all_of_it=False))
             more = found.accuracies[0] - of_own.accuracies[0]
             error = (
                 np.std(more, ddof=1) / np.sqrt(num_networks) if num_networks > 1 else 0
