@@ -142,8 +142,11 @@ def run(main: Callable[..., None], parser: argparse.ArgumentParser) -> None:
     main(**vars(args))
 
 
-def adam(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Adam, for which the images move ten times as fast as all else that is learned."""
+def adam(
+    schedule: optax.Schedule, slower: float = 10.0
+) -> optax.GradientTransformation:
+    """Adam, for which the images move that many times as fast as all else that is
+    learned."""
 
     def part(path: tuple, _: jax.Array) -> str:
         name = jax.tree_util.keystr(path[-1:], simple=True)
@@ -152,7 +155,7 @@ def adam(schedule: optax.Schedule) -> optax.GradientTransformation:
     return optax.partition(
         {
             "images": optax.adam(schedule),
-            "all else": optax.adam(lambda step: schedule(step) / 10),
+            "all else": optax.adam(lambda step: schedule(step) / slower),
         },
         lambda learned: jax.tree.map_with_path(part, learned),
     )

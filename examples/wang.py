@@ -89,7 +89,7 @@ def main(
             classifier,
             data,
             inner=inner,
-            optimiser=optax.chain(eqd.clip_by_running_norm(), adam(rate)),
+            optimiser=optax.chain(eqd.clip_by_running_norm(), adam(rate, slower=50.0)),
             learn=(learn, True),
             steps=steps,
             callbacks=[eqd.ProgressBar()],
