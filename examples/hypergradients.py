@@ -80,7 +80,7 @@ def errors(train: eqd.Dataset, repeats: int, output: Path) -> None:
     def compiled_gradient(inner: eqd.AbstractInnerSolver):
         def loss(images):
             distilled = eqx.tree_at(lambda d: d.images, start, images)
-            return eqd.outer_loss(distilled, classifier, train, inner)[0]
+            return eqd.outer_loss(distilled, classifier, train, inner, key=jr.key(0))[0]
 
         return jax.jit(jax.grad(loss)).lower(start.images).compile()
 
@@ -95,6 +95,10 @@ def errors(train: eqd.Dataset, repeats: int, output: Path) -> None:
             descent(1000, window=eqd.LastSteps(n)) for n in counts[:-1]
         ],
         "Neumann series": [neumann(n) for n in counts],
+        "a random window of 1,000": [descent(1000, window=eqd.RandomWindow(100))],
+        "a window of 1,000 by the gradient": [
+            descent(1000, window=eqd.GradientWindow(100))
+        ],
     }
     found = {}
     print("| hypergradient | steps or terms | error | time | memory, MB |")
