@@ -136,8 +136,18 @@ def count_of(inner: eqd.AbstractInnerSolver) -> int | None:
 def draw(found: dict[str, list[tuple[int, float]]]) -> Figure:
     figure = Figure(figsize=(5, 3.4), dpi=200, layout="constrained")
     axis = figure.add_subplot()
-    for (name, points), marker in zip(found.items(), "os^", strict=True):
-        axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name)
+    # What is equal must be seen one in the other.
+    for (name, points), marker, size in zip(
+        found.items(), "os^", (4, 8, 4), strict=True
+    ):
+        style = {"markerfacecolor": "none"} if size > 4 else {}
+        axis.plot(
+            *zip(*points, strict=True),
+            marker=marker,
+            markersize=size,
+            label=name,
+            **style,
+        )
     steps = np.geomspace(1, 1000, 200)
     axis.plot(
         steps,
