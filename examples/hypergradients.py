@@ -140,14 +140,11 @@ def draw(found: dict[str, list[tuple[int, float]]]) -> Figure:
     for (name, points), marker, size in zip(
         found.items(), "os^", (4, 8, 4), strict=True
     ):
-        style = {"markerfacecolor": "none"} if size > 4 else {}
-        axis.plot(
-            *zip(*points, strict=True),
-            marker=marker,
-            markersize=size,
-            label=name,
-            **style,
+        lines = axis.plot(
+            *zip(*points, strict=True), marker=marker, markersize=size, label=name
         )
+        if size > 4:
+            lines[0].set_markerfacecolor("none")
     steps = np.geomspace(1, 1000, 200)
     axis.plot(
         steps,

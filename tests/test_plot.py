@@ -132,7 +132,7 @@ def test_long_history_has_medians(tmp_path):
     np.testing.assert_array_equal(pale.get_ydata(), series)
     np.testing.assert_allclose(dark.get_xdata(), np.arange(5.5, 1200, 12))
     np.testing.assert_array_equal(dark.get_ydata(), np.full(100, 3.5))
-    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    _, labels = right.get_legend_handles_labels()
     assert labels == ["hypergradient", "inner residual"]
     figure.savefig(tmp_path / "history.png")
 
