@@ -22,6 +22,8 @@ from PIL import Image
 DOCS = Path(__file__).parent
 IMAGES = DOCS / "images"
 MOST_BYTES = 150_000
+# In a line of a command.
+MOST_LETTERS = 72
 HEAD = """\
 # Gallery
 
@@ -39,7 +41,9 @@ class Picture(NamedTuple):
     sentence: str
 
     def full_command(self) -> str:
-        return f"python examples/{self.command} --output output/{self.folder}"
+        parts = f"python examples/{self.command}", f"--output output/{self.folder}"
+        fits = sum(map(len, parts)) < MOST_LETTERS
+        return (" " if fits else " \\\n    ").join(parts)
 
 
 def read() -> list[Picture]:
