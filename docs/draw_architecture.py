@@ -7,6 +7,7 @@ Run it by `python docs/draw_architecture.py`.
 """
 
 import ast
+import math
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -26,6 +27,8 @@ FLOORS = [
     ("files", ["_files"]),
     ("the public face", ["datasets", "nn", "recipes", "plot", "__main__"]),
 ]
+# The most letters in a line of the names of modules.
+MOST_LETTERS = 130
 
 
 def room_of(file: Path) -> str:
@@ -71,12 +74,26 @@ def place() -> dict[str, tuple[float, float, float, float]]:
     """The left edge, the bottom, the width and the height of each room."""
     places, bottom = {}, 0.0
     for _, rooms in FLOORS:
-        height = 1.0 if len(rooms) > 1 else 1.5
+        height = 1.0 if len(rooms) > 1 else 1.7
         bottom -= height + 0.75
         width = 12.0 / len(rooms)
         for i, room in enumerate(rooms):
             places[room] = (i * width + 0.08, bottom, width - 0.16, height)
     return places
+
+
+def in_lines(names: list[str]) -> str:
+    """The names in at least two lines of about the same length, none too long."""
+    total = sum(len(name) + 3 for name in names)
+    longest = total / max(2, math.ceil(total / MOST_LETTERS))
+    lines, length = [[]], 0
+    for name in names:
+        # A name is in the line that holds its middle.
+        if (length + len(name) / 2) > longest * len(lines):
+            lines.append([])
+        lines[-1].append(name)
+        length += len(name) + 3
+    return "\n".join("   ".join(line) for line in lines)
 
 
 def draw_rooms(axis: Axes, modules: dict[str, list[str]], places: dict) -> None:
@@ -94,9 +111,8 @@ def draw_rooms(axis: Axes, modules: dict[str, list[str]], places: dict) -> None:
                 continue
             axis.text(middle, bottom + height - 0.3, room, **centred)
             names = [name.removeprefix("_") for name in modules[room]]
-            half = -(-len(names) // 2)
-            text = "   ".join(names[:half]) + "\n" + "   ".join(names[half:])
-            style = {**centred, "fontsize": 6.5, "color": "0.3", "linespacing": 1.6}
+            text = in_lines(names)
+            style = {**centred, "fontsize": 6.5, "color": "0.3", "linespacing": 1.4}
             axis.text(middle, bottom + (height - 0.4) / 2, text, **style)
 
 

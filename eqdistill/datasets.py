@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,9 @@ def _find(folder: Path, files: dict[str, tuple[str, ...]]) -> dict[str, Path] | 
 
 def _cache(name: str) -> Path | None:
     try:
-        import pooch
+        # Pooch imports the progress bar of notebooks, which warns without widgets.
+        with warnings.catch_warnings(action="ignore"):
+            import pooch
     except ImportError:
         return None
     return Path(pooch.os_cache("eqdistill")) / name

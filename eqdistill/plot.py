@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _MOST_WITH_TITLES = 50
 # The most images in a row of a mosaic.
 _MOST_COLUMNS = 50
+# The most steps that are drawn as one line.
+_MOST_STEPS = 500
 
 
 def images(
@@ -184,6 +186,9 @@ def history(
     """Draws the outer loss, and the norms of the hypergradient and of the inner
     residual, against the step.
 
+    The steps of a long run are noisy, as batches differ: of more than 500 steps, pale
+    lines show each step, and dark ones the median of each hundredth of the run.
+
     **Arguments:**
 
     - `history`: the `history` of a [`eqdistill.Distillation`][].
@@ -207,16 +212,36 @@ def history(
         for axis in ax:
             _check_ax(axis)
     left, right = ax
-    left.plot(history.loss, color="black")
+    _draw_series(left, history.loss, "black", None)
     left.set_ylabel("outer loss (nats per image)")
-    right.semilogy(history.gradient_norm, color="black", label="hypergradient")
-    right.semilogy(history.inner_residual, color="tab:orange", label="inner residual")
+    right.set_yscale("log")
+    _draw_series(right, history.gradient_norm, "black", "hypergradient")
+    _draw_series(right, history.inner_residual, "tab:orange", "inner residual")
     right.set_ylabel("norm")
-    right.legend(frameon=False, fontsize=8)
+    # Above the lines, which may be anywhere.
+    right.legend(
+        frameon=False,
+        fontsize=8,
+        ncols=2,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0,
+    )
     for axis in (left, right):
         axis.set_xlabel("outer step")
         axis.spines[["top", "right"]].set_visible(False)
     return _figure_of(left)
+
+
+def _draw_series(axis: "Axes", values: np.ndarray, color: str, label: str | None):
+    if len(values) <= _MOST_STEPS:
+        axis.plot(values, color=color, label=label)
+        return
+    axis.plot(values, color=color, alpha=0.25, linewidth=0.4)
+    hundredths = np.array_split(np.arange(len(values)), 100)
+    middles = [steps.mean() for steps in hundredths]
+    medians = [np.median(values[steps]) for steps in hundredths]
+    axis.plot(middles, medians, color=color, label=label)
 
 
 def _figure(width: float, height: float, dpi: int = 200) -> "Figure":

@@ -288,6 +288,7 @@ def draw(
 ) -> Figure:
     """One line for each set, one mark for each network: the mean over sets and
     networks, with the deviation over networks."""
+    rows = {name: row for name, row in rows.items() if any(row)}
     figure = Figure(
         figsize=(6.5, 0.45 * len(rows) + 1.6), dpi=200, layout="constrained"
     )

@@ -141,8 +141,15 @@ def count_of(inner: eqd.AbstractInnerSolver) -> int | None:
 def draw(found: dict[str, list[tuple[int, float]]]) -> Figure:
     figure = Figure(figsize=(5, 3.4), dpi=200, layout="constrained")
     axis = figure.add_subplot()
-    for (name, points), marker in zip(found.items(), "os^", strict=True):
-        axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name)
+    # What is equal must be seen one in the other.
+    for (name, points), marker, size in zip(
+        found.items(), "os^", (4, 8, 4), strict=True
+    ):
+        lines = axis.plot(
+            *zip(*points, strict=True), marker=marker, markersize=size, label=name
+        )
+        if size > 4:
+            lines[0].set_markerfacecolor("none")
     steps = np.geomspace(1, 1000, 200)
     axis.plot(
         steps,

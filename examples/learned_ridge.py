@@ -17,6 +17,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import eqdistill as eqd
 
@@ -121,12 +122,18 @@ def draw(
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         row[0].set_ylabel(name)
+    for axis, label in zip(axes[0], np.asarray(start.labels), strict=True):
+        axis.set_title(label, fontsize=9)
     left, right = below.subplots(1, 2)
     left.plot(result.history.loss, color="black")
     left.set(xlabel="outer step", ylabel="outer loss (nats per image)")
     steps = np.linspace(0, len(result.history), len(ridges))
     right.semilogy(steps, ridges, color="black", marker=".")
     right.set(xlabel="outer step", ylabel="ridge")
+    right.yaxis.set_minor_formatter("")
+    if max(ridges) < 10 * min(ridges):
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_major_formatter("{x:g}")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     return figure

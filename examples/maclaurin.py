@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from architectures import real_data, run
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import eqdistill as eqd
 from eqdistill import nn
@@ -169,18 +170,28 @@ def to_text(losses: np.ndarray) -> str:
 
 
 def draw(rates: np.ndarray, constant: float) -> Figure:
-    figure = Figure(figsize=(5, 3), dpi=200, layout="constrained")
-    axis = figure.add_subplot()
-    for i, own in enumerate(rates):
-        axis.plot(own, label=f"layer {i + 1}", linewidth=1.2)
-    axis.axhline(
-        constant, color="0.5", linestyle="--", linewidth=1, label="best constant"
+    """One panel for each layer: the lines cross too often for one."""
+    layers = len(rates)
+    figure = Figure(figsize=(6.5, 1.1 * layers + 0.6), dpi=150, layout="constrained")
+    axes = np.ravel(figure.subplots(layers, 1, sharex=True, sharey=True, squeeze=False))
+    for i, (axis, own) in enumerate(zip(axes, rates, strict=True)):
+        axis.axhline(
+            constant, color="0.5", linestyle="--", linewidth=1, label="best constant"
+        )
+        axis.plot(own, color="black", linewidth=1.2, label="learned")
+        axis.set(yscale="log", ylabel=f"layer {i + 1}")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+        axis.grid(color="0.92")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("step of the training")
+    figure.supylabel("step size", fontsize=10)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper right", frameon=False, fontsize=8, ncols=2
     )
-    axis.set(yscale="log", xlabel="step", ylabel="step size")
-    axis.legend(frameon=False, fontsize=8, ncols=2)
-    axis.grid(color="0.92")
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -1,10 +1,13 @@
 """The code of the README and of the documentation runs as it stands."""
 
+import json
 import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 
 ROOT = Path(__file__).parents[1]
@@ -33,3 +36,39 @@ def test_no_room_imports_from_below():
     modules, arrows = script["survey"]()
     script["check"](modules, arrows)
     assert ("_outer", "_inner") in arrows
+
+
+def test_gallery_is_up_to_date():
+    script = runpy.run_path(str(ROOT / "docs" / "make_gallery.py"))
+    pictures = script["read"]()
+    # It is written by `python docs/make_gallery.py`.
+    assert (ROOT / "docs" / "gallery.md").read_text() == script["page"](pictures)
+    for picture in pictures:
+        assert (ROOT / "examples" / picture.command.split()[0]).exists()
+    shown = {picture.image for picture in pictures}
+    gallery = ROOT / "docs" / "images" / "gallery"
+    assert shown >= {f"gallery/{file.name}" for file in gallery.iterdir()}
+
+
+def test_large_pictures_are_made_smaller(tmp_path):
+    script = runpy.run_path(str(ROOT / "docs" / "make_gallery.py"))
+    noise = np.random.default_rng(0).integers(0, 256, (600, 1800, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    script["shrink"](tmp_path / "large.png", tmp_path / "images" / "small.png")
+    with Image.open(tmp_path / "images" / "small.png") as small:
+        assert small.width == pytest.approx(3 * small.height, abs=3)
+    assert (tmp_path / "images" / "small.png").stat().st_size <= 150_000
+
+
+def test_notebook_is_executed():
+    """As it stands, from its first cell to its last: `.ci/run` executes it afresh."""
+    notebook = json.loads(
+        (ROOT / "docs" / "dataset_distillation.ipynb").read_text("utf-8")
+    )
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    counts = [cell["execution_count"] for cell in cells]
+    assert counts == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert all(output["output_type"] != "error" for output in outputs)
+    assert all(output.get("name") != "stderr" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5

@@ -124,6 +124,19 @@ def test_history(tmp_path):
     figure.savefig(tmp_path / "history.png")
 
 
+def test_long_history_has_medians(tmp_path):
+    series = np.tile(np.arange(1, 7, dtype=np.float32), 200)
+    figure = eqd.plot.history(eqd.History(series, 2 * series, 3 * series))
+    left, right = figure.axes
+    pale, dark = left.lines
+    np.testing.assert_array_equal(pale.get_ydata(), series)
+    np.testing.assert_allclose(dark.get_xdata(), np.arange(5.5, 1200, 12))
+    np.testing.assert_array_equal(dark.get_ydata(), np.full(100, 3.5))
+    _, labels = right.get_legend_handles_labels()
+    assert labels == ["hypergradient", "inner residual"]
+    figure.savefig(tmp_path / "history.png")
+
+
 @pytest.mark.parametrize("shape", [(6, 5), (3, 6, 5)])
 def test_draws_into_given_axes(shape):
     figure = Figure()

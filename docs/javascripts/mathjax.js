@@ -1,7 +1,12 @@
 window.MathJax = {
   tex: {
-    inlineMath: [["\\(", "\\)"]],
-    displayMath: [["\\[", "\\]"]],
+    inlineMath: [["\\(", "\\)"], ["$", "$"]],
+    displayMath: [["\\[", "\\]"], ["$$", "$$"]],
   },
-  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex" },
+  // The second class to process is that of the text in notebooks, whose paragraphs have
+  // no class of their own.
+  options: {
+    ignoreHtmlClass: ".+",
+    processHtmlClass: "arithmatex|jp-RenderedMarkdown",
+  },
 };
