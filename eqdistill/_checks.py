@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._classifier import Frozen, parameters
+from ._typechecking import describe
 
 
 def check_classifier(classifier: PyTree, image: jax.ShapeDtypeStruct) -> int:
@@ -93,7 +94,8 @@ def check_key(name: str, key: Any) -> None:
     )
     if not is_key or key.shape != ():
         raise TypeError(
-            f"`{name}` must be one key, as `jax.random.key(0)` makes it; got {key!r}."
+            f"`{name}` must be one key, as `jax.random.key(0)` makes it; got "
+            f"{describe(key)}."
         )
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from ._conversions import as_int
+
 
 class Frozen(eqx.Module):
     """Holds a module whose arrays are not parameters: they are neither fitted nor
@@ -174,6 +176,7 @@ def LogisticRegression(
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1; got {value}.")
     dtype = jnp.result_type(float) if dtype is None else dtype
+    in_features, num_classes = as_int(in_features), as_int(num_classes)
     head = eqx.filter_eval_shape(
         eqx.nn.Linear,
         in_features,

@@ -12,7 +12,10 @@ from typing import Annotated, Any, get_args, get_origin, TypeVar, Union
 import jax
 import numpy as np
 from beartype import beartype, BeartypeConf, BeartypeHintOverrides
-from beartype.roar import BeartypeCallHintParamViolation, BeartypeCallHintReturnViolation
+from beartype.roar import (
+    BeartypeCallHintParamViolation,
+    BeartypeCallHintReturnViolation,
+)
 from beartype.vale import Is
 from jaxtyping import AbstractArray, AnnotationError, ArrayLike, PRNGKeyArray
 
@@ -20,12 +23,13 @@ from jaxtyping import AbstractArray, AnnotationError, ArrayLike, PRNGKeyArray
 _Fn = TypeVar("_Fn", bound=Callable)
 
 # NumPy's numbers are numbers, and bools are none.
-_IS_NUMBER = Is[lambda x: not isinstance(x, bool)]
+_IS_NUMBER: Any = Is[lambda x: not isinstance(x, bool)]
 _NUMBERS: dict = {
     int: Annotated[int | np.integer, _IS_NUMBER],
     float: Annotated[int | float | np.integer | np.floating, _IS_NUMBER],
 }
-_CONF = BeartypeConf(hint_overrides=BeartypeHintOverrides(_NUMBERS))
+_Overrides: Any = BeartypeHintOverrides
+_CONF = BeartypeConf(hint_overrides=_Overrides(_NUMBERS))
 _WORDS = {
     Any: "anything",
     bool: "True or False",
@@ -36,6 +40,7 @@ _WORDS = {
 }
 # What stands for several types at once.
 _UNIONS = {
+    "an array, a list or a number": frozenset({*get_args(ArrayLike), list, tuple}),
     "an array or a number": frozenset(get_args(ArrayLike)),
     "one key, as `jax.random.key(0)` makes it": frozenset(get_args(PRNGKeyArray)),
 }
@@ -99,6 +104,7 @@ def _of_argument(
         for other, parameter in signature.parameters.items()
         if other != bad
         and _is_shaped(hint)
+        and isinstance(arguments[bad], jax.Array)
         and _is_shaped(parameter.annotation)
         and isinstance(arguments[other], jax.Array)
     ]
@@ -130,6 +136,7 @@ def _wanted(hint: Any) -> str:
         return _WORDS[hint]
     text = hint.__qualname__ if isinstance(hint, type) else str(hint)
     # Without the modules, which are not where users find a name.
+    text = re.sub(r"Union\[[\w.]*Array, [^]]* complex[^]]*\]", "ArrayLike", text)
     return f"`{re.sub(r'[A-Za-z_][A-Za-z_0-9]*[.](?=[A-Za-z_])', '', text)}`"
 
 

@@ -1,10 +1,12 @@
 import math
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.scipy.ndimage import map_coordinates
 
+from .._conversions import as_float, as_int
 from ._augmentation import AbstractAugmentation
 
 
@@ -22,16 +24,16 @@ class Affine(AbstractAugmentation):
     `Affine(rotation=15)` and `Affine(scale=1.2)`.
     """
 
-    shift: float | int
-    rotation: float | int
-    scale: float | int
+    shift: float = eqx.field(converter=as_float)
+    rotation: float = eqx.field(converter=as_float)
+    scale: float = eqx.field(converter=as_float)
 
     def __init__(
         self,
         *,
-        shift: float | int = 0.0,
-        rotation: float | int = 0.0,
-        scale: float | int = 1.0,
+        shift: float = 0.0,
+        rotation: float = 0.0,
+        scale: float = 1.0,
     ):
         """**Arguments:** (Keyword only.)
 
@@ -79,7 +81,7 @@ class Crop(AbstractAugmentation):
     augmentation, Zhao and Bilen 2021, pads by an eighth of the image.
     """
 
-    padding: int
+    padding: int = eqx.field(converter=as_int)
 
     def __init__(self, padding: int):
         """**Arguments:**
@@ -108,9 +110,9 @@ class Flip(AbstractAugmentation):
     Source: differentiable siamese augmentation, Zhao and Bilen 2021.
     """
 
-    probability: float | int
+    probability: float = eqx.field(converter=as_float)
 
-    def __init__(self, probability: float | int = 0.5):
+    def __init__(self, probability: float = 0.5):
         """**Arguments:**
 
         - `probability`: the probability of a reflection, from 0 to 1.
@@ -138,7 +140,7 @@ class Cutout(AbstractAugmentation):
     2021, cuts half of the side of the image.
     """
 
-    size: int
+    size: int = eqx.field(converter=as_int)
 
     def __init__(self, size: int):
         """**Arguments:**
@@ -174,16 +176,16 @@ class ColourJitter(AbstractAugmentation):
     2021, whose strengths are the defaults.
     """
 
-    brightness: float | int
-    saturation: float | int
-    contrast: float | int
+    brightness: float = eqx.field(converter=as_float)
+    saturation: float = eqx.field(converter=as_float)
+    contrast: float = eqx.field(converter=as_float)
 
     def __init__(
         self,
         *,
-        brightness: float | int = 0.5,
-        saturation: float | int = 1.0,
-        contrast: float | int = 0.5,
+        brightness: float = 0.5,
+        saturation: float = 1.0,
+        contrast: float = 0.5,
     ):
         """**Arguments:** (Keyword only.)
 
@@ -212,6 +214,6 @@ class ColourJitter(AbstractAugmentation):
         return image + self.contrast * draws[2] * (image - jnp.mean(image))
 
 
-def _check_at_least(name: str, value: float | int, least: float | int) -> None:
+def _check_at_least(name: str, value: float, least: float) -> None:
     if not least <= value < math.inf:
         raise ValueError(f"`{name}` must be finite and at least {least}; got {value}.")

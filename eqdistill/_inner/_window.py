@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._conversions import as_float, as_int
+
 
 class AbstractWindow(eqx.Module):
     """Which steps of a training run are differentiated. The run ends with the window.
@@ -53,7 +55,7 @@ class LastSteps(AbstractWindow):
     - `size`: the number of steps that are differentiated.
     """
 
-    size: int
+    size: int = eqx.field(converter=as_int)
 
     def start(self, steps, norms, *, key):
         """As [`eqdistill.AbstractWindow`][]."""
@@ -72,7 +74,7 @@ class RandomWindow(AbstractWindow):
     - `size`: the number of steps that are differentiated.
     """
 
-    size: int
+    size: int = eqx.field(converter=as_int)
 
     def start(self, steps, norms, *, key):
         """As [`eqdistill.AbstractWindow`][].
@@ -106,8 +108,8 @@ class GradientWindow(AbstractWindow):
         an [`eqdistill.RandomWindow`][].
     """
 
-    size: int
-    power: float = 1.0
+    size: int = eqx.field(converter=as_int)
+    power: float = eqx.field(default=1.0, converter=as_float)
 
     def start(self, steps, norms, *, key):
         """As [`eqdistill.AbstractWindow`][].

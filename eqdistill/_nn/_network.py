@@ -57,7 +57,7 @@ def instance_norm(channels: int) -> eqx.nn.GroupNorm:
 
     Source: Ulyanov et al., *Instance normalization*, 2016.
     """
-    return eqx.nn.GroupNorm(channels, channels)
+    return eqx.nn.GroupNorm(int(channels), int(channels))
 
 
 def group_norm(channels: int) -> eqx.nn.GroupNorm:
@@ -65,7 +65,7 @@ def group_norm(channels: int) -> eqx.nn.GroupNorm:
 
     Source: Wu and He, *Group normalization*, 2018.
     """
-    return eqx.nn.GroupNorm(4, channels)
+    return eqx.nn.GroupNorm(4, int(channels))
 
 
 # Over squares of 2 x 2 pixels. A last row or column that is left over is dropped.
