@@ -23,8 +23,15 @@ def as_int_or_none(x: int | None) -> int | None:
     return None if x is None else int(x)
 
 
-def as_ints(x: Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(item) for item in x)
+def as_ints(name: str, x: Sequence[int]) -> tuple[int, ...]:
+    """**Raises:**
+
+    A `TypeError` that names the argument, if an item is no integer: beartype looks at
+    one of them only.
+    """
+    if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in x):
+        raise TypeError(f"`{name}` must be integers; got {describe(x)}.")
+    return tuple(int(i) for i in x)
 
 
 def as_float(x: float) -> float:
@@ -57,8 +64,8 @@ def as_array(name: str, x: ArrayOrList) -> Array | np.ndarray:
             f"`{name}` must be an array, or a list whose rows all have one shape; got "
             f"{describe(x)}, whose rows differ."
         ) from None
-    if array.dtype.kind in "OSUMm":
-        raise TypeError(f"`{name}` must be an array of numbers; got {describe(x)}.")
+    if array.dtype.kind in "OSUMmc":
+        raise TypeError(f"`{name}` must be real numbers; got {describe(x)}.")
     return array
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, TypeVar, Union
 
 import jax
 import numpy as np
-from beartype import beartype, BeartypeConf, BeartypeHintOverrides
+from beartype import beartype, BeartypeConf, FrozenDict
 from beartype.roar import (
     BeartypeCallHintParamViolation,
     BeartypeCallHintReturnViolation,
@@ -28,8 +28,7 @@ _NUMBERS: dict = {
     int: Annotated[int | np.integer, _IS_NUMBER],
     float: Annotated[int | float | np.integer | np.floating, _IS_NUMBER],
 }
-_Overrides: Any = BeartypeHintOverrides
-_CONF = BeartypeConf(hint_overrides=_Overrides(_NUMBERS))
+_CONF = BeartypeConf(hint_overrides=FrozenDict(_NUMBERS))
 _WORDS = {
     Any: "anything",
     bool: "True or False",
@@ -144,7 +143,7 @@ def describe(x: Any) -> str:
     """What came, in words: its type and shape, and no values."""
     if isinstance(x, jax.Array | np.ndarray | np.generic):
         library = "JAX" if isinstance(x, jax.Array) else "NumPy"
-        return f"a {library} array of {x.dtype} and shape {x.shape}"
+        return f"a {library} array of {x.dtype} of shape {x.shape}"
     if isinstance(x, type):
         return f"the class {x.__qualname__} itself"
     if x is None or isinstance(x, bool):

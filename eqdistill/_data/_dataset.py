@@ -7,6 +7,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from .._checks import check_at_least
 from .._conversions import ArrayOrList, as_array, as_int
 
 
@@ -75,6 +76,7 @@ class Dataset(eqx.Module):
                 "`labels` must have one entry for each image; got labels of shape "
                 f"{labels_.shape} for images of shape {images_.shape}."
             )
+        given = "`num_classes`" if num_classes is not None else "`class_names`"
         if num_classes is None:
             num_classes = len(class_names) if class_names else _count(labels_)
         if class_names is not None and not (
@@ -84,14 +86,15 @@ class Dataset(eqx.Module):
                 f"`class_names` must have one name for each of the {num_classes} "
                 f"classes, all different; got {len(class_names)}."
             )
+        check_at_least(1, num_classes=num_classes)
         if num_classes > np.iinfo(np.int32).max:
             raise ValueError(
                 f"`num_classes` must be a number of 31 bits; got {num_classes}."
             )
         if labels_.min() < 0 or labels_.max() >= num_classes:
             raise ValueError(
-                f"`labels` must be in [0, {num_classes}); got values from "
-                f"{labels_.min()} to {labels_.max()}."
+                f"`labels` must be in [0, {num_classes}), as {given} says; got values "
+                f"from {labels_.min()} to {labels_.max()}."
             )
         if not is_bytes:
             with np.errstate(over="ignore"):  # What is too large becomes infinite.
@@ -132,6 +135,8 @@ class Dataset(eqx.Module):
 
         A `ValueError` if either part would be empty.
         """
+        if not 0 < fraction < 1:
+            raise ValueError(f"`fraction` must be between 0 and 1; got {fraction}.")
         num_held_out = round(fraction * len(self))
         if not 0 < num_held_out < len(self):
             raise ValueError(

@@ -94,7 +94,7 @@ class DistilledSet(eqx.Module):
                 f"`labels` of dtype {labels.dtype} must be {wanted} with "
                 f"n = {images.shape[0]} as in `images`; got shape {labels.shape}."
             )
-        l2 = jnp.asarray(l2, images.dtype)
+        l2 = jnp.asarray(as_array("l2", l2), images.dtype)
         if l2.shape != ():
             raise ValueError(f"`l2` must be a scalar; got shape {l2.shape}.")
         self.images = error_if(

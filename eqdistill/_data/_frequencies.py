@@ -37,7 +37,7 @@ class Frequencies(eqx.Module):
 
         A `ValueError` if an image of this shape has no such coefficients.
         """
-        shape = as_ints(shape)
+        shape = as_ints("shape", shape)
         least = coefficients.images.shape[1:]
         size, other = height_and_width("coefficients", least)
         is_alike = len(shape) == len(least) and shape[:-2] == least[:-2]

@@ -1,11 +1,11 @@
-import math
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import check_at_least
 from .._conversions import as_float, as_int
 from ._augmentation import AbstractAugmentation
 
@@ -46,14 +46,16 @@ class Affine(AbstractAugmentation):
 
         A `ValueError` for an argument that is out of its range.
         """
-        _check_at_least("shift", shift, 0)
-        _check_at_least("rotation", rotation, 0)
-        _check_at_least("scale", scale, 1)
+        check_at_least(0, shift=shift)
+        check_at_least(0, rotation=rotation)
+        check_at_least(1, scale=scale)
         self.shift = shift
         self.rotation = rotation
         self.scale = scale
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         keys = jr.split(key, 3)
         draw = lambda key, shape, low, high: jr.uniform(
@@ -92,10 +94,12 @@ class Crop(AbstractAugmentation):
 
         A `ValueError` if `padding` is negative.
         """
-        _check_at_least("padding", padding, 0)
+        check_at_least(0, padding=padding)
         self.padding = padding
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         channels = image.ndim - 2
         widths = [(0, 0)] * channels + [(self.padding, self.padding)] * 2
@@ -125,7 +129,9 @@ class Flip(AbstractAugmentation):
             raise ValueError(f"`probability` must be from 0 to 1; got {probability}.")
         self.probability = probability
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         is_flipped = jr.uniform(key, (), image.dtype) < self.probability
         return jnp.where(is_flipped, image[..., ::-1], image)
@@ -151,10 +157,12 @@ class Cutout(AbstractAugmentation):
 
         A `ValueError` if `size` is negative.
         """
-        _check_at_least("size", size, 0)
+        check_at_least(0, size=size)
         self.size = size
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         height, width = image.shape[-2:]
         centre = jr.randint(key, (2,), 0, jnp.array([height, width]))
@@ -197,14 +205,16 @@ class ColourJitter(AbstractAugmentation):
 
         A `ValueError` for an argument that is negative.
         """
-        _check_at_least("brightness", brightness, 0)
-        _check_at_least("saturation", saturation, 0)
-        _check_at_least("contrast", contrast, 0)
+        check_at_least(0, brightness=brightness)
+        check_at_least(0, saturation=saturation)
+        check_at_least(0, contrast=contrast)
         self.brightness = brightness
         self.saturation = saturation
         self.contrast = contrast
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         draws = jr.uniform(key, (3,), image.dtype, -1, 1)
         image = image + self.brightness * draws[0]
@@ -212,8 +222,3 @@ class ColourJitter(AbstractAugmentation):
             mean = jnp.mean(image, axis=-3, keepdims=True)
             image = image + self.saturation * draws[1] * (image - mean)
         return image + self.contrast * draws[2] * (image - jnp.mean(image))
-
-
-def _check_at_least(name: str, value: float, least: float) -> None:
-    if not least <= value < math.inf:
-        raise ValueError(f"`{name}` must be finite and at least {least}; got {value}.")

@@ -41,7 +41,7 @@ class Packed(eqx.Module):
 
         A `ValueError` if `shape` is not a multiple of that of a small image.
         """
-        shape = as_ints(shape)
+        shape = as_ints("shape", shape)
         least = small.images.shape[1:]
         height, width = height_and_width("small", least)
         factor = max(shape[-1] // width, 1) if shape else 1

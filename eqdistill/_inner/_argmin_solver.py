@@ -5,6 +5,7 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
+from .._checks import check_at_least
 from .._classifier import parameters, squared_norm
 from .._conversions import as_float, as_int
 from .._data._distilled_set import DistilledSet
@@ -57,6 +58,10 @@ class ArgminSolver(AbstractInnerSolver[None]):
     adjoint: optx.AbstractAdjoint = optx.ImplicitAdjoint(DampedCG())
     max_steps: int = eqx.field(default=2000, converter=as_int)
     tolerance: float = eqx.field(default=1e-2, converter=as_float)
+
+    def __check_init__(self):
+        check_at_least(1, max_steps=self.max_steps)
+        check_at_least(0, tolerance=self.tolerance)
 
     def init(self, distilled, classifier, *, key):
         del distilled, classifier, key

@@ -8,6 +8,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
+from .._checks import check_at_least
 from .._conversions import as_float, as_float_or_none, as_int
 
 
@@ -39,6 +40,11 @@ class DampedCG(lx.AbstractLinearSolver):
     accept: float = eqx.field(default=1e-2, converter=as_float)
     max_residual: float = eqx.field(default=0.9, converter=as_float)
     max_steps: int = eqx.field(default=500, converter=as_int)
+
+    def __check_init__(self):
+        check_at_least(0, rtol=self.rtol, accept=self.accept)
+        check_at_least(0, max_residual=self.max_residual)
+        check_at_least(1, max_steps=self.max_steps)
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
         del options

@@ -1,4 +1,5 @@
 import abc
+import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .._checks import check_at_least
 from .._conversions import as_float, as_int
 
 
@@ -57,6 +59,9 @@ class LastSteps(AbstractWindow):
 
     size: int = eqx.field(converter=as_int)
 
+    def __check_init__(self):
+        check_at_least(1, size=self.size)
+
     def start(self, steps, norms, *, key):
         """As [`eqdistill.AbstractWindow`][]."""
         del norms, key
@@ -75,6 +80,9 @@ class RandomWindow(AbstractWindow):
     """
 
     size: int = eqx.field(converter=as_int)
+
+    def __check_init__(self):
+        check_at_least(1, size=self.size)
 
     def start(self, steps, norms, *, key):
         """As [`eqdistill.AbstractWindow`][].
@@ -110,6 +118,10 @@ class GradientWindow(AbstractWindow):
 
     size: int = eqx.field(converter=as_int)
     power: float = eqx.field(default=1.0, converter=as_float)
+
+    def __check_init__(self):
+        check_at_least(1, size=self.size)
+        check_at_least(-math.inf, power=self.power)
 
     def start(self, steps, norms, *, key):
         """As [`eqdistill.AbstractWindow`][].

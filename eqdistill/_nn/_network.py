@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import check_at_least
 from ._conv2d import Conv2d
 
 
@@ -57,6 +58,7 @@ def instance_norm(channels: int) -> eqx.nn.GroupNorm:
 
     Source: Ulyanov et al., *Instance normalization*, 2016.
     """
+    check_at_least(1, channels=channels)
     return eqx.nn.GroupNorm(int(channels), int(channels))
 
 
@@ -65,6 +67,8 @@ def group_norm(channels: int) -> eqx.nn.GroupNorm:
 
     Source: Wu and He, *Group normalization*, 2018.
     """
+    if channels < 1 or channels % 4 != 0:
+        raise ValueError(f"`channels` must be a multiple of 4; got {channels}.")
     return eqx.nn.GroupNorm(4, int(channels))
 
 

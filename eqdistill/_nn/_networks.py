@@ -70,7 +70,8 @@ def ConvNet(
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021;
     Zhou et al., *Dataset distillation using neural feature regression*, 2022.
     """
-    shape, num_classes, widths = as_ints(shape), as_int(num_classes), as_ints(widths)
+    shape, widths = as_ints("shape", shape), as_ints("widths", widths)
+    num_classes = as_int(num_classes)
     settings = {
         "shape": shape,
         "num_classes": num_classes,
@@ -121,7 +122,7 @@ def LeNet(
     Source: LeCun et al., *Gradient-based learning applied to document recognition*,
     1998; in the form of Zhao et al. 2021.
     """
-    shape, num_classes = as_ints(shape), as_int(num_classes)
+    shape, num_classes = as_ints("shape", shape), as_int(num_classes)
     settings = {
         "shape": shape,
         "num_classes": num_classes,
@@ -162,7 +163,8 @@ def MLP(
 
     Source: the perceptron of Zhao et al. 2021.
     """
-    shape, num_classes, widths = as_ints(shape), as_int(num_classes), as_ints(widths)
+    shape, widths = as_ints("shape", shape), as_ints("widths", widths)
+    num_classes = as_int(num_classes)
     settings = {
         "shape": shape,
         "num_classes": num_classes,
@@ -257,7 +259,7 @@ def ResNet18(
 
     Source: He et al., *Deep residual learning*, 2016; in the form of Zhao et al. 2021.
     """
-    shape, num_classes = as_ints(shape), as_int(num_classes)
+    shape, num_classes = as_ints("shape", shape), as_int(num_classes)
     settings = {
         "shape": shape,
         "num_classes": num_classes,
@@ -353,8 +355,8 @@ def _begin(
         return [_Pad(((0, 0),) * 3)], (channels, height, width)
     if max(height, width) > size:
         raise ValueError(
-            f"`shape` must be of images of at most {size} x {size}, to which they are "
-            f"padded; got {shape}."
+            f"`shape` must be of images of at most {size} x {size}, the `size` that they "
+            f"are padded to; got {shape}."
         )
     padding = [(0, 0)]
     for length in (height, width):
@@ -418,7 +420,7 @@ def _from_plan(
 ) -> Network:
     """A network of blocks, each of some width and kernel size, and of poolings, where
     the plan says `None`."""
-    shape, num_classes = as_ints(shape), as_int(num_classes)
+    shape, num_classes = as_ints("shape", shape), as_int(num_classes)
     settings = {
         "shape": shape,
         "num_classes": num_classes,

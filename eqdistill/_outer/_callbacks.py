@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from .._checks import check_at_least
 from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
@@ -90,6 +91,9 @@ class ProgressBar(AbstractCallback["_Bar"]):
 
     every: int = eqx.field(default=10, converter=as_int)
 
+    def __check_init__(self):
+        check_at_least(1, every=self.every)
+
     def init(self, problem, state, steps):
         """**Raises:**
 
@@ -163,7 +167,12 @@ class Log(AbstractCallback[None]):
 
         - `write`: takes the line, such as `print` or the `info` of a `logging.Logger`.
         - `every`: as for [`eqdistill.AbstractCallback`][]. (Keyword only argument.)
+
+        **Raises:**
+
+        A `ValueError` if `every` is less than 1.
         """
+        check_at_least(1, every=every)
         self.write = write
         self.every = every
 

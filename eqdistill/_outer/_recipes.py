@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._conversions import as_float, as_int, as_int_or_none
+from .._conversions import as_array, as_float, as_int, as_int_or_none
 from .._data._augmentation import OneOf
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
@@ -352,11 +352,16 @@ def learned_rates(
 
     Source: Wang et al., *Dataset distillation*, 2018, Algorithm 1.
     """
-    rates = tuple(float(rate) for rate in learning_rates)
+    if isinstance(learning_rates, Sequence):
+        learning_rates = list(learning_rates)
+    array = np.asarray(as_array("learning_rates", learning_rates), np.float64)
+    rates = tuple(array.tolist()) if array.ndim == 1 else ()
     if not 1 <= len(rates) <= MOST_UPDATES:
         raise ValueError(
             f"`learning_rates` must be from 1 to {MOST_UPDATES:,}; got {len(rates)}."
         )
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise ValueError("`learning_rates` must be positive and finite; some are not.")
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` must be in [0, 1); got {momentum}.")
     batch_size, momentum = as_int(batch_size), as_float(momentum)
