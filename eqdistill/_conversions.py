@@ -23,7 +23,7 @@ def as_int_or_none(x: int | None) -> int | None:
     return None if x is None else int(x)
 
 
-def as_ints(name: str, x: Sequence[int]) -> tuple[int, ...]:
+def as_ints(name: str, x: Sequence) -> tuple[int, ...]:
     """**Raises:**
 
     A `TypeError` that names the argument, if an item is no integer: beartype looks at

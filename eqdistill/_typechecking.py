@@ -64,9 +64,8 @@ def typechecked(fn: _Fn) -> _Fn:
         try:
             return checked(*args, **kwargs)
         except BeartypeCallHintParamViolation as e:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            message = _of_argument(name, signature, bound.arguments, str(e))
+            given = signature.bind(*args, **kwargs).arguments
+            message = _of_argument(name, signature, given, str(e))
             raise ArgumentError(message) from None
         except BeartypeCallHintReturnViolation:
             # What jaxtyping has checked is its last argument.
@@ -80,7 +79,7 @@ def typechecked(fn: _Fn) -> _Fn:
 
 
 def _of_argument(
-    name: str, signature: inspect.Signature, arguments: Mapping[str, Any], text: str
+    name: str, signature: inspect.Signature, given: Mapping[str, Any], text: str
 ) -> str:
     from beartype.door import is_bearable  # Not needed unless there is an error.
 
@@ -88,27 +87,28 @@ def _of_argument(
     # more, but has named it.
     named = re.search(r"parameter \*{0,2}(\w+)=", text)
     bad = named[1] if named else ""
-    for parameter in signature.parameters.values():
-        value, hint = arguments[parameter.name], parameter.annotation
+    for argument, value in given.items():
+        parameter = signature.parameters[argument]
+        hint = parameter.annotation
         if parameter.kind is parameter.VAR_POSITIONAL:
             hint = tuple[hint, ...]
         if hint is not parameter.empty and not is_bearable(value, hint, conf=_CONF):
-            bad = parameter.name
+            bad = argument
             break
     if not bad:
         return f"An argument of `{name}` is of the wrong type."
     hint = signature.parameters[bad].annotation
-    shapes = [
-        f"`{other}` has shape {arguments[other].shape}"
-        for other, parameter in signature.parameters.items()
-        if other != bad
-        and _is_shaped(hint)
-        and isinstance(arguments[bad], jax.Array)
-        and _is_shaped(parameter.annotation)
-        and isinstance(arguments[other], jax.Array)
-    ]
+    shapes = []
+    if _is_shaped(hint) and isinstance(given[bad], jax.Array):
+        shapes = [
+            f"`{other}` has shape {value.shape}"
+            for other, value in given.items()
+            if other != bad
+            and isinstance(value, jax.Array)
+            and _is_shaped(signature.parameters[other].annotation)
+        ]
     return (
-        f"`{bad}` of `{name}` must be {_wanted(hint)}; got {describe(arguments[bad])}"
+        f"`{bad}` of `{name}` must be {_wanted(hint)}; got {describe(given[bad])}"
         f"{', where ' if shapes else ''}{' and '.join(shapes)}."
     )
 

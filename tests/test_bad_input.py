@@ -14,6 +14,7 @@ import eqdistill as eqd
 
 IMAGES = np.zeros((4, 3, 3), np.float32)
 LABELS = np.array([0, 1, 2, 0])
+NEVER = eqx.tree_at(lambda log: log.every, eqd.Log(), 0)
 # Compiled, which an error prevents: without, each operation would be.
 HYPERGRADIENT = eqx.filter_jit(eqx.filter_grad(eqd.outer_loss, has_aux=True))
 
@@ -180,7 +181,7 @@ def test_data(data, match):
         ({"learn": (1, 0)}, r"`learn`.*`PyTree\[bool\]` or None; got a tuple"),
         ({"learn": (False, True)}, "`learn` must pick at least one"),
         (
-            {"callbacks": [eqx.tree_at(lambda log: log.every, eqd.Log(), 0)]},
+            {"callbacks": [NEVER]},
             "`every` of a `Log` must be.*got 0",
         ),
     ],

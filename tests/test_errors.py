@@ -1,6 +1,7 @@
 """Each wrong argument of each public name is refused in one line, which names it."""
 
 import functools as ft
+import inspect
 import pathlib
 import types
 
@@ -11,8 +12,10 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from jaxtyping import jaxtyped
 
 import eqdistill as eqd
+from eqdistill._typechecking import typechecked
 
 
 IMAGES = np.arange(108, dtype=np.float32).reshape(12, 3, 3)
@@ -79,6 +82,7 @@ BAD_OUTER = {
     "train": [*NO_DATA, OTHER_DATA],
 }
 NETWORK = (SHAPED, {"shape": SHAPES, "num_classes": NOT_POSITIVE, "key": KEYS})
+ARTIFACT = inspect.signature(eqd.Artifact).parameters
 NORMS = {"norm": ["instance_norm", 3], "activation": ["relu", 3]}
 WEIGHT = {"weight": [2, -1, "1"]}
 UPDATES = {"network": ["ConvNet", 3, None], "updates": [0, 1, 10**6, 2.5, "9", True]}
@@ -108,7 +112,11 @@ CASES = {
             "tolerance": [-1, *NOT_NUMBERS],
         },
     ),
-    "Artifact": (eqd.Artifact, {}, {"distilled": [1, None]}),
+    "Artifact": (
+        ft.partial(eqd.Artifact, **dict.fromkeys(ARTIFACT)),
+        {},
+        {"distilled": [1, None]},
+    ),
     "AutoSolver": (
         lambda key: eqd.fit(**FIT, inner=eqd.AutoSolver(), key=key),
         {},
@@ -133,7 +141,7 @@ CASES = {
         },
     ),
     "Batches.loss": (
-        lambda key: eqd.outer_loss(
+        lambda key: eqx.filter_jit(eqd.outer_loss)(
             DISTILLED, CLASSIFIER, eqd.Batches(DATA, 2), key=key
         ),
         {},
@@ -264,7 +272,11 @@ CASES = {
         FROM,
         BAD_FROM,
     ),
-    "DistilledSet.from_kmeans": (eqd.DistilledSet.from_kmeans, FROM, BAD_FROM),
+    "DistilledSet.from_kmeans": (
+        eqd.DistilledSet.from_kmeans,
+        FROM,
+        {"train": NO_DATA, "n": [0, 1.5, "3"], "key": KEYS},
+    ),
     "DistilledSet.from_herding": (eqd.DistilledSet.from_herding, FROM, BAD_FROM),
     "EarlyStopping": (
         eqd.EarlyStopping,
@@ -574,7 +586,7 @@ CASES = {
     **{
         f"{type(a).__name__}.__call__": (
             a,
-            {"image": jnp.asarray(IMAGES[0])},
+            {"image": jnp.asarray(IMAGES[0]), "key": KEY},
             {"key": KEYS, "image": [None, IMAGES[0], jnp.ones(3)]},
         )
         for a in (
@@ -691,7 +703,11 @@ CASES = {
     "inner_loss": (
         eqd.inner_loss,
         FIT,
-        {"distilled": NO_START, "classifier": NO_CLASSIFIER, "key": KEYS[:-1]},
+        {
+            "distilled": NO_START,
+            "classifier": [None, "network", Plain],
+            "key": KEYS[:-1],
+        },
     ),
     "last_layer": (
         eqd.last_layer,
@@ -934,13 +950,12 @@ def test_refusal(call, good, argument, bad):
     line, *_ = str(info.value).splitlines()
     assert f"`{argument}" in line
     assert len(line) <= 300
+    assert "must" in line
     # No values of arrays.
-    assert "array(" not in line.lower()
-    assert "[[" not in line
+    assert not re.search(r"rray\(|\s\[\[|\d\.?,? +\d", line)
     if argument == "key":
         assert "jax.random.key(0)" in line or bad is None
-    # No pages behind the line.
-    assert not str(info.value).splitlines()[3:]
+    assert str(info.value) == line
 
 
 def test_every_public_name_is_here():
@@ -960,3 +975,122 @@ def test_every_public_name_is_here():
     assert public - named - NOTHING_TO_REFUSE == set()
     assert public >= NOTHING_TO_REFUSE
     assert len(FLAT) >= 200
+
+
+def test_one_line_and_no_pages():
+    images = [[[0.0] * 28] * 28] * 6000
+    with pytest.raises(TypeError) as info:
+        eqd.augment(eqd.Flip(), images, key=KEY)
+    assert str(info.value) == (
+        "`images` of `augment` must be `Float[Array, 'n *shape']`; got a list of "
+        "length 6000 of list."
+    )
+    text = "".join(traceback.format_exception(info.value))
+    assert "During handling" not in text
+    assert "direct cause" not in text
+    assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
+
+
+def test_shapes_that_do_not_fit():
+    match = r"`labels` of .* got a JAX array of float32 .*\(4, 2\), where `logits` has"
+    with pytest.raises(TypeError, match=match):
+        eqd.cross_entropy(jnp.zeros((3, 2)), jnp.zeros((4, 2)))
+
+
+def test_results_are_checked():
+    @jaxtyped(typechecker=typechecked)
+    def counts(x: int) -> int:
+        return str(x)
+
+    with pytest.raises(
+        TypeError, match=r"`.*counts` must return an integer; got a str"
+    ):
+        counts(3)
+
+
+def test_one_wrong_item_of_many():
+    # Beartype looks at one of them only.
+    for _ in range(10):
+        with pytest.raises(TypeError, match="`widths`"):
+            eqd.nn.MLP(**SHAPED, widths=[1, 1, 1, 1, 1, 2.5])
+        with pytest.raises(TypeError, match="`callbacks`"):
+            eqd.distill(**OUTER, callbacks=[eqd.Log(), eqd.Log(), print])
+        with pytest.raises(TypeError, match="`networks`"):
+            eqd.Pool(network, network, network, "MLP", num_classes=3)
+
+
+def test_lists():
+    dataset = eqd.Dataset(IMAGES.tolist(), LABELS.tolist(), class_names=["a", "b", "c"])
+    np.testing.assert_array_equal(dataset.images, IMAGES)
+    assert dataset.class_names == ("a", "b", "c")
+    assert hash(dataset.class_names)
+    distilled = eqd.DistilledSet(IMAGES.tolist(), tuple(LABELS.tolist()), l2=1)
+    np.testing.assert_array_equal(distilled.images, IMAGES)
+    assert distilled.images.dtype == jnp.float32
+    assert distilled.labels.dtype == jnp.int32
+    traced = jax.jit(lambda x: eqd.DistilledSet([x, 2 * x], [0, 1], l2=0.1).images)
+    np.testing.assert_array_equal(traced(IMAGES[0])[1], 2 * IMAGES[0])
+    solver = eqd.UnrolledSolver(optax.sgd, {"learning_rate": [0.1, 0.2]}, 2)
+    assert solver.log_hyperparameters["learning_rate"].shape == (2,)
+    assert eqd.ReversibleSolver([0.1, 0.2], steps=2).log_learning_rate.shape == (2,)
+    rates = [
+        eqd.recipes.learned_rates(learning_rates=x([0.25, 0.5]), batch_size=2)
+        for x in (list, tuple, np.array, jnp.array)
+    ]
+    assert {recipe.settings for recipe in rates} == {rates[0].settings}
+    assert eqd.Packed(DISTILLED, [6, 6]).shape == (6, 6)
+    assert eqd.Frequencies(DISTILLED, [6, 6]).shape == (6, 6)
+
+
+# Modules with numbers: what is given, and what they keep.
+THREE = np.int64(3)
+NUMBERS = [
+    *(
+        (eqd.SpanSolver(rtol=1, max_steps=THREE), name)
+        for name in ("rtol", "max_steps")
+    ),
+    *((eqd.ArgminSolver(max_steps=THREE, tolerance=1), "max_steps"),),
+    *((eqd.ArgminSolver(tolerance=np.float32(1)), "tolerance"),),
+    *((eqd.DampedCG(accept=1, max_steps=THREE), x) for x in ("accept", "max_steps")),
+    *((eqd.WarmLBFGS(warm_up=THREE, learning_rate=1), "learning_rate"),),
+    *((eqd.Pool(network, num_classes=THREE, size=THREE), "size"),),
+    *((eqd.RandomFeatures(network, num_classes=THREE), "num_classes"),),
+    *((eqd.RandomInitialisation(network, DRAWING, num_classes=THREE), "num_classes"),),
+    *((eqd.UnrolledSolver(optax.sgd, {}, THREE, batch_size=THREE), "batch_size"),),
+    *((eqd.ReversibleSolver(1, momentum=np.float32(0.5), steps=THREE), "steps"),),
+    *((cls(size=THREE), "size") for cls in (eqd.LastSteps, eqd.RandomWindow)),
+    *((eqd.NeumannSeries(THREE, step_size=1), x) for x in ("terms", "step_size")),
+    *((eqd.Affine(shift=THREE), "shift"), (eqd.Flip(1), "probability")),
+    *((eqd.Batches(DATA, THREE), "size"), (eqd.Crop(THREE), "padding")),
+    *((eqd.Dataset(IMAGES, LABELS, THREE), "num_classes"),),
+    *(
+        (eqd.Log(every=THREE), "every"),
+        (eqd.EarlyStopping(DATA, patience=THREE), "every"),
+    ),
+    *(
+        (
+            eqd.Problem(DISTILLED, CLASSIFIER, DATA, optimiser=ADAM, tolerance=1),
+            "tolerance",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), NUMBERS)
+def test_numbers_of_numpy(module, name):
+    """Compiled programs would take NumPy's for arrays."""
+    assert type(getattr(module, name)) in (int, float)
+
+
+def test_numbers_of_numpy_in_functions():
+    for make in (eqd.nn.MLP, eqd.nn.ConvNet):
+        made = make((THREE, THREE), THREE, widths=[np.int32(2)], key=KEY)
+        wanted = make((3, 3), 3, widths=(2,), key=KEY)
+        assert repr(made.settings) == repr(wanted.settings)
+        assert eqx.tree_equal(made, wanted)
+    made = eqd.nn.Conv2d(*[np.int64(1)] * 2, THREE, [THREE, 1], THREE, key=KEY)
+    assert eqx.tree_equal(made, eqd.nn.Conv2d(1, 1, 3, (3, 1), 3, key=KEY))
+    made = eqd.LogisticRegression(np.int64(9), THREE)
+    assert eqx.tree_equal(made, CLASSIFIER)
+    found = eqd.distill(**OUTER, steps=np.int64(1), tolerance=np.float32(1e9))
+    assert found.converged

@@ -97,6 +97,6 @@ def test_bad_input(digits):
     soft = eqd.DistilledSet.from_real(digits[0], 10, l2=0.1, key=KEY)
     linear = eqd.LogisticRegression(64, 10)
     with pytest.raises(
-        TypeError, match="have `SquaredError`.*`LinearisedSolver` minimises"
+        TypeError, match=r"`SquaredError`.*`LinearisedSolver` minimises"
     ):
         eqd.fit(soft, linear, eqd.LinearisedSolver())

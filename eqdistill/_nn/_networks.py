@@ -355,8 +355,8 @@ def _begin(
         return [_Pad(((0, 0),) * 3)], (channels, height, width)
     if max(height, width) > size:
         raise ValueError(
-            f"`shape` must be of images of at most {size} x {size}, the `size` that they "
-            f"are padded to; got {shape}."
+            f"`shape` must be of images of at most {size} x {size}, the `size` that "
+            f"they are padded to; got {shape}."
         )
     padding = [(0, 0)]
     for length in (height, width):
