@@ -3,6 +3,9 @@
 import functools as ft
 import inspect
 import pathlib
+import pickle
+import re
+import traceback
 import types
 
 import equinox as eqx
@@ -63,6 +66,7 @@ def fields(cls, **good):
     return cls, good, {name: [object(), "wrong"] for name in good}
 
 
+PROBLEM = ft.partial(eqd.Problem, DISTILLED, CLASSIFIER, DATA, optimiser=ADAM)
 SCALAR, FLAG, COUNT = jnp.zeros(()), jnp.array(True), jnp.array(0)
 FITTED = eqd.Fitted(CLASSIFIER, FLAG, SCALAR)
 STATE = {"learned": None, "fixed": None, "last_good": None, "optimiser_state": None}
@@ -792,7 +796,7 @@ CASES = {
             "out_channels": NOT_POSITIVE,
             "kernel_size": [0, "3", None, 2.5, (3, 3, 3)],
             "stride": [0, "1", None, 1.5, (1, 1, 1)],
-            "padding": [-1, None, 1.5, "SAMEISH", (1, 1, 1)],
+            "padding": [None, 1.5, "SAMEISH", (1, 1, 1)],
             "dilation": [0, "1", None, (1, 1, 1)],
             "groups": [0, 2, "1", None],
             "use_bias": [1, "yes", None],
@@ -952,7 +956,7 @@ def test_refusal(call, good, argument, bad):
     assert len(line) <= 300
     assert "must" in line
     # No values of arrays.
-    assert not re.search(r"rray\(|\s\[\[|\d\.?,? +\d", line)
+    assert not re.search(r"rray\(|\s\[\[|\d\.\d*,? +\d", line)
     if argument == "key":
         assert "jax.random.key(0)" in line or bad is None
     assert str(info.value) == line
@@ -1000,11 +1004,9 @@ def test_shapes_that_do_not_fit():
 def test_results_are_checked():
     @jaxtyped(typechecker=typechecked)
     def counts(x: int) -> int:
-        return str(x)
+        return str(x)  # pyright: ignore[reportReturnType]
 
-    with pytest.raises(
-        TypeError, match=r"`.*counts` must return an integer; got a str"
-    ):
+    with pytest.raises(TypeError, match="must return an integer; got a str"):
         counts(3)
 
 
@@ -1042,44 +1044,37 @@ def test_lists():
     assert eqd.Frequencies(DISTILLED, [6, 6]).shape == (6, 6)
 
 
-# Modules with numbers: what is given, and what they keep.
-THREE = np.int64(3)
+# Modules with numbers: what they are given, and which of them they keep.
+THREE, ONE, HALF = np.int64(3), np.int32(1), np.float32(0.5)
 NUMBERS = [
-    *(
-        (eqd.SpanSolver(rtol=1, max_steps=THREE), name)
-        for name in ("rtol", "max_steps")
-    ),
-    *((eqd.ArgminSolver(max_steps=THREE, tolerance=1), "max_steps"),),
-    *((eqd.ArgminSolver(tolerance=np.float32(1)), "tolerance"),),
-    *((eqd.DampedCG(accept=1, max_steps=THREE), x) for x in ("accept", "max_steps")),
-    *((eqd.WarmLBFGS(warm_up=THREE, learning_rate=1), "learning_rate"),),
-    *((eqd.Pool(network, num_classes=THREE, size=THREE), "size"),),
-    *((eqd.RandomFeatures(network, num_classes=THREE), "num_classes"),),
-    *((eqd.RandomInitialisation(network, DRAWING, num_classes=THREE), "num_classes"),),
-    *((eqd.UnrolledSolver(optax.sgd, {}, THREE, batch_size=THREE), "batch_size"),),
-    *((eqd.ReversibleSolver(1, momentum=np.float32(0.5), steps=THREE), "steps"),),
-    *((cls(size=THREE), "size") for cls in (eqd.LastSteps, eqd.RandomWindow)),
-    *((eqd.NeumannSeries(THREE, step_size=1), x) for x in ("terms", "step_size")),
-    *((eqd.Affine(shift=THREE), "shift"), (eqd.Flip(1), "probability")),
-    *((eqd.Batches(DATA, THREE), "size"), (eqd.Crop(THREE), "padding")),
-    *((eqd.Dataset(IMAGES, LABELS, THREE), "num_classes"),),
-    *(
-        (eqd.Log(every=THREE), "every"),
-        (eqd.EarlyStopping(DATA, patience=THREE), "every"),
-    ),
-    *(
-        (
-            eqd.Problem(DISTILLED, CLASSIFIER, DATA, optimiser=ADAM, tolerance=1),
-            "tolerance",
-        ),
-    ),
+    (eqd.SpanSolver(rtol=1, max_steps=THREE), ("rtol", "max_steps")),
+    (eqd.ArgminSolver(max_steps=THREE, tolerance=HALF), ("max_steps", "tolerance")),
+    (eqd.DampedCG(accept=1, max_steps=THREE), ("accept", "max_steps")),
+    (eqd.WarmLBFGS(warm_up=THREE, learning_rate=1), ("warm_up", "learning_rate")),
+    (eqd.Pool(network, num_classes=THREE, size=THREE), ("num_classes", "size")),
+    (eqd.RandomFeatures(network, num_classes=THREE), ("num_classes",)),
+    (eqd.RandomInitialisation(network, DRAWING, num_classes=THREE), ("num_classes",)),
+    (eqd.UnrolledSolver(optax.sgd, {}, THREE, batch_size=ONE), ("steps", "batch_size")),
+    (eqd.ReversibleSolver(1, momentum=HALF, steps=THREE), ("steps",)),
+    (eqd.LastSteps(THREE), ("size",)),
+    (eqd.GradientWindow(THREE, HALF), ("size", "power")),
+    (eqd.NeumannSeries(THREE, step_size=HALF), ("terms", "step_size")),
+    (eqd.RecursiveCheckpointAdjoint(THREE), ("checkpoints",)),
+    (eqd.Affine(shift=THREE, scale=THREE), ("shift", "scale")),
+    (eqd.Flip(ONE), ("probability",)),
+    (eqd.Crop(THREE), ("padding",)),
+    (eqd.Batches(DATA, THREE), ("size",)),
+    (eqd.Dataset(IMAGES, LABELS, THREE), ("num_classes",)),
+    (eqd.Log(every=THREE), ("every",)),
+    (eqd.EarlyStopping(DATA, every=THREE, patience=ONE), ("every", "patience")),
+    (PROBLEM(tolerance=1), ("tolerance",)),
 ]
 
 
-@pytest.mark.parametrize(("module", "name"), NUMBERS)
-def test_numbers_of_numpy(module, name):
+@pytest.mark.parametrize(("module", "names"), NUMBERS)
+def test_numbers_of_numpy(module, names):
     """Compiled programs would take NumPy's for arrays."""
-    assert type(getattr(module, name)) in (int, float)
+    assert {type(getattr(module, name)) for name in names} <= {int, float}
 
 
 def test_numbers_of_numpy_in_functions():

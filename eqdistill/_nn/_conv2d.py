@@ -199,7 +199,7 @@ def quick_convolutions(network: PyTree) -> PyTree:
     )
 
 
-def _two(name: str, x: int | Sequence[int], least: int) -> tuple[int, ...]:
+def _two(name: str, x: int | Sequence[int], least: int | None) -> tuple[int, ...]:
     """A number for each of the two axes.
 
     **Raises:**
@@ -207,10 +207,9 @@ def _two(name: str, x: int | Sequence[int], least: int) -> tuple[int, ...]:
     A `TypeError` or `ValueError` that names the argument by `name`.
     """
     both = as_ints(name, x if isinstance(x, Sequence) else (x, x))
-    if len(both) != 2 or min(both) < least:
-        raise ValueError(
-            f"`{name}` must be one integer or two, of at least {least}; got {both}."
-        )
+    if len(both) != 2 or (least is not None and min(both) < least):
+        bound = "" if least is None else f", of at least {least}"
+        raise ValueError(f"`{name}` must be one integer or two{bound}; got {both}.")
     return both
 
 
@@ -221,8 +220,8 @@ def _pairs(padding: Any) -> Any:
             raise ValueError(
                 f"`padding` must have a pair for each of two axes; got {len(padding)}."
             )
-        return tuple(_two("padding", pair, 0) for pair in padding)
-    return tuple((x, x) for x in _two("padding", padding, 0))
+        return tuple(_two("padding", pair, None) for pair in padding)
+    return tuple((x, x) for x in _two("padding", padding, None))
 
 
 _PAD_MODES = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
