@@ -95,7 +95,7 @@ def _of_argument(
         if hint is not parameter.empty and not is_bearable(value, hint, conf=_CONF):
             bad = argument
             break
-    if not bad:
+    if bad not in given:
         return f"An argument of `{name}` is of the wrong type."
     hint = signature.parameters[bad].annotation
     shapes = []
@@ -134,8 +134,8 @@ def _wanted(hint: Any) -> str:
     if hint in _WORDS:
         return _WORDS[hint]
     text = hint.__qualname__ if isinstance(hint, type) else str(hint)
-    # Without the modules, which are not where users find a name.
     text = re.sub(r"Union\[[\w.]*Array, [^]]* complex[^]]*\]", "ArrayLike", text)
+    # Without the modules, which are not where users find a name.
     return f"`{re.sub(r'[A-Za-z_][A-Za-z_0-9]*[.](?=[A-Za-z_])', '', text)}`"
 
 
