@@ -11,10 +11,12 @@ import scipy.linalg
 import scipy.special  # noqa: F401
 from jaxtyping import install_import_hook
 
+from . import _typechecking as _typechecking
+
 
 # Every argument's type and shape is checked at run time, for users too: a silent
 # broadcast is the one bug that a distilled set cannot show.
-with install_import_hook("eqdistill", "beartype.beartype"):
+with install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     from . import datasets as datasets, nn as nn, plot as plot, recipes as recipes
     from ._classifier import (
         Frozen as Frozen,

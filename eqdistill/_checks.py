@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import equinox as eqx
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._classifier import Frozen, parameters
+from ._typechecking import describe
 
 
 def check_classifier(classifier: PyTree, image: jax.ShapeDtypeStruct) -> int:
@@ -19,11 +21,7 @@ def check_classifier(classifier: PyTree, image: jax.ShapeDtypeStruct) -> int:
 
     A `TypeError` or `ValueError` that names `classifier` and what is wrong with it.
     """
-    if not callable(classifier) or isinstance(classifier, type):
-        raise TypeError(
-            "`classifier` must be a callable `equinox.Module`, from one image to its "
-            f"logits; got {_name_kind(classifier)}."
-        )
+    check_callable("classifier", classifier)
     _refuse_state(classifier)
     if not any(jax.tree.leaves(parameters(classifier))):
         raise ValueError(
@@ -33,7 +31,7 @@ def check_classifier(classifier: PyTree, image: jax.ShapeDtypeStruct) -> int:
     return count_outputs("classifier", classifier, image)
 
 
-def _name_kind(x: Any) -> str:
+def name_kind(x: Any) -> str:
     is_class = isinstance(x, type)
     return f"the class {x.__name__} itself" if is_class else f"a {type(x).__name__}"
 
@@ -79,6 +77,41 @@ def _refuse_state(classifier: PyTree) -> None:
             )
 
 
+def check_at_least(least: float, **values: float | None) -> None:
+    """**Raises:**
+
+    A `ValueError` for a number below the least, or that is not finite. None is left
+    out.
+    """
+    for name, value in values.items():
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(
+                f"`{name}` must be finite and at least {least}; got {value}."
+            )
+
+
+def check_positive(**values: float | None) -> None:
+    """**Raises:**
+
+    A `ValueError` for a number that is not positive and finite. None is left out.
+    """
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"`{name}` must be positive and finite; got {value}.")
+
+
+def check_callable(name: str, x: Any) -> None:
+    """**Raises:**
+
+    A `TypeError` for what is no callable module.
+    """
+    if not callable(x) or isinstance(x, type):
+        raise TypeError(
+            f"`{name}` must be a callable `equinox.Module`, from one image to its "
+            f"logits; got {name_kind(x)}."
+        )
+
+
 def check_key(name: str, key: Any) -> None:
     """Refuses what is neither `None` nor one new-style key, and says how to make one.
 
@@ -93,7 +126,8 @@ def check_key(name: str, key: Any) -> None:
     )
     if not is_key or key.shape != ():
         raise TypeError(
-            f"`{name}` must be one key, as `jax.random.key(0)` makes it; got {key!r}."
+            f"`{name}` must be one key, as `jax.random.key(0)` makes it; got "
+            f"{describe(key)}."
         )
 
 

@@ -4,7 +4,10 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
+
+from ._conversions import as_int
 
 
 class Frozen(eqx.Module):
@@ -168,12 +171,14 @@ def LogisticRegression(
 
     **Raises:**
 
-    A `ValueError` if either size is not positive.
+    A `ValueError` if either size is not positive; a `TypeError` if `dtype` is not a
+    floating dtype.
     """
     for name, value in (("in_features", in_features), ("num_classes", num_classes)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1; got {value}.")
-    dtype = jnp.result_type(float) if dtype is None else dtype
+    dtype = jnp.result_type(float) if dtype is None else _floating(dtype)
+    in_features, num_classes = as_int(in_features), as_int(num_classes)
     head = eqx.filter_eval_shape(
         eqx.nn.Linear,
         in_features,
@@ -184,6 +189,16 @@ def LogisticRegression(
     )
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), head)
     return LinearClassifier(Pixels(), zeros)
+
+
+def _floating(dtype: Any) -> np.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"`dtype` must be a floating dtype; got {dtype!r}.")
+    return found
 
 
 def last_layer(
@@ -207,7 +222,13 @@ def last_layer(
 
     A `TypeError` if `where` does not pick an `equinox.nn.Linear`.
     """
-    head = where(network)
+    try:
+        head = where(network)
+    except (AttributeError, LookupError, TypeError) as e:
+        raise TypeError(
+            "`where` must pick the last layer of `network`, an `equinox.nn.Linear`; of "
+            f"a {type(network).__name__} it raised a {type(e).__name__}."
+        ) from None
     if not isinstance(head, eqx.nn.Linear):
         raise TypeError(
             "`where` must pick the last layer of `network`, an `equinox.nn.Linear`; "

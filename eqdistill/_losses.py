@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from ._conversions import as_array
 from ._error import error_if
 
 
@@ -126,7 +127,9 @@ class SquaredError(AbstractLoss):
 
         A `ValueError` if the temperature is not a positive and finite scalar.
         """
-        temperature = jnp.asarray(temperature, jnp.result_type(float))
+        temperature = jnp.asarray(
+            as_array("temperature", temperature), jnp.result_type(float)
+        )
         if temperature.shape != ():
             raise ValueError(
                 f"`temperature` must be a scalar; got shape {temperature.shape}."

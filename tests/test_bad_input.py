@@ -14,6 +14,7 @@ import eqdistill as eqd
 
 IMAGES = np.zeros((4, 3, 3), np.float32)
 LABELS = np.array([0, 1, 2, 0])
+NEVER = eqx.tree_at(lambda log: log.every, eqd.Log(), 0)
 # Compiled, which an error prevents: without, each operation would be.
 HYPERGRADIENT = eqx.filter_jit(eqx.filter_grad(eqd.outer_loss, has_aux=True))
 
@@ -36,7 +37,7 @@ HYPERGRADIENT = eqx.filter_jit(eqx.filter_grad(eqd.outer_loss, has_aux=True))
         (IMAGES, LABELS, 0.0, "`l2` must be positive and finite; got 0.0"),
         (IMAGES, LABELS, np.inf, "`l2` must be positive and finite; got inf"),
         (IMAGES, LABELS, np.ones(4), r"`l2` must be a scalar; got shape \(4,\)"),
-        ("four", LABELS, 0.1, "'images'"),
+        ("four", LABELS, 0.1, "`images` of `DistilledSet` must be an array.*got a str"),
     ],
 )
 def test_distilled_set(images, labels, l2, match):
@@ -166,20 +167,23 @@ def test_data(data, match):
     ("kwargs", "match"),
     [
         ({"steps": 0}, "`steps` must be at least 1; got 0"),
-        ({"steps": 2.5}, "'steps'"),
-        ({"key": 0}, "'key'"),
+        ({"steps": 2.5}, "`steps` of `distill` must be an integer; got a float"),
+        ({"key": 0}, r"`key`.*one key, as `jax.random.key\(0\)` makes it.*got an int"),
         ({"key": jax.random.PRNGKey(0)}, "`key` must be one key.*uint32"),
-        ({"key": jax.random.split(jax.random.key(0))}, "'key'"),
+        ({"key": jax.random.split(jax.random.key(0))}, r"`key`.*got.*of shape \(2,\)"),
         ({"tolerance": -1.0}, "`tolerance` must not be negative; got -1.0"),
         ({"tolerance": float("nan")}, "`tolerance` must not be negative; got nan"),
-        ({"optimiser": "adam"}, "'optimiser'"),
-        ({"optimiser": optax.adam}, "'optimiser'"),
-        ({"inner": optax.adam(0.1)}, "'inner'"),
+        ({"optimiser": "adam"}, "`optimiser`.*`GradientTransformation`; got a str"),
+        ({"optimiser": optax.adam}, "`optimiser`.*got a function"),
+        ({"inner": optax.adam(0.1)}, "`inner`.*`AbstractInnerSolver`; got a Gradient"),
         ({"learn": {"images": True}}, r"`learn` must be bools.*\(start, inner\)"),
         ({"learn": (True, True, True)}, "`learn` must be bools"),
-        ({"learn": (1, 0)}, "'learn'"),
+        ({"learn": (1, 0)}, r"`learn`.*`PyTree\[bool\]` or None; got a tuple"),
         ({"learn": (False, True)}, "`learn` must pick at least one"),
-        ({"callbacks": [eqd.Log(every=0)]}, "`every` of a `Log` must be.*got 0"),
+        (
+            {"callbacks": [NEVER]},
+            "`every` of a `Log` must be.*got 0",
+        ),
     ],
 )
 def test_distill(kwargs, match):

@@ -198,7 +198,5 @@ def test_early_stopping_refuses_bad_data(problem):
     huge = eqd.Dataset(3e38 * np.ones((3, 8, 8), np.float32), np.arange(3))
     with pytest.raises(ValueError, match="must be finite at the start; it is"):
         eqd.distill(start, classifier, train, callbacks=[eqd.EarlyStopping(huge)])
-    with pytest.raises(
-        ValueError, match="`every` of a `Log` must be at least 1; got 0"
-    ):
+    with pytest.raises(ValueError, match=r"`every` must be.* at least 1; got 0"):
         eqd.distill(start, classifier, train, callbacks=[eqd.Log(every=0)])

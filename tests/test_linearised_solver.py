@@ -96,5 +96,7 @@ def test_bad_input(digits):
         eqd.fit(start, None, eqd.RandomFeatures(SMOOTH, num_classes=10))
     soft = eqd.DistilledSet.from_real(digits[0], 10, l2=0.1, key=KEY)
     linear = eqd.LogisticRegression(64, 10)
-    with pytest.raises(TypeError, match="`LinearisedSolver` minimises `SquaredError`"):
+    with pytest.raises(
+        TypeError, match=r"`SquaredError`.*`LinearisedSolver` minimises"
+    ):
         eqd.fit(soft, linear, eqd.LinearisedSolver())

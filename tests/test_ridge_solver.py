@@ -136,10 +136,10 @@ def test_inner_loss():
 
 def test_refuses_what_it_does_not_solve():
     linear = eqd.LogisticRegression(P, C)
-    match = r"`RidgeSolver` minimises `SquaredError`; .* `CrossEntropy`"
+    match = r"`distilled` must have `SquaredError` as its loss.*got `CrossEntropy`"
     with pytest.raises(TypeError, match=match):
         eqd.fit(start(loss=eqd.CrossEntropy()), linear, eqd.RidgeSolver())
-    match = r"`RidgeSolver` fits a `LinearClassifier`.*got a Wrapped"
+    match = r"must be a `LinearClassifier`.*for `RidgeSolver`; got a Wrapped"
     with pytest.raises(TypeError, match=match):
         eqd.fit(start(), Wrapped(linear), eqd.RidgeSolver())
 

@@ -242,11 +242,11 @@ def test_refuses_what_is_not_linear(digits):
     network = eqx.nn.Sequential(
         [eqx.nn.Lambda(jnp.ravel), eqd.LogisticRegression(64, 10).head]
     )
-    match = r"`SpanSolver` fits a `LinearClassifier`.*got a Sequential.*`last_layer"
+    match = r"a `LinearClassifier`.*`SpanSolver`; got a Sequential.*`last_layer"
     with pytest.raises(TypeError, match=match):
         eqd.fit(distilled, network, eqd.SpanSolver())
     squared = eqx.tree_at(lambda d: d.loss, distilled, eqd.SquaredError())
-    with pytest.raises(TypeError, match=r"minimises `CrossEntropy`.*`SquaredError`"):
+    with pytest.raises(TypeError, match=r"have `CrossEntropy`.*got `SquaredError`"):
         eqd.fit(squared, eqd.LogisticRegression(64, 10), eqd.SpanSolver())
 
 

@@ -42,7 +42,9 @@ class Compose(AbstractAugmentation):
         """
         self.augmentations = augmentations
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         keys = jr.split(key, len(self.augmentations))
         for augmentation, own_key in zip(self.augmentations, keys, strict=True):
@@ -95,7 +97,9 @@ class OneOf(AbstractAugmentation):
         self.augmentations = augmentations
         self.per_batch = per_batch
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         # By default, `a` would be the last augmentation in each of them.
         branches = [lambda x, key, a=a: a(x, key=key) for a in self.augmentations]

@@ -5,7 +5,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from .._checks import check_at_least
+from .._conversions import ArrayOrList, as_array, as_int
 
 
 class Dataset(eqx.Module):
@@ -22,20 +25,21 @@ class Dataset(eqx.Module):
 
     images: Float[Array, "N *shape"] | UInt8[Array, "N *shape"]
     labels: Int[Array, " N"]
-    num_classes: int = eqx.field(static=True)
+    num_classes: int = eqx.field(static=True, converter=as_int)
     class_names: tuple[str, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
-        images: ArrayLike,
-        labels: ArrayLike,
+        images: ArrayOrList,
+        labels: ArrayOrList,
         num_classes: int | None = None,
         *,
-        class_names: tuple[str, ...] | None = None,
+        class_names: list[str] | tuple[str, ...] | None = None,
     ):
         r"""**Arguments:**
 
-        - `images`: real images, shape `(N, *shape)`, `uint8` or floating point.
+        - `images`: real images, shape `(N, *shape)`, `uint8` or floating point. An
+            array, or a list.
         - `labels`: class indices, shape `(N,)`, any integer type.
         - `num_classes`: the number of classes. Defaults to the number of names, or
             without names to the largest label plus one: then each class must have an
@@ -51,8 +55,8 @@ class Dataset(eqx.Module):
         gives it.
         """
         # Checked on the host: a dataset is made once, from concrete arrays.
-        images_ = np.asarray(images)
-        labels_ = np.asarray(labels)
+        images_ = np.asarray(as_array("images", images))
+        labels_ = np.asarray(as_array("labels", labels))
         is_bytes = images_.dtype == np.uint8
         if not (is_bytes or jnp.issubdtype(images_.dtype, jnp.floating)):
             raise TypeError(
@@ -72,6 +76,7 @@ class Dataset(eqx.Module):
                 "`labels` must have one entry for each image; got labels of shape "
                 f"{labels_.shape} for images of shape {images_.shape}."
             )
+        given = "`num_classes`" if num_classes is not None else "`class_names`"
         if num_classes is None:
             num_classes = len(class_names) if class_names else _count(labels_)
         if class_names is not None and not (
@@ -79,16 +84,17 @@ class Dataset(eqx.Module):
         ):
             raise ValueError(
                 f"`class_names` must have one name for each of the {num_classes} "
-                f"classes, all different; got {class_names}."
+                f"classes, all different; got {len(class_names)}."
             )
+        check_at_least(1, num_classes=num_classes)
         if num_classes > np.iinfo(np.int32).max:
             raise ValueError(
                 f"`num_classes` must be a number of 31 bits; got {num_classes}."
             )
         if labels_.min() < 0 or labels_.max() >= num_classes:
             raise ValueError(
-                f"`labels` must be in [0, {num_classes}); got values from "
-                f"{labels_.min()} to {labels_.max()}."
+                f"`labels` must be in [0, {num_classes}), as {given} says; got values "
+                f"from {labels_.min()} to {labels_.max()}."
             )
         if not is_bytes:
             with np.errstate(over="ignore"):  # What is too large becomes infinite.
@@ -101,7 +107,7 @@ class Dataset(eqx.Module):
         self.images = jnp.asarray(images_)
         self.labels = jnp.asarray(labels_.astype(np.int32))
         self.num_classes = num_classes
-        self.class_names = class_names
+        self.class_names = None if class_names is None else tuple(class_names)
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -129,6 +135,8 @@ class Dataset(eqx.Module):
 
         A `ValueError` if either part would be empty.
         """
+        if not 0 < fraction < 1:
+            raise ValueError(f"`fraction` must be between 0 and 1; got {fraction}.")
         num_held_out = round(fraction * len(self))
         if not 0 < num_held_out < len(self):
             raise ValueError(

@@ -7,6 +7,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
+from .._conversions import ArrayOrList, as_array, name_value
 from .._error import error_if
 from .._losses import AbstractLoss, CrossEntropy
 from . import _initialisers
@@ -35,15 +36,15 @@ class DistilledSet(eqx.Module):
 
     def __init__(
         self,
-        images: ArrayLike,
-        labels: ArrayLike,
+        images: ArrayOrList,
+        labels: ArrayOrList,
         *,
         l2: ArrayLike,
         loss: AbstractLoss = CrossEntropy(),
     ):
         r"""**Arguments:**
 
-        - `images`: shape `(n, *shape)`, floating point, finite.
+        - `images`: shape `(n, *shape)`, floating point, finite. An array, or a list.
         - `labels`: either integer class indices of shape `(n,)`, or floating-point
             labels of shape `(n, c)`, which `loss` gives a meaning.
         - `l2`: the ridge $\lambda > 0$. Logistic regression does well at 0.1. A network
@@ -58,15 +59,15 @@ class DistilledSet(eqx.Module):
         (at run time, if the values are traced) if the images or soft labels are not
         finite, a class index is negative, or `l2` is not positive and finite.
         """
-        images = jnp.asarray(images)
-        if not isinstance(labels, jax.Array):
-            labels = np.asarray(labels)
-            # Before they become narrower.
-            if labels.dtype.kind in "iu" and labels.size and labels.max() >= 2**31:
-                raise ValueError(
-                    "`labels` must be class indices of 31 bits; got values up to "
-                    f"{labels.max()}."
-                )
+        images = jnp.asarray(as_array("images", images))
+        labels = as_array("labels", labels)
+        # Before they become narrower.
+        is_wide = isinstance(labels, np.ndarray) and labels.dtype.kind in "iu"
+        if is_wide and labels.size and labels.max() >= 2**31:
+            raise ValueError(
+                "`labels` must be class indices of 31 bits; got values up to "
+                f"{labels.max()}."
+            )
         labels = jnp.asarray(labels)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
@@ -93,7 +94,7 @@ class DistilledSet(eqx.Module):
                 f"`labels` of dtype {labels.dtype} must be {wanted} with "
                 f"n = {images.shape[0]} as in `images`; got shape {labels.shape}."
             )
-        l2 = jnp.asarray(l2, images.dtype)
+        l2 = jnp.asarray(as_array("l2", l2), images.dtype)
         if l2.shape != ():
             raise ValueError(f"`l2` must be a scalar; got shape {l2.shape}.")
         self.images = error_if(
@@ -117,7 +118,7 @@ class DistilledSet(eqx.Module):
             error_if(
                 l2,
                 lambda x: ~((x > 0) & (x < np.inf)),
-                f"`l2` must be positive and finite; got {l2}.",
+                f"`l2` must be positive and finite; got {name_value(l2)}.",
             )
         )
         self.loss = loss

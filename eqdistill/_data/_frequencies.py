@@ -1,8 +1,11 @@
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._conversions import as_ints
 from ._distilled_set import DistilledSet
 from ._pictures import height_and_width
 
@@ -23,7 +26,7 @@ class Frequencies(eqx.Module):
     coefficients: DistilledSet
     shape: tuple[int, ...] = eqx.field(static=True)
 
-    def __init__(self, coefficients: DistilledSet, shape: tuple[int, ...]):
+    def __init__(self, coefficients: DistilledSet, shape: Sequence[int]):
         """**Arguments:**
 
         - `coefficients`: the coefficients in the place of images, of shape `(k, k)` or
@@ -34,6 +37,7 @@ class Frequencies(eqx.Module):
 
         A `ValueError` if an image of this shape has no such coefficients.
         """
+        shape = as_ints("shape", shape)
         least = coefficients.images.shape[1:]
         size, other = height_and_width("coefficients", least)
         is_alike = len(shape) == len(least) and shape[:-2] == least[:-2]

@@ -1,10 +1,12 @@
-import math
-
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import check_at_least
+from .._conversions import as_float, as_int
 from ._augmentation import AbstractAugmentation
 
 
@@ -22,16 +24,16 @@ class Affine(AbstractAugmentation):
     `Affine(rotation=15)` and `Affine(scale=1.2)`.
     """
 
-    shift: float | int
-    rotation: float | int
-    scale: float | int
+    shift: float = eqx.field(converter=as_float)
+    rotation: float = eqx.field(converter=as_float)
+    scale: float = eqx.field(converter=as_float)
 
     def __init__(
         self,
         *,
-        shift: float | int = 0.0,
-        rotation: float | int = 0.0,
-        scale: float | int = 1.0,
+        shift: float = 0.0,
+        rotation: float = 0.0,
+        scale: float = 1.0,
     ):
         """**Arguments:** (Keyword only.)
 
@@ -44,14 +46,16 @@ class Affine(AbstractAugmentation):
 
         A `ValueError` for an argument that is out of its range.
         """
-        _check_at_least("shift", shift, 0)
-        _check_at_least("rotation", rotation, 0)
-        _check_at_least("scale", scale, 1)
+        check_at_least(0, shift=shift)
+        check_at_least(0, rotation=rotation)
+        check_at_least(1, scale=scale)
         self.shift = shift
         self.rotation = rotation
         self.scale = scale
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         keys = jr.split(key, 3)
         draw = lambda key, shape, low, high: jr.uniform(
@@ -79,7 +83,7 @@ class Crop(AbstractAugmentation):
     augmentation, Zhao and Bilen 2021, pads by an eighth of the image.
     """
 
-    padding: int
+    padding: int = eqx.field(converter=as_int)
 
     def __init__(self, padding: int):
         """**Arguments:**
@@ -90,10 +94,12 @@ class Crop(AbstractAugmentation):
 
         A `ValueError` if `padding` is negative.
         """
-        _check_at_least("padding", padding, 0)
+        check_at_least(0, padding=padding)
         self.padding = padding
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         channels = image.ndim - 2
         widths = [(0, 0)] * channels + [(self.padding, self.padding)] * 2
@@ -108,9 +114,9 @@ class Flip(AbstractAugmentation):
     Source: differentiable siamese augmentation, Zhao and Bilen 2021.
     """
 
-    probability: float | int
+    probability: float = eqx.field(converter=as_float)
 
-    def __init__(self, probability: float | int = 0.5):
+    def __init__(self, probability: float = 0.5):
         """**Arguments:**
 
         - `probability`: the probability of a reflection, from 0 to 1.
@@ -123,7 +129,9 @@ class Flip(AbstractAugmentation):
             raise ValueError(f"`probability` must be from 0 to 1; got {probability}.")
         self.probability = probability
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         is_flipped = jr.uniform(key, (), image.dtype) < self.probability
         return jnp.where(is_flipped, image[..., ::-1], image)
@@ -138,7 +146,7 @@ class Cutout(AbstractAugmentation):
     2021, cuts half of the side of the image.
     """
 
-    size: int
+    size: int = eqx.field(converter=as_int)
 
     def __init__(self, size: int):
         """**Arguments:**
@@ -149,10 +157,12 @@ class Cutout(AbstractAugmentation):
 
         A `ValueError` if `size` is negative.
         """
-        _check_at_least("size", size, 0)
+        check_at_least(0, size=size)
         self.size = size
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         height, width = image.shape[-2:]
         centre = jr.randint(key, (2,), 0, jnp.array([height, width]))
@@ -174,16 +184,16 @@ class ColourJitter(AbstractAugmentation):
     2021, whose strengths are the defaults.
     """
 
-    brightness: float | int
-    saturation: float | int
-    contrast: float | int
+    brightness: float = eqx.field(converter=as_float)
+    saturation: float = eqx.field(converter=as_float)
+    contrast: float = eqx.field(converter=as_float)
 
     def __init__(
         self,
         *,
-        brightness: float | int = 0.5,
-        saturation: float | int = 1.0,
-        contrast: float | int = 0.5,
+        brightness: float = 0.5,
+        saturation: float = 1.0,
+        contrast: float = 0.5,
     ):
         """**Arguments:** (Keyword only.)
 
@@ -195,14 +205,16 @@ class ColourJitter(AbstractAugmentation):
 
         A `ValueError` for an argument that is negative.
         """
-        _check_at_least("brightness", brightness, 0)
-        _check_at_least("saturation", saturation, 0)
-        _check_at_least("contrast", contrast, 0)
+        check_at_least(0, brightness=brightness)
+        check_at_least(0, saturation=saturation)
+        check_at_least(0, contrast=contrast)
         self.brightness = brightness
         self.saturation = saturation
         self.contrast = contrast
 
-    def __call__(self, image, *, key):
+    def __call__(
+        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
+    ) -> Float[Array, "*channels height width"]:
         """As [`eqdistill.AbstractAugmentation`][]."""
         draws = jr.uniform(key, (3,), image.dtype, -1, 1)
         image = image + self.brightness * draws[0]
@@ -210,8 +222,3 @@ class ColourJitter(AbstractAugmentation):
             mean = jnp.mean(image, axis=-3, keepdims=True)
             image = image + self.saturation * draws[1] * (image - mean)
         return image + self.contrast * draws[2] * (image - jnp.mean(image))
-
-
-def _check_at_least(name: str, value: float | int, least: float | int) -> None:
-    if not least <= value < math.inf:
-        raise ValueError(f"`{name}` must be finite and at least {least}; got {value}.")

@@ -1,11 +1,12 @@
 import concurrent.futures
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .._conversions import as_ints
 from ._dataset import Dataset
 
 
@@ -22,7 +23,7 @@ _CHUNK = 64
 
 
 def from_folder(
-    path: str | os.PathLike, *, size: tuple[int, int] | None = None
+    path: str | os.PathLike, *, size: Sequence[int] | None = None
 ) -> Dataset:
     """Loads a folder that has one folder of images for each class.
 
@@ -66,8 +67,11 @@ def from_folder(
             "`eqdistill.datasets.from_folder` needs Pillow: pip install "
             "'eqdistill[data]'."
         ) from e
-    if size is not None and min(size) < 1:
-        raise ValueError(f"`size` must be a positive (height, width); got {size}.")
+    height_and_width = None
+    if size is not None:
+        height_and_width = as_ints("size", size)
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"`size` must be a positive (height, width); got {size}.")
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(
@@ -88,7 +92,7 @@ def from_folder(
             )
         files += entries
         labels += [label] * len(entries)
-    images = _read_all(files, size)
+    images = _read_all(files, height_and_width)
     if images.ndim == 4:
         images = np.moveaxis(images, 3, 1)
     names = tuple(folder.name for folder in folders)
@@ -111,7 +115,7 @@ def _entries(folder: Path, root: Path) -> Iterator[Path]:
         yield path
 
 
-def _read_all(files: list[Path], size: tuple[int, int] | None) -> np.ndarray:
+def _read_all(files: list[Path], size: tuple[int, ...] | None) -> np.ndarray:
     """All images in one array, colours last."""
     first = _read(files[0], size)
     images = np.empty((len(files), *first.shape), np.uint8)
@@ -147,7 +151,7 @@ def _differ(
     )
 
 
-def _read(file: Path, size: tuple[int, int] | None) -> np.ndarray:
+def _read(file: Path, size: tuple[int, ...] | None) -> np.ndarray:
     """One image, of shape `(height, width)` or `(height, width, 3)`."""
     from PIL import Image
 
@@ -180,7 +184,7 @@ def _not_an_image(file: Path, found: str) -> ValueError:
     )
 
 
-def _to_array(image: "Image", size: tuple[int, int] | None) -> np.ndarray:
+def _to_array(image: "Image", size: tuple[int, ...] | None) -> np.ndarray:
     from PIL import Image
 
     if image.mode not in _GREY + _COLOUR:

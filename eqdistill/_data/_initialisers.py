@@ -32,7 +32,7 @@ def by_class(
         class_ = short[0]
         raise ValueError(
             f"`n` = {len(labels)} asks for {wanted[class_]} images of class {class_}; "
-            f"`train` has {counts[class_]}."
+            f"`train` has {counts[class_]}, and must have as many."
         )
     rng = np.random.default_rng(np.asarray(jr.bits(key, (4,))))
     real = np.asarray(train.floating()).reshape(len(train), -1)

@@ -1,6 +1,9 @@
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 
+from .._conversions import as_ints
 from ._distilled_set import DistilledSet
 from ._pictures import height_and_width
 
@@ -27,7 +30,7 @@ class Packed(eqx.Module):
     small: DistilledSet
     shape: tuple[int, ...] = eqx.field(static=True)
 
-    def __init__(self, small: DistilledSet, shape: tuple[int, ...]):
+    def __init__(self, small: DistilledSet, shape: Sequence[int]):
         """**Arguments:**
 
         - `small`: the small images, of shape `(h / f, w / f)` or
@@ -38,6 +41,7 @@ class Packed(eqx.Module):
 
         A `ValueError` if `shape` is not a multiple of that of a small image.
         """
+        shape = as_ints("shape", shape)
         least = small.images.shape[1:]
         height, width = height_and_width("small", least)
         factor = max(shape[-1] // width, 1) if shape else 1

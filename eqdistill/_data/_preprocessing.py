@@ -10,6 +10,7 @@ import scipy.linalg
 from jaxtyping import Array, Float
 from threadpoolctl import threadpool_limits
 
+from .._conversions import as_float
 from ._dataset import Dataset
 
 
@@ -135,10 +136,10 @@ class ZCA(AbstractPreprocessing):
 
     mean: Float[Array, "*shape"]
     whitening: Float[Array, "p p"]
-    regularisation: float | int = eqx.field(static=True)
+    regularisation: float = eqx.field(static=True, converter=as_float)
 
     @classmethod
-    def fit(cls, train: Dataset, *, regularisation: float | int = 0.1) -> "ZCA":
+    def fit(cls, train: Dataset, *, regularisation: float = 0.1) -> "ZCA":
         r"""Takes $O(N p^2 + p^3)$ operations.
 
         **Arguments:**

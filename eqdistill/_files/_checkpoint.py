@@ -8,11 +8,13 @@ import threading
 import warnings
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from .._conversions import as_int
 from .._outer._problem import DistillState
 from .._outer._snapshot import AbstractCheckpoints, Snapshot
 from ._fingerprint import differences, digest, fingerprint
@@ -50,8 +52,8 @@ class Checkpoints(AbstractCheckpoints["_Folder"]):
     """
 
     directory: str
-    every: int
-    keep: int
+    every: int = eqx.field(converter=as_int)
+    keep: int = eqx.field(converter=as_int)
 
     def __init__(
         self, directory: str | os.PathLike[str], *, every: int = 100, keep: int = 3

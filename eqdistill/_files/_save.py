@@ -13,6 +13,7 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from .._classifier import takes_pixels
+from .._conversions import as_int_or_none
 from .._data._distilled_set import DistilledSet
 from .._data._frequencies import Frequencies
 from .._data._packed import Packed
@@ -145,7 +146,7 @@ def save(
         "preprocessing": described,
         "parameterisation": parameterisation,
         "learned": result.learned if is_result else None,
-        "seed": seed,
+        "seed": as_int_or_none(seed),
         "x64": jnp.result_type(float) == jnp.float64,
         "versions": {package: _version(package) for package in _PACKAGES},
     }

@@ -5,7 +5,9 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
+from .._checks import check_at_least
 from .._classifier import parameters, squared_norm
+from .._conversions import as_float, as_int
 from .._data._distilled_set import DistilledSet
 from ._damped_cg import DampedCG
 from ._inner_solver import AbstractInnerSolver, Fitted, gradient_norm, inner_loss
@@ -54,8 +56,12 @@ class ArgminSolver(AbstractInnerSolver[None]):
 
     solver: optx.AbstractMinimiser = WarmLBFGS()
     adjoint: optx.AbstractAdjoint = optx.ImplicitAdjoint(DampedCG())
-    max_steps: int = 2000
-    tolerance: float = 1e-2
+    max_steps: int = eqx.field(default=2000, converter=as_int)
+    tolerance: float = eqx.field(default=1e-2, converter=as_float)
+
+    def __check_init__(self):
+        check_at_least(1, max_steps=self.max_steps)
+        check_at_least(0, tolerance=self.tolerance)
 
     def init(self, distilled, classifier, *, key):
         del distilled, classifier, key

@@ -8,6 +8,9 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
+from .._checks import check_at_least
+from .._conversions import as_float, as_float_or_none, as_int
+
 
 class DampedCG(lx.AbstractLinearSolver):
     r"""Conjugate gradients for Hessians that may be nearly singular or slightly
@@ -33,10 +36,15 @@ class DampedCG(lx.AbstractLinearSolver):
     Algorithm 1, for solving the adjoint inexactly; Levenberg 1944 for the damping.
     """
 
-    rtol: float | None = None
-    accept: float = 1e-2
-    max_residual: float = 0.9
-    max_steps: int = 500
+    rtol: float | None = eqx.field(default=None, converter=as_float_or_none)
+    accept: float = eqx.field(default=1e-2, converter=as_float)
+    max_residual: float = eqx.field(default=0.9, converter=as_float)
+    max_steps: int = eqx.field(default=500, converter=as_int)
+
+    def __check_init__(self):
+        check_at_least(0, rtol=self.rtol, accept=self.accept)
+        check_at_least(0, max_residual=self.max_residual)
+        check_at_least(1, max_steps=self.max_steps)
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
         del options

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from .._checks import check_callable
 from .._classifier import parameters, squared_norm
 from .._data._distilled_set import DistilledSet
 
@@ -34,9 +35,14 @@ def inner_loss(
     The mean loss on the distilled images plus the ridge. The ridge is taken over
     [`eqdistill.parameters`][], less those that a module's `penalised` leaves out.
 
+    **Raises:**
+
+    A `TypeError` if the classifier is no callable module.
+
     Source: the code of JAXopt's dataset-distillation notebook. (The formula in the
     notebook has no factor of one half.)
     """
+    check_callable("classifier", classifier)
     if key is None:
         outputs = jax.vmap(classifier)(distilled.images)
     else:

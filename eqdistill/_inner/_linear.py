@@ -1,6 +1,7 @@
 import equinox as eqx
 from jaxtyping import Array, Float, PyTree
 
+from .._checks import name_kind
 from .._classifier import LinearClassifier
 from .._data._distilled_set import DistilledSet
 from .._losses import AbstractLoss
@@ -15,9 +16,9 @@ def check_linear(
     """
     if not isinstance(classifier, LinearClassifier):
         raise TypeError(
-            f"`{solver}` fits a `LinearClassifier`, which is linear in its parameters; "
-            f"got a {type(classifier).__name__}. Use `ArgminSolver`, or fit only the "
-            "last layer: `last_layer(network)`."
+            "`classifier` must be a `LinearClassifier`, which is linear in its "
+            f"parameters, for `{solver}`; got {name_kind(classifier)}. Use "
+            "`ArgminSolver`, or fit only the last layer: `last_layer(network)`."
         )
     check_loss(solver, distilled, loss)
     return classifier
@@ -30,8 +31,8 @@ def check_loss(solver: str, distilled: DistilledSet, loss: type[AbstractLoss]) -
     """
     if not isinstance(distilled.loss, loss):
         raise TypeError(
-            f"`{solver}` minimises `{loss.__name__}`; the loss of `distilled` is "
-            f"`{type(distilled.loss).__name__}`."
+            f"`distilled` must have `{loss.__name__}` as its loss, which `{solver}` "
+            f"minimises; got `{type(distilled.loss).__name__}`."
         )
 
 

@@ -1,10 +1,13 @@
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
+
+from .._conversions import as_float_or_none, as_int
 
 
 # The steps of the power method, which need to be good to a factor of two only.
@@ -37,8 +40,8 @@ class NeumannSeries(lx.AbstractLinearSolver):
         as ten steps of the power method find it.
     """
 
-    terms: int
-    step_size: float | None = None
+    terms: int = eqx.field(converter=as_int)
+    step_size: float | None = eqx.field(default=None, converter=as_float_or_none)
 
     def __check_init__(self):
         if self.terms < 1:

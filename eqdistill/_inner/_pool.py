@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._classifier import last_layer, LinearClassifier, LogisticRegression
+from .._conversions import as_int
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
 from ._drawn_network import Either, Template
@@ -74,10 +75,10 @@ class Pool(AbstractDrawingSolver[PoolState]):
     """
 
     networks: tuple[Callable, ...] = eqx.field(static=True)
-    num_classes: int = eqx.field(static=True)
+    num_classes: int = eqx.field(static=True, converter=as_int)
     inner: AbstractInnerSolver
-    size: int = eqx.field(static=True)
-    max_age: int = eqx.field(static=True)
+    size: int = eqx.field(static=True, converter=as_int)
+    max_age: int = eqx.field(static=True, converter=as_int)
     optimiser: optax.GradientTransformation
     augmentation: AbstractAugmentation | None
 

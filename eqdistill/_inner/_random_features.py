@@ -7,6 +7,7 @@ import jax.random as jr
 from jaxtyping import Array
 
 from .._classifier import last_layer, LinearClassifier, LogisticRegression
+from .._conversions import as_int
 from .._data._distilled_set import DistilledSet
 from .._nn._network import Network
 from ._drawn_network import Template
@@ -27,8 +28,8 @@ class RandomFeatures(AbstractDrawingSolver[None]):
     """
 
     network: Callable = eqx.field(static=True)
-    num_classes: int = eqx.field(static=True)
-    num_networks: int = eqx.field(static=True)
+    num_classes: int = eqx.field(static=True, converter=as_int)
+    num_networks: int = eqx.field(static=True, converter=as_int)
     inner: AbstractInnerSolver
 
     def __init__(

@@ -6,6 +6,7 @@ import jax.random as jr
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .._checks import check_classifier
+from .._conversions import as_int
 from .._data._distilled_set import DistilledSet
 from ._inner_solver import AbstractDrawingSolver, AbstractInnerSolver, State
 
@@ -36,7 +37,7 @@ class RandomInitialisation(AbstractDrawingSolver[State]):
 
     network: Callable[..., PyTree] = eqx.field(static=True)
     inner: AbstractInnerSolver[State]
-    num_classes: int = eqx.field(static=True, kw_only=True)
+    num_classes: int = eqx.field(static=True, kw_only=True, converter=as_int)
 
     def __check_init__(self):
         if self.num_classes < 1:

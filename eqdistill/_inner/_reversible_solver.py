@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree, UInt
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from .._classifier import parameters
+from .._conversions import ArrayOrList, as_int
 from .._data._distilled_set import DistilledSet
 from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss, stop_gradient
 from ._unrolled_adjoint import AbstractUnrolledAdjoint, with_zeros
@@ -71,12 +72,12 @@ class ReversibleSolver(AbstractInnerSolver[None]):
 
     log_learning_rate: Float[Array, ""] | Float[Array, " steps"]
     momentum: fractions.Fraction = eqx.field(static=True)
-    steps: int = eqx.field(static=True)
+    steps: int = eqx.field(static=True, converter=as_int)
     adjoint: AbstractUnrolledAdjoint | None
 
     def __init__(
         self,
-        learning_rate: ArrayLike,
+        learning_rate: ArrayOrList,
         *,
         momentum: float = 0.98,
         steps: int,
@@ -102,14 +103,13 @@ class ReversibleSolver(AbstractInnerSolver[None]):
             raise ValueError(f"`steps` must be at least 1; got {steps}.")
         if not 0.01 <= momentum <= 0.99:
             raise ValueError(f"`momentum` must be from 0.01 to 0.99; got {momentum}.")
-        log_rate = log_positive("ReversibleSolver", {"learning_rate": learning_rate})
-        self.log_learning_rate = log_rate["learning_rate"]
+        self.log_learning_rate = log_positive("learning_rate", learning_rate)
         if self.log_learning_rate.shape not in ((), (steps,)):
             raise ValueError(
                 f"`learning_rate` must be a number, or one for each of {steps} steps; "
                 f"got shape {self.log_learning_rate.shape}."
             )
-        self.momentum = fractions.Fraction(momentum).limit_denominator(100)
+        self.momentum = fractions.Fraction(float(momentum)).limit_denominator(100)
         self.steps = steps
         self.adjoint = adjoint
 

@@ -8,6 +8,8 @@ import optax
 import optimistix as optx
 from jaxtyping import Array, Float
 
+from .._checks import check_at_least
+from .._conversions import as_float_or_none, as_int
 from .._data._distilled_set import DistilledSet
 from .._losses import CrossEntropy
 from .._softmax import label_residual
@@ -57,9 +59,13 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
     Steihaug, *Inexact Newton methods*, 1982; `docs/mathematics.md` for the derivative.
     """
 
-    rtol: float | None = None
-    atol: float | None = None
-    max_steps: int = 100
+    rtol: float | None = eqx.field(default=None, converter=as_float_or_none)
+    atol: float | None = eqx.field(default=None, converter=as_float_or_none)
+    max_steps: int = eqx.field(default=100, converter=as_int)
+
+    def __check_init__(self):
+        check_at_least(0, rtol=self.rtol, atol=self.atol)
+        check_at_least(1, max_steps=self.max_steps)
 
     def init(self, distilled, classifier, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]; raises as a call does."""

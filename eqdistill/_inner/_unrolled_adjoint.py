@@ -10,6 +10,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, PyTree
 
+from .._conversions import as_int_or_none
+
 
 Carry = TypeVar("Carry", bound=PyTree)
 Step = Callable[[Carry, PyTree, Int[Array, ""]], Carry]
@@ -78,7 +80,7 @@ class RecursiveCheckpointAdjoint(AbstractUnrolledAdjoint):
         to the square root of their number.
     """
 
-    checkpoints: int | None = None
+    checkpoints: int | None = eqx.field(default=None, converter=as_int_or_none)
 
     def __check_init__(self):
         if self.checkpoints is not None and self.checkpoints < 1:

@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._classifier import parameters
+from .._conversions import ArrayOrList, as_array, as_int, as_int_or_none, name_value
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
 from .._data._permutation import batch_at, half_bits
@@ -81,8 +82,8 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
     make: Callable[..., optax.GradientTransformation] = eqx.field(static=True)
     log_hyperparameters: dict[str, Float[Array, "..."]]
-    steps: int = eqx.field(static=True)
-    batch_size: int | None = eqx.field(static=True)
+    steps: int = eqx.field(static=True, converter=as_int)
+    batch_size: int | None = eqx.field(static=True, converter=as_int_or_none)
     shuffle: bool = eqx.field(static=True)
     augmentation: AbstractAugmentation | None
     window: AbstractWindow | None
@@ -91,7 +92,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
     def __init__(
         self,
         make: Callable[..., optax.GradientTransformation],
-        hyperparameters: Mapping[str, ArrayLike],
+        hyperparameters: Mapping[str, ArrayOrList],
         steps: int,
         *,
         batch_size: int | None = None,
@@ -137,7 +138,10 @@ class UnrolledSolver(AbstractInnerSolver[None]):
                 f"got {window.size}."
             )
         self.make = make
-        self.log_hyperparameters = log_positive("hyperparameters", hyperparameters)
+        self.log_hyperparameters = {
+            name: log_positive(f"hyperparameters[{name!r}]", value)
+            for name, value in hyperparameters.items()
+        }
         self.steps = steps
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -257,25 +261,21 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         return eqx.tree_at(lambda d: (d.images, d.labels), distilled, (images, labels))
 
 
-def log_positive(
-    name: str, values: Mapping[str, ArrayLike]
-) -> dict[str, Float[Array, "..."]]:
-    """The logarithms of numbers that must be positive.
+def log_positive(name: str, value: ArrayOrList) -> Float[Array, "..."]:
+    """The logarithm of a number, or of an array of numbers, that must be positive.
 
     **Raises:**
 
     An error, at run time if the values are traced, if they are not.
     """
-    return {
-        own: jnp.log(
-            error_if(
-                jnp.asarray(value, jnp.result_type(float)),
-                lambda x: ~((x > 0) & (x < jnp.inf)).all(),
-                f"`{name}` must be positive and finite; {own!r} is {value}.",
-            )
+    array = as_array(name, value)
+    return jnp.log(
+        error_if(
+            jnp.asarray(array, jnp.result_type(float)),
+            lambda x: ~((x > 0) & (x < jnp.inf)).all(),
+            f"`{name}` must be positive and finite; got {name_value(value)}.",
         )
-        for own, value in values.items()
-    }
+    )
 
 
 def _has_dropout(classifier: PyTree) -> bool:

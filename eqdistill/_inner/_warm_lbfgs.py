@@ -8,6 +8,9 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
+from .._checks import check_at_least, check_positive
+from .._conversions import as_float, as_float_or_none, as_int
+
 
 class _State(eqx.Module):
     """The last accepted point, and the search along a line from there: a step of size
@@ -57,11 +60,15 @@ class WarmLBFGS(optx.AbstractMinimiser):
     - `learning_rate`: the rate of Adam at its first step.
     """
 
-    rtol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
-    atol: float | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    rtol: float | None = eqx.field(default=None, converter=as_float_or_none)  # pyright: ignore[reportIncompatibleVariableOverride]
+    atol: float | None = eqx.field(default=None, converter=as_float_or_none)  # pyright: ignore[reportIncompatibleVariableOverride]
     norm: Callable[[PyTree], Scalar] = optx.two_norm
-    warm_up: int = 200
-    learning_rate: float = 3e-3
+    warm_up: int = eqx.field(default=200, converter=as_int)
+    learning_rate: float = eqx.field(default=3e-3, converter=as_float)
+
+    def __check_init__(self):
+        check_at_least(0, rtol=self.rtol, atol=self.atol, warm_up=self.warm_up)
+        check_positive(learning_rate=self.learning_rate)
 
     def _adam(self) -> optax.GradientTransformation:
         steps = max(self.warm_up, 1)

@@ -1,10 +1,14 @@
 import abc
+import math
 from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .._checks import check_at_least
+from .._conversions import as_float, as_int
 
 
 class AbstractWindow(eqx.Module):
@@ -53,7 +57,10 @@ class LastSteps(AbstractWindow):
     - `size`: the number of steps that are differentiated.
     """
 
-    size: int
+    size: int = eqx.field(converter=as_int)
+
+    def __check_init__(self):
+        check_at_least(1, size=self.size)
 
     def start(self, steps, norms, *, key):
         """As [`eqdistill.AbstractWindow`][]."""
@@ -72,7 +79,10 @@ class RandomWindow(AbstractWindow):
     - `size`: the number of steps that are differentiated.
     """
 
-    size: int
+    size: int = eqx.field(converter=as_int)
+
+    def __check_init__(self):
+        check_at_least(1, size=self.size)
 
     def start(self, steps, norms, *, key):
         """As [`eqdistill.AbstractWindow`][].
@@ -106,8 +116,12 @@ class GradientWindow(AbstractWindow):
         an [`eqdistill.RandomWindow`][].
     """
 
-    size: int
-    power: float = 1.0
+    size: int = eqx.field(converter=as_int)
+    power: float = eqx.field(default=1.0, converter=as_float)
+
+    def __check_init__(self):
+        check_at_least(1, size=self.size)
+        check_at_least(-math.inf, power=self.power)
 
     def start(self, steps, norms, *, key):
         """As [`eqdistill.AbstractWindow`][].

@@ -4,7 +4,7 @@ import dataclasses
 import functools as ft
 import itertools as it
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -12,6 +12,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .._checks import check_at_least
+from .._conversions import as_int, as_ints
 
 
 class Conv2d(eqx.Module):
@@ -71,8 +74,18 @@ class Conv2d(eqx.Module):
 
         **Raises:**
 
-        A `ValueError` from `equinox.nn.Conv2d` if an argument does not fit.
+        A `TypeError` or `ValueError` for an argument out of its range; from
+        `equinox.nn.Conv2d` if the groups or the padding's name do not fit.
         """
+        check_at_least(1, in_channels=in_channels, out_channels=out_channels)
+        check_at_least(1, groups=groups)
+        in_channels, out_channels, groups = map(
+            as_int, (in_channels, out_channels, groups)
+        )
+        kernel_size = _two("kernel_size", kernel_size, 1)
+        stride, dilation = _two("stride", stride, 1), _two("dilation", dilation, 1)
+        if not isinstance(padding, str):
+            padding = _pairs(padding)
         convolution = eqx.nn.Conv2d(
             in_channels,
             out_channels,
@@ -184,6 +197,31 @@ def quick_convolutions(network: PyTree) -> PyTree:
         network,
         is_leaf=is_convolution,
     )
+
+
+def _two(name: str, x: int | Sequence[int], least: int | None) -> tuple[int, ...]:
+    """A number for each of the two axes.
+
+    **Raises:**
+
+    A `TypeError` or `ValueError` that names the argument by `name`.
+    """
+    both = as_ints(name, x if isinstance(x, Sequence) else (x, x))
+    if len(both) != 2 or (least is not None and min(both) < least):
+        bound = "" if least is None else f", of at least {least}"
+        raise ValueError(f"`{name}` must be one integer or two{bound}; got {both}.")
+    return both
+
+
+def _pairs(padding: Any) -> Any:
+    """The padding before and after each axis, checked as by `_two`."""
+    if isinstance(padding, Sequence) and any(isinstance(x, Sequence) for x in padding):
+        if len(padding) != 2:
+            raise ValueError(
+                f"`padding` must have a pair for each of two axes; got {len(padding)}."
+            )
+        return tuple(_two("padding", pair, None) for pair in padding)
+    return tuple((x, x) for x in _two("padding", padding, None))
 
 
 _PAD_MODES = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}

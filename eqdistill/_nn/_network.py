@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import check_at_least
 from ._conv2d import Conv2d
 
 
@@ -57,7 +58,8 @@ def instance_norm(channels: int) -> eqx.nn.GroupNorm:
 
     Source: Ulyanov et al., *Instance normalization*, 2016.
     """
-    return eqx.nn.GroupNorm(channels, channels)
+    check_at_least(1, channels=channels)
+    return eqx.nn.GroupNorm(int(channels), int(channels))
 
 
 def group_norm(channels: int) -> eqx.nn.GroupNorm:
@@ -65,7 +67,9 @@ def group_norm(channels: int) -> eqx.nn.GroupNorm:
 
     Source: Wu and He, *Group normalization*, 2018.
     """
-    return eqx.nn.GroupNorm(4, channels)
+    if channels < 1 or channels % 4 != 0:
+        raise ValueError(f"`channels` must be a multiple of 4; got {channels}.")
+    return eqx.nn.GroupNorm(4, int(channels))
 
 
 # Over squares of 2 x 2 pixels. A last row or column that is left over is dropped.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
+from .._conversions import as_int, as_int_or_none, as_ints
 from ._conv2d import Conv2d
 from ._network import average_pool, instance_norm, max_pool, Network
 
@@ -69,15 +70,17 @@ def ConvNet(
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021;
     Zhou et al., *Dataset distillation using neural feature regression*, 2022.
     """
+    shape, widths = as_ints("shape", shape), as_ints("widths", widths)
+    num_classes = as_int(num_classes)
     settings = {
-        "shape": tuple(shape),
+        "shape": shape,
         "num_classes": num_classes,
-        "widths": tuple(widths),
+        "widths": widths,
         "norm": norm,
         "norm_last": norm_last,
         "activation": activation,
         "pool": pool,
-        "size": size,
+        "size": as_int_or_none(size),
     }
     layers, (channels, height, width) = _begin(shape, size, num_classes, *widths)
     *keys, head_key = jr.split(key, len(widths) + 1)
@@ -91,7 +94,7 @@ def ConvNet(
     if height * width == 0:
         raise ValueError(
             "`widths` must have no more entries than an image can be halved; got "
-            f"{len(widths)} for images of shape {tuple(shape)}."
+            f"{len(widths)} for images of shape {shape}."
         )
     layers += _end(channels * height * width, num_classes, key=head_key)
     return _network("ConvNet", settings, layers)
@@ -119,8 +122,9 @@ def LeNet(
     Source: LeCun et al., *Gradient-based learning applied to document recognition*,
     1998; in the form of Zhao et al. 2021.
     """
+    shape, num_classes = as_ints("shape", shape), as_int(num_classes)
     settings = {
-        "shape": tuple(shape),
+        "shape": shape,
         "num_classes": num_classes,
         "activation": activation,
     }
@@ -159,10 +163,12 @@ def MLP(
 
     Source: the perceptron of Zhao et al. 2021.
     """
+    shape, widths = as_ints("shape", shape), as_ints("widths", widths)
+    num_classes = as_int(num_classes)
     settings = {
-        "shape": tuple(shape),
+        "shape": shape,
         "num_classes": num_classes,
-        "widths": tuple(widths),
+        "widths": widths,
         "activation": activation,
     }
     _check_positive(*shape, num_classes, *widths)
@@ -253,8 +259,9 @@ def ResNet18(
 
     Source: He et al., *Deep residual learning*, 2016; in the form of Zhao et al. 2021.
     """
+    shape, num_classes = as_ints("shape", shape), as_int(num_classes)
     settings = {
-        "shape": tuple(shape),
+        "shape": shape,
         "num_classes": num_classes,
         "norm": norm,
         "activation": activation,
@@ -328,7 +335,7 @@ class _Residual(eqx.Module):
 
 
 def _begin(
-    shape: Sequence[int], size: int | None, *others: int
+    shape: tuple[int, ...], size: int | None, *others: int
 ) -> tuple[list[Callable], tuple[int, int, int]]:
     """The first layer, and the shape of what the layer gives.
 
@@ -341,15 +348,15 @@ def _begin(
     if len(shape) not in (2, 3):
         raise ValueError(
             "`shape` must be (height, width) or (channels, height, width); got "
-            f"{tuple(shape)}."
+            f"{shape}."
         )
     channels, height, width = (1, *shape)[-3:]
     if size is None:
         return [_Pad(((0, 0),) * 3)], (channels, height, width)
     if max(height, width) > size:
         raise ValueError(
-            f"`shape` must be of images of at most {size} x {size}, to which they are "
-            f"padded; got {tuple(shape)}."
+            f"`shape` must be of images of at most {size} x {size}, the `size` that "
+            f"they are padded to; got {shape}."
         )
     padding = [(0, 0)]
     for length in (height, width):
@@ -413,8 +420,9 @@ def _from_plan(
 ) -> Network:
     """A network of blocks, each of some width and kernel size, and of poolings, where
     the plan says `None`."""
+    shape, num_classes = as_ints("shape", shape), as_int(num_classes)
     settings = {
-        "shape": tuple(shape),
+        "shape": shape,
         "num_classes": num_classes,
         "norm": norm,
         "activation": activation,

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._classifier import Frozen, LinearClassifier, takes_pixels
+from .._conversions import as_int
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._dataset import Dataset
 from .._data._permutation import batch_at, half_bits
@@ -27,7 +28,7 @@ class Batches(AbstractFeatureData):
 
     dataset: Dataset
     features: Frozen | None
-    size: int = eqx.field(static=True)
+    size: int = eqx.field(static=True, converter=as_int)
     augmentation: AbstractAugmentation | None
     shape: tuple[int, ...] = eqx.field(static=True)
     num_classes: int = eqx.field(static=True)
@@ -91,7 +92,7 @@ class BalancedBatches(AbstractFeatureData):
     features: Frozen | None
     by_class: Int[Array, " N"]
     counts: tuple[int, ...] = eqx.field(static=True)
-    per_class: int = eqx.field(static=True)
+    per_class: int = eqx.field(static=True, converter=as_int)
     augmentation: AbstractAugmentation | None
     shape: tuple[int, ...] = eqx.field(static=True)
     num_classes: int = eqx.field(static=True)

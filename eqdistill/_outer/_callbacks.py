@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from .._checks import check_at_least
+from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
 from ._data import AbstractData, as_data
@@ -87,7 +89,10 @@ class ProgressBar(AbstractCallback["_Bar"]):
     `eqdistill[progress]`.
     """
 
-    every: int = 10
+    every: int = eqx.field(default=10, converter=as_int)
+
+    def __check_init__(self):
+        check_at_least(1, every=self.every)
 
     def init(self, problem, state, steps):
         """**Raises:**
@@ -155,14 +160,19 @@ class Log(AbstractCallback[None]):
     """Writes a line after each `every` steps, with what the last one measured."""
 
     write: Callable[[str], Any]
-    every: int
+    every: int = eqx.field(converter=as_int)
 
     def __init__(self, write: Callable[[str], Any] = print, *, every: int = 10):
         """**Arguments:**
 
         - `write`: takes the line, such as `print` or the `info` of a `logging.Logger`.
         - `every`: as for [`eqdistill.AbstractCallback`][]. (Keyword only argument.)
+
+        **Raises:**
+
+        A `ValueError` if `every` is less than 1.
         """
+        check_at_least(1, every=every)
         self.write = write
         self.every = every
 
@@ -219,8 +229,8 @@ class EarlyStopping(AbstractCallback[Best]):
     """
 
     data: Dataset | AbstractData
-    every: int
-    patience: int
+    every: int = eqx.field(converter=as_int)
+    patience: int = eqx.field(converter=as_int)
 
     def __init__(
         self, data: Dataset | AbstractData, *, every: int = 10, patience: int = 3

@@ -7,6 +7,7 @@ import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .._checks import array_difference
+from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._inner._auto_solver import AutoSolver
 from .._inner._inner_solver import AbstractInnerSolver
@@ -92,6 +93,7 @@ def distill(
     Source: the bilevel problem is that of JAXopt's dataset-distillation notebook; its
     gradient by implicit differentiation, Pedregosa 2016, equation (2).
     """
+    steps = as_int(steps)
     problem = Problem(
         start,
         classifier,

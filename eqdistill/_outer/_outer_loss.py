@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import check_key
+from .._checks import check_key, name_kind
 from .._classifier import LinearClassifier
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
@@ -146,10 +146,10 @@ def decode(start: PyTree) -> DistilledSet:
 
     A `TypeError` if `start` does not decode to a distilled set.
     """
-    if not hasattr(start, "decode"):
+    if not hasattr(start, "decode") or isinstance(start, type):
         raise TypeError(
             "`start` must be a `DistilledSet`, or a module whose `decode` gives one; "
-            f"got a {type(start).__name__}."
+            f"got {name_kind(start)}."
         )
     distilled = start.decode()
     if not isinstance(distilled, DistilledSet):

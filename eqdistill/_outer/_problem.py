@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import array_difference, check_key
+from .._conversions import as_float
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
@@ -102,7 +103,7 @@ class Problem(eqx.Module):
     inner: AbstractInnerSolver
     optimiser: optax.GradientTransformation
     learn: PyTree[bool]
-    tolerance: float
+    tolerance: float = eqx.field(converter=as_float)
 
     def __init__(
         self,

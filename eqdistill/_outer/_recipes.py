@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._conversions import as_array, as_float, as_int, as_int_or_none
 from .._data._augmentation import OneOf
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
@@ -194,7 +195,7 @@ def dc(
 
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021.
     """
-    _check_updates(updates)
+    updates = _check_updates(updates)
     inner = UnrolledSolver(
         _drops_at_half(updates),
         {"learning_rate": 0.01},
@@ -238,7 +239,7 @@ def frepo(
     Source: Zhou, Nezhadarya and Ba, *Dataset distillation using neural feature
     regression*, 2022.
     """
-    _check_updates(updates)
+    updates = _check_updates(updates)
     inner = UnrolledSolver(
         _warms_up(min(500, updates // 2), updates),
         {"learning_rate": 3e-4},
@@ -267,7 +268,7 @@ def zero_start(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
 
     A `ValueError` as [`eqdistill.recipes.dc`][].
     """
-    _check_updates(updates)
+    updates = _check_updates(updates)
     inner = UnrolledSolver(_warms_up(0, updates), {"learning_rate": 1e-3}, updates)
     settings = (("updates", updates),)
     return Recipe("zero_start", settings, network, _from_zero, _with_targets, inner)
@@ -293,11 +294,11 @@ def supervised(
     A `ValueError` as [`eqdistill.recipes.dc`][], or if `batch_size` is less than 1; and
     when used, if there are fewer images than in a batch.
     """
-    _check_updates(updates)
+    updates = _check_updates(updates)
     inner = UnrolledSolver(
         _warms_up(0, updates), {"learning_rate": 1e-3}, updates, batch_size=batch_size
     )
-    settings = (("updates", updates), ("batch_size", batch_size))
+    settings = (("updates", updates), ("batch_size", as_int(batch_size)))
     prepare = ft.partial(_with_hard_labels, "supervised", 0.0)
     return Recipe("supervised", settings, network, _as_it_is, prepare, inner)
 
@@ -305,7 +306,9 @@ def supervised(
 def learned_rates(
     network: Callable = LeNet,
     *,
-    learning_rates: Sequence[float],
+    learning_rates: Sequence[float]
+    | Float[Array, " steps"]
+    | Float[np.ndarray, " steps"],
     batch_size: int,
     momentum: float = 0.0,
     seed: int | None = None,
@@ -320,7 +323,7 @@ def learned_rates(
         solver = result.inner  # An `UnrolledSolver` whose step sizes were learned.
         rates = jnp.exp(solver.log_hyperparameters["learning_rate"])
         recipe = eqd.recipes.learned_rates(
-            learning_rates=rates.tolist(), batch_size=10
+            learning_rates=rates, batch_size=10
         )
         ```
 
@@ -349,13 +352,20 @@ def learned_rates(
 
     Source: Wang et al., *Dataset distillation*, 2018, Algorithm 1.
     """
-    rates = tuple(float(rate) for rate in learning_rates)
+    if isinstance(learning_rates, Sequence):
+        learning_rates = list(learning_rates)
+    array = np.asarray(as_array("learning_rates", learning_rates), np.float64)
+    rates = tuple(array.tolist()) if array.ndim == 1 else ()
     if not 1 <= len(rates) <= MOST_UPDATES:
         raise ValueError(
             f"`learning_rates` must be from 1 to {MOST_UPDATES:,}; got {len(rates)}."
         )
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise ValueError("`learning_rates` must be positive and finite; some are not.")
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` must be in [0, 1); got {momentum}.")
+    batch_size, momentum = as_int(batch_size), as_float(momentum)
+    seed = as_int_or_none(seed)
     inner = UnrolledSolver(
         _by_step(momentum),
         {"learning_rate": np.array(rates)},
@@ -427,11 +437,12 @@ def _from_zero(network: Network, *, key: PRNGKeyArray) -> Network:
     return zero_head(network)
 
 
-def _check_updates(updates: int) -> None:
+def _check_updates(updates: int) -> int:
     if not 2 <= updates <= MOST_UPDATES:
         raise ValueError(
             f"`updates` must be from 2 to {MOST_UPDATES:,}; got {updates}."
         )
+    return as_int(updates)
 
 
 def _with_hard_labels(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from .._checks import name_kind
 from ._callbacks import AbstractCallback
 from ._distillation import History, NO_ROWS
 from ._problem import DistillState, Problem
@@ -22,6 +23,11 @@ class Watch:
 
     def __init__(self, callbacks: Sequence[AbstractCallback | AbstractCheckpoints]):
         for callback in callbacks:
+            if not isinstance(callback, AbstractCallback | AbstractCheckpoints):
+                raise TypeError(
+                    "`callbacks` must be `AbstractCallback`s; got "
+                    f"{name_kind(callback)} among them."
+                )
             if not callback.every >= 1:
                 raise ValueError(
                     f"`every` of a `{type(callback).__name__}` must be at least 1; got "

@@ -9,6 +9,7 @@ import scipy.linalg
 from jaxtyping import Array, Float, PyTree
 from threadpoolctl import threadpool_limits
 
+from .._conversions import as_float
 from .._data._dataset import Dataset
 
 
@@ -101,7 +102,7 @@ class _Coordinates(eqx.Module):
 
     factor: Float[Array, "p p"]
     inverse: Float[Array, "p p"]
-    scale: float = eqx.field(static=True)
+    scale: float = eqx.field(static=True, converter=as_float)
     shape: tuple[int, ...] = eqx.field(static=True)
 
     @staticmethod
