@@ -37,7 +37,10 @@ def leaves(tree):
 
 
 # In single precision half a word is put aside every 105 steps.
-@pytest.mark.parametrize(("precision", "steps"), [("single", 400), pytest.param("double", 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("precision", "steps"),
+    [("single", 400), pytest.param("double", 20, marks=pytest.mark.slow)],
+)
 def test_the_derivative_is_that_of_floats(problem, precision, steps):
     with jax.enable_x64(precision == "double"):
         tree = jax.tree.map(

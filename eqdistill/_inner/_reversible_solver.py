@@ -3,33 +3,23 @@ import fractions
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
+from jaxtyping import Array, Float, PyTree
 
 from .._classifier import parameters
 from .._conversions import ArrayOrList, as_int
 from .._data._distilled_set import DistilledSet
+from ._fixed_point import (
+    advance,
+    bits_of,
+    blocks,
+    retreat,
+    to_fixed_point,
+    to_floats,
+)
 from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss, stop_gradient
 from ._unrolled_adjoint import AbstractUnrolledAdjoint, with_zeros
 from ._unrolled_solver import log_positive
-
-
-# The bits before the point of parameters and of velocities: of them one is for the
-# sign, and one is to spare.
-_PARAMETER_BITS = 8
-_VELOCITY_BITS = 4
-
-
-class _Exact(eqx.Module):
-    """The state of a run in fixed point: for each array of parameters, integers that
-    are the parameters and the velocities times powers of two, and the bits that the
-    momentum has dropped."""
-
-    params: PyTree[Int[Array, "..."]]
-    velocity: PyTree[Int[Array, "..."]]
-    dropped: PyTree[UInt[Array, "..."]]
-    fits: Bool[Array, ""]
 
 
 class ReversibleSolver(AbstractInnerSolver[None]):
@@ -140,12 +130,18 @@ class ReversibleSolver(AbstractInnerSolver[None]):
         fixed = stop_gradient(self)
         if self.adjoint is None:
             params, fits, norm = _reversed_run((params, args), fixed)
-            bits = _bits(params)
+            bits = bits_of(params)
             # Half a word after each block, and the word at the end.
-            kept_bits = (self._blocks(bits).shape[1] * bits // 2 + bits) / self.steps
+            kept_bits = (
+                blocks(self.steps, self.momentum, bits).shape[1] * bits // 2 + bits
+            ) / self.steps
         else:
             floats = (params, optax.tree.zeros_like(params))
-            carry = (_start(params), floats, jnp.zeros_like(optax.tree.norm(params)))
+            carry = (
+                to_fixed_point(params),
+                floats,
+                jnp.zeros_like(optax.tree.norm(params)),
+            )
             exact, (params, _), norm = self.adjoint.loop(
                 fixed._step, carry, args, jnp.array(0), self.steps
             )
@@ -173,69 +169,20 @@ class ReversibleSolver(AbstractInnerSolver[None]):
         gamma = float(self.momentum)
         velocity = jax.tree.map(lambda v, g: gamma * v - rate * g, velocity, gradient)
         moved = optax.tree.add(params, velocity)
-        exact = self._advance(exact, jax.lax.stop_gradient((gradient, rate)))
-        floats = _attach(_to_floats(exact, params), (moved, velocity))
+        exact = advance(exact, *jax.lax.stop_gradient((gradient, rate)), self.momentum)
+        floats = _attach(to_floats(exact, params), (moved, velocity))
         return exact, floats, _norm(gradient)
-
-    def _advance(self, exact: _Exact, gradient_and_rate) -> _Exact:
-        """The state after a step."""
-        gradient, rate = gradient_and_rate
-        n, d = self.momentum.numerator, self.momentum.denominator
-
-        def multiply(v, i):
-            # No integer overflows: the size of `i` is bounded by `_blocks`.
-            i = i * d + (v % d).astype(i.dtype)
-            v = v // d * n + (i % n).astype(v.dtype)
-            return v, i // n
-
-        multiplied = jax.tree.map(multiply, exact.velocity, exact.dropped)
-        velocity, dropped = _unzip(multiplied, exact.velocity)
-        pushes = jax.tree.map(lambda g, v: _push(rate, g, v), gradient, velocity)
-        velocity = optax.tree.sub(velocity, pushes)
-        params = jax.tree.map(lambda w, v: w + _shift(v), exact.params, velocity)
-        found = _Exact(params, velocity, dropped, exact.fits)
-        fits = exact.fits & _fit_in(found) & jnp.isfinite(_norm(gradient))
-        return eqx.tree_at(lambda x: x.fits, found, fits)
-
-    def _retreat(self, exact: _Exact, gradient_of, rate) -> _Exact:
-        """The state before a step."""
-        n, d = self.momentum.numerator, self.momentum.denominator
-        params = jax.tree.map(lambda w, v: w - _shift(v), exact.params, exact.velocity)
-        gradient = gradient_of(params)
-        pushes = jax.tree.map(lambda g, v: _push(rate, g, v), gradient, exact.velocity)
-        velocity = optax.tree.add(exact.velocity, pushes)
-
-        def divide(v, i):
-            i = i * n + (v % n).astype(i.dtype)
-            v = v // n * d + (i % d).astype(v.dtype)
-            return v, i // d
-
-        divided = jax.tree.map(divide, velocity, exact.dropped)
-        velocity, dropped = _unzip(divided, velocity)
-        return _Exact(params, velocity, dropped, exact.fits)
-
-    def _blocks(self, bits: int) -> Int[np.ndarray, "2 blocks"]:
-        """The first step of each block, and the one after its last. After a block, half
-        of a word is put aside, so that no word overflows in the next."""
-        n, d = self.momentum.numerator, self.momentum.denominator
-        most, firsts = 0, [0]
-        for step in range(self.steps):
-            if most * d + d > 2**bits:
-                firsts.append(step)
-                most >>= bits // 2
-            most = (most * d + d - 1) // n
-        return np.array([firsts, [*firsts[1:], self.steps]])
 
 
 def _plain_run(operands: PyTree, solver: ReversibleSolver):
     params, args = operands
-    half = _bits(params) // 2
+    half = bits_of(params) // 2
 
     def one(step, carry):
         exact, _ = carry
-        gradient = _isolated_gradient(_to_floats(exact, params)[0], args)
+        gradient = _isolated_gradient(to_floats(exact, params)[0], args)
         rate = solver._rate(args[1], step)
-        return solver._advance(exact, (gradient, rate)), _norm(gradient)
+        return advance(exact, gradient, rate, solver.momentum), _norm(gradient)
 
     def of_block(carry, block):
         first, last = block
@@ -244,22 +191,24 @@ def _plain_run(operands: PyTree, solver: ReversibleSolver):
         rest = jax.tree.map(lambda i: i >> half, exact.dropped)
         return (eqx.tree_at(lambda x: x.dropped, exact, rest), norm), kept
 
-    carry = (_start(params), jnp.zeros_like(optax.tree.norm(params)))
-    (exact, norm), kept = jax.lax.scan(of_block, carry, tuple(solver._blocks(2 * half)))
+    carry = (to_fixed_point(params), jnp.zeros_like(optax.tree.norm(params)))
+    (exact, norm), kept = jax.lax.scan(
+        of_block, carry, tuple(blocks(solver.steps, solver.momentum, 2 * half))
+    )
     return exact, norm, kept
 
 
 @eqx.filter_custom_vjp
 def _reversed_run(operands: PyTree, solver: ReversibleSolver):
     exact, norm, _ = _plain_run(operands, solver)
-    return _to_floats(exact, operands[0])[0], exact.fits, norm
+    return to_floats(exact, operands[0])[0], exact.fits, norm
 
 
 @_reversed_run.def_fwd
 def _(perturbed, operands, solver):
     del perturbed
     exact, norm, kept = _plain_run(operands, solver)
-    out = (_to_floats(exact, operands[0])[0], exact.fits, norm)
+    out = (to_floats(exact, operands[0])[0], exact.fits, norm)
     return out, (exact, kept)
 
 
@@ -267,7 +216,7 @@ def _(perturbed, operands, solver):
 def _(residuals, cotangent, perturbed, operands, solver):
     del perturbed
     (exact, kept), (params, args) = residuals, operands
-    half = _bits(params) // 2
+    half = bits_of(params) // 2
     diff_args, other_args = eqx.partition(args, eqx.is_inexact_array)
     gamma = float(solver.momentum)
 
@@ -282,10 +231,12 @@ def _(residuals, cotangent, perturbed, operands, solver):
         step = last - 1 - i
         exact, of_state, of_args = carry
         gradient_of = lambda w: _isolated_gradient(
-            _to_floats(eqx.tree_at(lambda x: x.params, exact, w), params)[0], args
+            to_floats(eqx.tree_at(lambda x: x.params, exact, w), params)[0], args
         )
-        exact = solver._retreat(exact, gradient_of, solver._rate(args[1], step))
-        at = (*_to_floats(exact, params), diff_args)
+        exact = retreat(
+            exact, gradient_of, solver._rate(args[1], step), solver.momentum
+        )
+        at = (*to_floats(exact, params), diff_args)
         _, pull = jax.vjp(lambda w, v, args: smooth(w, v, args, step), *at)
         *of_state, of_args_here = pull(tuple(of_state))
         return exact, tuple(of_state), optax.tree.add(of_args, of_args_here)
@@ -305,10 +256,10 @@ def _(residuals, cotangent, perturbed, operands, solver):
     zeros = optax.tree.zeros_like(params)
     of_params = with_zeros(cotangent[0], zeros)
     carry = (exact, (of_params, zeros), optax.tree.zeros_like(diff_args))
-    blocks = tuple(solver._blocks(2 * half))
-    carry, _ = jax.lax.scan(of_block, carry, (blocks, kept), reverse=True)
+    in_blocks = tuple(blocks(solver.steps, solver.momentum, 2 * half))
+    carry, _ = jax.lax.scan(of_block, carry, (in_blocks, kept), reverse=True)
     exact, (of_params, _), of_args = carry
-    start = _start(params)
+    start = to_fixed_point(params)
     is_back = eqx.tree_equal(
         (exact.params, exact.velocity, exact.dropped),
         (start.params, start.velocity, start.dropped),
@@ -332,67 +283,6 @@ def _isolated_gradient(params: PyTree, args: PyTree) -> PyTree:
 
 def _norm(gradient: PyTree) -> Float[Array, ""]:
     return optax.tree.norm(jax.lax.stop_gradient(gradient))
-
-
-def _bits(params: PyTree) -> int:
-    return 8 * jax.tree.leaves(params)[0].dtype.itemsize
-
-
-def _start(params: PyTree) -> _Exact:
-    bits = _bits(params)
-    integer = jnp.int32 if bits == 32 else jnp.int64
-    unsigned = jnp.uint32 if bits == 32 else jnp.uint64
-    scale = 2.0 ** (bits - _PARAMETER_BITS)
-    params = jax.lax.stop_gradient(params)
-    fixed = jax.tree.map(lambda x: jnp.round(x * scale).astype(integer), params)
-    found = _Exact(
-        fixed,
-        optax.tree.zeros_like(fixed),
-        jax.tree.map(lambda x: jnp.zeros(x.shape, unsigned), fixed),
-        jnp.array(True),
-    )
-    limit = 2.0 ** (_PARAMETER_BITS - 2)
-    small = [(abs(x) < limit).all() for x in jax.tree.leaves(params)]
-    return eqx.tree_at(lambda x: x.fits, found, jnp.array(small).all())
-
-
-def _to_floats(exact: _Exact, like: PyTree) -> tuple[PyTree, PyTree]:
-    """The parameters and the velocities."""
-    bits = _bits(like)
-    of = lambda tree, point: jax.tree.map(
-        lambda x, y: x.astype(y.dtype) * 2.0 ** (point - bits), tree, like
-    )
-    return of(exact.params, _PARAMETER_BITS), of(exact.velocity, _VELOCITY_BITS)
-
-
-def _push(rate, gradient, like):
-    """The step along a gradient, in the fixed point of velocities. A step that is too
-    long for that gives the greatest number, with which the velocity leaves its
-    range."""
-    bits = 8 * like.dtype.itemsize
-    scale = 2.0 ** (bits - _VELOCITY_BITS)
-    most = 2.0 ** (bits - 2)
-    return jnp.clip(jnp.round(rate * gradient * scale), -most, most).astype(like.dtype)
-
-
-def _shift(velocity):
-    """A velocity in the fixed point of parameters."""
-    return velocity >> (_PARAMETER_BITS - _VELOCITY_BITS)
-
-
-def _fit_in(exact: _Exact) -> Bool[Array, ""]:
-    """Whether all numbers are well within their ranges, so that none has left its
-    range in this step."""
-    bits = 8 * jax.tree.leaves(exact.params)[0].dtype.itemsize
-    limit = 2 ** (bits - 2)
-    leaves = jax.tree.leaves((exact.params, exact.velocity))
-    return jnp.array([((x < limit) & (x > -limit)).all() for x in leaves]).all()
-
-
-def _unzip(pairs: PyTree, like: PyTree) -> tuple[PyTree, PyTree]:
-    return jax.tree.transpose(
-        jax.tree.structure(like), jax.tree.structure((0, 0)), pairs
-    )
 
 
 @jax.custom_jvp
