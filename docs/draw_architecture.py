@@ -19,8 +19,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "eqdistill"
 # From the top: a room may import only from rooms above it.
 FLOORS = [
-    ("what a user may give", ["_typechecking", "_conversions"]),
-    ("what all need", ["_error", "_classifier", "_losses", "_softmax", "_checks"]),
+    (
+        "what all need",
+        [
+            "_typechecking",
+            "_conversions",
+            "_error",
+            "_classifier",
+            "_losses",
+            "_softmax",
+            "_checks",
+        ],
+    ),
     ("networks", ["_nn"]),
     ("real data and distilled sets", ["_data"]),
     ("the inner problem", ["_inner"]),
