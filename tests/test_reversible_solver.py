@@ -105,7 +105,7 @@ def test_bad_input(problem):
     for args, match in (
         ({"steps": 0}, "`steps` must be at least 1; got 0"),
         ({"steps": 2, "momentum": 1.0}, "`momentum` must be from 0.01 to 0.99; got 1"),
-        ({"steps": 2, "learning_rate": -1.0}, "`learning_rate` must be.* finite; got -1.0"),
+        ({"steps": 2, "learning_rate": -1.0}, "`learning_rate` must be.*got -1.0"),
         ({"steps": 2, "learning_rate": jnp.ones(3)}, r"2 steps; got shape \(3,\)"),
     ):
         with pytest.raises(ValueError, match=match):
