@@ -317,7 +317,7 @@ def test_bad_input(problem):
         eqd.UnrolledSolver(**SGD, steps=0)
     with pytest.raises(ValueError, match="`batch_size` must be at least 1; got 0"):
         eqd.UnrolledSolver(**SGD, steps=1, batch_size=0)
-    match = "`hyperparameters` must be positive and finite; 'learning_rate' is -1.0"
+    match = r"`hyperparameters\['learning_rate'\]` must be.* finite; got -1.0"
     with pytest.raises(ValueError, match=match):
         eqd.UnrolledSolver(optax.sgd, {"learning_rate": -1.0}, 1)
     with pytest.raises(ValueError, match=r"`window` must have from 1 to 2 .*; got 3"):
