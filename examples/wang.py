@@ -84,17 +84,22 @@ def main(
         nothing = jax.tree.map(lambda _: False, real)
         learn = eqx.tree_at(lambda d: d.images, nothing, all_of_it)
         rate = optax.cosine_decay_schedule(learning_rate, steps)
-        return eqd.distill(
+        result = eqd.distill(
             real,
             classifier,
             data,
             inner=inner,
-            optimiser=optax.chain(eqd.clip_by_running_norm(), adam(rate, slower=20.0)),
+            optimiser=eqd.averaged(
+                optax.chain(eqd.clip_by_running_norm(), adam(rate, slower=20.0)),
+                decay=0.99,
+            ),
             learn=(learn, True),
             steps=steps,
             callbacks=[eqd.ProgressBar()],
             key=jr.key(seed),
         )
+        # Each step has another network, or other real images.
+        return eqd.average_of(result)
 
     def evaluate(result: eqd.Distillation):
         own = result.inner
