@@ -37,10 +37,8 @@ def leaves(tree):
 
 
 # In single precision half a word is put aside every 105 steps.
-@pytest.mark.parametrize(
-    ("precision", "steps"),
-    [("single", 400), pytest.param("double", 20, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "steps"), [("single", 400), ("double", 20)])
 def test_the_derivative_is_that_of_floats(problem, precision, steps):
     with jax.enable_x64(precision == "double"):
         tree = jax.tree.map(
@@ -93,6 +91,7 @@ def test_keeps_the_bits_that_momentum_drops(problem, momentum):
     assert least < kept < 1.03 * least + 48 / 4000
 
 
+@pytest.mark.slow
 def test_a_run_that_leaves_its_range_is_told(problem):
     start, network, _ = problem
     for rate in (100.0, 1e30):

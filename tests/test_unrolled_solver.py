@@ -87,6 +87,7 @@ def test_exact_adjoints_agree(problem):
             np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_forward_mode_agrees_with_reverse_mode(problem):
     def of_hyperparameters(adjoint):
