@@ -9,9 +9,9 @@ a short training run of LeNet on MNIST, which are learned through the run.
 
 The training run is gradient descent with momentum on ten images a step, one of each
 class, with a learned step size for each step. Without momentum, steps must be so large
-that the run becomes chaotic and its derivative overflows. With `--baseline-steps 200` the
-same run of random real images, class means and k-means, whose step sizes are learned too, is
-compared on the same networks.
+that the run becomes chaotic and its derivative overflows. With `--baseline-steps 200`
+the same run of random real images, class means and k-means, whose step sizes are
+learned too, is compared on the same networks.
 
 Scaled to two cores: one initialisation in an outer step, where the paper averages over
 several, and a real batch of 256.
