@@ -71,7 +71,9 @@ def main(
         batch_size=train.num_classes,
         shuffle=False,
     )
-    make = trained_networks(train.shape, seed) if start == "adapted" else nn.LeNet
+    make = unseen = nn.LeNet
+    if start == "adapted":
+        make, unseen = (trained_networks(train.shape, x) for x in (seed, seed + 1))
     if start == "known":
         classifier = nn.LeNet(train.shape, train.num_classes, key=jr.key(seed))
         inner, num_networks = training, 1
@@ -112,7 +114,7 @@ def main(
         assert isinstance(own, eqd.UnrolledSolver)
         rates = jnp.exp(own.log_hyperparameters["learning_rate"])
         recipe = recipes.learned_rates(
-            make if start != "adapted" else trained_networks(train.shape, seed + 1),
+            unseen,
             learning_rates=rates.tolist(),
             batch_size=train.num_classes,
             momentum=MOMENTUM,
@@ -136,12 +138,11 @@ def main(
     print(f"distilled         {to_text(found.accuracies[0])}")
     if start == "adapted":
         untrained = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 1e-12}, 1)
-        names = trained_networks(train.shape, seed + 1)
         before = [
             float(
                 eqd.evaluate(
                     real,
-                    names(train.shape, train.num_classes, key=jr.key(i)),
+                    unseen(train.shape, train.num_classes, key=jr.key(i)),
                     test,
                     untrained,
                 ).accuracy

@@ -136,7 +136,7 @@ def _push(rate, gradient, like):
     """The step along a gradient, in the fixed point of velocities. A step that is too
     long for that gives the greatest number, with which the velocity leaves its
     range."""
-    bits = 8 * like.dtype.itemsize
+    bits = bits_of(like)
     scale = 2.0 ** (bits - _VELOCITY_BITS)
     most = 2.0 ** (bits - 2)
     return jnp.clip(jnp.round(rate * gradient * scale), -most, most).astype(like.dtype)
@@ -150,7 +150,7 @@ def _shift(velocity):
 def _fit_in(exact: FixedPoint) -> Bool[Array, ""]:
     """Whether all numbers are well within their ranges, so that none has left its
     range in this step."""
-    bits = 8 * jax.tree.leaves(exact.params)[0].dtype.itemsize
+    bits = bits_of(exact.params)
     limit = 2 ** (bits - 2)
     leaves = jax.tree.leaves((exact.params, exact.velocity))
     return jnp.array([((x < limit) & (x > -limit)).all() for x in leaves]).all()

@@ -7,6 +7,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
+from .._checks import check_positive
 from .._conversions import as_float_or_none, as_int
 
 
@@ -46,10 +47,7 @@ class NeumannSeries(lx.AbstractLinearSolver):
     def __check_init__(self):
         if self.terms < 1:
             raise ValueError(f"`terms` must be at least 1; got {self.terms}.")
-        if self.step_size is not None and not 0 < self.step_size < float("inf"):
-            raise ValueError(
-                f"`step_size` must be positive and finite; got {self.step_size}."
-            )
+        check_positive(step_size=self.step_size)
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
         del options

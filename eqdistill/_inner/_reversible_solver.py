@@ -132,9 +132,8 @@ class ReversibleSolver(AbstractInnerSolver[None]):
             params, fits, norm = _reversed_run((params, args), fixed)
             bits = bits_of(params)
             # Half a word after each block, and the word at the end.
-            kept_bits = (
-                blocks(self.steps, self.momentum, bits).shape[1] * bits // 2 + bits
-            ) / self.steps
+            num_blocks = blocks(self.steps, self.momentum, bits).shape[1]
+            kept_bits = (num_blocks * bits // 2 + bits) / self.steps
         else:
             floats = (params, optax.tree.zeros_like(params))
             carry = (
@@ -166,12 +165,15 @@ class ReversibleSolver(AbstractInnerSolver[None]):
         exact, (params, velocity), _ = carry
         gradient = _gradient(params, args)
         rate = self._rate(args[1], step)
+        moved = self._move(params, velocity, gradient, rate)
+        exact = advance(exact, *jax.lax.stop_gradient((gradient, rate)), self.momentum)
+        return exact, _attach(to_floats(exact, params), moved), _norm(gradient)
+
+    def _move(self, params, velocity, gradient, rate):
+        """The parameters and the velocities after a step, in floats."""
         gamma = float(self.momentum)
         velocity = jax.tree.map(lambda v, g: gamma * v - rate * g, velocity, gradient)
-        moved = optax.tree.add(params, velocity)
-        exact = advance(exact, *jax.lax.stop_gradient((gradient, rate)), self.momentum)
-        floats = _attach(to_floats(exact, params), (moved, velocity))
-        return exact, floats, _norm(gradient)
+        return optax.tree.add(params, velocity), velocity
 
 
 def _plain_run(operands: PyTree, solver: ReversibleSolver):
@@ -218,14 +220,11 @@ def _(residuals, cotangent, perturbed, operands, solver):
     (exact, kept), (params, args) = residuals, operands
     half = bits_of(params) // 2
     diff_args, other_args = eqx.partition(args, eqx.is_inexact_array)
-    gamma = float(solver.momentum)
 
     def smooth(params, velocity, diff_args, step):
         args = eqx.combine(diff_args, other_args)
         rate = solver._rate(args[1], step)
-        push = lambda v, g: gamma * v - rate * g
-        velocity = jax.tree.map(push, velocity, _gradient(params, args))
-        return optax.tree.add(params, velocity), velocity
+        return solver._move(params, velocity, _gradient(params, args), rate)
 
     def one(i, carry, last):
         step = last - 1 - i

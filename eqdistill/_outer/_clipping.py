@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from .._checks import check_positive
+
 
 class RunningNorm(NamedTuple):
     """The exponential mean of the norm of the gradient, and the weight of what it has
@@ -43,8 +45,7 @@ def clip_by_running_norm(
     Source: Feng, Vedantam and Kempe, *Embarrassingly simple dataset distillation*
     (RaT-BPTT), 2024, with these defaults.
     """
-    if not 0 < factor < float("inf"):
-        raise ValueError(f"`factor` must be positive and finite; got {factor}.")
+    check_positive(factor=factor)
     if not 0 <= decay < 1:
         raise ValueError(f"`decay` must be in [0, 1); got {decay}.")
 
