@@ -38,6 +38,20 @@ def digits():
     return eqd.datasets.load("digits")
 
 
+@pytest.fixture
+def small_perceptron(digits):
+    """A start, a smooth network, and real data: soon compiled."""
+    train = subset(digits[0], 60)
+    start = eqd.DistilledSet.from_noise(train, l2=0.01, scale=0.3, key=jr.key(0))
+    network = eqx.nn.Sequential(
+        [
+            eqx.nn.Lambda(jnp.ravel),
+            eqx.nn.MLP(64, 10, 5, 1, jax.nn.softplus, key=jr.key(1)),
+        ]
+    )
+    return start, network, train
+
+
 class MLP(eqx.Module):
     mlp: eqx.nn.MLP
 

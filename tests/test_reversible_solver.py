@@ -5,27 +5,18 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import optax
 import pytest
 
 import eqdistill as eqd
 
-from .conftest import hypergradient, subset
+from .conftest import hypergradient
 
 
 @pytest.fixture
-def problem(digits):
-    train = subset(digits[0], 60)
-    start = eqd.DistilledSet.from_noise(train, l2=0.01, scale=0.3, key=jr.key(0))
-    network = eqx.nn.Sequential(
-        [
-            eqx.nn.Lambda(jnp.ravel),
-            eqx.nn.MLP(64, 10, 5, 1, jax.nn.softplus, key=jr.key(1)),
-        ]
-    )
-    return start, network, train
+def problem(small_perceptron):
+    return small_perceptron
 
 
 def with_momentum(learning_rate):

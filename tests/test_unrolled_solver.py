@@ -24,16 +24,8 @@ SGD = {"make": with_momentum, "hyperparameters": {"learning_rate": 0.5, "decay":
 
 
 @pytest.fixture
-def problem(digits):
-    train = subset(digits[0], 60)
-    start = eqd.DistilledSet.from_noise(train, l2=0.01, scale=0.3, key=jr.key(0))
-    network = eqx.nn.Sequential(
-        [
-            eqx.nn.Lambda(jnp.ravel),
-            eqx.nn.MLP(64, 10, 5, 1, jax.nn.softplus, key=jr.key(1)),
-        ]
-    )
-    return start, network, train
+def problem(small_perceptron):
+    return small_perceptron
 
 
 def test_steps_are_as_by_hand(problem):
