@@ -85,9 +85,8 @@ def check_at_least(least: float, **values: float | None) -> None:
     """
     for name, value in values.items():
         if value is not None and not least <= value < math.inf:
-            raise ValueError(
-                f"`{name}` must be finite and at least {least}; got {value}."
-            )
+            wanted = f"at least {least}" if math.isfinite(value) else "finite"
+            raise ValueError(f"`{name}` must be {wanted}; got {value}.")
 
 
 def check_positive(**values: float | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 import scipy.special
 
+from ._checks import check_at_least
 from ._data._distilled_set import DistilledSet
 from ._data._pictures import to_pictures
 from ._losses import CrossEntropy
@@ -69,8 +70,7 @@ def images(
     A `ValueError` if the images are of another shape, or `columns` is not positive; a
     `TypeError` if `ax` are not axes.
     """
-    if columns is not None and columns < 1:
-        raise ValueError(f"`columns` must be at least 1; got {columns}.")
+    check_at_least(1, columns=columns)
     pictures = to_pictures(np.asarray(distilled.images, np.float32))
     tiny = np.finfo(np.float32).tiny  # Not zero, if all pixels are the same.
     if pictures.ndim == 4:

@@ -217,7 +217,7 @@ def test_a_change_of_shape_is_refused(change, match):
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: eqd.Affine(shift=-1), "`shift` must be finite and at least 0; got -1"),
+        (lambda: eqd.Affine(shift=-1), "`shift` must be at least 0; got -1"),
         (
             lambda: eqd.Affine(rotation=-1),
             "`rotation` must be finite and.*-1",
@@ -227,9 +227,9 @@ def test_a_change_of_shape_is_refused(change, match):
             "`scale` must be finite and.* 1; got 0.9",
         ),
         (lambda: eqd.Affine(scale=np.inf), "`scale` must be finite"),
-        (lambda: eqd.Crop(-1), "`padding` must be finite and at least 0; got -1"),
+        (lambda: eqd.Crop(-1), "`padding` must be at least 0; got -1"),
         (lambda: eqd.Flip(1.5), "`probability` must be from 0 to 1; got 1.5"),
-        (lambda: eqd.Cutout(-1), "`size` must be finite and at least 0; got -1"),
+        (lambda: eqd.Cutout(-1), "`size` must be at least 0; got -1"),
         (
             lambda: eqd.ColourJitter(contrast=-1),
             "`contrast` must be finite",

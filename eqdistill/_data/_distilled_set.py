@@ -7,6 +7,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
+from .._checks import check_at_least
 from .._conversions import ArrayOrList, as_array, name_value
 from .._error import error_if
 from .._losses import AbstractLoss, CrossEntropy
@@ -327,6 +328,5 @@ def _are_probabilities(labels: Array) -> bool:
 
 def _cyclic_labels(train: Dataset, n: int | None) -> Int[np.ndarray, " n"]:
     n = train.num_classes if n is None else n
-    if n < 1:
-        raise ValueError(f"`n` must be at least 1; got {n}.")
+    check_at_least(1, n=n)
     return np.arange(n, dtype=np.int32) % train.num_classes

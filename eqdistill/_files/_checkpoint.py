@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from .._checks import check_at_least
 from .._conversions import as_int
 from .._outer._problem import DistillState
 from .._outer._snapshot import AbstractCheckpoints, Snapshot
@@ -69,9 +70,7 @@ class Checkpoints(AbstractCheckpoints["_Folder"]):
 
         A `ValueError` if `every` or `keep` is less than 1.
         """
-        for name, value in (("every", every), ("keep", keep)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        check_at_least(1, every=every, keep=keep)
         self.directory = os.path.abspath(directory)
         self.every = every
         self.keep = keep

@@ -7,7 +7,7 @@ import lineax as lx
 import optax
 from jaxtyping import Array, PyTree
 
-from .._checks import check_positive
+from .._checks import check_at_least, check_positive
 from .._conversions import as_float_or_none, as_int
 
 
@@ -45,8 +45,7 @@ class NeumannSeries(lx.AbstractLinearSolver):
     step_size: float | None = eqx.field(default=None, converter=as_float_or_none)
 
     def __check_init__(self):
-        if self.terms < 1:
-            raise ValueError(f"`terms` must be at least 1; got {self.terms}.")
+        check_at_least(1, terms=self.terms)
         check_positive(step_size=self.step_size)
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):

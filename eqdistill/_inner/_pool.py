@@ -8,6 +8,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from .._checks import check_at_least
 from .._classifier import last_layer, LinearClassifier, LogisticRegression
 from .._conversions import as_int
 from .._data._augmentation import AbstractAugmentation, augment
@@ -118,10 +119,7 @@ class Pool(AbstractDrawingSolver[PoolState]):
         """
         if not networks:
             raise ValueError("`networks` must be at least one kind; got none.")
-        sizes = {"num_classes": num_classes, "size": size, "max_age": max_age}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        check_at_least(1, num_classes=num_classes, size=size, max_age=max_age)
         self.networks = networks
         self.num_classes = num_classes
         self.inner = inner

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array
 
+from .._checks import check_at_least
 from .._classifier import last_layer, LinearClassifier, LogisticRegression
 from .._conversions import as_int
 from .._data._distilled_set import DistilledSet
@@ -55,12 +56,7 @@ class RandomFeatures(AbstractDrawingSolver[None]):
 
         A `ValueError` if there is no class or no network.
         """
-        for name, value in (
-            ("num_classes", num_classes),
-            ("num_networks", num_networks),
-        ):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        check_at_least(1, num_classes=num_classes, num_networks=num_networks)
         self.network = network
         self.num_classes = num_classes
         self.num_networks = num_networks

@@ -5,7 +5,7 @@ import jax
 import jax.random as jr
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import check_classifier
+from .._checks import check_at_least, check_classifier
 from .._conversions import as_int
 from .._data._distilled_set import DistilledSet
 from ._inner_solver import AbstractDrawingSolver, AbstractInnerSolver, State
@@ -40,10 +40,7 @@ class RandomInitialisation(AbstractDrawingSolver[State]):
     num_classes: int = eqx.field(static=True, kw_only=True, converter=as_int)
 
     def __check_init__(self):
-        if self.num_classes < 1:
-            raise ValueError(
-                f"`num_classes` must be at least 1; got {self.num_classes}."
-            )
+        check_at_least(1, num_classes=self.num_classes)
 
     def init(self, distilled, classifier, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from .._checks import check_at_least
 from .._classifier import parameters
 from .._conversions import ArrayOrList, as_int
 from .._data._distilled_set import DistilledSet
@@ -89,8 +90,7 @@ class ReversibleSolver(AbstractInnerSolver[None]):
 
         A `ValueError` for an argument out of its range or of the wrong shape.
         """
-        if steps < 1:
-            raise ValueError(f"`steps` must be at least 1; got {steps}.")
+        check_at_least(1, steps=steps)
         if not 0.01 <= momentum <= 0.99:
             raise ValueError(f"`momentum` must be from 0.01 to 0.99; got {momentum}.")
         self.log_learning_rate = log_positive("learning_rate", learning_rate)

@@ -10,6 +10,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, PyTree
 
+from .._checks import check_at_least
 from .._conversions import as_int_or_none
 
 
@@ -83,10 +84,7 @@ class RecursiveCheckpointAdjoint(AbstractUnrolledAdjoint):
     checkpoints: int | None = eqx.field(default=None, converter=as_int_or_none)
 
     def __check_init__(self):
-        if self.checkpoints is not None and self.checkpoints < 1:
-            raise ValueError(
-                f"`checkpoints` must be at least 1; got {self.checkpoints}."
-            )
+        check_at_least(1, checkpoints=self.checkpoints)
 
     def loop(self, step, carry, args, first, length):
         """As [`eqdistill.AbstractUnrolledAdjoint`][]."""

@@ -7,6 +7,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from .._checks import check_at_least
 from .._classifier import parameters
 from .._conversions import ArrayOrList, as_array, as_int, as_int_or_none, name_value
 from .._data._augmentation import AbstractAugmentation, augment
@@ -129,9 +130,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
         A `ValueError` for an argument out of its range.
         """
-        for name, value in (("steps", steps), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        check_at_least(1, steps=steps, batch_size=batch_size)
         if window is not None and not 1 <= window.size <= steps:
             raise ValueError(
                 f"`window` must have from 1 to {steps} steps, as many as the run has; "

@@ -249,9 +249,7 @@ class EarlyStopping(AbstractCallback[Best]):
 
         A `ValueError` if `every` or `patience` is less than 1.
         """
-        for name, value in (("every", every), ("patience", patience)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {value}.")
+        check_at_least(1, every=every, patience=patience)
         self.data = data
         self.every = every
         self.patience = patience

@@ -7,7 +7,7 @@ import jax.random as jr
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import array_difference, check_key
+from .._checks import array_difference, check_at_least, check_key
 from .._data._dataset import Dataset
 from .._inner._auto_solver import AutoSolver
 from .._inner._fit import check_inner
@@ -82,8 +82,7 @@ def distill_each(
                 "`starts` must be distilled sets of one shape, that of the first; the "
                 f"one of index {i} differs: {difference}."
             )
-    if steps < 1:
-        raise ValueError(f"`steps` must be at least 1; got {steps}.")
+    check_at_least(1, steps=steps)
     check_key("key", key)
     problem = Problem(
         starts[0],

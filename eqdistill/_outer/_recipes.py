@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._checks import check_at_least
 from .._conversions import as_array, as_float, as_int, as_int_or_none
 from .._data._augmentation import OneOf
 from .._data._dataset import Dataset
@@ -151,8 +152,7 @@ def evaluate(
     labels are not of the kind that the recipe takes; and as [`eqdistill.evaluate`][].
     """
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
-    if num_networks < 1:
-        raise ValueError(f"`num_networks` must be at least 1; got {num_networks}.")
+    check_at_least(1, num_networks=num_networks)
     if not sets:
         raise ValueError("`distilled` must hold at least one distilled set; got none.")
     accuracies = np.empty((len(sets), num_networks))
