@@ -220,11 +220,11 @@ def test_a_change_of_shape_is_refused(change, match):
         (lambda: eqd.Affine(shift=-1), "`shift` must be at least 0; got -1"),
         (
             lambda: eqd.Affine(rotation=-1),
-            "`rotation` must be finite and.*-1",
+            "`rotation` must be at least 0; got -1",
         ),
         (
             lambda: eqd.Affine(scale=0.9),
-            "`scale` must be finite and.* 1; got 0.9",
+            "`scale` must be at least 1; got 0.9",
         ),
         (lambda: eqd.Affine(scale=np.inf), "`scale` must be finite"),
         (lambda: eqd.Crop(-1), "`padding` must be at least 0; got -1"),
@@ -232,7 +232,7 @@ def test_a_change_of_shape_is_refused(change, match):
         (lambda: eqd.Cutout(-1), "`size` must be at least 0; got -1"),
         (
             lambda: eqd.ColourJitter(contrast=-1),
-            "`contrast` must be finite",
+            "`contrast` must be at least 0; got -1",
         ),
         (eqd.OneOf, "`augmentations` must be at least one; got none"),
     ],
