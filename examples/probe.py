@@ -14,16 +14,19 @@ artifact.
 
 import argparse
 import functools as ft
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
 from architectures import adam, DATASETS, real_data, run
+from network import POOL
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
@@ -46,6 +49,7 @@ def main(
     pretraining: str,
     pretraining_steps: int,
     num_backbones: int,
+    pool_steps: int,
     images: int,
     steps: int,
     batch: int,
@@ -69,24 +73,18 @@ def main(
     loss = eqd.SquaredError()
     targets = loss.targets(real.labels, train.num_classes)
     start = eqd.DistilledSet(real.images, targets, l2=1e-3, loss=loss)
-    optimiser = adam(optax.cosine_decay_schedule(learning_rate, steps))
-    problems = [
-        eqd.Problem(
-            start,
-            classifier,
-            eqd.Batches(train, min(batch, len(train)), classifier),
-            INNER,
-            optimiser=optimiser,
-            learn=(True, False),
-        )
+    problems: list[tuple] = [
+        (classifier, eqd.Batches(train, min(batch, len(train)), classifier), INNER)
         for classifier in probes.values()
     ]
-    updates = [eqx.filter_jit(problem.step, donate="all") for problem in problems]
+    order = list(range(len(problems)))
+    if pool_steps > 0:
+        pool = eqd.Pool(*POOL.values(), num_classes=train.num_classes)
+        problems.append((None, eqd.Batches(train, min(128, len(train))), pool))
+        order += pool_steps * [len(problems) - 1]
     began = time.perf_counter()
-    state = problems[0].init(key=jr.key(seed))
-    for step in range(steps):
-        state, _ = updates[step % len(updates)](state)
-    distilled = problems[0].distilled(jax.block_until_ready(state))
+    distilled = in_turn(start, problems, order, learning_rate, steps, key=jr.key(seed))
+    jax.block_until_ready(distilled)
     seconds = time.perf_counter() - began
     print(f"outer steps     {steps}, {seconds:.0f} s with compiling")
     print(f"size            {distilled.nbytes:,} bytes with labels")
@@ -119,6 +117,41 @@ def main(
         seed=seed,
     )
     print(f"files           {', '.join(map(str, files))}")
+
+
+def in_turn(
+    start: eqd.DistilledSet,
+    problems: list[tuple],
+    order: list[int],
+    learning_rate: float,
+    steps: int,
+    *,
+    key: jax.Array,
+) -> eqd.DistilledSet:
+    """One set for several problems, each a classifier, real data and an inner solver.
+    Each outer step takes the next problem in that order, round and round."""
+    optimiser = adam(optax.cosine_decay_schedule(learning_rate, steps))
+    hypergradient = eqx.filter_grad(eqd.outer_loss, has_aux=True)
+
+    @eqx.filter_jit
+    def update(learned, optimiser_state, inner_state, step, problem):
+        classifier, data, inner = problem
+        gradient, outcome = hypergradient(
+            learned, classifier, data, inner, inner_state, step=step, key=key
+        )
+        updates, optimiser_state = optimiser.update(gradient, optimiser_state)
+        return eqx.apply_updates(learned, updates), optimiser_state, outcome.state
+
+    learned = start
+    optimiser_state = optimiser.init(eqx.filter(start, eqx.is_inexact_array))
+    states = [
+        inner.init(start, classifier, key=key) for classifier, _, inner in problems
+    ]
+    for step, i in zip(range(steps), itertools.cycle(order)):
+        learned, optimiser_state, states[i] = update(
+            learned, optimiser_state, states[i], jnp.asarray(step), problems[i]
+        )
+    return learned
 
 
 def probe(
@@ -167,6 +200,12 @@ if __name__ == "__main__":
     parser.add_argument("--pretraining-steps", type=int, default=500)
     parser.add_argument(
         "--num-backbones", type=int, default=1, choices=range(1, 1 + len(BACKBONES))
+    )
+    parser.add_argument(
+        "--pool-steps",
+        type=int,
+        default=0,
+        help="steps for networks of a pool after those for each backbone",
     )
     parser.add_argument("--images", type=int, default=1, help="images a class")
     parser.add_argument("--steps", type=int, default=6000)

@@ -227,6 +227,15 @@ RECIPES = [
         functools.partial(nn.ConvNet, widths=(4,), size=8, norm_last=True), updates=7
     ),
     eqd.recipes.frepo(functools.partial(nn.MLP, widths=(5,)), updates=7),
+    eqd.recipes.learned_rates(
+        functools.partial(nn.MLP, widths=(5,)),
+        learning_rates=[0.1, 0.2],
+        batch_size=2,
+        momentum=0.5,
+        adam=True,
+        seed=3,
+    ),
+    eqd.recipes.learned_rates(nn.MLP, learning_rates=[0.1, 0.2], batch_size=2),
     eqd.recipes.zero_start(nn.LeNet, updates=7),
     eqd.recipes.dc(nn.AlexNet, updates=7, augment=True),
     eqd.recipes.dc(functools.partial(nn.VGG11, norm=nn.group_norm), updates=7),
@@ -236,7 +245,7 @@ RECIPES = [
 
 @pytest.mark.parametrize(
     "recipe",
-    [*RECIPES[:2], *(pytest.param(x, marks=pytest.mark.slow) for x in RECIPES[2:])],
+    [*RECIPES[:3], *(pytest.param(x, marks=pytest.mark.slow) for x in RECIPES[3:])],
 )
 def test_recipe_is_rebuilt(path, recipe):
     evaluations = eqd.recipes.Evaluations(np.array([[0.5, 0.7]]), KEY)

@@ -888,6 +888,7 @@ CASES = {
             "learning_rates": [0.1, "a", [], [0.1, -1], ["a"], None, np.ones((2, 2))],
             "batch_size": NOT_POSITIVE,
             "momentum": [1, -1, *NOT_NUMBERS],
+            "adam": ["sgd", 1.5],
             "seed": ["0", 1.5, True],
         },
     ),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 
 import eqdistill as eqd
@@ -99,6 +100,36 @@ def test_training_is_as_by_hand(real, digits, name):
     got = eqx.filter(fitted.classifier, eqx.is_inexact_array)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("adam", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_learned_rates_are_one_for_each_step(real, adam):
+    rates = [0.03, 0.01, 0.02]
+    recipe = recipes.learned_rates(
+        SMALL, learning_rates=rates, batch_size=5, momentum=0.8, adam=adam, seed=4
+    )
+    network = recipe.make((8, 8), 10, key=jr.key(1))
+    assert eqx.tree_equal(network, SMALL((8, 8), 10, key=jr.key(4)))
+    got = eqd.fit(recipe.prepare(real, 10), network, recipe.inner).classifier
+
+    schedule = lambda step: jnp.array(rates)[step]
+    optimiser = (
+        optax.adam(schedule, b1=0.8, eps_root=1e-8)
+        if adam
+        else optax.sgd(schedule, momentum=0.8)
+    )
+    state = optimiser.init(eqx.filter(network, eqx.is_inexact_array))
+    for step in range(3):
+        batch = slice(5 * (step % 2), 5 * (step % 2) + 5)
+        half = eqd.DistilledSet(real.images[batch], real.labels[batch], l2=0.1)
+        gradient = eqx.filter_grad(lambda x, half=half: eqd.inner_loss(half, x))(
+            network
+        )
+        updates, state = optimiser.update(gradient, state)
+        network = eqx.apply_updates(network, updates)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(network), strict=True):
+        if eqx.is_array(x):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
 def test_networks_are_drawn_as_the_recipe_says():

@@ -54,7 +54,7 @@ _RECIPES = {
     "zero_start": (zero_start, ("updates",)),
     "learned_rates": (
         learned_rates,
-        ("learning_rates", "batch_size", "momentum", "seed"),
+        ("learning_rates", "batch_size", "momentum", "adam", "seed"),
     ),
 }
 # What a hostile file may ask for is bounded.
@@ -170,6 +170,7 @@ _CHECKS = {
     "batch_size": lambda x: is_integer(x, 1, MOST_UPDATES),
     "learning_rates": _are_rates,
     "momentum": lambda x: type(x) is float and 0 <= x < 1,
+    "adam": lambda x: type(x) is bool,
     "seed": lambda x: x is None or is_integer(x, 0, 2**31 - 1),
     "augment": lambda x: type(x) is bool,
     "norm_last": lambda x: type(x) is bool,

@@ -311,11 +311,13 @@ def learned_rates(
     | Float[np.ndarray, " steps"],
     batch_size: int,
     momentum: float = 0.0,
+    adam: bool = False,
     seed: int | None = None,
 ) -> Recipe:
-    """The recipe of a training run that was distilled with its step sizes: gradient
-    descent on batches of the distilled images in their order, with a step size for each
-    step. The loss, the labels and the ridge are those of the distilled set.
+    r"""The recipe of a training run that was distilled with its step sizes: gradient
+    descent, or Adam, on batches of the distilled images in their order, with a step
+    size for each step. The loss, the labels and the ridge are those of the distilled
+    set. `inner` of this recipe can be distilled through, and its step sizes learned.
 
     !!! Example
 
@@ -335,7 +337,9 @@ def learned_rates(
 
     - `learning_rates`: the step size of each step.
     - `batch_size`: the number of distilled images in a step.
-    - `momentum`: the momentum.
+    - `momentum`: the momentum, which is $\beta_1$ of Adam.
+    - `adam`: whether the steps are those of Adam, with an `eps_root` of 1e-8, without
+        which Adam has no derivative where a gradient is zero.
     - `seed`: the seed of known initial parameters, for which the set was distilled:
         each network is `network(shape, num_classes, key=jax.random.key(seed))`.
         Defaults to fresh networks.
@@ -367,7 +371,7 @@ def learned_rates(
     batch_size, momentum = as_int(batch_size), as_float(momentum)
     seed = as_int_or_none(seed)
     inner = UnrolledSolver(
-        _by_step(momentum),
+        _by_step(momentum, adam),
         {"learning_rate": np.array(rates)},
         len(rates),
         batch_size=batch_size,
@@ -377,6 +381,7 @@ def learned_rates(
         ("learning_rates", rates),
         ("batch_size", batch_size),
         ("momentum", momentum),
+        ("adam", adam),
         ("seed", seed),
     )
     if seed is not None:
@@ -402,8 +407,12 @@ def _drops_at_half(updates: int) -> Callable:
 
 
 @ft.cache
-def _by_step(momentum: float) -> Callable:
+def _by_step(momentum: float, adam: bool) -> Callable:
     def make(learning_rate):
+        if adam:
+            return optax.adam(
+                lambda step: learning_rate[step], b1=momentum, eps_root=1e-8
+            )
         # No momentum has no state.
         return optax.sgd(lambda step: learning_rate[step], momentum=momentum or None)
 
