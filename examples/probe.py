@@ -4,7 +4,9 @@ The backbones are convolutional networks that are trained here, on another datas
 their place stand the pre-trained networks of one's own. The features of the real images
 are computed once. The inner problem is ridge regression on the features of the
 distilled images, whose targets, ridge and temperature are learned, too. With several
-backbones, one set serves them all: each outer step takes the next one.
+backbones, one set serves them all: each outer step takes the next one. With
+`--pool-steps` networks of a pool, which are trained on the distilled images, take turns
+too, so that the set serves backbones that are not at hand.
 
 Prints the test accuracy of the probes of as many real images, of the distilled images
 and of all real images: on the backbones that the images were distilled for, and on one
