@@ -225,7 +225,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--adam", action="store_true", dest="by_adam", help="train by Adam"
     )
-    parser.add_argument("--steps", type=int, default=2600, help="outer steps")
+    parser.add_argument("--steps", type=int, default=3200, help="outer steps")
     parser.add_argument("--batch", type=int, default=256, help="real images a step")
     parser.add_argument(
         "--learning-rate",
