@@ -161,6 +161,11 @@ def adam(
     )
 
 
+def error_of_mean(x: np.ndarray) -> float:
+    """The standard error of the mean; zero of a single number."""
+    return float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else 0.0
+
+
 class Measured:
     """What has been measured, in a file."""
 

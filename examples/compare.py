@@ -13,7 +13,7 @@ many as `--train` says. Prints a table in Markdown, and writes it as a plot to
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from architectures import run
 from jaxtyping import PRNGKeyArray
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -60,7 +61,7 @@ Method = Callable[[Problem, int, PRNGKeyArray], float]
 
 
 def baseline(constructor: Callable[..., eqd.DistilledSet]) -> Method:
-    def run(problem: Problem, n: int, key: PRNGKeyArray) -> float:
+    def measure(problem: Problem, n: int, key: PRNGKeyArray) -> float:
         start = constructor(problem.train, n, l2=1.0, key=key)
         candidates = [
             eqd.DistilledSet(start.images, start.labels, l2=l2) for l2 in GRID
@@ -68,7 +69,7 @@ def baseline(constructor: Callable[..., eqd.DistilledSet]) -> Method:
         best = max(candidates, key=lambda d: accuracy(d, problem, problem.held_out))
         return accuracy(best, problem, problem.test)
 
-    return run
+    return measure
 
 
 def distilled(
@@ -81,7 +82,7 @@ def distilled(
     if learn_l2:
         optimiser = optax.chain(optimiser, optax.clip_by_global_norm(0.5))
 
-    def run(problem: Problem, n: int, key: PRNGKeyArray) -> float:
+    def measure(problem: Problem, n: int, key: PRNGKeyArray) -> float:
         scale = 1 / problem.train.images[0].size
         start = eqd.DistilledSet.from_noise(
             problem.train, n, l2=l2, scale=scale, key=key
@@ -113,7 +114,7 @@ def distilled(
             result = e.distillation.distilled
         return accuracy(result, problem, problem.test)
 
-    return run
+    return measure
 
 
 def methods(steps: int) -> dict[str, Method]:
@@ -201,12 +202,12 @@ def draw(
 
 
 def main(
-    dataset: list[str],
     images: list[int],
     seeds: int,
     steps: int,
     train: int,
     output: Path,
+    dataset: Sequence[str] = ("mnist", "fashion_mnist"),
 ) -> None:
     start = time.perf_counter()
     images = sorted(set(images))
@@ -220,10 +221,10 @@ def main(
             continue
         results = {method: np.zeros((len(images), seeds)) for method in all_methods}
         for i, n in enumerate(images):
-            for method, run in all_methods.items():
+            for method, measure in all_methods.items():
                 begin = time.perf_counter()
                 for seed in range(seeds):
-                    results[method][i, seed] = run(problem, n, jr.key(seed))
+                    results[method][i, seed] = measure(problem, n, jr.key(seed))
                 print(
                     f"{TITLES[name]}, {n} images, {method}: "
                     f"{results[method][i].mean():.1%} "
@@ -282,12 +283,4 @@ if __name__ == "__main__":
     parser.add_argument(
         "--train", type=int, default=10_000, help="the most training images to use"
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the plot"
-    )
-    args = parser.parse_args()
-    # The next run loads what this one compiles.
-    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    arguments = {"dataset": ["mnist", "fashion_mnist"], **vars(args)}
-    main(**arguments)
+    run(main, parser)

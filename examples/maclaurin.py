@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from architectures import real_data, run
+from architectures import error_of_mean, real_data, run
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -156,7 +156,7 @@ def learn_schedules(
     print(f"schedules, {steps} outer steps, {time.perf_counter() - began:.0f} s")
     print(f"learned                   {to_text(learned)}")
     more = of_constants[best] - learned
-    error = np.std(more, ddof=1) / np.sqrt(num_networks) if num_networks > 1 else 0.0
+    error = error_of_mean(more)
     print(f"below the best constant   {more.mean():.4f} +- {error:.4f}, paired")
     draw(rates, best).savefig(output / "maclaurin_schedules.png")
     print(

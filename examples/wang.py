@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from architectures import adam, real_data, run
+from architectures import adam, error_of_mean, real_data, run
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
@@ -157,9 +157,7 @@ def main(
             own = choose(train, n, l2=1e-8, key=jr.key(seed))
             _, of_own = evaluate(distil(own, baseline_steps, all_of_it=False))
             more = found.accuracies[0] - of_own.accuracies[0]
-            error = (
-                np.std(more, ddof=1) / np.sqrt(num_networks) if num_networks > 1 else 0
-            )
+            error = error_of_mean(more)
             print(
                 f"{name:17s} {to_text(of_own.accuracies[0])}; distilled is "
                 f"{100 * more.mean():.1f} +- {100 * error:.1f} points above"
