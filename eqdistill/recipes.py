@@ -5,6 +5,7 @@ from ._outer._recipes import (
     evaluate as evaluate,
     Evaluations as Evaluations,
     frepo as frepo,
+    lazy as lazy,
     learned_rates as learned_rates,
     Recipe as Recipe,
     supervised as supervised,

@@ -53,6 +53,7 @@ RECIPES = {
     "frepo": recipes.frepo,
     "frepo, augmented": ft.partial(recipes.frepo, augment=True),
     "zero_start": recipes.zero_start,
+    "lazy": recipes.lazy,
     "supervised": recipes.supervised,
 }
 DATASETS = (

@@ -78,6 +78,7 @@ RATES = {
     "dc": lambda t: 0.01 if t < STEPS // 2 else 0.001,
     "frepo": cosine(3e-4, STEPS // 2),
     "zero_start": cosine(1e-3, 0),
+    "lazy": cosine(1e-4, 0),
 }
 
 
@@ -87,6 +88,7 @@ RATES = {
         "dc",
         pytest.param("frepo", marks=pytest.mark.slow),
         pytest.param("zero_start", marks=pytest.mark.slow),
+        pytest.param("lazy", marks=pytest.mark.slow),
     ],
 )
 def test_training_is_as_by_hand(real, digits, name):
@@ -139,7 +141,10 @@ def test_networks_are_drawn_as_the_recipe_says():
     assert make(recipes.dc)[last].weight.any()
     assert not make(recipes.frepo)[first].bias.any()
     assert make(recipes.frepo)[last].weight.any()
+    assert make(recipes.zero_start)[first].bias.any()
     assert not make(recipes.zero_start)[last].weight.any()
+    assert not make(recipes.lazy)[first].bias.any()
+    assert not make(recipes.lazy)[last].weight.any()
     wide = eqx.filter_eval_shape(recipes.frepo().make, (28, 28), 10, key=jr.key(0))
     assert dict(wide.settings)["widths"] == (128, 256, 512)
 
@@ -243,7 +248,13 @@ def test_bad_input(real, digits):
     other = eqd.DistilledSet(jnp.ones((10, 9, 9)), jnp.arange(10), l2=0.1)
     with pytest.raises(ValueError, match=r"`test` and `distilled`.*\(8, 8\).*\(9, 9\)"):
         evaluate(other, dc, test)
-    for recipe in (recipes.dc, recipes.frepo, recipes.zero_start, recipes.supervised):
+    for recipe in (
+        recipes.dc,
+        recipes.frepo,
+        recipes.zero_start,
+        recipes.lazy,
+        recipes.supervised,
+    ):
         with pytest.raises(ValueError, match=r"`updates` must be from 2 to.*got 1"):
             recipe(SMALL, updates=1)
 

@@ -22,6 +22,7 @@ from .._nn._networks import AlexNet, ConvNet, LeNet, MLP, ResNet18, VGG11
 from .._outer._recipes import (
     dc,
     frepo,
+    lazy,
     learned_rates,
     MOST_UPDATES,
     Recipe,
@@ -52,6 +53,7 @@ _RECIPES = {
     "supervised": (supervised, ("updates", "batch_size")),
     "frepo": (frepo, ("updates", "augment")),
     "zero_start": (zero_start, ("updates",)),
+    "lazy": (lazy, ("updates",)),
     "learned_rates": (
         learned_rates,
         ("learning_rates", "batch_size", "momentum", "adam", "seed"),

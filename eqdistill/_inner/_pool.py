@@ -98,8 +98,9 @@ class Pool(AbstractDrawingSolver[PoolState]):
         - `networks`: the kinds of networks, with last layers of equally many features.
             Each one makes a network of `eqdistill.nn` from the shape of an image, the
             number of classes and a `key`, such as [`eqdistill.nn.ConvNet`][] with all
-            else bound. The images serve the kinds that are in the pool: with and
-            without normalisation, say.
+            else bound. Only the structure of that network is used: the pool draws
+            parameters of its own, as PyTorch does. The images serve the kinds that are
+            in the pool: with and without normalisation, say.
 
         All other arguments are keyword only.
 

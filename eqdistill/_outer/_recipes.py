@@ -274,6 +274,32 @@ def zero_start(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
     return Recipe("zero_start", settings, network, _from_zero, _with_targets, inner)
 
 
+def lazy(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
+    """This package's recipe for images that were distilled with a
+    [`eqdistill.Pool`][]: squared error on centred targets, as in
+    [`eqdistill.recipes.frepo`][]; weights drawn as by LeCun et al., and a last layer
+    that starts at zero; and Adam at a rate of 1e-4, which decays by a cosine to a
+    hundredth.
+
+    A pool fits a last layer to the features of young networks. At a small rate the
+    features stay near those.
+
+    **Arguments:** as for [`eqdistill.recipes.dc`][].
+
+    **Returns:**
+
+    An [`eqdistill.recipes.Recipe`][].
+
+    **Raises:**
+
+    A `ValueError` as [`eqdistill.recipes.dc`][].
+    """
+    updates = _check_updates(updates)
+    inner = UnrolledSolver(_warms_up(0, updates), {"learning_rate": 1e-4}, updates)
+    settings = (("updates", updates),)
+    return Recipe("lazy", settings, network, _lazily, _with_targets, inner)
+
+
 def supervised(
     network: Callable = ConvNet, *, updates: int = 1000, batch_size: int = 128
 ) -> Recipe:
@@ -439,6 +465,10 @@ def _as_distilled(distilled: DistilledSet, num_classes: int) -> DistilledSet:
 
 def _as_by_lecun(network: Network, *, key: PRNGKeyArray) -> Network:
     return initialise(network, lecun, key=key)
+
+
+def _lazily(network: Network, *, key: PRNGKeyArray) -> Network:
+    return zero_head(initialise(network, lecun, key=key))
 
 
 def _from_zero(network: Network, *, key: PRNGKeyArray) -> Network:
