@@ -1,13 +1,15 @@
 """Recipes by which distilled sets are evaluated on networks."""
 
-from ._outer._recipes import (
-    dc as dc,
+from ._outer._recipe import (
     evaluate as evaluate,
     Evaluations as Evaluations,
+    Recipe as Recipe,
+)
+from ._outer._recipes import (
+    dc as dc,
     frepo as frepo,
     lazy as lazy,
     learned_rates as learned_rates,
-    Recipe as Recipe,
     supervised as supervised,
     zero_start as zero_start,
 )

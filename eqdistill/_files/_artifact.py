@@ -13,7 +13,7 @@ from .._data._distilled_set import DistilledSet
 from .._data._preprocessing import AbstractPreprocessing
 from .._inner._inner_solver import AbstractInnerSolver
 from .._outer._outer_loss import decode
-from .._outer._recipes import Recipe
+from .._outer._recipe import Recipe
 from ._metadata import check, header_bytes, MAX_BYTES, read_header
 from ._recipe_format import build_recipe
 from ._tensors import build_classifier, build_inner, read_tensors

@@ -19,13 +19,13 @@ from .._nn._network import (
     Network,
 )
 from .._nn._networks import AlexNet, ConvNet, LeNet, MLP, ResNet18, VGG11
+from .._outer._recipe import Recipe
 from .._outer._recipes import (
     dc,
     frepo,
     lazy,
     learned_rates,
     MOST_UPDATES,
-    Recipe,
     supervised,
     zero_start,
 )

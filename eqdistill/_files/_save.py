@@ -26,7 +26,7 @@ from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from .._outer._distillation import Distillation
 from .._outer._evaluate import Evaluation
 from .._outer._outer_loss import decode
-from .._outer._recipes import Evaluations, Recipe
+from .._outer._recipe import Evaluations, Recipe
 from ._artifact import build, shorten
 from ._metadata import (
     FORMAT,
