@@ -11,13 +11,9 @@ import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
 from .._conversions import as_int, as_int_or_none, as_ints
+from ._blocks import Activation, begin, block, check_positive, end, Norm, Residual
 from ._conv2d import Conv2d
 from ._network import average_pool, instance_norm, max_pool, Network
-
-
-Activation = Callable[[Array], Array]
-# From a number of channels to a layer.
-Norm = Callable[[int], Callable]
 
 
 def ConvNet(
@@ -82,11 +78,11 @@ def ConvNet(
         "pool": pool,
         "size": as_int_or_none(size),
     }
-    layers, (channels, height, width) = _begin(shape, size, num_classes, *widths)
+    layers, (channels, height, width) = begin(shape, size, num_classes, *widths)
     *keys, head_key = jr.split(key, len(widths) + 1)
     for new_channels, key in zip(widths, keys, strict=True):
         before, after = (None, norm) if norm_last else (norm, None)
-        layers += _block(channels, new_channels, before, activation, key=key)
+        layers += block(channels, new_channels, before, activation, key=key)
         layers.append(pool)
         if after is not None:
             layers.append(after(new_channels))
@@ -96,7 +92,7 @@ def ConvNet(
             "`widths` must have no more entries than an image can be halved; got "
             f"{len(widths)} for images of shape {shape}."
         )
-    layers += _end(channels * height * width, num_classes, key=head_key)
+    layers += end(channels * height * width, num_classes, key=head_key)
     return _network("ConvNet", settings, layers)
 
 
@@ -128,7 +124,7 @@ def LeNet(
         "num_classes": num_classes,
         "activation": activation,
     }
-    layers, (channels, _, _) = _begin(shape, 32, num_classes)
+    layers, (channels, _, _) = begin(shape, 32, num_classes)
     keys = jr.split(key, 5)
     relu, pool = eqx.nn.Lambda(activation), max_pool
     layers += [
@@ -171,7 +167,7 @@ def MLP(
         "widths": widths,
         "activation": activation,
     }
-    _check_positive(*shape, num_classes, *widths)
+    check_positive(*shape, num_classes, *widths)
     in_size = math.prod(shape)
     layers: list[Callable] = [eqx.nn.Lambda(jnp.ravel)]
     *keys, head_key = jr.split(key, len(widths) + 1)
@@ -266,146 +262,20 @@ def ResNet18(
         "norm": norm,
         "activation": activation,
     }
-    layers, (channels, _, _) = _begin(shape, 32, num_classes)
+    layers, (channels, _, _) = begin(shape, 32, num_classes)
     first_key, head_key, *keys = jr.split(key, 10)
-    layers += _block(channels, 64, norm, activation, use_bias=False, key=first_key)
+    layers += block(channels, 64, norm, activation, use_bias=False, key=first_key)
     channels = 64
     for i, key in enumerate(keys):
         new_channels = 64 * 2 ** (i // 2)
         stride = 2 if i in (2, 4, 6) else 1
         layers.append(
-            _Residual(channels, new_channels, stride, norm, activation, key=key)
+            Residual(channels, new_channels, stride, norm, activation, key=key)
         )
         channels = new_channels
     layers.append(eqx.nn.Lambda(_mean_over_pixels))
-    layers += _end(channels, num_classes, key=head_key)
+    layers += end(channels, num_classes, key=head_key)
     return _network("ResNet18", settings, layers)
-
-
-class _Pad(eqx.Module):
-    """Gives an image an axis of channels, and pads the image by zeros around."""
-
-    padding: tuple[tuple[int, int], ...] = eqx.field(static=True)
-
-    def __call__(self, image: Array, *, key: PRNGKeyArray | None = None) -> Array:
-        del key
-        image = image[None] if image.ndim == 2 else image
-        return jnp.pad(image, self.padding)
-
-
-class _Residual(eqx.Module):
-    """Two convolutions, to whose result the input is added."""
-
-    body: eqx.nn.Sequential
-    shortcut: eqx.nn.Sequential
-    activation: Activation
-
-    def __init__(self, channels, new_channels, stride, norm, activation, *, key):
-        keys = jr.split(key, 3)
-        first = _block(
-            channels,
-            new_channels,
-            norm,
-            activation,
-            stride=stride,
-            use_bias=False,
-            key=keys[0],
-        )
-        second = _block(
-            new_channels, new_channels, norm, None, use_bias=False, key=keys[1]
-        )
-        self.body = eqx.nn.Sequential(first + second)
-        is_same = stride == 1 and channels == new_channels
-        shortcut = _block(
-            channels,
-            new_channels,
-            norm,
-            None,
-            kernel_size=1,
-            stride=stride,
-            use_bias=False,
-            key=keys[2],
-        )
-        self.shortcut = eqx.nn.Sequential([] if is_same else shortcut)
-        self.activation = activation
-
-    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
-        del key
-        return self.activation(self.body(x) + self.shortcut(x))
-
-
-def _begin(
-    shape: tuple[int, ...], size: int | None, *others: int
-) -> tuple[list[Callable], tuple[int, int, int]]:
-    """The first layer, and the shape of what the layer gives.
-
-    **Raises:**
-
-    A `ValueError` if an image of this shape cannot be taken, or if one of the other
-    sizes is not positive.
-    """
-    _check_positive(*shape, *others)
-    if len(shape) not in (2, 3):
-        raise ValueError(
-            "`shape` must be (height, width) or (channels, height, width); got "
-            f"{shape}."
-        )
-    channels, height, width = (1, *shape)[-3:]
-    if size is None:
-        return [_Pad(((0, 0),) * 3)], (channels, height, width)
-    if max(height, width) > size:
-        raise ValueError(
-            f"`shape` must be of images of at most {size} x {size}, the `size` that "
-            f"they are padded to; got {shape}."
-        )
-    padding = [(0, 0)]
-    for length in (height, width):
-        before = (size - length) // 2
-        padding.append((before, size - length - before))
-    return [_Pad(tuple(padding))], (channels, size, size)
-
-
-def _check_positive(*sizes: int) -> None:
-    if min(sizes, default=1) < 1:
-        raise ValueError(
-            "`shape`, `num_classes` and `widths` must be at least 1; got a size of "
-            f"{min(sizes)}."
-        )
-
-
-def _block(
-    channels: int,
-    new_channels: int,
-    norm: Norm | None,
-    activation: Activation | None,
-    *,
-    kernel_size: int = 3,
-    stride: int = 1,
-    use_bias: bool = True,
-    key: PRNGKeyArray,
-) -> list[Callable]:
-    convolution = Conv2d(
-        channels,
-        new_channels,
-        kernel_size,
-        stride,
-        padding=kernel_size // 2,
-        use_bias=use_bias,
-        key=key,
-    )
-    layers: list[Callable] = [convolution]
-    if norm is not None:
-        layers.append(norm(new_channels))
-    if activation is not None:
-        layers.append(eqx.nn.Lambda(activation))
-    return layers
-
-
-def _end(in_features: int, num_classes: int, *, key: PRNGKeyArray) -> list[Callable]:
-    return [
-        eqx.nn.Lambda(jnp.ravel),
-        eqx.nn.Linear(in_features, num_classes, key=key),
-    ]
 
 
 def _from_plan(
@@ -427,7 +297,7 @@ def _from_plan(
         "norm": norm,
         "activation": activation,
     }
-    layers, (channels, size, _) = _begin(shape, 32, num_classes)
+    layers, (channels, size, _) = begin(shape, 32, num_classes)
     *keys, head_key = jr.split(key, len(plan) + 1)
     for entry, key in zip(plan, keys, strict=True):
         if entry is None:
@@ -435,11 +305,11 @@ def _from_plan(
             size //= 2
         else:
             width, kernel_size = entry
-            layers += _block(
+            layers += block(
                 channels, width, norm, activation, kernel_size=kernel_size, key=key
             )
             channels = width
-    layers += _end(channels * size**2, num_classes, key=head_key)
+    layers += end(channels * size**2, num_classes, key=head_key)
     return _network(name, settings, layers)
 
 
