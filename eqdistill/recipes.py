@@ -7,8 +7,8 @@ from ._outer._recipe import (
 )
 from ._outer._recipes import (
     dc as dc,
+    feature_regression as feature_regression,
     frepo as frepo,
-    lazy as lazy,
     learned_rates as learned_rates,
     supervised as supervised,
     zero_start as zero_start,

@@ -53,7 +53,7 @@ RECIPES = {
     "frepo": recipes.frepo,
     "frepo, augmented": ft.partial(recipes.frepo, augment=True),
     "zero_start": recipes.zero_start,
-    "lazy": recipes.lazy,
+    "feature_regression": recipes.feature_regression,
     "supervised": recipes.supervised,
 }
 DATASETS = (

@@ -237,7 +237,7 @@ RECIPES = [
     ),
     eqd.recipes.learned_rates(nn.MLP, learning_rates=[0.1, 0.2], batch_size=2),
     eqd.recipes.zero_start(nn.LeNet, updates=7),
-    eqd.recipes.lazy(nn.LeNet, updates=7),
+    eqd.recipes.feature_regression(nn.LeNet, updates=7),
     eqd.recipes.dc(nn.AlexNet, updates=7, augment=True),
     eqd.recipes.dc(functools.partial(nn.VGG11, norm=nn.group_norm), updates=7),
     eqd.recipes.dc(functools.partial(nn.ResNet18, activation=jax.nn.gelu), updates=7),

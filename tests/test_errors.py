@@ -875,7 +875,7 @@ CASES = {
     "recipes.dc": (eqd.recipes.dc, {}, UPDATES | AUGMENT),
     "recipes.frepo": (eqd.recipes.frepo, {}, UPDATES | AUGMENT),
     "recipes.zero_start": (eqd.recipes.zero_start, {}, UPDATES),
-    "recipes.lazy": (eqd.recipes.lazy, {}, UPDATES),
+    "recipes.feature_regression": (eqd.recipes.feature_regression, {}, UPDATES),
     "recipes.supervised": (
         eqd.recipes.supervised,
         {},

@@ -22,8 +22,8 @@ from .._nn._networks import AlexNet, ConvNet, LeNet, MLP, ResNet18, VGG11
 from .._outer._recipe import Recipe
 from .._outer._recipes import (
     dc,
+    feature_regression,
     frepo,
-    lazy,
     learned_rates,
     MOST_UPDATES,
     supervised,
@@ -53,7 +53,7 @@ _RECIPES = {
     "supervised": (supervised, ("updates", "batch_size")),
     "frepo": (frepo, ("updates", "augment")),
     "zero_start": (zero_start, ("updates",)),
-    "lazy": (lazy, ("updates",)),
+    "feature_regression": (feature_regression, ("updates",)),
     "learned_rates": (
         learned_rates,
         ("learning_rates", "batch_size", "momentum", "adam", "seed"),

@@ -13,6 +13,7 @@ from .._conversions import as_array, as_float, as_int, as_int_or_none
 from .._data._augmentation import OneOf
 from .._data._distilled_set import DistilledSet
 from .._data._image_augmentations import Affine, Crop, Flip
+from .._inner._feature_regression import FeatureRegression
 from .._inner._unrolled_solver import UnrolledSolver
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from .._nn._network import initialise, lecun, Network, zero_head
@@ -129,15 +130,16 @@ def zero_start(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
     return Recipe("zero_start", settings, network, _from_zero, _with_targets, inner)
 
 
-def lazy(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
+def feature_regression(network: Callable = ConvNet, *, updates: int = 100) -> Recipe:
     """This package's recipe for images that were distilled with a
-    [`eqdistill.Pool`][]: squared error on centred targets, as in
-    [`eqdistill.recipes.frepo`][]; weights drawn as by LeCun et al., and a last layer
-    that starts at zero; and Adam at a rate of 1e-4, which decays by a cosine to a
-    hundredth.
+    [`eqdistill.Pool`][]: a network that is trained a little by squared error on centred
+    targets, as in [`eqdistill.recipes.frepo`][], and whose last layer is then fitted
+    anew by ridge regression on its features, in closed form.
 
-    A pool fits a last layer to the features of young networks. At a small rate the
-    features stay near those.
+    Weights are drawn as by LeCun et al., and the last layer starts at zero. The
+    training is by Adam at a rate of 3e-4, which decays by a cosine to a hundredth. The
+    ridge is 1e-3, relative to the features as in [`eqdistill.RelativeRidge`][], and
+    there is no intercept.
 
     **Arguments:** as for [`eqdistill.recipes.dc`][].
 
@@ -150,9 +152,15 @@ def lazy(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
     A `ValueError` as [`eqdistill.recipes.dc`][].
     """
     updates = _check_updates(updates)
-    inner = UnrolledSolver(_warms_up(0, updates), {"learning_rate": 1e-4}, updates)
-    settings = (("updates", updates),)
-    return Recipe("lazy", settings, network, _lazily, _with_targets, inner)
+    training = UnrolledSolver(_warms_up(0, updates), {"learning_rate": 3e-4}, updates)
+    return Recipe(
+        "feature_regression",
+        (("updates", updates),),
+        network,
+        _from_zero_by_lecun,
+        ft.partial(_with_targets, weight_decay=1e-3),
+        FeatureRegression(training),
+    )
 
 
 def supervised(
@@ -322,7 +330,7 @@ def _as_by_lecun(network: Network, *, key: PRNGKeyArray) -> Network:
     return initialise(network, lecun, key=key)
 
 
-def _lazily(network: Network, *, key: PRNGKeyArray) -> Network:
+def _from_zero_by_lecun(network: Network, *, key: PRNGKeyArray) -> Network:
     return zero_head(initialise(network, lecun, key=key))
 
 
@@ -351,12 +359,14 @@ def _with_hard_labels(
     return _with(distilled, CrossEntropy(), weight_decay)
 
 
-def _with_targets(distilled: DistilledSet, num_classes: int) -> DistilledSet:
+def _with_targets(
+    distilled: DistilledSet, num_classes: int, weight_decay: float = 0.0
+) -> DistilledSet:
     is_soft = distilled.labels.ndim == 2
     if is_soft and isinstance(distilled.loss, CrossEntropy):
         targets = jax.nn.softmax(distilled.labels) - 1 / num_classes
         distilled = eqx.tree_at(lambda d: d.labels, distilled, targets)
-    return _with(distilled, SquaredError(), weight_decay=0.0)
+    return _with(distilled, SquaredError(), weight_decay)
 
 
 def _with(

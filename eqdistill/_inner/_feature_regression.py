@@ -1,0 +1,47 @@
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from .._classifier import last_layer
+from .._data._distilled_set import DistilledSet
+from ._inner_solver import AbstractInnerSolver, State
+from ._linear import with_head
+from ._relative_ridge import RelativeRidge
+
+
+class FeatureRegression(AbstractInnerSolver[State]):
+    """Trains a network without a ridge, and then fits the last layer anew, without an
+    intercept, to the features that the network has learned.
+
+    Source: Zhou, Nezhadarya and Ba, *Dataset distillation using neural feature
+    regression* (FRePo), 2022.
+
+    **Attributes:**
+
+    - `training`: trains the network.
+    - `head`: fits the last layer, with the ridge of the distilled set.
+    """
+
+    training: AbstractInnerSolver[State]
+    head: AbstractInnerSolver = RelativeRidge()
+
+    def init(self, distilled: DistilledSet, classifier: PyTree, *, key):
+        """As [`eqdistill.AbstractInnerSolver`][]."""
+        return self.training.init(distilled, classifier, key=key)
+
+    def __call__(self, distilled: DistilledSet, classifier: PyTree, state, *, key):
+        """As [`eqdistill.AbstractInnerSolver`][].
+
+        **Raises:**
+
+        A `TypeError` as [`eqdistill.last_layer`][].
+        """
+        no_ridge = jnp.full_like(distilled.log_l2, -jnp.inf)
+        free = eqx.tree_at(lambda d: d.log_l2, distilled, no_ridge)
+        trained, state = self.training(free, classifier, state, key=key)
+        last = last_layer(trained.classifier)
+        last = with_head(last, last.head.weight, None)
+        head_state = self.head.init(distilled, last, key=None)
+        fitted, _ = self.head(distilled, last, head_state, key=None)
+        converged = trained.converged & fitted.converged
+        return eqx.tree_at(lambda f: f.converged, fitted, converged), state
