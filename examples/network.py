@@ -180,7 +180,7 @@ if __name__ == "__main__":
         help="a fraction of the training images to evaluate on, in place of the test "
         "images",
     )
-    parser.add_argument("--recipe", default="zero_start", choices=list(RECIPES))
+    parser.add_argument("--recipe", default="feature_regression", choices=list(RECIPES))
     parser.add_argument(
         "--networks",
         nargs="+",

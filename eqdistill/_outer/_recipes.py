@@ -132,14 +132,15 @@ def zero_start(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
 
 def feature_regression(network: Callable = ConvNet, *, updates: int = 100) -> Recipe:
     """This package's recipe for images that were distilled with a
-    [`eqdistill.Pool`][]: a network that is trained a little by squared error on centred
-    targets, as in [`eqdistill.recipes.frepo`][], and whose last layer is then fitted
-    anew by ridge regression on its features, in closed form.
-
-    Weights are drawn as by LeCun et al., and the last layer starts at zero. The
+    [`eqdistill.Pool`][]: a short training by squared error on centred targets, as in
+    [`eqdistill.recipes.frepo`][], after which the last layer is fitted anew, in closed
+    form. Weights are drawn as by LeCun et al., and the last layer starts at zero. The
     training is by Adam at a rate of 3e-4, which decays by a cosine to a hundredth. The
-    ridge is 1e-3, relative to the features as in [`eqdistill.RelativeRidge`][], and
-    there is no intercept.
+    fit is ridge regression on the features before the last layer, without an intercept,
+    at a ridge of 1e-3 that is relative to the features, as in
+    [`eqdistill.RelativeRidge`][].
+
+    The last layer is fitted as it was in the distillation.
 
     **Arguments:** as for [`eqdistill.recipes.dc`][].
 
