@@ -23,6 +23,12 @@ from . import killed_runs
 from .conftest import OneStep, subset
 
 
+# When Orbax finds a damaged array, it closes its event loop, while other arrays are
+# still being read. Their callbacks then come too late.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+)
+
 STEPS = 30
 INNER = OneStep()
 SCHEDULE = optax.adam(optax.cosine_decay_schedule(0.05, STEPS))
