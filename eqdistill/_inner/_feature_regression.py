@@ -10,8 +10,9 @@ from ._relative_ridge import RelativeRidge
 
 
 class FeatureRegression(AbstractInnerSolver[State]):
-    """Trains a network without a ridge, and then fits the last layer anew, without an
-    intercept, to the features that the network has learned.
+    """Trains a network without a ridge, and then fits the last layer anew to the
+    features that the network has learned: by [`eqdistill.RelativeRidge`][], with the
+    ridge of the distilled set and without an intercept.
 
     Source: Zhou, Nezhadarya and Ba, *Dataset distillation using neural feature
     regression* (FRePo), 2022.
@@ -19,11 +20,9 @@ class FeatureRegression(AbstractInnerSolver[State]):
     **Attributes:**
 
     - `training`: trains the network.
-    - `head`: fits the last layer, with the ridge of the distilled set.
     """
 
     training: AbstractInnerSolver[State]
-    head: AbstractInnerSolver = RelativeRidge()
 
     def init(self, distilled: DistilledSet, classifier: PyTree, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]."""
@@ -41,7 +40,6 @@ class FeatureRegression(AbstractInnerSolver[State]):
         trained, state = self.training(free, classifier, state, key=key)
         last = last_layer(trained.classifier)
         last = with_head(last, last.head.weight, None)
-        head_state = self.head.init(distilled, last, key=None)
-        fitted, _ = self.head(distilled, last, head_state, key=None)
+        fitted, _ = RelativeRidge()(distilled, last, None, key=None)
         converged = trained.converged & fitted.converged
         return eqx.tree_at(lambda f: f.converged, fitted, converged), state

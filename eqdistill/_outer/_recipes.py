@@ -332,7 +332,7 @@ def _as_by_lecun(network: Network, *, key: PRNGKeyArray) -> Network:
 
 
 def _from_zero_by_lecun(network: Network, *, key: PRNGKeyArray) -> Network:
-    return zero_head(initialise(network, lecun, key=key))
+    return zero_head(_as_by_lecun(network, key=key))
 
 
 def _from_zero(network: Network, *, key: PRNGKeyArray) -> Network:
