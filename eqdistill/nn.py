@@ -1,14 +1,12 @@
 """Layers and networks."""
 
-from ._nn._conv2d import Conv2d as Conv2d, quick_convolutions as quick_convolutions
+from ._nn._conv2d import Conv2d as Conv2d
 from ._nn._network import (
-    average_pool as average_pool,
     group_norm as group_norm,
     he as he,
     initialise as initialise,
     instance_norm as instance_norm,
     lecun as lecun,
-    max_pool as max_pool,
     Network as Network,
     zero_head as zero_head,
 )
@@ -19,4 +17,9 @@ from ._nn._networks import (
     MLP as MLP,
     ResNet18 as ResNet18,
     VGG11 as VGG11,
+)
+from ._nn._quick import (
+    average_pool as average_pool,
+    max_pool as max_pool,
+    quick_convolutions as quick_convolutions,
 )

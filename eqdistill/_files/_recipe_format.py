@@ -11,14 +11,9 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._data._distilled_set import DistilledSet
-from .._nn._network import (
-    average_pool,
-    group_norm,
-    instance_norm,
-    max_pool,
-    Network,
-)
+from .._nn._network import group_norm, instance_norm, Network
 from .._nn._networks import AlexNet, ConvNet, LeNet, MLP, ResNet18, VGG11
+from .._nn._quick import average_pool, max_pool
 from .._outer._recipe import Recipe
 from .._outer._recipes import (
     dc,

@@ -164,14 +164,19 @@ class Pool(AbstractDrawingSolver[PoolState]):
         """As [`eqdistill.AbstractInnerSolver`][]."""
         del classifier
         assert key is not None  # As `init` has checked.
-        kind_key, index_key, *keys = jr.split(key, 2 + len(self.networks))
+        kind_key, index_key, take_key, train_key = jr.split(key, 4)
         kind = jr.randint(kind_key, (), 0, len(self.networks))
         index = jr.randint(index_key, (), 0, self.size)
         templates = self._templates(distilled)
+        stacks = list(zip(state.weights, state.training, state.ages, strict=True))
         # One network of each kind is taken out, which costs nothing.
+        taken = [
+            self._take(template, stack, index, key=take_key)
+            for template, stack in zip(templates, stacks, strict=True)
+        ]
         drawn = [
-            template.network(rows[index])
-            for template, rows in zip(templates, state.weights, strict=True)
+            template.network(weights)
+            for template, (weights, *_) in zip(templates, taken, strict=True)
         ]
         # Frozen by the linear classifier as a whole.
         features = Either(kind, tuple(last_layer(x).features.module for x in drawn))
@@ -182,23 +187,31 @@ class Pool(AbstractDrawingSolver[PoolState]):
         inner_state = self.inner.init(distilled, classifier, key=None)
         fitted, _ = self.inner(distilled, classifier, inner_state, key=None)
 
-        stacks = zip(state.weights, state.training, state.ages, strict=True)
         fixed = jax.lax.stop_gradient(distilled)
         moved = []
-        for i, stack in enumerate(stacks):
-            own = jax.tree.map(lambda x: jax.lax.stop_gradient(x[index]), stack)
-            train = ft.partial(self._train, templates[i], fixed, key=keys[i])
+        for i, (stack, own) in enumerate(zip(stacks, taken, strict=True)):
+            train = ft.partial(self._train, templates[i], fixed, key=train_key)
             new = jax.lax.cond(kind == i, train, lambda *own: own, *own)
             moved.append(jax.tree.map(lambda x, y: x.at[index].set(y), stack, new))
         return fitted, PoolState(*zip(*moved, strict=True))
 
+    def _take(self, template, stack, index, *, key):
+        """A network with the state of its optimiser and its age, started anew if the
+        network is old. The branch also makes arrays of them, of which XLA would take
+        each number out of the pool where the number is used."""
+        own = jax.tree.map(lambda x: jax.lax.stop_gradient(x[index]), stack)
+
+        def start_anew(weights, training, age):
+            weights = template.draw(key)
+            return weights, self.optimiser.init(weights), jnp.zeros_like(age)
+
+        return jax.lax.cond(own[-1] < self.max_age, lambda *own: own, start_anew, *own)
+
     def _train(self, template, distilled, weights, training, age, *, key):
-        """A step of training, of a network that is then a step older, or started
-        anew."""
-        augmentation_key, fresh_key = jr.split(key)
+        """A step of training."""
         images = distilled.images
         if self.augmentation is not None:
-            images = augment(self.augmentation, images, key=augmentation_key)
+            images = augment(self.augmentation, images, key=key)
 
         def loss(weights):
             outputs = jax.vmap(template.network(weights))(images)
@@ -206,13 +219,7 @@ class Pool(AbstractDrawingSolver[PoolState]):
 
         gradient = jax.grad(loss)(weights)
         updates, training = self.optimiser.update(gradient, training, weights)
-        weights = optax.apply_updates(weights, updates)
-        fresh = template.draw(fresh_key)
-        return optax.tree.where(
-            age + 1 < self.max_age,
-            (weights, training, age + 1),
-            (fresh, self.optimiser.init(fresh), jnp.zeros_like(age)),
-        )
+        return optax.apply_updates(weights, updates), training, age + 1
 
     def _templates(self, distilled: DistilledSet) -> list[Template]:
         shape = distilled.images.shape[1:]

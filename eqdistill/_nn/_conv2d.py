@@ -3,6 +3,7 @@
 import dataclasses
 import functools as ft
 import itertools as it
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_at_least
 from .._conversions import as_int, as_ints
@@ -19,12 +20,14 @@ from .._conversions import as_int, as_ints
 
 class Conv2d(eqx.Module):
     """The convolution of one image: the values and the parameters of
-    `equinox.nn.Conv2d`, and derivatives that stay quick inside loops on a CPU.
+    `equinox.nn.Conv2d`, quick for grey images on a CPU, and with derivatives that stay
+    quick inside loops there.
 
-    XLA's convolutions are slow on a CPU if their derivative lies in a `jax.lax.scan`,
-    `while_loop`, `cond` or `switch`. On a CPU the derivatives of this layer are those
-    of one matrix product over the patches of the image. On an accelerator this layer
-    is XLA's convolution.
+    XLA's convolutions of one channel are slow on a CPU, and so are all of them if their
+    derivative lies in a `jax.lax.scan`, `while_loop`, `cond` or `switch`. On a CPU this
+    layer sums the shifted copies of an image of one channel, each times its weight. The
+    derivatives are those of one matrix product over the patches of the image. On an
+    accelerator this layer is XLA's convolution.
     """
 
     weight: Float[Array, "out_channels group_channels kernel_height kernel_width"]
@@ -177,28 +180,6 @@ class Conv2d(eqx.Module):
         return out if self.bias is None else out + self.bias
 
 
-def quick_convolutions(network: PyTree) -> PyTree:
-    """The same network, with an `eqdistill.nn.Conv2d` in place of each
-    `equinox.nn.Conv2d`.
-
-    **Arguments:**
-
-    - `network`: any pytree. Subclasses of `equinox.nn.Conv2d` and convolutions of other
-        dimensions stay as they are.
-
-    **Returns:**
-
-    The network, with the same parameters. Its outputs are the same up to rounding.
-    """
-    # A subclass may compute something else.
-    is_convolution = lambda node: type(node) is eqx.nn.Conv2d
-    return jax.tree.map(
-        lambda node: Conv2d.of(node) if is_convolution(node) else node,
-        network,
-        is_leaf=is_convolution,
-    )
-
-
 def _two(name: str, x: int | Sequence[int], least: int | None) -> tuple[int, ...]:
     """A number for each of the two axes.
 
@@ -265,6 +246,12 @@ def _convolve(
     weight: Float[Array, "kernel_height kernel_width group_channels out_channels"],
     window: _Window,
 ) -> Float[Array, "new_height new_width out_channels"]:
+    *kernel, _, out_channels = weight.shape
+    if image.shape[2] == 1 and math.prod(kernel) <= 9:
+        # XLA's convolution takes ten times as long.
+        shifted = _shifted(image, kernel, window)
+        weights = weight.reshape(-1, out_channels)
+        return sum(map(jnp.multiply, shifted[1:], weights[1:]), shifted[0] * weights[0])
     return _library(image, weight, window, ("NHWC", "HWIO", "NHWC"))
 
 
@@ -290,8 +277,25 @@ def _convolve_patches(
     window: _Window,
 ) -> Float[Array, "new_height new_width out_channels"]:
     """`_convolve` as one matrix product over the patches of the image."""
-    stride, padding, dilation, groups = window
     *kernel, in_channels, out_channels = weight.shape
+    patches = jnp.stack(_shifted(image, kernel, window), axis=2)
+    height, width, *_ = patches.shape
+    groups = window.groups
+    out = jnp.einsum(
+        "hwkgi,kigo->hwgo",
+        patches.reshape(height, width, -1, groups, in_channels),
+        weight.reshape(-1, in_channels, groups, out_channels // groups),
+    )
+    return out.reshape(height, width, out_channels)
+
+
+def _shifted(
+    image: Float[Array, "height width in_channels"],
+    kernel: Sequence[int],
+    window: _Window,
+) -> list[Float[Array, "new_height new_width in_channels"]]:
+    """The pixels that each point of the kernel meets."""
+    stride, padding, dilation, _ = window
     zero = jnp.zeros((), image.dtype)
     image = lax.pad(
         image, zero, (*((low, high, 0) for low, high in padding), (0, 0, 0))
@@ -300,21 +304,11 @@ def _convolve_patches(
         (n - d * (k - 1) - 1) // s * s
         for n, k, s, d in zip(image.shape[:2], kernel, stride, dilation, strict=True)
     )
-
-    # The pixels that each point of the kernel meets.
-    patches = []
+    shifted = []
     for point in it.product(*map(range, kernel)):
         start = tuple(p * d for p, d in zip(point, dilation, strict=True))
         stop = tuple(a + b + 1 for a, b in zip(start, last, strict=True))
-        patches.append(
+        shifted.append(
             lax.slice(image, (*start, 0), (*stop, image.shape[2]), (*stride, 1))
         )
-    height, width, _ = patches[0].shape
-    patches = jnp.stack(patches, axis=2)
-
-    out = jnp.einsum(
-        "hwkgi,kigo->hwgo",
-        patches.reshape(height, width, -1, groups, in_channels),
-        weight.reshape(-1, in_channels, groups, out_channels // groups),
-    )
-    return out.reshape(height, width, out_channels)
+    return shifted

@@ -72,9 +72,6 @@ def group_norm(channels: int) -> eqx.nn.GroupNorm:
     return eqx.nn.GroupNorm(4, int(channels))
 
 
-# Over squares of 2 x 2 pixels. A last row or column that is left over is dropped.
-average_pool = eqx.nn.AvgPool2d(2, 2)
-max_pool = eqx.nn.MaxPool2d(2, 2)
 # He et al. 2015 and LeCun et al. 1998, for the weights of Equinox's layers, whose first
 # axis is that of the outputs. Biases become zero.
 he = jax.nn.initializers.he_normal(in_axis=1, out_axis=0)

@@ -13,7 +13,8 @@ from jaxtyping import Array, PRNGKeyArray
 from .._conversions import as_int, as_int_or_none, as_ints
 from ._blocks import Activation, begin, block, check_positive, end, Norm, Residual
 from ._conv2d import Conv2d
-from ._network import average_pool, instance_norm, max_pool, Network
+from ._network import instance_norm, Network
+from ._quick import average_pool, max_pool
 
 
 def ConvNet(
