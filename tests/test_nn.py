@@ -61,6 +61,13 @@ CASES = {
         "use_bias": False,
     },
     "one channel": {"in_channels": 1, "out_channels": 2, "padding": 1},
+    "kernel larger than the image": {
+        "in_channels": 2,
+        "out_channels": 2,
+        "kernel_size": (9, 3),
+        "padding": 4,
+        "stride": 3,
+    },
     "groups, reflect": {
         "in_channels": 4,
         "out_channels": 6,

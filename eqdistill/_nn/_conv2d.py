@@ -19,15 +19,15 @@ from .._conversions import as_int, as_ints
 
 
 class Conv2d(eqx.Module):
-    """The convolution of one image: the values and the parameters of
-    `equinox.nn.Conv2d`, quick for grey images on a CPU, and with derivatives that stay
-    quick inside loops there.
+    """The convolution of one image, with the values and the parameters of
+    `equinox.nn.Conv2d`. It is quick on a CPU, and its derivatives inside loops are.
 
-    XLA's convolutions of one channel are slow on a CPU, and so are all of them if their
-    derivative lies in a `jax.lax.scan`, `while_loop`, `cond` or `switch`. On a CPU this
-    layer sums the shifted copies of an image of one channel, each times its weight. The
-    derivatives are those of one matrix product over the patches of the image. On an
-    accelerator this layer is XLA's convolution.
+    On a CPU, XLA's convolutions are slow for one channel, for a kernel that is larger
+    than the image, and if their derivative lies in a `jax.lax.scan`, `while_loop`,
+    `cond` or `switch`. There this layer sums the shifted copies of an image of one
+    channel, each times its weight; and convolutions by larger kernels, and derivatives,
+    are one matrix product over the patches of the image. On an accelerator this layer
+    is XLA's convolution.
     """
 
     weight: Float[Array, "out_channels group_channels kernel_height kernel_width"]
@@ -246,9 +246,12 @@ def _convolve(
     weight: Float[Array, "kernel_height kernel_width group_channels out_channels"],
     window: _Window,
 ) -> Float[Array, "new_height new_width out_channels"]:
+    # XLA's convolution takes ten times as long for one channel, and fifty times as long
+    # for a kernel that is larger than the image.
     *kernel, _, out_channels = weight.shape
+    if any(n < k for n, k in zip(image.shape, kernel, strict=False)):
+        return _convolve_patches(image, weight, window)
     if image.shape[2] == 1 and math.prod(kernel) <= 9:
-        # XLA's convolution takes ten times as long.
         shifted = _shifted(image, kernel, window)
         weights = weight.reshape(-1, out_channels)
         return sum(map(jnp.multiply, shifted[1:], weights[1:]), shifted[0] * weights[0])
