@@ -5,13 +5,13 @@ their place stand the pre-trained networks of one's own. The features of the rea
 are computed once. The inner problem is ridge regression on the features of the
 distilled images, whose targets, ridge and temperature are learned, too. With several
 backbones, one set serves them all: each outer step takes the next one. With
-`--pool-steps` networks of a pool, which are trained on the distilled images, take turns
-too, so that the set serves backbones that are not at hand.
+`--pool-share` some of the steps are for networks of a pool, which are trained on the
+distilled images, so that the set serves backbones that are not at hand.
 
 Prints the test accuracy of the probes of as many real images, of the distilled images
-and of all real images: on the backbones that the images were distilled for, and on one
-of another architecture that they were not distilled for. Writes the images and an
-artifact.
+and of all real images: on the backbones that the images were distilled for, and the
+mean over three of another architecture that they were not distilled for, which differ
+much. Writes the images and an artifact.
 """
 
 import argparse
@@ -42,6 +42,7 @@ BACKBONES = {
     ),
 }
 UNSEEN = ft.partial(nn.ConvNet, widths=(32, 32, 32), size=32)
+NUM_UNSEEN = 3
 INNER = eqd.RelativeRidge()
 
 
@@ -51,7 +52,7 @@ def main(
     pretraining: str,
     pretraining_steps: int,
     num_backbones: int,
-    pool_steps: int,
+    pool_share: float,
     images: int,
     steps: int,
     batch: int,
@@ -60,6 +61,8 @@ def main(
     seed: int,
     output: Path,
 ) -> None:
+    if not 0 <= pool_share < 1:
+        raise SystemExit(f"--pool-share must be in [0, 1); got {pool_share}.")
     source, _, _ = real_data(pretraining, data_dir)
     train, test, standardisation = real_data(dataset, data_dir, held_out=held_out)
     on = "held-out" if held_out > 0 else "test"
@@ -79,30 +82,43 @@ def main(
         (classifier, eqd.Batches(train, min(batch, len(train)), classifier), INNER)
         for classifier in probes.values()
     ]
-    order = list(range(len(problems)))
-    if pool_steps > 0:
+    known = itertools.cycle(range(len(problems)))
+    if pool_share > 0:
         pool = eqd.Pool(*POOL.values(), num_classes=train.num_classes)
         problems.append((None, eqd.Batches(train, min(128, len(train))), pool))
-        order += pool_steps * [len(problems) - 1]
+    # The steps of the pool lie as evenly as can be.
+    is_drawn = np.diff(np.floor(pool_share * np.arange(steps + 1))) > 0
+    order = [len(problems) - 1 if drawn else next(known) for drawn in is_drawn]
     began = time.perf_counter()
-    distilled = in_turn(start, problems, order, learning_rate, steps, key=jr.key(seed))
+    distilled = in_turn(start, problems, order, learning_rate, key=jr.key(seed))
     jax.block_until_ready(distilled)
     seconds = time.perf_counter() - began
     print(f"outer steps     {steps}, {seconds:.0f} s with compiling")
     print(f"size            {distilled.nbytes:,} bytes with labels")
     print(f"ridge           {start.l2:.2g} -> {distilled.l2:.2g}, of the features")
 
-    unseen = probe(UNSEEN, source, train, pretraining_steps, key=jr.key(100))
+    backbones = {name: [classifier] for name, classifier in probes.items()}
+    backbones["not distilled for"] = [
+        probe(UNSEEN, source, train, pretraining_steps, key=jr.key(100 + i))
+        for i in range(NUM_UNSEEN)
+    ]
     print(f"{on} accuracy of probes: real images as many, distilled, all real images")
-    for name, classifier in {**probes, "not distilled for": unseen}.items():
-        found = [
-            float(eqd.evaluate(x, classifier, test, INNER).accuracy)
-            for x in (start, distilled)
-        ]
-        whole = accuracy_of_all(classifier, train, test)
+    for name, classifiers in backbones.items():
+        found = np.array(
+            [
+                [
+                    float(eqd.evaluate(start, x, test, INNER).accuracy),
+                    float(eqd.evaluate(distilled, x, test, INNER).accuracy),
+                    accuracy_of_all(x, train, test),
+                ]
+                for x in classifiers
+            ]
+        )
+        few, ours, whole = found.mean(axis=0)
+        deviation = f", ± {np.std(found[:, 1], ddof=1):.1%}" if len(found) > 1 else ""
         print(
-            f"  {name:<22} {found[0]:.2%}  {found[1]:.2%}  {whole:.2%}  "
-            f"({found[1] / whole:.1%} of all)",
+            f"  {name:<22} {few:.2%}  {ours:.2%}  {whole:.2%}  "
+            f"({ours / whole:.1%} of all{deviation})",
             flush=True,
         )
     files = [output / f"probe.{end}" for end in ("png", "safetensors")]
@@ -126,13 +142,12 @@ def in_turn(
     problems: list[tuple],
     order: list[int],
     learning_rate: float,
-    steps: int,
     *,
     key: jax.Array,
 ) -> eqd.DistilledSet:
     """One set for several problems, each a classifier, real data and an inner solver.
-    Each outer step takes the next problem in that order, round and round."""
-    optimiser = adam(optax.cosine_decay_schedule(learning_rate, steps))
+    The order has the number of the problem of each outer step."""
+    optimiser = adam(optax.cosine_decay_schedule(learning_rate, len(order)))
     hypergradient = eqx.filter_grad(eqd.outer_loss, has_aux=True)
 
     @eqx.filter_jit
@@ -149,7 +164,7 @@ def in_turn(
     states = [
         inner.init(start, classifier, key=key) for classifier, _, inner in problems
     ]
-    for step, i in zip(range(steps), itertools.cycle(order)):
+    for step, i in enumerate(order):
         learned, optimiser_state, states[i] = update(
             learned, optimiser_state, states[i], jnp.asarray(step), problems[i]
         )
@@ -204,10 +219,10 @@ if __name__ == "__main__":
         "--num-backbones", type=int, default=1, choices=range(1, 1 + len(BACKBONES))
     )
     parser.add_argument(
-        "--pool-steps",
-        type=int,
-        default=0,
-        help="steps for networks of a pool after those for each backbone",
+        "--pool-share",
+        type=float,
+        default=0.0,
+        help="the share of the steps that are for networks of a pool",
     )
     parser.add_argument("--images", type=int, default=1, help="images a class")
     parser.add_argument("--steps", type=int, default=6000)
