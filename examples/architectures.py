@@ -81,7 +81,7 @@ def main(
     if recipe == "supervised":
         everything = ft.partial(eqd.DistilledSet, train.images, train.labels, l2=1.0)
         made, sets = {"all training images": lambda: [everything()]}, None
-    made = {name: made[name] for name in sets or made}
+    made = {name: made[name] for name in (made if sets is None else sets)}
     contents = {}
     for path in artifacts:
         made[path.stem] = ft.partial(load, path, standardisation)
@@ -343,7 +343,7 @@ if __name__ == "__main__":
         choices=list(NETWORKS),
         default=["ConvNet, instance norm", "ConvNet", "LeNet", "MLP"],
     )
-    parser.add_argument("--sets", nargs="+", help="defaults to all", metavar="SET")
+    parser.add_argument("--sets", nargs="*", help="defaults to all", metavar="SET")
     parser.add_argument(
         "--artifacts", nargs="*", type=Path, default=[], help="files of eqdistill.save"
     )
