@@ -247,7 +247,8 @@ def _convolve(
     window: _Window,
 ) -> Float[Array, "new_height new_width out_channels"]:
     # XLA's convolution takes ten times as long for one channel, and fifty times as long
-    # for a kernel that is larger than the image.
+    # for a kernel that is larger than the image. The sum must be of few terms, as XLA
+    # computes a sum again where several layers read the result.
     *kernel, _, out_channels = weight.shape
     if any(n < k for n, k in zip(image.shape, kernel, strict=False)):
         return _convolve_patches(image, weight, window)

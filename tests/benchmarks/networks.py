@@ -1,10 +1,11 @@
 """Times convolutional networks of Equinox's layers and of `eqdistill.nn`.
 
 XLA's convolutions are slow on a CPU if their derivative lies in a loop or a branch, or
-if their image has one channel, and so is the average pooling of windows. The network
-has three blocks of a convolution, a ReLU and pooling, of 16, 32 and 64 channels, on
-images of 28 x 28. Then the same steps of L-BFGS are timed in the loop of `ArgminSolver`
-and called one by one; and steps of `distill` with pools of networks, and their parts.
+if their image has one channel or is smaller than the kernel, and so is the average
+pooling of windows. The network has three blocks of a convolution, a ReLU and pooling,
+of 16, 32 and 64 channels, on images of 28 x 28. Then the same steps of L-BFGS are timed
+in the loop of `ArgminSolver` and called one by one; and steps of `distill` with pools
+of networks, and their parts.
 
 Prints Markdown tables of medians, and writes `networks.json`. Run on demand, by `python
 tests/benchmarks/networks.py`.
@@ -44,7 +45,9 @@ def conv_net(key: jax.Array) -> eqx.nn.Sequential:
 Case = tuple[str, Callable, tuple, int]
 
 
-def cases(network: eqx.nn.Sequential, real: eqd.Dataset) -> Iterator[Case]:
+def cases(
+    network: eqx.nn.Sequential, wide: Callable, real: eqd.Dataset
+) -> Iterator[Case]:
     """Each with a name, a compiled function, its arguments, and its number of steps."""
     params, static = eqx.partition(network, eqx.is_inexact_array)
     images, labels = real.floating()[:10], jnp.arange(10)
@@ -82,6 +85,9 @@ def cases(network: eqx.nn.Sequential, real: eqd.Dataset) -> Iterator[Case]:
     )
     yield "the same, differentiated", jax.jit(through), (images,), 10
     yield "the forward pass of 256", jax.jit(forward), (params, many), 1
+    convolve = eqx.filter_jit(lambda wide, images: jax.vmap(wide)(images))
+    small = jnp.ones((10, 512, 2, 2))
+    yield "512 channels of 2 x 2 pixels, by 3 x 3", convolve, (wide, small), 1
 
 
 def cpu_milliseconds(cases: list[Case], repeats: int) -> list[float]:
@@ -100,10 +106,11 @@ def cpu_milliseconds(cases: list[Case], repeats: int) -> list[float]:
 
 
 def convolutions(real: eqd.Dataset, repeats: int) -> dict[str, dict[str, float]]:
-    library = conv_net(jr.key(0))
+    wide = eqx.nn.Conv2d(512, 512, 3, padding=1, key=jr.key(1))
+    library = conv_net(jr.key(0)), wide
     pairs = zip(
-        cases(library, real),
-        cases(eqd.nn.quick_convolutions(library), real),
+        cases(*library, real),
+        cases(*eqd.nn.quick_convolutions(library), real),
         strict=True,
     )
     print(f"CPU-milliseconds, medians of {repeats} runs:\n")
