@@ -40,6 +40,7 @@ BACKBONES = {
     "16-32-64, group norm": ft.partial(
         nn.ConvNet, widths=(16, 32, 64), norm=nn.group_norm, size=32
     ),
+    "16-32-64, instance norm": ft.partial(nn.ConvNet, widths=(16, 32, 64), size=32),
 }
 UNSEEN = ft.partial(nn.ConvNet, widths=(32, 32, 32), size=32)
 NUM_UNSEEN = 3
@@ -117,7 +118,7 @@ def main(
         few, ours, whole = found.mean(axis=0)
         deviation = f", ± {np.std(found[:, 1], ddof=1):.1%}" if len(found) > 1 else ""
         print(
-            f"  {name:<22} {few:.2%}  {ours:.2%}  {whole:.2%}  "
+            f"  {name:<24} {few:.2%}  {ours:.2%}  {whole:.2%}  "
             f"({ours / whole:.1%} of all{deviation})",
             flush=True,
         )
