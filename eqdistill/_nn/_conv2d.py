@@ -250,7 +250,7 @@ def _convolve(
     # for a kernel that is larger than the image. The sum must be of few terms, as XLA
     # computes a sum again where several layers read the result.
     *kernel, _, out_channels = weight.shape
-    if any(n < k for n, k in zip(image.shape, kernel, strict=False)):
+    if any(n < k for n, k in zip(image.shape[:2], kernel, strict=True)):
         return _convolve_patches(image, weight, window)
     if image.shape[2] == 1 and math.prod(kernel) <= 9:
         shifted = _shifted(image, kernel, window)

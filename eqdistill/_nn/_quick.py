@@ -43,16 +43,12 @@ def quick_convolutions(network: PyTree) -> PyTree:
 
     The network, with the same parameters. Its outputs are the same up to rounding.
     """
-    # A subclass may compute something else.
-    is_convolution = lambda node: type(node) is eqx.nn.Conv2d
-    is_pool = lambda node: (
-        type(node) is eqx.nn.AvgPool2d and bool(eqx.tree_equal(node, _library_pool))
-    )
 
     def quick(node):
-        if is_convolution(node):
+        # By type, as a subclass may compute something else.
+        if type(node) is eqx.nn.Conv2d:
             return Conv2d.of(node)
-        return average_pool if is_pool(node) else node
+        return average_pool if eqx.tree_equal(node, _library_pool) is True else node
 
-    is_leaf = lambda node: is_convolution(node) or is_pool(node)
-    return jax.tree.map(quick, network, is_leaf=is_leaf)
+    is_layer = lambda node: type(node) in (eqx.nn.Conv2d, eqx.nn.AvgPool2d)
+    return jax.tree.map(quick, network, is_leaf=is_layer)
