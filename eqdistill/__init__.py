@@ -115,6 +115,10 @@ with install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     )
     from ._outer._distill import distill as distill
     from ._outer._distill_each import distill_each as distill_each
+    from ._outer._distill_state import (
+        DistillState as DistillState,
+        Metrics as Metrics,
+    )
     from ._outer._distillation import (
         Distillation as Distillation,
         DistillationError as DistillationError,
@@ -127,11 +131,7 @@ with install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
         HypergradientError as HypergradientError,
     )
     from ._outer._outer_loss import Outcome as Outcome, outer_loss as outer_loss
-    from ._outer._problem import (
-        DistillState as DistillState,
-        Metrics as Metrics,
-        Problem as Problem,
-    )
+    from ._outer._problem import Problem as Problem
     from ._outer._whitened import whitened as whitened
 
 

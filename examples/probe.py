@@ -6,7 +6,8 @@ are computed once. The inner problem is ridge regression on the features of the
 distilled images, whose targets, ridge and temperature are learned, too. With several
 backbones, one set serves them all: each outer step takes the next one. With
 `--pool-share` some of the steps are for networks of a pool, which are trained on the
-distilled images, so that the set serves backbones that are not at hand.
+distilled images, so that the set serves backbones that are not at hand; such a set
+begins best at one that was distilled for the pool alone, by `network.py`.
 
 Prints the test accuracy of the probes of as many real images, of the distilled images
 and of all real images: on the backbones that the images were distilled for, and the
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from architectures import adam, DATASETS, real_data, run
+from architectures import adam, DATASETS, load, real_data, run
 from network import POOL
 
 import eqdistill as eqd
@@ -54,6 +55,7 @@ def main(
     pretraining_steps: int,
     num_backbones: int,
     pool_share: float,
+    start: Path | None,
     images: int,
     steps: int,
     batch: int,
@@ -74,11 +76,11 @@ def main(
         name: probe(kind, source, train, pretraining_steps, key=jr.key(i))
         for i, (name, kind) in enumerate(kinds.items())
     }
-    n = images * train.num_classes
-    real = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
-    loss = eqd.SquaredError()
-    targets = loss.targets(real.labels, train.num_classes)
-    start = eqd.DistilledSet(real.images, targets, l2=1e-3, loss=loss)
+    if start is None:
+        initial = real_with_targets(train, images * train.num_classes, seed)
+    else:
+        (initial,) = load(start, standardisation)
+    real = real_with_targets(train, len(initial.images), seed)
     problems: list[tuple] = [
         (classifier, eqd.Batches(train, min(batch, len(train)), classifier), INNER)
         for classifier in probes.values()
@@ -91,12 +93,12 @@ def main(
     is_drawn = np.diff(np.floor(pool_share * np.arange(steps + 1))) > 0
     order = [len(problems) - 1 if drawn else next(known) for drawn in is_drawn]
     began = time.perf_counter()
-    distilled = in_turn(start, problems, order, learning_rate, key=jr.key(seed))
+    distilled = in_turn(initial, problems, order, learning_rate, key=jr.key(seed))
     jax.block_until_ready(distilled)
     seconds = time.perf_counter() - began
     print(f"outer steps     {steps}, {seconds:.0f} s with compiling")
     print(f"size            {distilled.nbytes:,} bytes with labels")
-    print(f"ridge           {start.l2:.2g} -> {distilled.l2:.2g}, of the features")
+    print(f"ridge           {initial.l2:.2g} -> {distilled.l2:.2g}, of the features")
 
     backbones = {name: [classifier] for name, classifier in probes.items()}
     backbones["not distilled for"] = [
@@ -108,7 +110,7 @@ def main(
         found = np.array(
             [
                 [
-                    float(eqd.evaluate(start, x, test, INNER).accuracy),
+                    float(eqd.evaluate(real, x, test, INNER).accuracy),
                     float(eqd.evaluate(distilled, x, test, INNER).accuracy),
                     accuracy_of_all(x, train, test),
                 ]
@@ -136,6 +138,13 @@ def main(
         seed=seed,
     )
     print(f"files           {', '.join(map(str, files))}")
+
+
+def real_with_targets(train: eqd.Dataset, n: int, seed: int) -> eqd.DistilledSet:
+    real = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
+    loss = eqd.SquaredError()
+    targets = loss.targets(real.labels, train.num_classes)
+    return eqd.DistilledSet(real.images, targets, l2=1e-3, loss=loss)
 
 
 def in_turn(
@@ -225,7 +234,12 @@ if __name__ == "__main__":
         default=0.0,
         help="the share of the steps that are for networks of a pool",
     )
-    parser.add_argument("--images", type=int, default=1, help="images a class")
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="an artifact with the set to begin at, in the place of real images",
+    )
+    parser.add_argument("--images", type=int, default=1, help="real images a class")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=1000, help="real images a step")
     parser.add_argument(

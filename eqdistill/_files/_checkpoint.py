@@ -16,7 +16,7 @@ import numpy as np
 
 from .._checks import check_at_least
 from .._conversions import as_int
-from .._outer._problem import DistillState
+from .._outer._distill_state import DistillState
 from .._outer._snapshot import AbstractCheckpoints, Snapshot
 from ._fingerprint import differences, digest, fingerprint
 

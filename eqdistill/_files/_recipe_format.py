@@ -15,12 +15,12 @@ from .._nn._network import group_norm, instance_norm, Network
 from .._nn._networks import AlexNet, ConvNet, LeNet, MLP, ResNet18, VGG11
 from .._nn._quick import average_pool, max_pool
 from .._outer._recipe import Recipe
+from .._outer._recipe_parts import MOST_UPDATES
 from .._outer._recipes import (
     dc,
     feature_regression,
     frepo,
     learned_rates,
-    MOST_UPDATES,
     supervised,
     zero_start,
 )

@@ -1,21 +1,18 @@
 """The convolution that is quick in loops."""
 
 import dataclasses
-import functools as ft
-import itertools as it
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_at_least
 from .._conversions import as_int, as_ints
+from ._convolve import convolve, library, Window
 
 
 class Conv2d(eqx.Module):
@@ -167,16 +164,16 @@ class Conv2d(eqx.Module):
         if self.padding_mode != "ZEROS":
             image = jnp.pad(image, ((0, 0), *padding), _PAD_MODES[self.padding_mode])
             padding = ((0, 0), (0, 0))
-        window = _Window(self.stride, padding, self.dilation, self.groups)
+        window = Window(self.stride, padding, self.dilation, self.groups)
 
         if jax.default_backend() == "cpu":
             # Channels last: XLA has a quick convolution for this layout only, and does
             # not change to this layout by itself inside a loop.
-            out = _convolve(
+            out = convolve(
                 image.transpose(1, 2, 0), self.weight.transpose(2, 3, 1, 0), window
             ).transpose(2, 0, 1)
         else:
-            out = _library(image, self.weight, window, ("NCHW", "OIHW", "NCHW"))
+            out = library(image, self.weight, window, ("NCHW", "OIHW", "NCHW"))
         return out if self.bias is None else out + self.bias
 
 
@@ -208,111 +205,8 @@ def _pairs(padding: Any) -> Any:
 _PAD_MODES = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
 
 
-class _Window(NamedTuple):
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-
 def _copy_fields(convolution: eqx.nn.Conv2d, new: Conv2d) -> None:
     # Not by `__init__`, which needs a key, and not by `setattr`, which a module that is
     # complete refuses.
     for field in dataclasses.fields(Conv2d):
         object.__setattr__(new, field.name, getattr(convolution, field.name))
-
-
-def _library(
-    image: Float[Array, "_ _ _"],
-    weight: Float[Array, "_ _ _ _"],
-    window: _Window,
-    layout: tuple[str, str, str],
-) -> Float[Array, "_ _ _"]:
-    out = lax.conv_general_dilated(
-        image[None],
-        weight,
-        window.stride,
-        window.padding,
-        rhs_dilation=window.dilation,
-        dimension_numbers=layout,
-        feature_group_count=window.groups,
-    )
-    return out[0]
-
-
-@ft.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _convolve(
-    image: Float[Array, "height width in_channels"],
-    weight: Float[Array, "kernel_height kernel_width group_channels out_channels"],
-    window: _Window,
-) -> Float[Array, "new_height new_width out_channels"]:
-    # XLA's convolution takes ten times as long for one channel, and fifty times as long
-    # for a kernel that is larger than the image. The sum must be of few terms, as XLA
-    # computes a sum again where several layers read the result.
-    *kernel, _, out_channels = weight.shape
-    if any(n < k for n, k in zip(image.shape[:2], kernel, strict=True)):
-        return _convolve_patches(image, weight, window)
-    if image.shape[2] == 1 and math.prod(kernel) <= 9:
-        shifted = _shifted(image, kernel, window)
-        weights = weight.reshape(-1, out_channels)
-        return sum(map(jnp.multiply, shifted[1:], weights[1:]), shifted[0] * weights[0])
-    return _library(image, weight, window, ("NHWC", "HWIO", "NHWC"))
-
-
-@ft.partial(_convolve.defjvp, symbolic_zeros=True)
-def _convolve_jvp(window, primals, tangents):
-    # The convolution is linear in the image and in the weight. Each of the two products
-    # is over patches, so that higher derivatives are too. Images are often constants:
-    # a tangent that is known to be zero costs nothing.
-    image, weight = primals
-    d_image, d_weight = tangents
-    out = _convolve(image, weight, window)
-    if isinstance(d_image, SymbolicZero):
-        return out, _convolve_patches(image, d_weight, window)
-    d_out = _convolve_patches(d_image, weight, window)
-    if isinstance(d_weight, SymbolicZero):
-        return out, d_out
-    return out, d_out + _convolve_patches(image, d_weight, window)
-
-
-def _convolve_patches(
-    image: Float[Array, "height width in_channels"],
-    weight: Float[Array, "kernel_height kernel_width group_channels out_channels"],
-    window: _Window,
-) -> Float[Array, "new_height new_width out_channels"]:
-    """`_convolve` as one matrix product over the patches of the image."""
-    *kernel, in_channels, out_channels = weight.shape
-    patches = jnp.stack(_shifted(image, kernel, window), axis=2)
-    height, width, *_ = patches.shape
-    groups = window.groups
-    out = jnp.einsum(
-        "hwkgi,kigo->hwgo",
-        patches.reshape(height, width, -1, groups, in_channels),
-        weight.reshape(-1, in_channels, groups, out_channels // groups),
-    )
-    return out.reshape(height, width, out_channels)
-
-
-def _shifted(
-    image: Float[Array, "height width in_channels"],
-    kernel: Sequence[int],
-    window: _Window,
-) -> list[Float[Array, "new_height new_width in_channels"]]:
-    """The pixels that each point of the kernel meets."""
-    stride, padding, dilation, _ = window
-    zero = jnp.zeros((), image.dtype)
-    image = lax.pad(
-        image, zero, (*((low, high, 0) for low, high in padding), (0, 0, 0))
-    )
-    last = tuple(
-        (n - d * (k - 1) - 1) // s * s
-        for n, k, s, d in zip(image.shape[:2], kernel, stride, dilation, strict=True)
-    )
-    shifted = []
-    for point in it.product(*map(range, kernel)):
-        start = tuple(p * d for p, d in zip(point, dilation, strict=True))
-        stop = tuple(a + b + 1 for a, b in zip(start, last, strict=True))
-        shifted.append(
-            lax.slice(image, (*start, 0), (*stop, image.shape[2]), (*stride, 1))
-        )
-    return shifted

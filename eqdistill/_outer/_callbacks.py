@@ -15,9 +15,10 @@ from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
 from ._data import AbstractData, as_data
+from ._distill_state import DistillState
 from ._distillation import History
 from ._outer_loss import check_data, decode, loss_of
-from ._problem import DistillState, Problem
+from ._problem import Problem
 
 
 Own = TypeVar("Own")

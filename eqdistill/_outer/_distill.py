@@ -13,6 +13,7 @@ from .._inner._auto_solver import AutoSolver
 from .._inner._inner_solver import AbstractInnerSolver
 from ._callbacks import AbstractCallback
 from ._data import AbstractData
+from ._distill_state import DistillState, REASONS, Status
 from ._distillation import (
     Distillation,
     DistillationError,
@@ -20,7 +21,7 @@ from ._distillation import (
     to_rows,
 )
 from ._loop import CompiledStep
-from ._problem import DistillState, Problem, REASONS, Status
+from ._problem import Problem
 from ._snapshot import AbstractCheckpoints
 from ._watch import Watch
 

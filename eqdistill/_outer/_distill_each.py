@@ -13,6 +13,7 @@ from .._inner._auto_solver import AutoSolver
 from .._inner._fit import check_inner
 from .._inner._inner_solver import AbstractInnerSolver
 from ._data import AbstractData
+from ._distill_state import REASONS, Status
 from ._distillation import (
     Distillation,
     DistillationError,
@@ -22,7 +23,7 @@ from ._distillation import (
 )
 from ._loop import CompiledStep
 from ._outer_loss import decode
-from ._problem import Problem, REASONS, Status
+from ._problem import Problem
 
 
 def distill_each(

@@ -7,8 +7,9 @@ from jaxtyping import Float, PyTree
 
 from .._data._distilled_set import DistilledSet
 from .._inner._inner_solver import AbstractInnerSolver
+from ._distill_state import DistillState, Status
 from ._outer_loss import decode
-from ._problem import DistillState, names, Problem, Status
+from ._problem import names, Problem
 
 
 class History(eqx.Module):

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ._problem import DistillState, Problem
+from ._distill_state import DistillState
+from ._problem import Problem
 
 
 class CompiledStep:

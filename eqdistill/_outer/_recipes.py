@@ -1,27 +1,31 @@
 import functools as ft
 from collections.abc import Callable, Sequence
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float
 
 from .._conversions import as_array, as_float, as_int, as_int_or_none
 from .._data._augmentation import OneOf
-from .._data._distilled_set import DistilledSet
 from .._data._image_augmentations import Affine, Crop, Flip
 from .._inner._feature_regression import FeatureRegression
 from .._inner._unrolled_solver import UnrolledSolver
-from .._losses import AbstractLoss, CrossEntropy, SquaredError
-from .._nn._network import initialise, lecun, Network, zero_head
 from .._nn._networks import ConvNet, LeNet
 from ._recipe import Recipe
-
-
-MOST_UPDATES = 100_000
+from ._recipe_parts import (
+    as_by_lecun,
+    as_distilled,
+    as_it_is,
+    by_step,
+    check_updates,
+    drops_at_half,
+    from_zero,
+    from_zero_by_lecun,
+    MOST_UPDATES,
+    warms_up,
+    with_hard_labels,
+    with_seed,
+    with_targets,
+)
 
 
 def dc(
@@ -51,9 +55,9 @@ def dc(
 
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021.
     """
-    updates = _check_updates(updates)
+    updates = check_updates(updates)
     inner = UnrolledSolver(
-        _drops_at_half(updates),
+        drops_at_half(updates),
         {"learning_rate": 0.01},
         updates,
         augmentation=OneOf(Crop(4), Affine(scale=1.2), Affine(rotation=45))
@@ -61,8 +65,8 @@ def dc(
         else None,
     )
     settings = (("updates", updates), ("augment", augment))
-    prepare = ft.partial(_with_hard_labels, "dc", 5e-4)
-    return Recipe("dc", settings, network, _as_it_is, prepare, inner)
+    prepare = ft.partial(with_hard_labels, "dc", 5e-4)
+    return Recipe("dc", settings, network, as_it_is, prepare, inner)
 
 
 def frepo(
@@ -95,15 +99,15 @@ def frepo(
     Source: Zhou, Nezhadarya and Ba, *Dataset distillation using neural feature
     regression*, 2022.
     """
-    updates = _check_updates(updates)
+    updates = check_updates(updates)
     inner = UnrolledSolver(
-        _warms_up(min(500, updates // 2), updates),
+        warms_up(min(500, updates // 2), updates),
         {"learning_rate": 3e-4},
         updates,
         augmentation=Flip() if augment else None,
     )
     settings = (("updates", updates), ("augment", augment))
-    return Recipe("frepo", settings, network, _as_by_lecun, _with_targets, inner)
+    return Recipe("frepo", settings, network, as_by_lecun, with_targets, inner)
 
 
 def zero_start(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
@@ -124,10 +128,10 @@ def zero_start(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
 
     A `ValueError` as [`eqdistill.recipes.dc`][].
     """
-    updates = _check_updates(updates)
-    inner = UnrolledSolver(_warms_up(0, updates), {"learning_rate": 1e-3}, updates)
+    updates = check_updates(updates)
+    inner = UnrolledSolver(warms_up(0, updates), {"learning_rate": 1e-3}, updates)
     settings = (("updates", updates),)
-    return Recipe("zero_start", settings, network, _from_zero, _with_targets, inner)
+    return Recipe("zero_start", settings, network, from_zero, with_targets, inner)
 
 
 def feature_regression(network: Callable = ConvNet, *, updates: int = 100) -> Recipe:
@@ -152,14 +156,14 @@ def feature_regression(network: Callable = ConvNet, *, updates: int = 100) -> Re
 
     A `ValueError` as [`eqdistill.recipes.dc`][].
     """
-    updates = _check_updates(updates)
-    training = UnrolledSolver(_warms_up(0, updates), {"learning_rate": 3e-4}, updates)
+    updates = check_updates(updates)
+    training = UnrolledSolver(warms_up(0, updates), {"learning_rate": 3e-4}, updates)
     return Recipe(
         "feature_regression",
         (("updates", updates),),
         network,
-        _from_zero_by_lecun,
-        ft.partial(_with_targets, weight_decay=1e-3),
+        from_zero_by_lecun,
+        ft.partial(with_targets, weight_decay=1e-3),
         FeatureRegression(training),
     )
 
@@ -184,13 +188,13 @@ def supervised(
     A `ValueError` as [`eqdistill.recipes.dc`][], or if `batch_size` is less than 1; and
     when used, if there are fewer images than in a batch.
     """
-    updates = _check_updates(updates)
+    updates = check_updates(updates)
     inner = UnrolledSolver(
-        _warms_up(0, updates), {"learning_rate": 1e-3}, updates, batch_size=batch_size
+        warms_up(0, updates), {"learning_rate": 1e-3}, updates, batch_size=batch_size
     )
     settings = (("updates", updates), ("batch_size", as_int(batch_size)))
-    prepare = ft.partial(_with_hard_labels, "supervised", 0.0)
-    return Recipe("supervised", settings, network, _as_it_is, prepare, inner)
+    prepare = ft.partial(with_hard_labels, "supervised", 0.0)
+    return Recipe("supervised", settings, network, as_it_is, prepare, inner)
 
 
 def learned_rates(
@@ -261,7 +265,7 @@ def learned_rates(
     batch_size, momentum = as_int(batch_size), as_float(momentum)
     seed = as_int_or_none(seed)
     inner = UnrolledSolver(
-        _by_step(momentum, adam),
+        by_step(momentum, adam),
         {"learning_rate": np.array(rates)},
         len(rates),
         batch_size=batch_size,
@@ -275,104 +279,5 @@ def learned_rates(
         ("seed", seed),
     )
     if seed is not None:
-        network = _with_seed(network, seed)
-    return Recipe("learned_rates", settings, network, _as_it_is, _as_distilled, inner)
-
-
-def _with_seed(network: Callable, seed: int) -> Callable:
-    def make(shape, num_classes, *, key):
-        del key
-        return network(shape, num_classes, key=jr.key(seed))
-
-    return make
-
-
-@ft.cache  # What holds a new function is compiled anew.
-def _drops_at_half(updates: int) -> Callable:
-    def make(learning_rate):
-        schedule = optax.piecewise_constant_schedule(learning_rate, {updates // 2: 0.1})
-        return optax.sgd(schedule, momentum=0.9)
-
-    return make
-
-
-@ft.cache
-def _by_step(momentum: float, adam: bool) -> Callable:
-    def make(learning_rate):
-        if adam:
-            return optax.adam(
-                lambda step: learning_rate[step], b1=momentum, eps_root=1e-8
-            )
-        # No momentum has no state.
-        return optax.sgd(lambda step: learning_rate[step], momentum=momentum or None)
-
-    return make
-
-
-@ft.cache
-def _warms_up(warm_up: int, updates: int) -> Callable:
-    start = 0.0 if warm_up > 0 else 1.0
-    # Of concrete numbers, as Optax asks for.
-    factor = optax.warmup_cosine_decay_schedule(start, 1.0, warm_up, updates, 0.01)
-    return lambda learning_rate: optax.adam(lambda step: learning_rate * factor(step))
-
-
-def _as_it_is(network: PyTree, *, key: PRNGKeyArray) -> PyTree:
-    del key
-    return network
-
-
-def _as_distilled(distilled: DistilledSet, num_classes: int) -> DistilledSet:
-    del num_classes
-    return distilled
-
-
-def _as_by_lecun(network: Network, *, key: PRNGKeyArray) -> Network:
-    return initialise(network, lecun, key=key)
-
-
-def _from_zero_by_lecun(network: Network, *, key: PRNGKeyArray) -> Network:
-    return zero_head(_as_by_lecun(network, key=key))
-
-
-def _from_zero(network: Network, *, key: PRNGKeyArray) -> Network:
-    del key
-    return zero_head(network)
-
-
-def _check_updates(updates: int) -> int:
-    if not 2 <= updates <= MOST_UPDATES:
-        raise ValueError(
-            f"`updates` must be from 2 to {MOST_UPDATES:,}; got {updates}."
-        )
-    return as_int(updates)
-
-
-def _with_hard_labels(
-    recipe: str, weight_decay: float, distilled: DistilledSet, num_classes: int
-) -> DistilledSet:
-    del num_classes
-    if distilled.labels.ndim != 1:
-        raise ValueError(
-            f"`distilled` must have hard labels for the recipe `{recipe}`; got labels "
-            f"of dtype {distilled.labels.dtype} and shape {distilled.labels.shape}."
-        )
-    return _with(distilled, CrossEntropy(), weight_decay)
-
-
-def _with_targets(
-    distilled: DistilledSet, num_classes: int, weight_decay: float = 0.0
-) -> DistilledSet:
-    is_soft = distilled.labels.ndim == 2
-    if is_soft and isinstance(distilled.loss, CrossEntropy):
-        targets = jax.nn.softmax(distilled.labels) - 1 / num_classes
-        distilled = eqx.tree_at(lambda d: d.labels, distilled, targets)
-    return _with(distilled, SquaredError(), weight_decay)
-
-
-def _with(
-    distilled: DistilledSet, loss: AbstractLoss, weight_decay: float
-) -> DistilledSet:
-    # No decay is a ridge whose logarithm is minus infinity.
-    log_l2 = jnp.log(jnp.asarray(weight_decay, distilled.images.dtype))
-    return eqx.tree_at(lambda d: (d.loss, d.log_l2), distilled, (loss, log_l2))
+        network = with_seed(network, seed)
+    return Recipe("learned_rates", settings, network, as_it_is, as_distilled, inner)

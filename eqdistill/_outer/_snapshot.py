@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from ._data import AbstractData
-from ._problem import DistillState, Problem
+from ._distill_state import DistillState
+from ._problem import Problem
 
 
 Own = TypeVar("Own")

@@ -8,8 +8,9 @@ from jaxtyping import Float, PyTree
 
 from .._checks import name_kind
 from ._callbacks import AbstractCallback
+from ._distill_state import DistillState
 from ._distillation import History, NO_ROWS
-from ._problem import DistillState, Problem
+from ._problem import Problem
 from ._snapshot import AbstractCheckpoints, from_plain, Snapshot, to_plain
 
 
