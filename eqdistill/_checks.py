@@ -47,8 +47,7 @@ def count_outputs(name: str, classifier: Any, image: jax.ShapeDtypeStruct) -> in
         logits = eqx.filter_eval_shape(eqx.nn.inference_mode(classifier), image)
     except Exception as e:
         raise ValueError(
-            f"`{name}` could not be applied to one image of `distilled`, of shape "
-            f"{image.shape}: {e}"
+            f"`{name}` could not be applied to an image of shape {image.shape}: {e}"
         ) from e
     if not (
         isinstance(logits, jax.ShapeDtypeStruct)
@@ -72,8 +71,8 @@ def _refuse_state(classifier: PyTree) -> None:
             raise TypeError(
                 "`classifier` must not hold state, as batch normalisation does; got an "
                 f"`equinox.nn.StateIndex` at `{where}`. Use `equinox.nn.GroupNorm` or "
-                "`equinox.nn.LayerNorm`. A trained layer with state may be used inside "
-                "a `Frozen`, in inference mode."
+                "`equinox.nn.LayerNorm`. A trained network with state may be used "
+                "inside a `Frozen`, as a module that holds the `equinox.nn.State`, too."
             )
 
 

@@ -162,6 +162,15 @@ def adam(
     )
 
 
+def with_targets(
+    real: eqd.DistilledSet, num_classes: int, l2: float = 1e-3
+) -> eqd.DistilledSet:
+    """The set with targets of a squared error in the place of labels."""
+    loss = eqd.SquaredError()
+    targets = loss.targets(real.labels, num_classes)
+    return eqd.DistilledSet(real.images, targets, l2=l2, loss=loss)
+
+
 def error_of_mean(x: np.ndarray) -> float:
     """The standard error of the mean; zero of a single number."""
     return float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else 0.0
@@ -217,9 +226,7 @@ def make_sets(train: eqd.Dataset, images: int, draws: int) -> dict[str, Sets]:
 
 
 def learn_labels(real: eqd.DistilledSet, train: eqd.Dataset) -> eqd.DistilledSet:
-    loss = eqd.SquaredError()
-    targets = loss.targets(real.labels, train.num_classes)
-    start = eqd.DistilledSet(real.images, targets, l2=1.0, loss=loss)
+    start = with_targets(real, train.num_classes, l2=1.0)
     nothing = jax.tree.map(lambda _: False, start)
     learn = eqx.tree_at(lambda d: (d.labels, d.log_l2), nothing, (True, True))
     result = eqd.distill(

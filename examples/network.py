@@ -27,7 +27,15 @@ from pathlib import Path
 import equinox as eqx
 import jax.random as jr
 import optax
-from architectures import adam, DATASETS, NETWORKS, real_data, RECIPES, run
+from architectures import (
+    adam,
+    DATASETS,
+    NETWORKS,
+    real_data,
+    RECIPES,
+    run,
+    with_targets,
+)
 from jaxtyping import PyTree
 
 import eqdistill as eqd
@@ -64,6 +72,10 @@ def main(
 ) -> None:
     if linearised and hard:
         raise SystemExit("--linearised is for labels that are learned, not for --hard.")
+    if recipe.startswith("dc") and not hard:
+        raise SystemExit(f"--recipe '{recipe}' takes hard labels: add --hard.")
+    if steps < 1:
+        raise SystemExit(f"--steps must be at least 1; got {steps}.")
     train, test, preprocessing = real_data(
         dataset, data_dir, held_out=held_out, zca=zca
     )
@@ -73,9 +85,7 @@ def main(
     start = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
     inner = eqd.RelativeRidge(eqd.SpanSolver())
     if not hard:
-        loss = eqd.SquaredError()
-        labels = loss.targets(start.labels, train.num_classes)
-        start = eqd.DistilledSet(start.images, labels, l2=1e-3, loss=loss)
+        start = with_targets(start, train.num_classes)
         inner = eqd.LinearisedSolver() if linearised else eqd.RelativeRidge()
     if pack > 1:
         start = eqd.Packed.from_distilled(start, pack)
@@ -180,7 +190,11 @@ if __name__ == "__main__":
         help="a fraction of the training images to evaluate on, in place of the test "
         "images",
     )
-    parser.add_argument("--recipe", default="feature_regression", choices=list(RECIPES))
+    parser.add_argument(
+        "--recipe",
+        default="feature_regression",
+        choices=[name for name in RECIPES if name != "supervised"],
+    )
     parser.add_argument(
         "--networks",
         nargs="+",

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from architectures import adam, DATASETS, load, real_data, run
+from architectures import adam, DATASETS, load, real_data, run, with_targets
 from network import POOL
 
 import eqdistill as eqd
@@ -41,7 +41,6 @@ BACKBONES = {
     "16-32-64, group norm": ft.partial(
         nn.ConvNet, widths=(16, 32, 64), norm=nn.group_norm, size=32
     ),
-    "16-32-64, instance norm": ft.partial(nn.ConvNet, widths=(16, 32, 64), size=32),
 }
 UNSEEN = ft.partial(nn.ConvNet, widths=(32, 32, 32), size=32)
 NUM_UNSEEN = 3
@@ -66,21 +65,32 @@ def main(
 ) -> None:
     if not 0 <= pool_share < 1:
         raise SystemExit(f"--pool-share must be in [0, 1); got {pool_share}.")
+    if steps < 0:
+        raise SystemExit(f"--steps must not be negative; got {steps}.")
     source, _, _ = real_data(pretraining, data_dir)
     train, test, standardisation = real_data(dataset, data_dir, held_out=held_out)
     on = "held-out" if held_out > 0 else "test"
     output.mkdir(parents=True, exist_ok=True)
+
+    if source.shape != train.shape:
+        raise SystemExit(
+            f"--pretraining must have images of shape {train.shape}, as --dataset has; "
+            f"got {source.shape}."
+        )
+    n = images * train.num_classes
+    initial = None
+    if start is not None:
+        initial = load_start(start, train, standardisation)
+        n = len(initial.images)
+    real = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
+    real = with_targets(real, train.num_classes)
+    initial = real if initial is None else initial
 
     kinds = dict(list(BACKBONES.items())[:num_backbones])
     probes = {
         name: probe(kind, source, train, pretraining_steps, key=jr.key(i))
         for i, (name, kind) in enumerate(kinds.items())
     }
-    if start is None:
-        initial = real_with_targets(train, images * train.num_classes, seed)
-    else:
-        (initial,) = load(start, standardisation)
-    real = real_with_targets(train, len(initial.images), seed)
     problems: list[tuple] = [
         (classifier, eqd.Batches(train, min(batch, len(train)), classifier), INNER)
         for classifier in probes.values()
@@ -140,11 +150,19 @@ def main(
     print(f"files           {', '.join(map(str, files))}")
 
 
-def real_with_targets(train: eqd.Dataset, n: int, seed: int) -> eqd.DistilledSet:
-    real = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
-    loss = eqd.SquaredError()
-    targets = loss.targets(real.labels, train.num_classes)
-    return eqd.DistilledSet(real.images, targets, l2=1e-3, loss=loss)
+def load_start(
+    file: Path, train: eqd.Dataset, standardisation: eqd.AbstractPreprocessing
+) -> eqd.DistilledSet:
+    (start,) = load(file, standardisation)
+    found = start.images.shape[1:], start.labels.shape[1:], type(start.loss)
+    if found != (train.shape, (train.num_classes,), eqd.SquaredError):
+        shape, labels, loss = found
+        raise SystemExit(
+            f"--start must be a set with images of shape {train.shape} and targets of "
+            f"a squared error for {train.num_classes} classes; {file} has images of "
+            f"shape {shape}, labels of shape {labels}, and {loss.__name__}."
+        )
+    return start
 
 
 def in_turn(
@@ -157,7 +175,7 @@ def in_turn(
 ) -> eqd.DistilledSet:
     """One set for several problems, each a classifier, real data and an inner solver.
     The order has the number of the problem of each outer step."""
-    optimiser = adam(optax.cosine_decay_schedule(learning_rate, len(order)))
+    optimiser = adam(optax.cosine_decay_schedule(learning_rate, max(1, len(order))))
     hypergradient = eqx.filter_grad(eqd.outer_loss, has_aux=True)
 
     @eqx.filter_jit
@@ -240,7 +258,9 @@ if __name__ == "__main__":
         help="an artifact with the set to begin at, in the place of real images",
     )
     parser.add_argument("--images", type=int, default=1, help="real images a class")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument(
+        "--steps", type=int, default=6000, help="zero evaluates the set of `--start`"
+    )
     parser.add_argument("--batch", type=int, default=1000, help="real images a step")
     parser.add_argument(
         "--learning-rate", type=float, default=0.03, help="of the images, at first"

@@ -210,6 +210,10 @@ def test_batches():
     for size in (0, 5):
         with pytest.raises(ValueError, match=f"`size` must be from 1 to 4.*got {size}"):
             eqd.Batches(data, size)
+    for wrong in ("linear", eqd.Flip(), eqd.LogisticRegression(8, 3), Scalar):
+        for make in (eqd.FullBatch, lambda data, x: eqd.Batches(data, 2, x)):
+            with pytest.raises((TypeError, ValueError), match="`classifier` "):
+                make(data, wrong)
     batches = eqd.Batches(data, 2)
     for call in (
         lambda: HYPERGRADIENT(distilled, classifier, batches),

@@ -326,5 +326,5 @@ def test_features_in_batches():
     with pytest.raises(ValueError, match=r"`augmentation` must be None.*got a Flip"):
         eqd.Batches(REAL, 2, classifier, augmentation=eqd.Flip())
     bad = eqd.LinearClassifier(lambda x: x / 0, linear(6, 3))
-    with pytest.raises(ValueError, match="`classifier` must have finite feat"):
+    with pytest.raises(ValueError, match=r"`classifier` must have features.*finite"):
         eqd.FullBatch(REAL, bad)

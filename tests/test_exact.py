@@ -68,7 +68,8 @@ def error_of_scikit_learn(distilled, classifier) -> float:
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @given(
-    log_scale=st.floats(-3, 3),
+    # Of smaller weights beside such intercepts double precision keeps fewer digits.
+    log_scale=st.floats(-1, 3),
     intercept_scale=st.floats(0, 5),
     seed=st.integers(0, 2**32 - 1),
 )

@@ -88,6 +88,19 @@ def test_random_features(digits):
     np.testing.assert_allclose(slope, sum(np.vdot(x, y) for x, y in pairs), rtol=1e-6)
 
 
+@pytest.mark.slow
+def test_dropout_is_off(digits):
+    start = start_of(digits[0])
+    network = SMOOTH((8, 8), 10, key=KEY)
+    layers = eqx.nn.Sequential([eqx.nn.Dropout(0.5), *network.layers])
+    dropped = nn.Network(layers, network.architecture, network.settings)
+    outputs = [
+        jax.vmap(eqd.fit(start, x, eqd.LinearisedSolver()).classifier)(start.images)
+        for x in (network, dropped)
+    ]
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
+
+
 def test_bad_input(digits):
     start = start_of(digits[0])
     with pytest.raises(ValueError, match="`num_networks` must be at least 1; got 0"):

@@ -154,6 +154,8 @@ def test_bad_input():
         eqd.Frequencies(images_of((4, 4)), (3, 8, 8))
     with pytest.raises(ValueError, match=r"`shape` must be.*got \(\)"):
         eqd.Packed(distilled, ())
+    with pytest.raises(ValueError, match=r"\(channels, height, width\); got \(6, 6, 3"):
+        eqd.Packed.from_distilled(images_of((6, 6, 3)), 3)
     row = eqd.DistilledSet(jnp.ones((2, 5)), np.array([0, 1]), l2=0.1)
     with pytest.raises(ValueError, match="`distilled` must have images of shape"):
         eqd.Packed.from_distilled(row)

@@ -204,6 +204,12 @@ def test_bad_input(train):
         ValueError, match="`inner` must have a logit for each of the 10"
     ):
         eqd.outer_loss(hard, None, train, few, key=KEY)
+    five = lambda shape, _, *, key: PLAIN(shape, 5, key=key)
+    with pytest.raises(ValueError, match=r"networks with 10 logits.*; got 5"):
+        eqd.fit(start, None, pool(five), key=KEY)
+    larger = pool(size=3).init(start, None, key=KEY)
+    with pytest.raises(ValueError, match=r"`state` must be a state of `inner`.*\(3,"):
+        eqd.outer_loss(start, None, train, pool(), larger, key=KEY)
 
 
 def with_layer(make_layer):
@@ -224,7 +230,7 @@ def batch_norm():
     [
         (with_layer(eqx.nn.Dropout), "got a Dropout at `layers.layers.0`"),
         (with_layer(batch_norm), "got a .* at `layers.layers.0"),
-        (with_layer(eqx.nn.PReLU), "ShapeDtypeStruct at `layers.layers.0"),
+        (with_layer(eqx.nn.PReLU), "array of another layer at `layers.layers.0"),
         (lambda *_, key: eqx.nn.Identity(), "of `eqdistill.nn`; got a Identity"),
     ],
     ids=["dropout", "batch norm", "other layer", "other type"],
@@ -247,6 +253,11 @@ def test_a_dead_network(train):
         np.testing.assert_allclose(loss, np.log(10), rtol=1e-6)
         for x in jax.tree.leaves(gradient):
             np.testing.assert_array_equal(x, 0)
+        # The next network need not be dead.
+        run = {"inner": solver, "optimiser": ADAM, "steps": 2, "key": KEY}
+        result = eqd.distill(start, None, train, **run)
+        assert not result.converged
+        assert len(result.history.loss) == 2
 
 
 @pytest.mark.slow

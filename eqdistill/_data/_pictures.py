@@ -40,7 +40,8 @@ def height_and_width(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
     A `ValueError` if the images of the argument `name` are no pictures.
     """
-    if len(shape) not in (2, 3):
+    is_channels_last = len(shape) == 3 and shape[2] in (1, 3) and shape[0] > 3
+    if len(shape) not in (2, 3) or is_channels_last:
         raise ValueError(
             f"`{name}` must have images of shape (height, width) or (channels, height, "
             f"width); got {shape}."

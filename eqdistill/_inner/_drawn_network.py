@@ -25,10 +25,17 @@ class Template:
         """**Raises:**
 
         A `TypeError`, which names the argument `name`, for a network that cannot be
-        drawn, or cannot be trained without a state or a key.
+        drawn, or cannot be trained without a state or a key; a `ValueError` for one
+        with another number of logits.
         """
         network = eqx.filter_eval_shape(make, shape, num_classes, key=jr.key(0))
         _check(name, network)
+        found = network.layers[-1].out_features
+        if found != num_classes:
+            raise ValueError(
+                f"`{name}` must make networks with {num_classes} logits, the "
+                f"`num_classes`; got {found}."
+            )
         is_struct = lambda x: isinstance(x, jax.ShapeDtypeStruct)
         self._structs, self._structure = jax.tree.flatten(network)
         self._places = [i for i, x in enumerate(self._structs) if is_struct(x)]
@@ -73,11 +80,12 @@ def _check(name: str, network: Any) -> None:
             is_node(node) and not isinstance(node, _LAYERS)
         ):
             where = jax.tree_util.keystr(path, simple=True, separator=".")
+            is_array = isinstance(node, jax.ShapeDtypeStruct)
+            kind = "array of another layer" if is_array else type(node).__name__
             raise TypeError(
                 f"`{name}` must have convolutions, linear layers and group "
                 "normalisation for all of their parameters, and neither a state, as "
-                "batch normalisation has, nor dropout; got a "
-                f"{type(node).__name__} at `{where}`."
+                f"batch normalisation has, nor dropout; got a {kind} at `{where}`."
             )
 
 
@@ -88,7 +96,7 @@ def _bounds(network: Network) -> list[float | None]:
     bounds: list[float | None] = []
     for layer in jax.tree.leaves(network, is_leaf=is_layer):
         if isinstance(layer, eqx.nn.GroupNorm):
-            bounds += [None, 0.0]
+            bounds += [None, 0.0] if layer.channelwise_affine else []
         elif is_layer(layer):
             bound = 1 / math.sqrt(math.prod(layer.weight.shape[1:]))
             bounds += [bound] * len(jax.tree.leaves(layer))
@@ -102,8 +110,6 @@ class Either(eqx.Module):
     options: tuple[Callable, ...]
 
     def __call__(self, image: Array) -> Array:
-        if len(self.options) == 1:
-            return self.options[0](image)
         # Modules that hold traced arrays cannot be branches, which JAX hashes.
         branches = [lambda x, f=f: f(x) for f in self.options]
         return jax.lax.switch(self.kind, branches, image)

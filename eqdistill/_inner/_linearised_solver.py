@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from .._classifier import Frozen, LinearClassifier, parameters
 from .._data._distilled_set import DistilledSet
@@ -23,11 +23,11 @@ class Linearised(eqx.Module):
     **Attributes:**
 
     - `network`: the network with its parameters $w_0$, which are frozen.
-    - `tangent`: the parameters $u$, with the structure of the network's.
+    - `tangent`: the parameters $u$: an array for each of the network's.
     """
 
     network: Frozen
-    tangent: PyTree
+    tangent: list[Array]
 
     def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, " c"]:
         network = self.network.module
@@ -35,7 +35,7 @@ class Linearised(eqx.Module):
         outputs, outputs_dot = jax.jvp(
             lambda params: eqx.combine(params, static)(image),
             (params,),
-            (self.tangent,),
+            (jax.tree.unflatten(jax.tree.structure(params), self.tangent),),
         )
         return outputs + outputs_dot
 
@@ -54,8 +54,8 @@ class LinearisedSolver(AbstractInnerSolver[None]):
     is relative to the kernel. It is taken over $u$, so that the network stays near
     where it was. `gradient_norm` is that of this problem. Dropout is off.
 
-    Of a [`eqdistill.LinearClassifier`][] the features move, too, other than those
-    parts of them that are an [`eqdistill.Frozen`][]. The distilled images' gradient
+    Of a [`eqdistill.LinearClassifier`][] the features move, too, other than an
+    [`eqdistill.Frozen`][] inside of them. The distilled images' gradient
     passes through the gradient of the network, and the real images' loss needs a
     backward pass: a step takes several times that of a last layer.
 
@@ -99,7 +99,8 @@ class LinearisedSolver(AbstractInnerSolver[None]):
         ridge = n * distilled.l2
         matrix = scale * kernel + ridge * jnp.eye(n * c, dtype=kernel.dtype)
         solution, is_exact = solve_cholesky(matrix, residuals)
-        tangent = unravel(scale * (jacobian.T @ solution)[:, 0])
+        # Not as a module, which would be a network without its settings.
+        tangent = jax.tree.leaves(unravel(scale * (jacobian.T @ solution)[:, 0]))
         # The gradient is the Jacobian's transpose times this.
         error = jax.lax.stop_gradient((matrix @ solution - residuals) / n)
         squared_norm = jnp.vdot(error, jax.lax.stop_gradient(kernel) @ error)

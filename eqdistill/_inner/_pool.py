@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import check_at_least
-from .._classifier import last_layer, LinearClassifier, LogisticRegression
+from .._classifier import last_layer, LinearClassifier
 from .._conversions import as_int
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
@@ -46,8 +46,8 @@ class Pool(AbstractDrawingSolver[PoolState]):
 
     After each fit the network that was drawn takes one step of training on the
     distilled images, without a ridge. A network that has taken `max_age` steps is
-    started anew. A hypergradient needs the features of the real images, and no gradient
-    of them.
+    started anew. Where the inner problem is a last layer, a hypergradient needs the
+    features of the real images, and no gradient of them.
 
     `classifier` must be `None` where a pool is the inner solver, and a `key` must be
     given.
@@ -180,10 +180,9 @@ class Pool(AbstractDrawingSolver[PoolState]):
         ]
         # Frozen by the linear classifier as a whole.
         features = Either(kind, tuple(last_layer(x).features.module for x in drawn))
-        weights = jnp.stack([last_layer(x).head.weight for x in drawn])
-        _, num_classes, in_features = weights.shape
-        head = LogisticRegression(in_features, num_classes, dtype=weights.dtype).head
-        classifier = with_head(LinearClassifier(features, head), weights[kind], None)
+        heads = [last_layer(x).head for x in drawn]
+        weight = jnp.stack([head.weight for head in heads])[kind]
+        classifier = with_head(LinearClassifier(features, heads[0]), weight, None)
         inner_state = self.inner.init(distilled, classifier, key=None)
         fitted, _ = self.inner(distilled, classifier, inner_state, key=None)
 

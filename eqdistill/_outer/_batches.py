@@ -10,7 +10,7 @@ from .._conversions import as_int
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._dataset import Dataset
 from .._data._permutation import batch_at, half_bits
-from ._data import AbstractFeatureData, check_features, features_of
+from ._data import AbstractFeatureData, check_features, check_seen, features_of
 from ._mean_loss import mean_loss
 from ._rows import Rows
 
@@ -158,6 +158,7 @@ def _seen(
     dataset: Dataset, classifier: PyTree, augmentation: AbstractAugmentation | None
 ) -> tuple[Dataset, Frozen | None]:
     """The real images, or their features and what these were computed by."""
+    check_seen(dataset, classifier)
     if not isinstance(classifier, LinearClassifier) or takes_pixels(classifier):
         return dataset, None
     if augmentation is not None:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import array_difference
+from .._checks import array_difference, check_classifier
 from .._classifier import Frozen, LinearClassifier, takes_pixels
 from .._data._dataset import Dataset
 from ._linear_layout import LinearLayout
@@ -80,8 +80,10 @@ class FullBatch(AbstractFeatureData):
 
         **Raises:**
 
-        A `ValueError` if the features are not finite.
+        A `TypeError` or `ValueError` if the classifier is none, cannot be applied to
+        the images, or has features that are not finite.
         """
+        check_seen(dataset, classifier)
         self.shape = dataset.shape
         self.num_classes = dataset.num_classes
         if isinstance(classifier, LinearClassifier):
@@ -103,6 +105,17 @@ class FullBatch(AbstractFeatureData):
         """
         del step, key
         return mean_loss(check_features(self, classifier), self.layout)
+
+
+def check_seen(dataset: Dataset, classifier: PyTree) -> None:
+    """**Raises:**
+
+    A `TypeError` or `ValueError` that names the classifier that data are made with, if
+    it cannot be applied to them.
+    """
+    if classifier is not None:
+        dtype = jax.eval_shape(Dataset.to_floating, dataset.images).dtype
+        check_classifier(classifier, jax.ShapeDtypeStruct(dataset.shape, dtype))
 
 
 def check_features(data: AbstractFeatureData, classifier: PyTree) -> PyTree:
@@ -143,7 +156,8 @@ def features_of(dataset: Dataset, classifier: LinearClassifier) -> Dataset:
         return dataset.map(classifier.features)
     except ValueError as e:
         raise ValueError(
-            f"`classifier` must have finite features of the real images: {e}"
+            "`classifier` must have features of the real images that are finite "
+            f"vectors of floating point: {e}"
         ) from e
 
 

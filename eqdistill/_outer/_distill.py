@@ -69,7 +69,7 @@ def distill(
         or a prefix of it. `(True, False)` learns all floating-point arrays of `start`.
         The default learns its `images`.
     - `tolerance`: the run has converged when the Euclidean norm of the hypergradient is
-        at most this.
+        at most this. With zero a run takes all of its steps.
     - `callbacks`: [`eqdistill.AbstractCallback`][]s, such as
         [`eqdistill.ProgressBar`][] and [`eqdistill.EarlyStopping`][]. With
         [`eqdistill.Checkpoints`][] among them, a run that was killed goes on.

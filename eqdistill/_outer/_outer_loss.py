@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import check_key, name_kind
+from .._checks import array_difference, check_key, name_kind
 from .._classifier import LinearClassifier
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
@@ -80,11 +80,17 @@ def outer_loss(
 
     A `TypeError` or `ValueError` as [`eqdistill.fit`][], or if the real images are not
     of the shape of the distilled images, or are of more classes than the classifier
-    has.
+    has, or if `state` is not of this inner solver.
     """
     check_key("key", key)
     distilled = check_inner(decode(start), classifier, inner)
     check_data("data", data, distilled, classifier, inner)
+    if state is not None:
+        _, init_key, _ = split_key(key)
+        wanted = eqx.filter_eval_shape(inner.init, distilled, classifier, key=init_key)
+        difference = array_difference(wanted, state)
+        if difference is not None:
+            raise ValueError(f"`state` must be a state of `inner`: {difference}.")
     return loss_of(distilled, classifier, data, inner, state, step=step, key=key)
 
 

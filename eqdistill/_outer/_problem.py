@@ -149,7 +149,11 @@ class Problem(eqx.Module):
         status = jnp.array(int(Status.RUNNING))
         for pred, found in (
             (~_all_finite(updated), Status.UPDATE_NOT_FINITE),
-            (gradient_norm <= self.tolerance, Status.CONVERGED),
+            # A network that died gives zeros, and the next one need not have.
+            (
+                (self.tolerance > 0) & (gradient_norm <= self.tolerance),
+                Status.CONVERGED,
+            ),
             (~jnp.isfinite(gradient_norm), Status.GRADIENT_NOT_FINITE),
             (~jnp.isfinite(loss), Status.LOSS_NOT_FINITE),
             (~outcome.fitted.converged, Status.INNER_FAILED),

@@ -68,17 +68,26 @@ def as_distilled(distilled: DistilledSet, num_classes: int) -> DistilledSet:
     return distilled
 
 
-def as_by_lecun(network: Network, *, key: PRNGKeyArray) -> Network:
-    return initialise(network, lecun, key=key)
+def as_by_lecun(network: PyTree, *, key: PRNGKeyArray) -> Network:
+    return initialise(_check_network(network), lecun, key=key)
 
 
-def from_zero_by_lecun(network: Network, *, key: PRNGKeyArray) -> Network:
+def from_zero_by_lecun(network: PyTree, *, key: PRNGKeyArray) -> Network:
     return zero_head(as_by_lecun(network, key=key))
 
 
-def from_zero(network: Network, *, key: PRNGKeyArray) -> Network:
+def from_zero(network: PyTree, *, key: PRNGKeyArray) -> Network:
     del key
-    return zero_head(network)
+    return zero_head(_check_network(network))
+
+
+def _check_network(network: PyTree) -> Network:
+    if not isinstance(network, Network):
+        raise TypeError(
+            "`network` must make an `eqdistill.nn.Network` for this recipe, which "
+            f"draws its weights; got a {type(network).__name__}."
+        )
+    return network
 
 
 def check_updates(updates: int) -> int:

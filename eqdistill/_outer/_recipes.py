@@ -84,6 +84,7 @@ def frepo(
 
     **Arguments:** as for [`eqdistill.recipes.dc`][], but for
 
+    - `network`: makes an [`eqdistill.nn.Network`][], whose weights are drawn anew.
     - `updates`: the number of steps, of which the first half warm up, or the first 500.
     - `augment`: whether each image is flipped from left to right at random in each
         step, as is fit for photographs. (Keyword only argument.)
@@ -118,7 +119,8 @@ def zero_start(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
     With few images, the function that a random last layer starts with is never
     unlearned.
 
-    **Arguments:** as for [`eqdistill.recipes.dc`][].
+    **Arguments:** as for [`eqdistill.recipes.dc`][], but `network` makes an
+    [`eqdistill.nn.Network`][], whose last layer is set to zero.
 
     **Returns:**
 
@@ -146,7 +148,8 @@ def feature_regression(network: Callable = ConvNet, *, updates: int = 100) -> Re
 
     The last layer is fitted as it was in the distillation.
 
-    **Arguments:** as for [`eqdistill.recipes.dc`][].
+    **Arguments:** as for [`eqdistill.recipes.dc`][], but `network` makes an
+    [`eqdistill.nn.Network`][], whose weights are drawn anew.
 
     **Returns:**
 
