@@ -80,7 +80,7 @@ class FullBatch(AbstractFeatureData):
 
         **Raises:**
 
-        A `TypeError` or `ValueError` if the classifier is none, cannot be applied to
+        A `TypeError` or `ValueError` if `classifier` is not one, cannot be applied to
         the images, or has features that are not finite.
         """
         check_seen(dataset, classifier)

@@ -241,7 +241,7 @@ def pools(real: eqd.Dataset, repeats: int) -> dict[str, dict[str, float]]:
     real = real.map(eqd.Standardisation.fit(real))
     columns = {
         "128 real images": pool(real, 128, None, repeats),
-        "512 real images": pool(real, 512, None, repeats),
+        "1,024 real images": pool(real, 1024, None, repeats),
         "instance norm, 128": pool(real, 128, eqd.nn.instance_norm, repeats),
     }
     print("\nA pool of one kind, padded to 32 x 32:\n")
