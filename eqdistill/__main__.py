@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = main.add_subparsers(required=True, metavar="COMMAND").add_parser(
         "check",
         help="check the accuracy that a file claims",
-        description="Fits a classifier to the distilled set in a file, from the file "
+        description="Fits a model to the distilled set in a file, from the file "
         "alone, and compares its accuracy on the real test data with the accuracy "
         "that the file claims.",
         epilog="Exits with 0 if the two agree; 1 if they differ by more than the "
@@ -116,7 +116,7 @@ def _check_preprocessing(
 
 
 def _retrain(file: str, artifact: Artifact, test: Dataset) -> tuple[float, float]:
-    """The accuracy of the classifier that a file says was fitted, and zero; or the mean
+    """The accuracy of the model that a file says was fitted, and zero; or the mean
     accuracy of the networks that were trained, and their deviation."""
     if artifact.recipe is not None:
         key = jr.key(artifact.seed or 0) if artifact.key is None else artifact.key
@@ -135,16 +135,16 @@ def _retrain(file: str, artifact: Artifact, test: Dataset) -> tuple[float, float
             f"{artifact.classifier_description!r}. Use eqdistill.load and "
             "eqdistill.recipes.evaluate."
         )
-    for part in ("classifier", "inner"):
+    for part in ("model", "inner"):
         if getattr(artifact, part) is None:
             description = getattr(artifact, f"{part}_description")
             raise ValueError(
                 f"The {part} of {file} cannot be built from a file: {description!r}. "
                 "Use eqdistill.load and eqdistill.evaluate."
             )
-    assert artifact.classifier is not None
+    assert artifact.model is not None
     assert artifact.inner is not None
-    evaluation = evaluate(artifact.distilled, artifact.classifier, test, artifact.inner)
+    evaluation = evaluate(artifact.distilled, artifact.model, test, artifact.inner)
     return float(evaluation.accuracy), 0.0
 
 

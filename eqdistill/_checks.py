@@ -10,7 +10,7 @@ from ._classifier import Frozen, parameters
 from ._typechecking import describe
 
 
-def check_classifier(classifier: PyTree, image: jax.ShapeDtypeStruct) -> int:
+def check_model(classifier: PyTree, image: jax.ShapeDtypeStruct) -> int:
     """Checks that a classifier can be fitted, and applied to an image of this shape.
 
     **Returns:**

@@ -36,7 +36,7 @@ GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 class Problem(NamedTuple):
-    classifier: eqd.LinearClassifier
+    model: eqd.LinearClassifier
     train: eqd.Dataset
     test: eqd.Dataset
     held_out: eqd.Dataset
@@ -49,12 +49,12 @@ def load(name: str, num_train: int) -> Problem:
     train = eqd.Dataset(
         train.images[:num_train], train.labels[:num_train], train.num_classes
     )
-    classifier = eqd.LogisticRegression(train.images[0].size, train.num_classes)
-    return Problem(classifier, train, test, held_out, everything)
+    model = eqd.LogisticRegression(train.images[0].size, train.num_classes)
+    return Problem(model, train, test, held_out, everything)
 
 
 def accuracy(distilled: eqd.DistilledSet, problem: Problem, data: eqd.Dataset) -> float:
-    return float(eqd.evaluate(distilled, problem.classifier, data).accuracy)
+    return float(eqd.evaluate(distilled, problem.model, data).accuracy)
 
 
 Method = Callable[[Problem, int, PRNGKeyArray], float]
@@ -103,7 +103,7 @@ def distilled(
         try:
             result = eqd.distill(
                 start,
-                problem.classifier,
+                problem.model,
                 problem.train,
                 optimiser=optimiser,
                 steps=steps,
@@ -137,9 +137,9 @@ def full_data_accuracy(problem: Problem) -> float:
     data = problem.everything
     everything = eqd.DistilledSet(data.floating(), data.labels, l2=1e-4)
     fitted = eqd.fit(
-        everything, problem.classifier, eqd.SpanSolver(max_steps=20), throw=False
+        everything, problem.model, eqd.SpanSolver(max_steps=20), throw=False
     )
-    logits = jax.vmap(fitted.classifier)(problem.test.floating())
+    logits = jax.vmap(fitted.model)(problem.test.floating())
     return float(jnp.mean(jnp.argmax(logits, axis=1) == problem.test.labels))
 
 

@@ -38,7 +38,7 @@ def main(
 
     begin = time.perf_counter()
     everything = eqd.DistilledSet(train.floating(), train.labels, l2=l2)
-    full = jax.block_until_ready(eqd.fit(everything, untrained).classifier)
+    full = jax.block_until_ready(eqd.fit(everything, untrained).model)
     seconds_of_fit = time.perf_counter() - begin
 
     # In double precision: single precision would hide how well the weights agree.
@@ -60,20 +60,20 @@ def main(
         output.mkdir(parents=True, exist_ok=True)
         file, picture = output / "exact.safetensors", output / "exact.png"
         eqd.save(file, exact, untrained, refit, inner=eqd.SpanSolver(), dataset=dataset)
-        draw(start, exact, full, refit.fitted.classifier).savefig(picture)
+        draw(start, exact, full, refit.fitted.model).savefig(picture)
         print(f"fit to all {len(train)} images: {seconds_of_fit:.1f} s")
         print(f"{n} images from its weights: {seconds:.1f} s, ridge {exact.l2:.3g}\n")
         print("| fitted to | by | test accuracy | error of the weights |")
         print("|---|---|---|---|")
         for rows in (
             (f"{len(train)} images", "eqdistill", full),
-            (f"{n} images", "eqdistill", refit.fitted.classifier),
+            (f"{n} images", "eqdistill", refit.fitted.model),
             (f"{n} images", "scikit-learn", by_scikit_learn),
         ):
-            *names, classifier = rows
+            *names, model = rows
             print(
-                f"| {' | '.join(names)} | {accuracy(classifier, test):.2%} "
-                f"| {relative_error(classifier, full):.1e} |"
+                f"| {' | '.join(names)} | {accuracy(model, test):.2%} "
+                f"| {relative_error(model, full):.1e} |"
             )
     print(f"\nfiles {picture}, {file}")
 
@@ -84,31 +84,31 @@ def to_double(tree):
     )
 
 
-def accuracy(classifier: eqd.LinearClassifier, data: eqd.Dataset) -> float:
-    logits = jax.vmap(classifier)(data.floating())
+def accuracy(model: eqd.LinearClassifier, data: eqd.Dataset) -> float:
+    logits = jax.vmap(model)(data.floating())
     return float(jnp.mean(jnp.argmax(logits, axis=1) == data.labels))
 
 
 def relative_error(
-    classifier: eqd.LinearClassifier, want: eqd.LinearClassifier
+    model: eqd.LinearClassifier, want: eqd.LinearClassifier
 ) -> float:
     """The relative error of the weights, without their mean over the classes, which has
     no effect."""
     weights, wanted = (
-        k.head.weight - jnp.mean(k.head.weight, axis=0) for k in (classifier, want)
+        k.head.weight - jnp.mean(k.head.weight, axis=0) for k in (model, want)
     )
     return float(jnp.linalg.norm(weights - wanted) / jnp.linalg.norm(wanted))
 
 
 def fit_by_scikit_learn(
-    distilled: eqd.DistilledSet, classifier: eqd.LinearClassifier
+    distilled: eqd.DistilledSet, model: eqd.LinearClassifier
 ) -> eqd.LinearClassifier:
     """Fits to each image once for each class, with a weight of zero if the image is of
     another class: scikit-learn must have seen a class to give it weights."""
-    n, (c, _) = len(distilled), classifier.head.weight.shape
+    n, (c, _) = len(distilled), model.head.weight.shape
     fitted = SklearnLogisticRegression(
         C=1 / (n * float(distilled.l2)),
-        fit_intercept=classifier.head.bias is not None,
+        fit_intercept=model.head.bias is not None,
         solver="newton-cg",
         tol=1e-12,
         max_iter=1000,
@@ -120,8 +120,8 @@ def fit_by_scikit_learn(
     weight, bias = jnp.asarray(fitted.coef_), jnp.asarray(fitted.intercept_)
     return eqx.tree_at(
         lambda k: (k.head.weight, k.head.bias),
-        classifier,
-        (weight, bias if classifier.head.use_bias else None),
+        model,
+        (weight, bias if model.head.use_bias else None),
         is_leaf=lambda x: x is None,
     )
 

@@ -75,12 +75,12 @@ def errors(train: eqd.Dataset, repeats: int, output: Path) -> None:
         lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, train
     )
     start = eqd.DistilledSet.from_class_means(train, l2=L2, key=jr.key(0))
-    classifier = eqd.LogisticRegression(math.prod(train.shape), 10, dtype=jnp.float64)
+    model = eqd.LogisticRegression(math.prod(train.shape), 10, dtype=jnp.float64)
 
     def compiled_gradient(inner: eqd.AbstractInnerSolver):
         def loss(images):
             distilled = eqx.tree_at(lambda d: d.images, start, images)
-            return eqd.outer_loss(distilled, classifier, train, inner, key=jr.key(0))[0]
+            return eqd.outer_loss(distilled, model, train, inner, key=jr.key(0))[0]
 
         return jax.jit(jax.grad(loss)).lower(start.images).compile()
 
@@ -170,11 +170,11 @@ def draw(found: dict[str, list[tuple[int, float]]]) -> Figure:
 
 
 def accuracy(train: eqd.Dataset, test: eqd.Dataset, steps: int) -> None:
-    classifier = eqd.LogisticRegression(math.prod(train.shape), 10)
+    model = eqd.LogisticRegression(math.prod(train.shape), 10)
     start = eqd.DistilledSet.from_noise(
         train, l2=L2, scale=1 / math.prod(train.shape), key=jr.key(0)
     )
-    data = eqd.FullBatch(train, classifier)
+    data = eqd.FullBatch(train, model)
     print(f"| hypergradient | outer loss after {steps} steps | test accuracy, % |")
     print("|---|---|---|")
     for name, inner in {
@@ -190,7 +190,7 @@ def accuracy(train: eqd.Dataset, test: eqd.Dataset, steps: int) -> None:
     }.items():
         result = eqd.distill(
             start,
-            classifier,
+            model,
             data,
             inner=inner,
             optimiser=optax.adam(0.02),
@@ -198,8 +198,8 @@ def accuracy(train: eqd.Dataset, test: eqd.Dataset, steps: int) -> None:
             key=jr.key(0),
         )
         # All are fitted in the same way in the end.
-        found = eqd.evaluate(result.distilled, classifier, test)
-        loss = eqd.evaluate(result.distilled, classifier, train).loss
+        found = eqd.evaluate(result.distilled, model, test)
+        loss = eqd.evaluate(result.distilled, model, train).loss
         print(f"| {name} | {loss:.3f} | {100 * found.accuracy:.1f} |", flush=True)
     print()
 
@@ -211,11 +211,11 @@ def unrolled_loss(
     images = jr.normal(jr.key(0), (10, *shape))
     start = eqd.DistilledSet(images, jnp.arange(10), l2=1e-4)
     real = eqd.Dataset(jr.normal(jr.key(1), (10, *shape)), jnp.arange(10), 10)
-    classifier = network(shape, 10, key=jr.key(2))
+    model = network(shape, 10, key=jr.key(2))
 
     def loss(images):
         distilled = eqx.tree_at(lambda d: d.images, start, images)
-        return eqd.outer_loss(distilled, classifier, real, inner, key=jr.key(0))[0]
+        return eqd.outer_loss(distilled, model, real, inner, key=jr.key(0))[0]
 
     return loss
 

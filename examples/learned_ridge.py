@@ -34,7 +34,7 @@ def main(
     begin = time.perf_counter()
     train, test = eqd.datasets.load(dataset)
     num_pixels = train.images[0].size
-    classifier = eqd.LogisticRegression(
+    model = eqd.LogisticRegression(
         num_pixels, train.num_classes, use_intercept=intercept
     )
     start = eqd.DistilledSet.from_noise(
@@ -50,7 +50,7 @@ def main(
     def distill(data: eqd.Dataset, steps: int, *callbacks: eqd.AbstractCallback):
         return eqd.distill(
             start,
-            classifier,
+            model,
             data,
             optimiser=optimiser,
             # All floating-point arrays: the images and the logarithm of the ridge.
@@ -65,8 +65,8 @@ def main(
         steps = max(best.step, 1)
     result = distill(train, steps, Ridge())
     ridges = result.callbacks[1]
-    on_train = eqd.evaluate(result.distilled, classifier, train)
-    on_test = eqd.evaluate(result.distilled, classifier, test)
+    on_train = eqd.evaluate(result.distilled, model, train)
+    on_test = eqd.evaluate(result.distilled, model, test)
     seconds = time.perf_counter() - begin
 
     output.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def main(
     eqd.save(
         file,
         result,
-        classifier,
+        model,
         on_test,
         dataset=dataset,
         seed=seed,

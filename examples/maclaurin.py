@@ -58,19 +58,19 @@ def learn_images(dataset: str, steps: int, seed: int, output: Path) -> None:
     train, test = eqd.datasets.load(dataset)
     blank = jnp.zeros((train.num_classes, *train.shape))
     start = eqd.DistilledSet(blank, jnp.arange(train.num_classes), l2=1e-3)
-    classifier = eqd.LogisticRegression(math.prod(train.shape), train.num_classes)
+    model = eqd.LogisticRegression(math.prod(train.shape), train.num_classes)
     inner = eqd.ReversibleSolver(0.05, momentum=0.9, steps=100)
     began = time.perf_counter()
     result = eqd.distill(
         start,
-        classifier,
+        model,
         train,
         inner=inner,
         optimiser=optax.adam(optax.cosine_decay_schedule(0.05, steps)),
         steps=steps,
         callbacks=[eqd.ProgressBar()],
     )
-    found = eqd.evaluate(result.distilled, classifier, test, inner)
+    found = eqd.evaluate(result.distilled, model, test, inner)
     seconds = time.perf_counter() - began
     print(f"ten images from blank, {steps} outer steps, {seconds:.0f} s")
     print(f"test accuracy             {100 * found.accuracy:.1f}%")

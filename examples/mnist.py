@@ -2,7 +2,7 @@
 
 The inner problem is multiclass logistic regression on ten synthetic images, one a
 class, with the ridge l2/2 ||W||^2. The outer problem is the loss of the fitted
-classifier on all the 60,000 training images. Writes `distilled.png` and `loss.png`.
+model on all the 60,000 training images. Writes `distilled.png` and `loss.png`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main(
     start = time.perf_counter()
     train, test = eqd.datasets.load(dataset, data_dir)
     num_pixels = train.images[0].size
-    classifier = eqd.LogisticRegression(num_pixels, train.num_classes)
+    model = eqd.LogisticRegression(num_pixels, train.num_classes)
     noise = eqd.DistilledSet.from_noise(
         train,
         images_per_class * train.num_classes,
@@ -38,7 +38,7 @@ def main(
     )
     result = eqd.distill(
         noise,
-        classifier,
+        model,
         train,
         # The outer loss is smooth and every step sees all of the data: unit steps of
         # L-BFGS need no line search.
@@ -46,8 +46,8 @@ def main(
         steps=steps,
         callbacks=[eqd.ProgressBar()],
     )
-    on_train = eqd.evaluate(result.distilled, classifier, train)
-    on_test = eqd.evaluate(result.distilled, classifier, test)
+    on_train = eqd.evaluate(result.distilled, model, train)
+    on_test = eqd.evaluate(result.distilled, model, test)
     seconds = time.perf_counter() - start
 
     output.mkdir(parents=True, exist_ok=True)

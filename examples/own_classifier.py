@@ -1,4 +1,4 @@
-"""Distils for a classifier of one's own: here a multilayer perceptron.
+"""Distils for a model of one's own: here a multilayer perceptron.
 
 Any `equinox.Module` from one image to its logits will do. The distilled set is then
 used to train perceptrons from other initial weights than the one it was made with.
@@ -49,20 +49,20 @@ def main(
     start = time.perf_counter()
     train, test = eqd.datasets.load(dataset)
     noise_key, batch_key, *weight_keys = jr.split(jr.key(seed), 5)
-    classifier, *others = (Perceptron(train, width, key=key) for key in weight_keys)
+    model, *others = (Perceptron(train, width, key=key) for key in weight_keys)
     distilled = eqd.DistilledSet.from_noise(
         train, images_per_class * train.num_classes, l2=l2, scale=0.3, key=noise_key
     )
     result = eqd.distill(
         distilled,
-        classifier,
+        model,
         eqd.Batches(train, min(batch_size, len(train))),
         optimiser=optax.adam(optax.cosine_decay_schedule(0.05, steps)),
         steps=steps,
         key=batch_key,
         callbacks=[eqd.ProgressBar()],
     )
-    own = eqd.evaluate(result.distilled, classifier, test)
+    own = eqd.evaluate(result.distilled, model, test)
     print(f"test accuracy   {own.accuracy:.2%} from the weights it was distilled with")
     for other in others:
         evaluation = eqd.evaluate(result.distilled, other, test)

@@ -92,8 +92,8 @@ def main(
         for i, (name, kind) in enumerate(kinds.items())
     }
     problems: list[tuple] = [
-        (classifier, eqd.Batches(train, min(batch, len(train)), classifier), INNER)
-        for classifier in probes.values()
+        (model, eqd.Batches(train, min(batch, len(train)), model), INNER)
+        for model in probes.values()
     ]
     known = itertools.cycle(range(len(problems)))
     if pool_share > 0:
@@ -110,13 +110,13 @@ def main(
     print(f"size            {distilled.nbytes:,} bytes with labels")
     print(f"ridge           {initial.l2:.2g} -> {distilled.l2:.2g}, of the features")
 
-    backbones = {name: [classifier] for name, classifier in probes.items()}
+    backbones = {name: [model] for name, model in probes.items()}
     backbones["not distilled for"] = [
         probe(UNSEEN, source, train, pretraining_steps, key=jr.key(100 + i))
         for i in range(NUM_UNSEEN)
     ]
     print(f"{on} accuracy of probes: real images as many, distilled, all real images")
-    for name, classifiers in backbones.items():
+    for name, models in backbones.items():
         found = np.array(
             [
                 [
@@ -124,7 +124,7 @@ def main(
                     float(eqd.evaluate(distilled, x, test, INNER).accuracy),
                     accuracy_of_all(x, train, test),
                 ]
-                for x in classifiers
+                for x in models
             ]
         )
         few, ours, whole = found.mean(axis=0)
@@ -136,12 +136,12 @@ def main(
         )
     files = [output / f"probe.{end}" for end in ("png", "safetensors")]
     eqd.plot.images(distilled).savefig(files[0])
-    classifier = next(iter(probes.values()))
+    model = next(iter(probes.values()))
     eqd.save(
         files[1],
         distilled,
-        classifier,
-        eqd.evaluate(distilled, classifier, test, INNER) if on == "test" else None,
+        model,
+        eqd.evaluate(distilled, model, test, INNER) if on == "test" else None,
         inner=INNER,
         preprocessing=standardisation,
         dataset=Path(dataset).name,
@@ -173,16 +173,16 @@ def in_turn(
     *,
     key: jax.Array,
 ) -> eqd.DistilledSet:
-    """One set for several problems, each a classifier, real data and an inner solver.
+    """One set for several problems, each a model, real data and an inner solver.
     The order has the number of the problem of each outer step."""
     optimiser = adam(optax.cosine_decay_schedule(learning_rate, max(1, len(order))))
     hypergradient = eqx.filter_grad(eqd.outer_loss, has_aux=True)
 
     @eqx.filter_jit
     def update(learned, optimiser_state, inner_state, step, problem):
-        classifier, data, inner = problem
+        model, data, inner = problem
         gradient, outcome = hypergradient(
-            learned, classifier, data, inner, inner_state, step=step, key=key
+            learned, model, data, inner, inner_state, step=step, key=key
         )
         updates, optimiser_state = optimiser.update(gradient, optimiser_state)
         return eqx.apply_updates(learned, updates), optimiser_state, outcome.state
@@ -190,7 +190,7 @@ def in_turn(
     learned = start
     optimiser_state = optimiser.init(eqx.filter(start, eqx.is_inexact_array))
     states = [
-        inner.init(start, classifier, key=key) for classifier, _, inner in problems
+        inner.init(start, model, key=key) for model, _, inner in problems
     ]
     for step, i in enumerate(order):
         learned, optimiser_state, states[i] = update(
@@ -202,24 +202,24 @@ def in_turn(
 def probe(
     kind: Callable, source: eqd.Dataset, train: eqd.Dataset, steps: int, *, key
 ) -> eqd.LinearClassifier:
-    """A linear classifier on the features of a network that is trained on `source`."""
+    """A linear model on the features of a network that is trained on `source`."""
     make_key, fit_key = jr.split(key)
     recipe = recipes.supervised(kind, updates=steps)
     network = recipe.make(source.shape, source.num_classes, key=make_key)
     everything = eqd.DistilledSet(source.images, source.labels, l2=1.0)
     prepared = recipe.prepare(everything, source.num_classes)
-    trained = eqd.fit(prepared, network, recipe.inner, key=fit_key).classifier
+    trained = eqd.fit(prepared, network, recipe.inner, key=fit_key).model
     last = eqd.last_layer(trained)
     head = eqd.LogisticRegression(last.head.weight.shape[1], train.num_classes).head
     return eqd.LinearClassifier(last.features, head)
 
 
 def accuracy_of_all(
-    classifier: eqd.LinearClassifier, train: eqd.Dataset, test: eqd.Dataset
+    model: eqd.LinearClassifier, train: eqd.Dataset, test: eqd.Dataset
 ) -> float:
     """The test accuracy of the probe of all real images: ridge regression, in double
     precision."""
-    train, test = (data.map(classifier.features) for data in (train, test))
+    train, test = (data.map(model.features) for data in (train, test))
     features = np.asarray(train.images, np.float64)
     targets = np.eye(train.num_classes)[np.asarray(train.labels)]
     moments = features.T @ features

@@ -78,10 +78,10 @@ def main(
     rate = 0.003 if by_adam else 0.015
     training = by_rates(learning_rates=[rate] * gradient_steps).inner
     if start == "known":
-        classifier = nn.LeNet(train.shape, train.num_classes, key=jr.key(seed))
+        model = nn.LeNet(train.shape, train.num_classes, key=jr.key(seed))
         inner, num_networks = training, 1
     else:
-        classifier = None
+        model = None
         inner = eqd.RandomInitialisation(make, training, num_classes=train.num_classes)
     data = eqd.Batches(train, batch)
 
@@ -91,7 +91,7 @@ def main(
         rate = optax.cosine_decay_schedule(learning_rate, steps)
         result = eqd.distill(
             real,
-            classifier,
+            model,
             data,
             inner=inner,
             optimiser=eqd.averaged(
@@ -196,7 +196,7 @@ def trained_networks(shape: tuple[int, ...], seed: int):
     fit = lambda key: (
         eqd.fit(
             everything, nn.LeNet(shape, digits.num_classes, key=key), training, key=key
-        ).classifier
+        ).model
     )
     networks = [fit(key) for key in jr.split(jr.key(seed), NUM_TRAINED)]
     is_array = eqx.is_array

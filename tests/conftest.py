@@ -81,16 +81,16 @@ class OneStep(eqd.AbstractInnerSolver[None]):
 
     learning_rate: float = 10.0
 
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         return None
 
-    def __call__(self, distilled, classifier, state, *, key):
-        params, static = eqx.partition(classifier, eqd.parameters(classifier))
+    def __call__(self, distilled, model, state, *, key):
+        params, static = eqx.partition(model, eqd.parameters(model))
         loss = lambda params: eqd.inner_loss(distilled, eqx.combine(params, static))
         gradient = jax.grad(loss)(params)
         params = optax.tree.add_scale(params, -self.learning_rate, gradient)
         return eqd.Fitted(
-            classifier=eqx.combine(params, static),
+            model=eqx.combine(params, static),
             converged=jnp.array(True),
             gradient_norm=optax.tree.norm(gradient),
         ), state
@@ -119,18 +119,18 @@ def exact(learning_rate: float = 0.1) -> eqd.ArgminSolver:
 
 
 @eqx.filter_jit
-def hypergradient(start, classifier, data, inner=eqd.AutoSolver(), **kwargs):
+def hypergradient(start, model, data, inner=eqd.AutoSolver(), **kwargs):
     """The outer loss and its gradient, in one program."""
     (loss, _), gradient = eqx.filter_value_and_grad(eqd.outer_loss, has_aux=True)(
-        start, classifier, data, inner, **kwargs
+        start, model, data, inner, **kwargs
     )
     return loss, gradient
 
 
-def check_gradient(start, classifier, data, inner=eqd.AutoSolver(), *, rtol=1e-6):
+def check_gradient(start, model, data, inner=eqd.AutoSolver(), *, rtol=1e-6):
     """Checks the hypergradient in all of `start` against a central difference, in one
     program, in double precision."""
-    _, gradient = hypergradient(start, classifier, data, inner)
+    _, gradient = hypergradient(start, model, data, inner)
     leaves, structure = jax.tree.flatten(gradient)
     assert all(np.any(x) for x in leaves)
     rng = np.random.default_rng(0)
@@ -142,7 +142,7 @@ def check_gradient(start, classifier, data, inner=eqd.AutoSolver(), *, rtol=1e-6
             structure, [1e-5 * (j == i) * x for j, x in enumerate(directions)]
         )
         losses = [
-            hypergradient(eqx.apply_updates(start, sign(move)), classifier, data, inner)
+            hypergradient(eqx.apply_updates(start, sign(move)), model, data, inner)
             for sign in (lambda x: x, lambda x: jax.tree.map(jnp.negative, x))
         ]
         slope = (losses[0][0] - losses[1][0]) / 2e-5

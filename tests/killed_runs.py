@@ -65,11 +65,11 @@ KINDS = {"linear": _linear, "pool": _pool, "unrolled": _unrolled}
 
 def distil(kind: str, folder: str | None, output: str) -> None:
     train, _ = eqd.datasets.load("mnist")
-    start, classifier, data, args = KINDS[kind](train)
+    start, model, data, args = KINDS[kind](train)
     args = {"optimiser": _schedule(), "callbacks": ()} | args
     if folder is not None:
         args["callbacks"] += (eqd.Checkpoints(folder, every=EVERY),)
-    result = eqd.distill(start, classifier, data, **args, steps=STEPS, key=jr.key(1))
+    result = eqd.distill(start, model, data, **args, steps=STEPS, key=jr.key(1))
     arrays = jax.tree.leaves((eqx.filter(result.start, eqx.is_array), result.history))
     np.savez(output, *arrays)
 

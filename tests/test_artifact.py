@@ -42,7 +42,7 @@ def small(soft: bool = False, dtype: type = np.float32, loss=eqd.CrossEntropy())
 
 
 class Pairs(eqx.Module):
-    """A classifier that is not of this package."""
+    """A model that is not of this package."""
 
     weights: jax.Array
 
@@ -59,8 +59,8 @@ def claim(accuracy):
 def path(tmp_path):
     """A good file."""
     path = tmp_path / "good.safetensors"
-    classifier = eqd.LogisticRegression(6, C)
-    eqd.save(path, small(), classifier, claim(0.75), dataset="mnist", seed=7)
+    model = eqd.LogisticRegression(6, C)
+    eqd.save(path, small(), model, claim(0.75), dataset="mnist", seed=7)
     return path
 
 
@@ -113,14 +113,14 @@ def distilled_sets(draw):
 def test_round_trip(tmp_path_factory, distilled, use_intercept):
     path = tmp_path_factory.mktemp("round") / "trip.safetensors"
     in_features = distilled.images[0].size
-    classifier = eqd.LogisticRegression(
+    model = eqd.LogisticRegression(
         in_features, C, use_intercept=use_intercept, dtype=jnp.float32
     )
-    eqd.save(path, distilled, classifier)
+    eqd.save(path, distilled, model)
     artifact = eqd.load(path)
     assert_same(artifact.distilled, distilled)
     assert type(artifact.distilled.loss) is type(distilled.loss)
-    assert_same(artifact.classifier, classifier)
+    assert_same(artifact.model, model)
     assert os.listdir(path.parent) == [path.name]
 
 
@@ -148,13 +148,13 @@ def test_nothing_more_need_be_said(tmp_path):
 
 
 def test_a_result_tells_what_was_learned(tmp_path):
-    classifier = eqd.LogisticRegression(6, C)
+    model = eqd.LogisticRegression(6, C)
     real = eqd.Dataset(small().images, small().labels, C)
     result = eqd.distill(
-        small(), classifier, real, inner=OneStep(), steps=1, learn=(True, False)
+        small(), model, real, inner=OneStep(), steps=1, learn=(True, False)
     )
     path = tmp_path / "a.safetensors"
-    eqd.save(path, result, classifier)
+    eqd.save(path, result, model)
     artifact = eqd.load(path)
     assert artifact.learned == ("images", "log_l2")
     assert_same(artifact.distilled, result.distilled)
@@ -186,7 +186,7 @@ def test_what_cannot_be_rebuilt_is_described(path):
     inner = eqd.ArgminSolver(optx.BFGS(rtol=1e-4, atol=1e-4))
     eqd.save(path, small(), Pairs(jnp.ones((3, 3))), inner=inner)
     artifact = eqd.load(path)
-    assert artifact.classifier is artifact.inner is None
+    assert artifact.model is artifact.inner is None
     assert artifact.classifier_description.endswith(
         "test_artifact.Pairs(num_classes=3)"
     )
@@ -257,7 +257,7 @@ def test_recipe_is_rebuilt(path, recipe):
     assert artifact.fits == 2
     assert jnp.array_equal(artifact.key, KEY)
     assert artifact.inner is None
-    assert artifact.classifier is None
+    assert artifact.model is None
     rebuilt = artifact.recipe
     assert rebuilt is not None
     assert rebuilt.name == recipe.name
@@ -280,12 +280,12 @@ def test_recipe_of_another_network_is_named(path):
         eqd.save(path, small(), eqd.recipes.dc(own), two)
     with pytest.raises(ValueError, match="must have hard labels"):
         eqd.save(path, small(soft=True), eqd.recipes.dc(own))
-    for classifier, evaluation in (
+    for model, evaluation in (
         (eqd.recipes.dc(own), claim(0.5)),
         (eqd.LogisticRegression(6, C), two),
     ):
         with pytest.raises(TypeError, match=r"`evaluation` must be of.*got an `Eval"):
-            eqd.save(path, small(), classifier, evaluation)
+            eqd.save(path, small(), model, evaluation)
 
 
 @pytest.mark.parametrize(
@@ -303,15 +303,15 @@ def test_a_recipe_that_was_changed_is_named(path, change):
 
 
 def test_command_refuses_another_preprocessing(tmp_path, monkeypatch, capsys):
-    # A matrix of whitening could hold the weights of a classifier.
+    # A matrix of whitening could hold the weights of a model.
     train, test = eqd.datasets.load("digits")
     distilled = eqd.DistilledSet.from_class_means(train, l2=0.1, key=KEY)
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     path = tmp_path / "a.safetensors"
     standardisation = eqd.Standardisation.fit(train)
     args = {"dataset": "digits", "preprocessing": standardisation}
-    evaluation = eqd.evaluate(distilled, classifier, test.map(standardisation))
-    eqd.save(path, distilled, classifier, evaluation, **args)
+    evaluation = eqd.evaluate(distilled, model, test.map(standardisation))
+    eqd.save(path, distilled, model, evaluation, **args)
     assert run(monkeypatch, capsys, path)[0] == 0
     change(path, {"preprocessing.mean": np.ones((1, 1), np.float32)})
     status, _, err = run(monkeypatch, capsys, path)
@@ -328,12 +328,12 @@ def test_double_precision(tmp_path):
         assert artifact.x64
         assert artifact.distilled.images.dtype == jnp.float64
         assert_same(artifact.distilled, distilled)
-        assert artifact.classifier is not None
-        assert artifact.classifier.head.weight.dtype == jnp.float64
+        assert artifact.model is not None
+        assert artifact.model.head.weight.dtype == jnp.float64
     single = eqd.load(path)
-    assert single.classifier is not None
+    assert single.model is not None
     assert single.distilled.images.dtype == jnp.float32
-    assert single.classifier.head.weight.dtype == jnp.float32
+    assert single.model.head.weight.dtype == jnp.float32
     assert_same(
         single.distilled,
         jax.tree.map(lambda x: np.asarray(x, np.float32), distilled),
@@ -512,26 +512,26 @@ SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
         ({"accuracy": {**CLAIM, "fits": 2}}, "`accuracy` must be.*'fits': 2"),
         ({"accuracy": {**CLAIM, "key": [1, 2**32]}}, "`accuracy` must be.*'key'"),
         ({"seed": 2**63}, "`seed` must be null or an integer of 64 bits"),
-        ({"classifier": {**RECIPE, "name": "x"}}, "`classifier` must be"),
-        ({"classifier": {**RECIPE, "updates": 10**9}}, "`classifier` must be"),
-        ({"classifier": {**RECIPE, "network": {}}}, "`classifier` must be"),
-        ({"classifier": network(widths=[10**6])}, "`classifier` must be"),
-        ({"classifier": network(widths=8 * [9] + [9])}, "`classifier` must be"),
-        ({"classifier": network(size=10**6)}, "`classifier` must be"),
-        ({"classifier": network(norm="os.system")}, "`classifier` must be"),
-        ({"classifier": network(architecture="eval")}, "`classifier` must be"),
+        ({"model": {**RECIPE, "name": "x"}}, "`model` must be"),
+        ({"model": {**RECIPE, "updates": 10**9}}, "`model` must be"),
+        ({"model": {**RECIPE, "network": {}}}, "`model` must be"),
+        ({"model": network(widths=[10**6])}, "`model` must be"),
+        ({"model": network(widths=8 * [9] + [9])}, "`model` must be"),
+        ({"model": network(size=10**6)}, "`model` must be"),
+        ({"model": network(norm="os.system")}, "`model` must be"),
+        ({"model": network(architecture="eval")}, "`model` must be"),
         ({"dataset": "mnist"}, "`dataset` must be"),
         ({"dataset": {"name": "mnist", "sha256": {"a": 1}}}, "`dataset` must be"),
-        ({"classifier": "LogisticRegression"}, "`classifier` must be"),
-        ({"classifier": LOGISTIC}, "`classifier` must be"),
-        ({"classifier": LOGISTIC | {"in_features": 6.0}}, "`classifier` must be"),
-        ({"classifier": LOGISTIC | {"in_features": 10**9}}, "`in_features` = 6.*got 1"),
+        ({"model": "LogisticRegression"}, "`model` must be"),
+        ({"model": LOGISTIC}, "`model` must be"),
+        ({"model": LOGISTIC | {"in_features": 6.0}}, "`model` must be"),
+        ({"model": LOGISTIC | {"in_features": 10**9}}, "`in_features` = 6.*got 1"),
         (
-            {"classifier": LOGISTIC | {"in_features": 6, "num_classes": 10**6}},
-            "its classifier would take 28000000 bytes, where 16.* are allowed for a",
+            {"model": LOGISTIC | {"in_features": 6, "num_classes": 10**6}},
+            "its model would take 28000000 bytes, where 16.* are allowed for a",
         ),
         (
-            {"classifier": {"type": "a.B", "num_classes": 10**9}},
+            {"model": {"type": "a.B", "num_classes": 10**9}},
             "its labels would take 16000000000 bytes",
         ),
         (
@@ -542,7 +542,7 @@ SPAN = {"type": "SpanSolver", "rtol": None, "atol": None}
             {"parameterisation": {"type": "Packed", "shape": [4, 6, 3]}},
             "`shape` must be that of a small image",
         ),
-        ({"classifier": LOGISTIC | {"in_features": 7}}, "`in_features` = 6.*got 7"),
+        ({"model": LOGISTIC | {"in_features": 7}}, "`in_features` = 6.*got 7"),
         ({"inner": SPAN}, "`inner` must be"),
         ({"inner": SPAN | {"max_steps": 0}}, "`inner` must be"),
         ({"inner": SPAN | {"max_steps": 10**7}}, "`inner` must be.*in their ranges"),
@@ -662,8 +662,8 @@ def test_spoilt_files_are_loaded_or_refused(path, data):
     assert jnp.isfinite(distilled.images).all()
     assert jnp.isfinite(distilled.l2)
     assert distilled.labels.shape == distilled.images.shape[:1]
-    if artifact.classifier is not None:
-        eqd.save(path.with_name("again.safetensors"), distilled, artifact.classifier)
+    if artifact.model is not None:
+        eqd.save(path.with_name("again.safetensors"), distilled, artifact.model)
 
 
 @pytest.fixture(scope="module")
@@ -672,11 +672,11 @@ def published(tmp_path_factory, digits):
     train, test = digits
     _, first = np.unique(train.labels, return_index=True)
     distilled = eqd.DistilledSet(train.floating()[first], train.labels[first], l2=0.1)
-    classifier = eqd.LogisticRegression(64, 10)
-    evaluation = eqd.evaluate(distilled, classifier, test)
+    model = eqd.LogisticRegression(64, 10)
+    evaluation = eqd.evaluate(distilled, model, test)
     assert evaluation.accuracy > 0.5
     path = tmp_path_factory.mktemp("published") / "digits.safetensors"
-    eqd.save(path, distilled, classifier, evaluation, dataset="digits")
+    eqd.save(path, distilled, model, evaluation, dataset="digits")
     return path
 
 
@@ -753,7 +753,7 @@ def test_command_finds_a_false_claim(published, tmp_path, monkeypatch, capsys):
             {"dataset": {"name": "mnist", "sha256": {"a": "b"}}},
             "other files of 'mnist'",
         ),
-        ([], {"classifier": {"type": "a.B", "num_classes": 10}}, "classifier of"),
+        ([], {"model": {"type": "a.B", "num_classes": 10}}, "model of"),
         ([], {"inner": {"type": "a.B", "text": "B()"}}, r"inner of.*'B\(\)'"),
     ],
 )

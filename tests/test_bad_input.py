@@ -109,21 +109,21 @@ def good():
 
 
 @pytest.mark.parametrize(
-    ("classifier", "match"),
+    ("model", "match"),
     [
         (eqd.LogisticRegression(8, 3), r"applied.*\(3, 3\).*features of shape \(8,\)"),
         (Scalar(), r"must map one image to floating-point logits of shape \(c,\)"),
-        (Parameterless(), "`classifier` must have parameters"),
-        ("LogisticRegression", "`classifier` must be a callable.*got a str"),
+        (Parameterless(), "`model` must have parameters"),
+        ("LogisticRegression", "`model` must be a callable.*got a str"),
     ],
 )
-def test_classifier(classifier, match):
+def test_classifier(model, match):
     distilled, _, data = good()
     for call in (
-        lambda: eqd.fit(distilled, classifier),
-        lambda: eqd.outer_loss(distilled, classifier, data),
-        lambda: eqd.evaluate(distilled, classifier, data),
-        lambda: eqd.distill(distilled, classifier, data),
+        lambda: eqd.fit(distilled, model),
+        lambda: eqd.outer_loss(distilled, model, data),
+        lambda: eqd.evaluate(distilled, model, data),
+        lambda: eqd.distill(distilled, model, data),
     ):
         with pytest.raises((TypeError, ValueError), match=f"(?s){match}"):
             call()
@@ -152,11 +152,11 @@ def test_soft_labels_of_other_classes():
     ],
 )
 def test_data(data, match):
-    distilled, classifier, _ = good()
+    distilled, model, _ = good()
     for name, call in (
-        ("data", lambda: eqd.outer_loss(distilled, classifier, data)),
-        ("test", lambda: eqd.evaluate(distilled, classifier, data)),
-        ("train", lambda: eqd.distill(distilled, classifier, data)),
+        ("data", lambda: eqd.outer_loss(distilled, model, data)),
+        ("test", lambda: eqd.evaluate(distilled, model, data)),
+        ("train", lambda: eqd.distill(distilled, model, data)),
     ):
         with pytest.raises(ValueError, match=match) as info:
             call()
@@ -200,33 +200,33 @@ def test_distill(kwargs, match):
     ],
 )
 def test_start(start, match):
-    _, classifier, data = good()
+    _, model, data = good()
     with pytest.raises((TypeError, ValueError), match=match):
-        eqd.distill(start, classifier, data)
+        eqd.distill(start, model, data)
 
 
 def test_batches():
-    distilled, classifier, data = good()
+    distilled, model, data = good()
     for size in (0, 5):
         with pytest.raises(ValueError, match=f"`size` must be from 1 to 4.*got {size}"):
             eqd.Batches(data, size)
     for wrong in ("linear", eqd.Flip(), eqd.LogisticRegression(8, 3), Scalar):
         for make in (eqd.FullBatch, lambda data, x: eqd.Batches(data, 2, x)):
-            with pytest.raises((TypeError, ValueError), match="`classifier` "):
+            with pytest.raises((TypeError, ValueError), match="`model` "):
                 make(data, wrong)
     batches = eqd.Batches(data, 2)
     for call in (
-        lambda: HYPERGRADIENT(distilled, classifier, batches),
-        lambda: eqd.distill(distilled, classifier, batches),
+        lambda: HYPERGRADIENT(distilled, model, batches),
+        lambda: eqd.distill(distilled, model, batches),
     ):
         with pytest.raises(ValueError, match="`key` must be given with `Batches`"):
             call()
 
 
 def test_full_batch_of_other_features():
-    distilled, classifier, data = good()
-    other = eqd.LinearClassifier(lambda image: 2 * image.reshape(-1), classifier.head)
-    full = eqd.FullBatch(data, classifier)
+    distilled, model, data = good()
+    other = eqd.LinearClassifier(lambda image: 2 * image.reshape(-1), model.head)
+    full = eqd.FullBatch(data, model)
     for wrong in (other, Parameters()):
         with pytest.raises(ValueError, match="the features that this `FullBatch` was"):
             HYPERGRADIENT(distilled, wrong, full)

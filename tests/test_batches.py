@@ -18,7 +18,7 @@ NUMBERS = np.arange(14, dtype=np.float32)[:, None, None]
 
 
 class Table(eqx.Module):
-    """A classifier with logits of its own for each image, as it is and augmented."""
+    """A model with logits of its own for each image, as it is and augmented."""
 
     logits: jax.Array
 

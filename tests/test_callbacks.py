@@ -168,35 +168,35 @@ def test_early_stopping(digits):
     # So few images are soon overfitted.
     few, held_out = subset(digits[0], 150).split(2 / 3, key=jr.key(0))
     start = eqd.DistilledSet.from_noise(few, l2=1e-3, scale=0.02, key=jr.key(0))
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     args = {"inner": OneStep(), "optimiser": LBFGS, "steps": 100}
     stopping = eqd.EarlyStopping(held_out, patience=2)
-    result = eqd.distill(start, classifier, few, **args, callbacks=[stopping])
+    result = eqd.distill(start, model, few, **args, callbacks=[stopping])
     (best,) = result.callbacks
     assert best.steps == (0, *range(10, len(result.history) + 1, 10))
     assert len(result.history) < 100
     place = int(np.argmin(best.losses))
     assert best.step == 10 * place
     assert len(best.losses) == place + 1 + 2
-    loss, _ = hypergradient(best.distilled, classifier, held_out, OneStep())
+    loss, _ = hypergradient(best.distilled, model, held_out, OneStep())
     np.testing.assert_allclose(loss, best.losses.min(), rtol=1e-5)
     # It went on for two more checks: to less on what it saw, and to more on the rest.
-    last, _ = hypergradient(result.distilled, classifier, held_out, OneStep())
+    last, _ = hypergradient(result.distilled, model, held_out, OneStep())
     assert last > 1.01 * loss
 
 
 def test_early_stopping_refuses_bad_data(problem):
-    start, classifier, train = problem
+    start, model, train = problem
     with pytest.raises(ValueError, match="`patience` must be at least 1; got 0"):
         eqd.EarlyStopping(train, patience=0)
     with pytest.raises(ValueError, match="`every` must be at least 1; got 0"):
         eqd.EarlyStopping(train, every=0)
     other = eqd.Dataset(np.ones((3, 4, 4), np.float32), np.arange(3))
     with pytest.raises(ValueError, match=r"`data` and `distilled`.*\(4, 4\)"):
-        eqd.distill(start, classifier, train, callbacks=[eqd.EarlyStopping(other)])
+        eqd.distill(start, model, train, callbacks=[eqd.EarlyStopping(other)])
     # Losses that are infinite from the start never are the best.
     huge = eqd.Dataset(3e38 * np.ones((3, 8, 8), np.float32), np.arange(3))
     with pytest.raises(ValueError, match="must be finite at the start; it is"):
-        eqd.distill(start, classifier, train, callbacks=[eqd.EarlyStopping(huge)])
+        eqd.distill(start, model, train, callbacks=[eqd.EarlyStopping(huge)])
     with pytest.raises(ValueError, match=r"`every` must be.* at least 1; got 0"):
-        eqd.distill(start, classifier, train, callbacks=[eqd.Log(every=0)])
+        eqd.distill(start, model, train, callbacks=[eqd.Log(every=0)])

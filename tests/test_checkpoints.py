@@ -220,7 +220,7 @@ def test_runs_in_another_thread(run, undisturbed):
 
 def test_another_problem_is_refused(run, arguments):
     run(steps=5)
-    (start, classifier, data), _ = arguments
+    (start, model, data), _ = arguments
 
     def refused(match, **args):
         with pytest.raises(ValueError, match=match):
@@ -233,15 +233,15 @@ def test_another_problem_is_refused(run, arguments):
     few = eqd.DistilledSet(start.images[:9], start.labels[:9], l2=0.05)
     refused(
         r"start.images`: float32 of shape \(10, 8, 8\) .* of shape \(9, 8, 8\)",
-        args=(few, classifier, data),
+        args=(few, model, data),
     )
     images = np.array(data.dataset.images)
     images[0, 0, 0] += 1
     changed = eqd.Batches(eqd.Dataset(images, data.dataset.labels), 70)
-    refused(r"data.dataset.images`: .*digest", args=(start, classifier, changed))
+    refused(r"data.dataset.images`: .*digest", args=(start, model, changed))
     refused(
         r"data.size`: 70 in the checkpoint, 71 here",
-        args=(start, classifier, eqd.Batches(data.dataset, 71)),
+        args=(start, model, eqd.Batches(data.dataset, 71)),
     )
     refused(r"inner.learning_rate`: 10 in", inner=OneStep(learning_rate=9.0))
     with pytest.raises(ValueError, match=r"`callbacks`.*got \['EarlyStopping', 'Kept'"):

@@ -1,4 +1,4 @@
-"""Which parameters of a classifier are fitted, and which of them the ridge shrinks."""
+"""Which parameters of a model are fitted, and which of them the ridge shrinks."""
 
 import equinox as eqx
 import jax
@@ -88,26 +88,26 @@ class Nested(eqx.Module):
 
 
 def test_parameters():
-    classifier = Nested()
-    mask = eqd.parameters(classifier)
-    assert jax.tree.structure(mask) == jax.tree.structure(classifier)
-    frozen, free, shrunk = classifier.groups()
-    fitted = jax.tree.leaves(eqx.filter(classifier, mask))
+    model = Nested()
+    mask = eqd.parameters(model)
+    assert jax.tree.structure(mask) == jax.tree.structure(model)
+    frozen, free, shrunk = model.groups()
+    fitted = jax.tree.leaves(eqx.filter(model, mask))
     assert {id(x) for x in fitted} == {id(x) for x in (*free, *shrunk)}
     # Neither integers nor keys.
-    others = eqx.filter(eqx.filter(classifier, mask, inverse=True), eqx.is_array)
+    others = eqx.filter(eqx.filter(model, mask, inverse=True), eqx.is_array)
     others = jax.tree.leaves(others)
     assert {id(x) for x in others} == {
-        id(x) for x in (*frozen, classifier.counts, classifier.key)
+        id(x) for x in (*frozen, model.counts, model.key)
     }
 
 
 def test_ridge():
-    classifier = Nested()
+    model = Nested()
     loss = eqx.filter_jit(eqd.inner_loss)
-    *_, shrunk = classifier.groups()
+    *_, shrunk = model.groups()
     squares = sum(np.sum(np.square(x, dtype=np.float64)) for x in shrunk)
-    by_the_ridge = loss(start(1.0), classifier) - loss(start(1e-6), classifier)
+    by_the_ridge = loss(start(1.0), model) - loss(start(1e-6), model)
     np.testing.assert_allclose(by_the_ridge, squares / 2, rtol=1e-4)
 
 
@@ -115,24 +115,24 @@ def test_ridge():
 def test_fit_by_central_differences():
     # At the fit the loss, written anew here, is stationary in all that is not frozen.
     to_double = lambda x: x.astype(float) if eqx.is_inexact_array(x) else x
-    classifier = jax.tree.map(to_double, Nested())
+    model = jax.tree.map(to_double, Nested())
     images, l2 = jnp.asarray(IMAGES, float), 0.05
     distilled = eqd.DistilledSet(images, LABELS, l2=l2)
-    fitted = eqd.fit(distilled, classifier, exact())
+    fitted = eqd.fit(distilled, model, exact())
     assert fitted.gradient_norm < 1e-10
 
     @eqx.filter_jit
-    def loss(classifier):
-        log_p = jax.nn.log_softmax(jax.vmap(classifier)(distilled.images))
-        *_, shrunk = classifier.groups()
+    def loss(model):
+        log_p = jax.nn.log_softmax(jax.vmap(model)(distilled.images))
+        *_, shrunk = model.groups()
         ridge = l2 / 2 * sum(jnp.sum(x**2) for x in shrunk)
         return ridge - jnp.mean(log_p[jnp.arange(5), distilled.labels])
 
-    assert loss(fitted.classifier) < loss(classifier) - 0.1
-    before, after = classifier.groups(), fitted.classifier.groups()
+    assert loss(fitted.model) < loss(model) - 0.1
+    before, after = model.groups(), fitted.model.groups()
     for x, y in zip(before[0], after[0], strict=True):
         np.testing.assert_array_equal(x, y)
-    leaves, structure = jax.tree.flatten(fitted.classifier)
+    leaves, structure = jax.tree.flatten(fitted.model)
     steep = set()
     for i, x in enumerate(leaves):
         if not eqx.is_inexact_array(x):
@@ -149,7 +149,7 @@ def test_fit_by_central_differences():
 
 def test_all_frozen_is_refused():
     frozen = eqd.Frozen(linear(6, 3))
-    with pytest.raises(ValueError, match="`classifier` must have parameters to fit"):
+    with pytest.raises(ValueError, match="`model` must have parameters to fit"):
         eqd.fit(start(), frozen)
 
 
@@ -164,20 +164,20 @@ def test_last_layer_computes_the_same(kind):
         network = eqx.nn.MLP(6, 3, 4, 1, key=jr.key(0))
     elif kind == "where":
         network, x, where = CNN(key=jr.key(0)), jnp.ones((8, 8)), lambda n: n.linear
-    classifier = eqd.last_layer(network, *([] if where is None else [where]))
-    np.testing.assert_allclose(classifier(x), network(x), rtol=1e-6)
-    assert classifier.head is (network.layers[-1] if where is None else where(network))
-    fitted = jax.tree.leaves(eqx.filter(classifier, eqd.parameters(classifier)))
-    assert {id(x) for x in fitted} == {id(x) for x in jax.tree.leaves(classifier.head)}
+    model = eqd.last_layer(network, *([] if where is None else [where]))
+    np.testing.assert_allclose(model(x), network(x), rtol=1e-6)
+    assert model.head is (network.layers[-1] if where is None else where(network))
+    fitted = jax.tree.leaves(eqx.filter(model, eqd.parameters(model)))
+    assert {id(x) for x in fitted} == {id(x) for x in jax.tree.leaves(model.head)}
 
 
 def test_last_layer_is_linear_in_the_features():
     network = mlp()
-    got = eqd.fit(squared(), eqd.last_layer(network)).classifier
+    got = eqd.fit(squared(), eqd.last_layer(network)).model
     features = np.asarray(jax.vmap(network[:2])(IMAGES))
     of_features = eqd.DistilledSet(features, LABELS, l2=0.1, loss=eqd.SquaredError())
-    classifier = eqd.LogisticRegression(4, 3, use_intercept=True)
-    want = eqd.fit(of_features, classifier).classifier
+    model = eqd.LogisticRegression(4, 3, use_intercept=True)
+    want = eqd.fit(of_features, model).model
     np.testing.assert_allclose(got.head.weight, want.head.weight, atol=1e-5)
     np.testing.assert_allclose(got.head.bias, want.head.bias, atol=1e-5)
     assert eqx.tree_equal(got.features.module[:2], network[:2])
@@ -229,16 +229,16 @@ def test_state_is_refused_outside_of_frozen():
 @pytest.mark.parametrize("kind", ["network", "features"])
 def test_state_is_accepted_inside_frozen(kind):
     if kind == "network":
-        classifier, inner = OnTop(eqd.Frozen(Trained()), linear(6, 3)), OneStep()
+        model, inner = OnTop(eqd.Frozen(Trained()), linear(6, 3)), OneStep()
     else:
-        classifier = eqd.LinearClassifier(Trained(), linear(6, 3))
+        model = eqd.LinearClassifier(Trained(), linear(6, 3))
         inner = eqd.RidgeSolver()
     args = {"inner": inner, "optimiser": ADAM, "steps": 4}
-    history = eqd.distill(squared(), classifier, REAL, **args).history
+    history = eqd.distill(squared(), model, REAL, **args).history
     assert history.loss[-1] < history.loss[0] - 1e-3
-    fitted = eqd.fit(squared(), classifier, inner).classifier
+    fitted = eqd.fit(squared(), model, inner).model
     frozen = fitted.below if kind == "network" else fitted.features
-    before = classifier.below if kind == "network" else classifier.features
+    before = model.below if kind == "network" else model.features
     assert eqx.tree_equal(frozen, before)
 
 
@@ -248,10 +248,10 @@ def test_dropout_is_off(kind):
     network = eqx.nn.Sequential(
         [linear(6, 4), eqx.nn.Lambda(jnp.tanh), dropout, linear(4, 3)]
     )
-    classifier = network if kind == "network" else eqd.last_layer(network)
-    evaluation = eqd.evaluate(squared(), classifier, REAL)
+    model = network if kind == "network" else eqd.last_layer(network)
+    evaluation = eqd.evaluate(squared(), model, REAL)
     # Measured anew, without.
-    fitted = evaluation.fitted.classifier
+    fitted = evaluation.fitted.model
     first = (fitted if kind == "network" else fitted.features.module).layers[0]
     last = fitted.layers[3] if kind == "network" else fitted.head
     hidden = np.tanh(REAL.images @ first.weight.T + first.bias)
@@ -259,7 +259,7 @@ def test_dropout_is_off(kind):
     loss = -np.mean(log_p[np.arange(20), REAL.labels])
     np.testing.assert_allclose(evaluation.loss, loss, rtol=1e-4)
     if kind == "features":  # The real ones are computed without, too.
-        history = eqd.distill(squared(), classifier, REAL, steps=1).history
+        history = eqd.distill(squared(), model, REAL, steps=1).history
         np.testing.assert_allclose(history.loss[0], loss, rtol=1e-4)
 
 
@@ -274,18 +274,18 @@ class Projected(eqx.Module):
 
 
 def test_key_inside_a_classifier():
-    classifier = Projected(jr.key(0), jnp.zeros((3, 4)))
-    fitted = eqd.fit(start(), classifier, OneStep()).classifier
-    assert fitted.key == classifier.key
-    projection = np.asarray(jr.normal(classifier.key, (4, 6)))
+    model = Projected(jr.key(0), jnp.zeros((3, 4)))
+    fitted = eqd.fit(start(), model, OneStep()).model
+    assert fitted.key == model.key
+    projection = np.asarray(jr.normal(model.key, (4, 6)))
     # The first step of gradient descent, from zero.
     residuals = np.eye(3)[LABELS] - 1 / 3
     want = 10 / 5 * residuals.T @ IMAGES @ projection.T
     np.testing.assert_allclose(fitted.weight, want, rtol=1e-4, atol=1e-5)
     args = {"inner": OneStep(), "optimiser": ADAM, "steps": 4}
-    history = eqd.distill(start(), classifier, REAL, **args).history
+    history = eqd.distill(start(), model, REAL, **args).history
     assert history.loss[-1] < history.loss[0] - 1e-3
-    loss = eqd.evaluate(start(), classifier, REAL, OneStep()).loss
+    loss = eqd.evaluate(start(), model, REAL, OneStep()).loss
     np.testing.assert_allclose(history.loss[0], loss, rtol=1e-5)
 
 
@@ -299,12 +299,12 @@ class Features(eqx.Module):
 @pytest.mark.slow
 def test_key_inside_features():
     head = linear(4, 3)
-    classifier, other = (
+    model, other = (
         eqd.LinearClassifier(Features(jr.key(seed)), head) for seed in (0, 1)
     )
-    data = eqd.FullBatch(REAL, classifier)
-    loss = eqd.evaluate(squared(), classifier, REAL).loss
-    got, _ = eqx.filter_jit(eqd.outer_loss)(squared(), classifier, data)
+    data = eqd.FullBatch(REAL, model)
+    loss = eqd.evaluate(squared(), model, REAL).loss
+    got, _ = eqx.filter_jit(eqd.outer_loss)(squared(), model, data)
     np.testing.assert_allclose(got, loss, rtol=1e-5)
     with pytest.raises(ValueError, match="the features that this `FullBatch` was made"):
         eqd.distill(squared(), other, data, steps=1)
@@ -313,18 +313,18 @@ def test_key_inside_features():
 @pytest.mark.slow
 def test_features_in_batches():
     """The features of the real images are computed once, and not in a step."""
-    classifier = eqd.LinearClassifier(Features(jr.key(0)), linear(4, 3))
+    model = eqd.LinearClassifier(Features(jr.key(0)), linear(4, 3))
     for make in (eqd.Batches, eqd.BalancedBatches):
-        once, anew = make(REAL, 2, classifier), make(REAL, 2)
+        once, anew = make(REAL, 2, model), make(REAL, 2)
         assert once.dataset.shape == (4,)
-        loss = lambda data: data.loss(classifier, jnp.array(3), key=jr.key(0))
+        loss = lambda data: data.loss(model, jnp.array(3), key=jr.key(0))
         got, wanted = loss(once), loss(anew)
         np.testing.assert_allclose(got, wanted, rtol=1e-5)
     other = eqd.LinearClassifier(Features(jr.key(1)), linear(4, 3))
     with pytest.raises(ValueError, match="that this `BalancedBatches` was made with"):
         eqd.distill(squared(), other, once, key=jr.key(0), steps=1)
     with pytest.raises(ValueError, match=r"`augmentation` must be None.*got a Flip"):
-        eqd.Batches(REAL, 2, classifier, augmentation=eqd.Flip())
+        eqd.Batches(REAL, 2, model, augmentation=eqd.Flip())
     bad = eqd.LinearClassifier(lambda x: x / 0, linear(6, 3))
-    with pytest.raises(ValueError, match=r"`classifier` must have features.*finite"):
+    with pytest.raises(ValueError, match=r"`model` must have features.*finite"):
         eqd.FullBatch(REAL, bad)

@@ -43,19 +43,19 @@ def problem(digits):
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_any_optax_optimiser(problem, name):
-    start, classifier, train = problem
+    start, model, train = problem
     # The convex solver once, and else one that is soon compiled.
     inner = eqd.AutoSolver() if name == "adam" else ONE_STEP
     result = eqd.distill(*problem, inner=inner, optimiser=OPTIMISERS[name], steps=STEPS)
     history = result.history
     assert len(history) == STEPS
     # The history is that of the public outer loss and its gradient.
-    loss, gradient = hypergradient(start, classifier, train, inner)
+    loss, gradient = hypergradient(start, model, train, inner)
     np.testing.assert_allclose(history.loss[0], loss, rtol=1e-5)
     norm = jnp.linalg.norm(gradient.images)
     np.testing.assert_allclose(history.gradient_norm[0], norm, rtol=1e-3)
     assert np.isfinite(history.inner_residual).all()
-    final, _ = hypergradient(result.distilled, classifier, train, inner)
+    final, _ = hypergradient(result.distilled, model, train, inner)
     assert final < history.loss[-1] + 0.05 < history.loss[0]
     # Only the images were learned.
     assert result.learned == ("images",)
@@ -68,18 +68,18 @@ def test_batches(digits):
     # At a learning rate of zero, the mean of an epoch's losses is the full loss.
     train = subset(digits[0], 60)
     start = small_noise(train, l2=0.05)
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     still = optax.sgd(0.0)
     run = lambda seed: eqd.distill(
         start,
-        classifier,
+        model,
         eqd.Batches(train, 10),
         inner=ONE_STEP,
         optimiser=still,
         steps=12,
         key=jr.key(seed),
     )
-    loss = eqd.evaluate(start, classifier, train, ONE_STEP).loss
+    loss = eqd.evaluate(start, model, train, ONE_STEP).loss
     losses = run(0).history.loss
     np.testing.assert_allclose(losses[:6].mean(), loss, rtol=1e-5)
     np.testing.assert_allclose(losses[6:].mean(), loss, rtol=1e-5)
@@ -100,15 +100,15 @@ def test_tolerance_stops(problem):
 
 
 def test_what_is_learned_is_a_filter(problem):
-    start, classifier, train = problem
+    start, model, train = problem
     start = eqd.DistilledSet(start.images, start.labels, l2=1.0)
     # Such that one step depends on the ridge.
     weight = np.random.default_rng(0).normal(size=(10, 64)).astype(np.float32)
-    classifier = eqx.tree_at(lambda c: c.head.weight, classifier, 0.1 * weight)
+    model = eqx.tree_at(lambda c: c.head.weight, model, 0.1 * weight)
     nothing = jax.tree.map(lambda _: False, start)
     learn = (eqx.tree_at(lambda d: d.log_l2, nothing, True), False)
     args = {"inner": ONE_STEP, "optimiser": ADAM, "steps": STEPS}
-    result = eqd.distill(start, classifier, train, learn=learn, **args)
+    result = eqd.distill(start, model, train, learn=learn, **args)
     assert result.learned == ("log_l2",)
     assert jnp.array_equal(result.distilled.images, start.images)
     assert result.distilled.l2 < 0.9
@@ -172,17 +172,17 @@ def test_useless_adjoint_returns_the_last_good_set(problem):
 )
 def test_networks(digits, make):
     train, test = digits
-    classifier = make(jr.key(11))
+    model = make(jr.key(11))
     for l2 in (0.1, 0.01):
         # The second reuses what was compiled for the first.
         start = eqd.DistilledSet.from_noise(train, l2=l2, scale=0.3, key=jr.key(1))
-        result = eqd.distill(start, classifier, train, steps=60)
-        evaluation = eqd.evaluate(result.distilled, classifier, test)
+        result = eqd.distill(start, model, train, steps=60)
+        evaluation = eqd.evaluate(result.distilled, model, test)
         assert evaluation.accuracy >= 0.8
 
 
 def test_each_part_has_its_own_optimiser(problem):
-    hard, classifier, train = problem
+    hard, model, train = problem
     start = eqd.DistilledSet(hard.images, 3 * jnp.eye(10), l2=hard.l2)
     labels = eqx.tree_at(
         lambda d: (d.images, d.labels, d.log_l2), start, ("images", "labels", "l2")
@@ -192,7 +192,7 @@ def test_each_part_has_its_own_optimiser(problem):
         (labels, "l2"),  # There is nothing in the solver.
     )
     args = {"inner": ONE_STEP, "optimiser": optimiser, "steps": STEPS}
-    result = eqd.distill(start, classifier, train, learn=(True, False), **args)
+    result = eqd.distill(start, model, train, learn=(True, False), **args)
     assert result.learned == ("images", "labels", "log_l2")
     assert result.history.loss[-1] < result.history.loss[0]
     assert not jnp.array_equal(result.distilled.labels, start.labels)
@@ -205,7 +205,7 @@ def test_each_part_has_its_own_optimiser(problem):
 def test_outer_loss_needs_no_gradient(problem):
     start, linear, train = problem
     network = MLP(64, 4, jax.nn.softplus, key=jr.key(0))
-    for classifier in (linear, network):
-        loss = eqx.filter_jit(eqd.outer_loss)(start, classifier, train, ONE_STEP)[0]
-        want = eqd.evaluate(start, classifier, train, ONE_STEP).loss
+    for model in (linear, network):
+        loss = eqx.filter_jit(eqd.outer_loss)(start, model, train, ONE_STEP)[0]
+        want = eqd.evaluate(start, model, train, ONE_STEP).loss
         np.testing.assert_allclose(loss, want, rtol=1e-5)

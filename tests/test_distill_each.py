@@ -22,7 +22,7 @@ def starts(train, n=3):
 
 
 def test_is_as_one_by_one(train):
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     optimiser = eqd.whitened(LBFGS, train)
     args = {
         "inner": OneStep(),
@@ -30,9 +30,9 @@ def test_is_as_one_by_one(train):
         "steps": 12,
         "tolerance": 0.029,
     }
-    together = eqd.distill_each(starts(train), classifier, train, **args)
+    together = eqd.distill_each(starts(train), model, train, **args)
     for start, result in zip(starts(train), together, strict=True):
-        alone = eqd.distill(start, classifier, train, **args)
+        alone = eqd.distill(start, model, train, **args)
         assert result.converged == alone.converged
         assert len(result.history) == len(alone.history)
         np.testing.assert_allclose(result.history.loss, alone.history.loss, rtol=1e-4)
@@ -48,11 +48,11 @@ def strong_noise(train, l2):
 @pytest.mark.slow
 def test_any_classifier_and_data(train):
     # Each start has its own key, and with it its own batches.
-    classifier = MLP(64, 4, jax.nn.softplus, key=jr.key(1))
+    model = MLP(64, 4, jax.nn.softplus, key=jr.key(1))
     args = {"inner": OneStep(0.1), "optimiser": ADAM, "steps": 3}
     first, second = eqd.distill_each(
         [strong_noise(train, 1e-3)] * 2,
-        classifier,
+        model,
         eqd.Batches(train, 20),
         key=jr.key(0),
         **args,
@@ -62,46 +62,46 @@ def test_any_classifier_and_data(train):
 
 @pytest.mark.slow
 def test_networks(train):
-    classifier = MLP(64, 4, jax.nn.softplus, key=jr.key(1))
+    model = MLP(64, 4, jax.nn.softplus, key=jr.key(1))
     starts = [strong_noise(train, l2) for l2 in (1e-3, 2e-3)]
     args = {"optimiser": ADAM, "steps": 4}
-    for result in eqd.distill_each(starts, classifier, train, **args):
+    for result in eqd.distill_each(starts, model, train, **args):
         assert result.history.loss[-1] < 0.9 * result.history.loss[0]
 
 
 def test_says_which_start_fails(train):
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     good, _, bad = starts(train)
     bad = eqx.tree_at(lambda d: d.images, bad, jnp.full_like(bad.images, jnp.nan))
     match = "the start of index 1 stopped at step 0: the inner solver did not converge"
     args = {"inner": OneStep(), "optimiser": ADAM, "steps": 3}
     with pytest.raises(eqd.DistillationError, match=match) as info:
-        eqd.distill_each([good, bad], classifier, train, **args)
+        eqd.distill_each([good, bad], model, train, **args)
     assert len(info.value.distillation.history) == 0
 
 
 def test_bad_input(train):
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     three = starts(train)
     with pytest.raises(ValueError, match="`starts` must hold at least one"):
-        eqd.distill_each([], classifier, train)
+        eqd.distill_each([], model, train)
     other = small_noise(train, 5)
     match = r"of one shape.*index 3 differs.*\(10, 8, 8\) wanted.*\(5, 8, 8\) got"
     with pytest.raises(ValueError, match=match):
-        eqd.distill_each([*three, other], classifier, train)
+        eqd.distill_each([*three, other], model, train)
     labels = eqx.tree_at(lambda d: d.labels, three[0], jnp.arange(10) + 1)
     with pytest.raises(ValueError, match=r"`distilled.labels` must be in \[0, 10\)"):
-        eqd.distill_each([*three, labels], classifier, train)
+        eqd.distill_each([*three, labels], model, train)
     with pytest.raises(ValueError, match="`steps` must be at least 1; got 0"):
-        eqd.distill_each(three, classifier, train, steps=0)
+        eqd.distill_each(three, model, train, steps=0)
 
 
 class Raising(eqd.AbstractInnerSolver[None]):
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         return None
 
-    def __call__(self, distilled, classifier, state, *, key):
-        fitted, state = OneStep()(distilled, classifier, state, key=key)
+    def __call__(self, distilled, model, state, *, key):
+        fitted, state = OneStep()(distilled, model, state, key=key)
         is_negative = distilled.images.mean() < 0
         return eqx.error_if(fitted, is_negative, "Useless."), state
 
@@ -111,9 +111,9 @@ def test_inner_solver_that_raises(train):
         eqx.tree_at(lambda d: d.images, start, sign * abs(start.images))
         for start, sign in zip(starts(train, 2), (1, -1), strict=True)
     )
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     args = {"inner": Raising(), "optimiser": ADAM, "steps": 3}
     with pytest.raises(eqd.DistillationError, match="the inner solver raised") as info:
-        eqd.distill_each([good, bad], classifier, train, **args)
+        eqd.distill_each([good, bad], model, train, **args)
     assert "Useless" in str(info.value.__cause__)
     assert len(info.value.distillation.history) == 0

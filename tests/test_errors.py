@@ -71,18 +71,18 @@ SCALAR, FLAG, COUNT = jnp.zeros(()), jnp.array(True), jnp.array(0)
 FITTED = eqd.Fitted(CLASSIFIER, FLAG, SCALAR)
 STATE = {"learned": None, "fixed": None, "last_good": None, "optimiser_state": None}
 STATE |= {"inner_state": None, "key": None, "step": COUNT, "status": COUNT}
-FIT = {"distilled": DISTILLED, "classifier": CLASSIFIER}
+FIT = {"distilled": DISTILLED, "model": CLASSIFIER}
 NO_CLASSIFIER = [None, "network", IMAGES, eqd.LogisticRegression(8, 3), Plain]
 NO_START = [None, IMAGES, "start", eqd.DistilledSet]
 FROM = {"train": DATA, "l2": 0.1, "key": KEY}
 BAD_FROM = {"train": NO_DATA, "n": [0, 1.5, "3"], "l2": [0, "a"], "key": KEYS}
-OUTER = {"start": DISTILLED, "classifier": CLASSIFIER, "train": DATA}
+OUTER = {"start": DISTILLED, "model": CLASSIFIER, "train": DATA}
 BAD_OUTER = {
     "optimiser": ["adam", optax.adam, None],
     "learn": [3, (1, 0), (True,) * 3, "images", (False, True)],
     "tolerance": ["0", -1, None, True],
     "inner": NO_SOLVER,
-    "classifier": NO_CLASSIFIER,
+    "model": NO_CLASSIFIER,
     "train": [*NO_DATA, OTHER_DATA],
 }
 NETWORK = (SHAPED, {"shape": SHAPES, "num_classes": NOT_POSITIVE, "key": KEYS})
@@ -294,7 +294,7 @@ CASES = {
     ),
     "Fitted": (
         eqd.Fitted,
-        {"classifier": CLASSIFIER, "converged": FLAG, "gradient_norm": SCALAR},
+        {"model": CLASSIFIER, "converged": FLAG, "gradient_norm": SCALAR},
         {"converged": [True, 1], "gradient_norm": [1.0, "a"], "stats": [None, [1]]},
     ),
     "Flip": (eqd.Flip, {}, {"probability": [-0.1, 2, *NOT_NUMBERS]}),
@@ -332,9 +332,9 @@ CASES = {
     "LinearClassifier.__call__": (CLASSIFIER, {}, {"image": [None, IMAGES[0]]}),
     "Linearised": (eqd.Linearised, {"tangent": None}, {"network": [None, Plain()]}),
     "LinearisedSolver": (
-        lambda classifier: eqd.fit(SQUARED, classifier, eqd.LinearisedSolver()),
+        lambda model: eqd.fit(SQUARED, model, eqd.LinearisedSolver()),
         {},
-        {"classifier": NO_CLASSIFIER},
+        {"model": NO_CLASSIFIER},
     ),
     "Log": (eqd.Log, {}, {"write": [None, "print", 3], "every": NOT_POSITIVE}),
     "LogisticRegression": (
@@ -387,11 +387,11 @@ CASES = {
         },
     ),
     "Pool, used": (
-        lambda networks=(network,), key=KEY, classifier=None: eqd.fit(
-            SQUARED, classifier, eqd.Pool(*networks, num_classes=3), key=key
+        lambda networks=(network,), key=KEY, model=None: eqd.fit(
+            SQUARED, model, eqd.Pool(*networks, num_classes=3), key=key
         ),
         {},
-        {"networks": [(network,)], "key": KEYS, "classifier": [CLASSIFIER, Plain()]},
+        {"networks": [(network,)], "key": KEYS, "model": [CLASSIFIER, Plain()]},
     ),
     "PoolState": (
         eqd.PoolState,
@@ -402,7 +402,7 @@ CASES = {
         eqd.Problem,
         {
             "start": DISTILLED,
-            "classifier": CLASSIFIER,
+            "model": CLASSIFIER,
             "data": DATA,
             "optimiser": ADAM,
         },
@@ -442,14 +442,14 @@ CASES = {
         },
     ),
     "RandomInitialisation, used": (
-        lambda network=network, key=KEY, classifier=None: eqd.fit(
+        lambda network=network, key=KEY, model=None: eqd.fit(
             DISTILLED,
-            classifier,
+            model,
             eqd.RandomInitialisation(network, DRAWING, num_classes=4),
             key=key,
         ),
         {},
-        {"network": [network], "key": KEYS, "classifier": [CLASSIFIER]},
+        {"network": [network], "key": KEYS, "model": [CLASSIFIER]},
     ),
     "RandomWindow": (eqd.RandomWindow, {}, {"size": NOT_POSITIVE}),
     "RandomWindow.start": (
@@ -469,9 +469,9 @@ CASES = {
     ),
     "RelativeRidge": (eqd.RelativeRidge, {}, {"inner": NO_SOLVER}),
     "RelativeRidge, used": (
-        lambda classifier: eqd.fit(SQUARED, classifier, eqd.RelativeRidge()),
+        lambda model: eqd.fit(SQUARED, model, eqd.RelativeRidge()),
         {},
-        {"classifier": [Plain(), *NO_CLASSIFIER]},
+        {"model": [Plain(), *NO_CLASSIFIER]},
     ),
     "ReversibleSolver": (
         eqd.ReversibleSolver,
@@ -484,11 +484,11 @@ CASES = {
         },
     ),
     "RidgeSolver": (
-        lambda distilled=SQUARED, classifier=CLASSIFIER: eqd.fit(
-            distilled, classifier, eqd.RidgeSolver()
+        lambda distilled=SQUARED, model=CLASSIFIER: eqd.fit(
+            distilled, model, eqd.RidgeSolver()
         ),
         {},
-        {"distilled": [*NO_START, DISTILLED], "classifier": [*NO_CLASSIFIER, Plain()]},
+        {"distilled": [*NO_START, DISTILLED], "model": [*NO_CLASSIFIER, Plain()]},
     ),
     "SpanSolver": (
         eqd.SpanSolver,
@@ -496,11 +496,11 @@ CASES = {
         {"rtol": [-1, "1"], "atol": [-1, "1"], "max_steps": NOT_POSITIVE},
     ),
     "SpanSolver, used": (
-        lambda distilled=DISTILLED, classifier=CLASSIFIER: eqd.fit(
-            distilled, classifier, eqd.SpanSolver()
+        lambda distilled=DISTILLED, model=CLASSIFIER: eqd.fit(
+            distilled, model, eqd.SpanSolver()
         ),
         {},
-        {"distilled": [*NO_START, SQUARED], "classifier": [*NO_CLASSIFIER, Plain()]},
+        {"distilled": [*NO_START, SQUARED], "model": [*NO_CLASSIFIER, Plain()]},
     ),
     "SquaredError": (
         eqd.SquaredError,
@@ -535,10 +535,10 @@ CASES = {
         },
     ),
     "UnrolledSolver, used": (
-        lambda batch_size=2, key=KEY, classifier=CLASSIFIER: (
+        lambda batch_size=2, key=KEY, model=CLASSIFIER: (
             eqd.fit(
                 DISTILLED,
-                classifier,
+                model,
                 eqx.tree_at(lambda s: s.steps, DRAWING, 2, is_leaf=lambda x: x is None)
                 if batch_size == 2
                 else WIDE,
@@ -546,11 +546,11 @@ CASES = {
             )
             if False
             else eqd.fit(
-                DISTILLED, classifier, WIDE if batch_size == 4 else DRAWING, key=key
+                DISTILLED, model, WIDE if batch_size == 4 else DRAWING, key=key
             )
         ),
         {},
-        {"batch_size": [4], "key": KEYS, "classifier": NO_CLASSIFIER},
+        {"batch_size": [4], "key": KEYS, "model": NO_CLASSIFIER},
     ),
     "WarmLBFGS": (
         eqd.WarmLBFGS,
@@ -634,8 +634,8 @@ CASES = {
     ),
     "distill, with a pool": (
         ft.partial(eqd.distill, inner=eqd.Pool(network, num_classes=3)),
-        {"start": SQUARED, "classifier": None, "train": DATA, "key": KEY},
-        {"key": KEYS, "classifier": [CLASSIFIER], "start": NO_START, "train": NO_DATA},
+        {"start": SQUARED, "model": None, "train": DATA, "key": KEY},
+        {"key": KEYS, "model": [CLASSIFIER], "start": NO_START, "train": NO_DATA},
     ),
     "distill, of an unrolled run": (
         ft.partial(eqd.distill, inner=DRAWING),
@@ -644,7 +644,7 @@ CASES = {
     ),
     "distill_each": (
         eqd.distill_each,
-        {"starts": [DISTILLED], "classifier": CLASSIFIER, "train": DATA},
+        {"starts": [DISTILLED], "model": CLASSIFIER, "train": DATA},
         BAD_OUTER
         | {
             "starts": [[], 3, None, [DISTILLED, SQUARED]],
@@ -654,10 +654,10 @@ CASES = {
     ),
     "distill_exactly": (
         eqd.distill_exactly,
-        {"start": DISTILLED, "classifier": CLASSIFIER},
+        {"start": DISTILLED, "model": CLASSIFIER},
         {
             "start": [None, IMAGES, SQUARED],
-            "classifier": [None, Plain(), "network"],
+            "model": [None, Plain(), "network"],
             "l2": ["1", True],
         },
     ),
@@ -666,7 +666,7 @@ CASES = {
         FIT | {"test": DATA},
         {
             "distilled": NO_START,
-            "classifier": [*NO_CLASSIFIER, eqd.LogisticRegression(9, 2)],
+            "model": [*NO_CLASSIFIER, eqd.LogisticRegression(9, 2)],
             "test": [*NO_DATA, OTHER_DATA, eqd.FullBatch(DATA)],
             "inner": NO_SOLVER,
             "key": KEYS[:-1],
@@ -686,7 +686,7 @@ CASES = {
         FIT,
         {
             "distilled": NO_START,
-            "classifier": NO_CLASSIFIER,
+            "model": NO_CLASSIFIER,
             "inner": NO_SOLVER,
             "key": KEYS[:-1],
             "throw": [1, "yes", None],
@@ -694,10 +694,10 @@ CASES = {
     ),
     "hypergradient_error": (
         eqd.hypergradient_error,
-        {"start": DISTILLED, "classifier": CLASSIFIER, "data": DATA},
+        {"start": DISTILLED, "model": CLASSIFIER, "data": DATA},
         {
             "start": NO_START,
-            "classifier": NO_CLASSIFIER,
+            "model": NO_CLASSIFIER,
             "data": [*NO_DATA, OTHER_DATA, eqd.FullBatch(DATA)],
             "inner": NO_SOLVER,
             "reference": NO_SOLVER[1:],
@@ -709,7 +709,7 @@ CASES = {
         FIT,
         {
             "distilled": NO_START,
-            "classifier": [None, "network", Plain],
+            "model": [None, "network", Plain],
             "key": KEYS[:-1],
         },
     ),
@@ -721,10 +721,10 @@ CASES = {
     "load": (eqd.load, {}, {"path": [None, 3, "no such file", ["a"]]}),
     "outer_loss": (
         eqd.outer_loss,
-        {"start": DISTILLED, "classifier": CLASSIFIER, "data": DATA},
+        {"start": DISTILLED, "model": CLASSIFIER, "data": DATA},
         {
             "start": NO_START,
-            "classifier": NO_CLASSIFIER,
+            "model": NO_CLASSIFIER,
             "data": [*NO_DATA, OTHER_DATA],
             "inner": NO_SOLVER,
             "step": ["0", 1.5, None],
@@ -736,12 +736,12 @@ CASES = {
         {
             "path": FOLDER / "x.safetensors",
             "result": DISTILLED,
-            "classifier": CLASSIFIER,
+            "model": CLASSIFIER,
         },
         {
             "path": [None, 3, "x.npz", "no such folder/x.safetensors"],
             "result": [None, IMAGES, "result"],
-            "classifier": NO_CLASSIFIER,
+            "model": NO_CLASSIFIER,
             "evaluation": [0.9, "90%"],
             "inner": NO_SOLVER,
             "preprocessing": [jnp.sqrt, "zca"],

@@ -18,10 +18,10 @@ from .conftest import small_noise
 
 def linear(weight, bias=None) -> eqd.LinearClassifier:
     c, p = weight.shape
-    classifier = eqd.LogisticRegression(p, c, use_intercept=bias is not None)
+    model = eqd.LogisticRegression(p, c, use_intercept=bias is not None)
     return eqx.tree_at(
         lambda k: (k.head.weight, k.head.bias),
-        classifier,
+        model,
         (jnp.asarray(weight), None if bias is None else jnp.asarray(bias)),
         is_leaf=lambda x: x is None,
     )
@@ -32,9 +32,9 @@ def centred(x):
     return np.asarray(x) - np.mean(x, axis=0)
 
 
-def error_of_fit(distilled, classifier) -> float:
+def error_of_fit(distilled, model) -> float:
     """Of the weights, relative to their norm."""
-    got, head = eqd.fit(distilled, classifier).classifier.head, classifier.head
+    got, head = eqd.fit(distilled, model).model.head, model.head
     want = centred(head.weight)
     error = np.linalg.norm(got.weight - want) / np.linalg.norm(want)
     if head.bias is None:
@@ -42,17 +42,17 @@ def error_of_fit(distilled, classifier) -> float:
     return max(float(error), np.abs(got.bias - centred(head.bias)).max())
 
 
-def error_of_scikit_learn(distilled, classifier) -> float:
+def error_of_scikit_learn(distilled, model) -> float:
     """The same, for a fit by scikit-learn. It knows no soft labels: each image goes in
     once for each class, weighted by its probability."""
-    n, c = len(distilled), len(classifier.head.weight)
+    n, c = len(distilled), len(model.head.weight)
     images = np.asarray(distilled.images).reshape(n, -1)
     labels = distilled.labels
     hard = labels.ndim == 1
     weights = jax.nn.one_hot(labels, c) if hard else jax.nn.softmax(labels)
     reference = SklearnLogisticRegression(
         C=1 / (n * float(distilled.l2)),
-        fit_intercept=classifier.head.bias is not None,
+        fit_intercept=model.head.bias is not None,
         solver="newton-cg",
         tol=1e-12,
         max_iter=1000,
@@ -61,7 +61,7 @@ def error_of_scikit_learn(distilled, classifier) -> float:
         np.tile(np.arange(c), n),
         sample_weight=np.asarray(weights).ravel(),
     )
-    want = centred(classifier.head.weight)
+    want = centred(model.head.weight)
     return float(np.linalg.norm(reference.coef_ - want) / np.linalg.norm(want))
 
 
@@ -78,11 +78,11 @@ def test_random_weights(log_scale, intercept_scale, seed):
     c, p = 5, 8
     rng = np.random.default_rng(seed)
     weights = 10**log_scale * rng.normal(size=(c, p))
-    classifier = linear(weights, intercept_scale * rng.normal(size=c))
+    model = linear(weights, intercept_scale * rng.normal(size=c))
     start = eqd.DistilledSet(1e-3 * rng.normal(size=(c, p)), np.arange(c), l2=0.1)
-    exact = eqd.distill_exactly(start, classifier)
+    exact = eqd.distill_exactly(start, model)
     assert jnp.array_equal(exact.labels, start.labels)
-    assert error_of_fit(exact, classifier) <= 1e-6
+    assert error_of_fit(exact, model) <= 1e-6
 
 
 @pytest.mark.slow
@@ -121,20 +121,20 @@ def test_mnist(mnist, mnist_weights, start, n, soft, use_intercept):
         logits = 4 * jax.nn.one_hot(distilled.labels, 10)
         distilled = eqd.DistilledSet(distilled.images, logits, l2=0.1)
     weights, intercept = mnist_weights
-    classifier = linear(weights, intercept if use_intercept else None)
-    exact = eqd.distill_exactly(distilled, classifier)
+    model = linear(weights, intercept if use_intercept else None)
+    exact = eqd.distill_exactly(distilled, model)
     assert exact.images.shape == (n, 28, 28)
-    assert error_of_fit(exact, classifier) <= 1e-6
-    assert error_of_scikit_learn(exact, classifier) <= 1e-4
+    assert error_of_fit(exact, model) <= 1e-6
+    assert error_of_scikit_learn(exact, model) <= 1e-4
 
 
 @pytest.mark.slow
 def test_in_single_precision(mnist, mnist_weights):
-    classifier = linear(*(x.astype(np.float32) for x in mnist_weights))
+    model = linear(*(x.astype(np.float32) for x in mnist_weights))
     start = STARTS["noise"](mnist[0], 10)
-    exact = eqd.distill_exactly(start, classifier)
+    exact = eqd.distill_exactly(start, model)
     assert exact.images.dtype == jnp.float32
-    assert error_of_fit(exact, classifier) <= 1e-4
+    assert error_of_fit(exact, model) <= 1e-4
 
 
 @pytest.mark.slow
@@ -142,13 +142,13 @@ def test_in_single_precision(mnist, mnist_weights):
 def test_no_ridge_above_the_bound_has_a_solution():
     # At the bound each image is on the edge, here for weights that are alike in all
     # directions: two classes, one pixel.
-    classifier = linear(np.array([[1.0], [-1.0]]))
+    model = linear(np.array([[1.0], [-1.0]]))
     start = eqd.DistilledSet(np.zeros((2, 1)), np.arange(2), l2=0.1)
     bound = 0.2784645427610738 / 2  # W(1 / e) / |W|^2
-    exact = eqd.distill_exactly(start, classifier, l2=0.999 * bound)
-    assert error_of_fit(exact, classifier) <= 1e-6
+    exact = eqd.distill_exactly(start, model, l2=0.999 * bound)
+    assert error_of_fit(exact, model) <= 1e-6
     with pytest.raises(ValueError, match=r"`l2` must be positive and at most 0\.1392"):
-        eqd.distill_exactly(start, classifier, l2=1.001 * bound)
+        eqd.distill_exactly(start, model, l2=1.001 * bound)
 
 
 @pytest.mark.slow
@@ -179,9 +179,9 @@ def test_bad_input(digits):
     weights = np.random.default_rng(0).normal(size=(10, 64))
     with pytest.raises(ValueError, match=r"could not be applied.*shape \(30,\)"):
         eqd.distill_exactly(start, linear(weights[:, :30]))
-    with pytest.raises(ValueError, match="`classifier` must have weights that differ"):
+    with pytest.raises(ValueError, match="`model` must have weights that differ"):
         eqd.distill_exactly(start, eqd.LogisticRegression(64, 10))
-    with pytest.raises(ValueError, match="`classifier` must have finite weights"):
+    with pytest.raises(ValueError, match="`model` must have finite weights"):
         eqd.distill_exactly(start, linear(np.full((10, 64), np.nan)))
     with pytest.raises(ValueError, match=r"labels.*must be in"):
         eqd.distill_exactly(start, linear(weights[:5]))
@@ -192,7 +192,7 @@ def test_bad_input(digits):
         (eqx.nn.Identity(), "Identity"),
         (of_features, "LinearClassifier"),
     ):
-        match = f"`classifier` must be a `LogisticRegression`.*got a {name}"
+        match = f"`model` must be a `LogisticRegression`.*got a {name}"
         with pytest.raises(TypeError, match=match):
             eqd.distill_exactly(start, other)
     squared = eqd.DistilledSet(

@@ -92,8 +92,8 @@ def test_preprocessing_is_undone(tmp_path, kind):
     mapped = real.map(preprocessing)
     distilled = eqd.DistilledSet(mapped.images[:3], np.arange(3), l2=0.1)
     path = tmp_path / "a.safetensors"
-    classifier = eqd.LogisticRegression(20, 3)
-    eqd.save(path, distilled, classifier, preprocessing=preprocessing)
+    model = eqd.LogisticRegression(20, 3)
+    eqd.save(path, distilled, model, preprocessing=preprocessing)
     eqd.export(tmp_path / "out", eqd.load(path))
     pictures, low, high = recover(tmp_path / "out")
     assert (low, high) == (0, 1)

@@ -42,16 +42,16 @@ class Perturbed(eqd.AbstractInnerSolver[None]):
     def __init__(self, solution, derivative=0.0):
         self.solution, self.derivative = jnp.array(solution), jnp.array(derivative)
 
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         return None
 
-    def __call__(self, distilled, classifier, state, *, key):
+    def __call__(self, distilled, model, state, *, key):
         wrong = lambda x: x + self.derivative * (x - jax.lax.stop_gradient(x))
         distilled = jax.tree.map(wrong, distilled)
         inner = eqd.SpanSolver()
-        warm = inner.init(distilled, classifier, key=None)
-        fitted, _ = inner(distilled, classifier, warm, key=None)
-        where = lambda f: f.classifier.head.weight
+        warm = inner.init(distilled, model, key=None)
+        fitted, _ = inner(distilled, model, warm, key=None)
+        where = lambda f: f.model.head.weight
         noise = self.solution * jr.normal(jr.key(7), where(fitted).shape)
         return eqx.tree_at(where, fitted, replace_fn=lambda w: w + noise), state
 
@@ -109,7 +109,7 @@ def with_features(use_bias):
 
 
 @pytest.mark.parametrize(
-    ("classifier", "loss"),
+    ("model", "loss"),
     [
         (eqd.LogisticRegression(P, C, use_intercept=True), eqd.CrossEntropy()),
         (eqd.LogisticRegression(P, C), eqd.SquaredError()),
@@ -117,19 +117,19 @@ def with_features(use_bias):
     ],
     ids=["intercept", "squared error", "other features"],
 )
-def test_no_bound_is_known(classifier, loss):
+def test_no_bound_is_known(model, loss):
     start = soft_start(0, dtype=np.float32, loss=loss)
-    found = eqd.hypergradient_error(start, classifier, data(np.float32), OneStep())
+    found = eqd.hypergradient_error(start, model, data(np.float32), OneStep())
     assert np.isinf(found.bound)
     assert 0 < found.error < 1e-4 * found.norm
 
 
 class Fails(eqd.AbstractInnerSolver[None]):
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         return None
 
-    def __call__(self, distilled, classifier, state, *, key):
-        fitted, state = OneStep()(distilled, classifier, state, key=key)
+    def __call__(self, distilled, model, state, *, key):
+        fitted, state = OneStep()(distilled, model, state, key=key)
         return eqx.tree_at(lambda f: f.converged, fitted, jnp.array(False)), state
 
 
@@ -139,7 +139,7 @@ def test_a_reference_that_fails_is_refused():
         eqd.LogisticRegression(P, C),
         data(np.float32),
     )
-    with pytest.raises(ValueError, match="`reference` must fit the classifier"):
+    with pytest.raises(ValueError, match="`reference` must fit the model"):
         eqd.hypergradient_error(*args, OneStep(), reference=Fails())
 
 
@@ -147,9 +147,9 @@ def test_a_reference_that_fails_is_refused():
 def test_knows_what_is_approximate(digits):
     train = subset(digits[0], 60)
     start = eqd.DistilledSet.from_noise(train, l2=0.05, scale=0.3, key=jr.key(0))
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     error = lambda inner: eqd.hypergradient_error(
-        start, classifier, train, inner, key=jr.key(0)
+        start, model, train, inner, key=jr.key(0)
     )
     run = lambda window: eqd.UnrolledSolver(
         optax.sgd, {"learning_rate": 0.5}, 200, window=window

@@ -206,14 +206,14 @@ def test_kmeans_without_scikit_learn(digits, monkeypatch):
 
 def test_start_and_baseline(digits):
     train, test = digits
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     optimiser = optax.adam(0.02)
     for name, method in METHODS.items():
         # What is compiled for the first serves all.
         start = method(train, l2=0.1, key=jr.key(0))
-        baseline = eqd.evaluate(start, classifier, test)
+        baseline = eqd.evaluate(start, model, test)
         if name != "noise":
             assert baseline.accuracy > 0.5
-        result = eqd.distill(start, classifier, train, optimiser=optimiser, steps=3)
+        result = eqd.distill(start, model, train, optimiser=optimiser, steps=3)
         assert result.history.loss[-1] < result.history.loss[0]
         assert jax.tree.structure(result.distilled) == jax.tree.structure(start)

@@ -37,14 +37,14 @@ def test_first_step_is_along_the_public_gradient(digits, mnist, kind):
     elif kind != "network":
         train = eqd.Dataset(with_constants(train.images), train.labels, 10)
     p = int(np.prod(train.shape))
-    classifier = eqd.LogisticRegression(p, 10, use_intercept=p == 64)
+    model = eqd.LogisticRegression(p, 10, use_intercept=p == 64)
     if kind == "network":
-        classifier = MLP(p, 5, jnp.tanh, key=jr.key(1))
+        model = MLP(p, 5, jnp.tanh, key=jr.key(1))
     start = eqd.DistilledSet.from_noise(train, l2=0.1, scale=0.3, key=jr.key(0))
     result = eqd.distill(
-        start, classifier, train, inner=OneStep(), optimiser=SGD, steps=1
+        start, model, train, inner=OneStep(), optimiser=SGD, steps=1
     )
-    loss, gradient = hypergradient(start, classifier, train, OneStep())
+    loss, gradient = hypergradient(start, model, train, OneStep())
     np.testing.assert_allclose(result.history.loss[0], loss, rtol=1e-10)
     got = start.images - result.distilled.images
     np.testing.assert_allclose(got, gradient.images, rtol=1e-8, atol=1e-12)
@@ -82,7 +82,7 @@ def test_single_precision_beside_double(digits):
     train = subset(digits[0], 101)
     images = np.asarray(small_noise(train).images, np.float32)
     start = eqd.DistilledSet(images, np.arange(10), l2=0.1)
-    classifier = eqd.LogisticRegression(64, 10, use_intercept=True)
-    result = eqd.distill(start, classifier, train, steps=2)
+    model = eqd.LogisticRegression(64, 10, use_intercept=True)
+    result = eqd.distill(start, model, train, steps=2)
     assert result.history.loss[1] < result.history.loss[0] - 0.01
     assert result.distilled.images.dtype == jnp.float32

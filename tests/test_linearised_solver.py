@@ -35,15 +35,15 @@ def test_of_a_linear_model_it_is_that_of_scikit_learn(digits):
     images = np.asarray(start.images, np.float64).reshape(10, -1)
     weight = np.random.default_rng(0).normal(size=(10, 64))
     head = eqd.LogisticRegression(64, 10)
-    classifier = eqx.tree_at(lambda c: c.head.weight, head, jnp.asarray(weight))
-    fitted = eqd.fit(start, classifier, eqd.LinearisedSolver())
+    model = eqx.tree_at(lambda c: c.head.weight, head, jnp.asarray(weight))
+    fitted = eqd.fit(start, model, eqd.LinearisedSolver())
     targets = np.eye(10)[np.asarray(start.labels)] - 0.1
     # The trace of the kernel is ten times that of one class.
     alpha = 10 * float(start.l2) * np.sum(images**2) / 100
     ridge = sklearn.linear_model.Ridge(alpha=alpha, fit_intercept=False)
     ridge.fit(images, targets - images @ weight.T)
     wanted = images @ (weight + ridge.coef_).T
-    outputs = jax.vmap(fitted.classifier)(start.images.astype(jnp.float64))
+    outputs = jax.vmap(fitted.model)(start.images.astype(jnp.float64))
     np.testing.assert_allclose(outputs, wanted, atol=1e-6)
 
 
@@ -64,8 +64,8 @@ def test_it_is_the_argmin(digits):
     scaled = eqx.tree_at(
         lambda d: d.log_l2, start, start.log_l2 + jnp.log(trace / (4**2 * 10))
     )
-    loss = lambda classifier: eqd.inner_loss(scaled, classifier)
-    gradient = eqx.filter_grad(loss)(fitted.classifier).tangent
+    loss = lambda model: eqd.inner_loss(scaled, model)
+    gradient = eqx.filter_grad(loss)(fitted.model).tangent
     for x in jax.tree.leaves(gradient):
         np.testing.assert_allclose(x, 0, atol=1e-12)
 
@@ -79,7 +79,7 @@ def test_random_features(digits):
     run = lambda at: hypergradient(at, None, train, solver, key=KEY)
     _, gradient = run(start)
     fitted = eqd.fit(start, None, solver, key=KEY)
-    assert fitted.classifier.head.in_features == 3 * 64
+    assert fitted.model.head.in_features == 3 * 64
     rng = np.random.default_rng(0)
     move = jax.tree.map(lambda x: rng.normal(size=x.shape), gradient)
     at = lambda t: run(eqx.apply_updates(start, jax.tree.map(lambda x: t * x, move)))
@@ -95,7 +95,7 @@ def test_dropout_is_off(digits):
     layers = eqx.nn.Sequential([eqx.nn.Dropout(0.5), *network.layers])
     dropped = nn.Network(layers, network.architecture, network.settings)
     outputs = [
-        jax.vmap(eqd.fit(start, x, eqd.LinearisedSolver()).classifier)(start.images)
+        jax.vmap(eqd.fit(start, x, eqd.LinearisedSolver()).model)(start.images)
         for x in (network, dropped)
     ]
     np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)

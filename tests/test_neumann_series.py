@@ -39,13 +39,13 @@ def test_is_the_sum_of_its_terms(terms):
 def test_its_hypergradient_converges_to_the_exact_one(digits):
     train = subset(digits[0], 60)
     start = eqd.DistilledSet.from_noise(train, l2=0.05, scale=0.3, key=jr.key(0))
-    classifier = eqd.LogisticRegression(64, 10)
-    wanted = hypergradient(start, classifier, train, exact())[1].images
+    model = eqd.LogisticRegression(64, 10)
+    wanted = hypergradient(start, model, train, exact())[1].images
     errors = []
     for terms in (1, 20, 400):
         adjoint = optx.ImplicitAdjoint(eqd.NeumannSeries(terms))
         inner = eqd.ArgminSolver(exact().solver, adjoint, max_steps=100_000)
-        found = hypergradient(start, classifier, train, inner)[1].images
+        found = hypergradient(start, model, train, inner)[1].images
         errors.append(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
     assert errors[2] < 1e-3

@@ -29,21 +29,21 @@ class Momentum(eqd.AbstractInnerSolver[eqx.nn.Linear]):
     log_step: jax.Array
     steps: int = 5
 
-    def init(self, distilled, classifier, *, key):
-        return classifier.head
+    def init(self, distilled, model, *, key):
+        return model.head
 
-    def __call__(self, distilled, classifier, state, *, key):
+    def __call__(self, distilled, model, state, *, key):
         if key is None:
             raise ValueError("`key` must be given with `Momentum`.")
         noise = lambda x: x + 1e-3 * jr.normal(key, x.shape)
-        with_head = lambda head: eqx.tree_at(lambda c: c.head, classifier, head)
+        with_head = lambda head: eqx.tree_at(lambda c: c.head, model, head)
         loss = lambda head: eqd.inner_loss(distilled, with_head(head))
         head = jax.tree.map(noise, state)
         for _ in range(self.steps):
             step = lambda x, g: x - jnp.exp(self.log_step) * g
             head = jax.tree.map(step, head, jax.grad(loss)(head))
         fitted = eqd.Fitted(
-            classifier=with_head(head),
+            model=with_head(head),
             converged=jnp.array(True),
             gradient_norm=optax.tree.norm(jax.lax.stop_gradient(jax.grad(loss)(head))),
         )
@@ -82,13 +82,13 @@ def test_own_linear_classifier(problem, x64):
     start, _, train = problem
     features = RandomFeatures(0.3 * jr.normal(jr.key(1), (32, 64)))
     head = eqx.nn.Linear(32, 10, use_bias=False, key=jr.key(2))
-    classifier = eqd.LinearClassifier(features, head)
+    model = eqd.LinearClassifier(features, head)
     start = eqd.DistilledSet(
         np.asarray(train.floating()[:10], np.float64), start.labels, l2=0.01
     )
     # The convex solver for it agrees with the general one, and its derivative with
     # central differences.
-    fitted = eqd.fit(start, classifier).classifier
+    fitted = eqd.fit(start, model).model
     features_of = jax.vmap(features)(start.images)
     logits = features_of @ fitted.head.weight.T
     residual = jax.nn.one_hot(start.labels, 10) - jax.nn.softmax(logits)
@@ -98,8 +98,8 @@ def test_own_linear_classifier(problem, x64):
     np.testing.assert_array_equal(
         fitted.features.module.frequencies, features.frequencies
     )
-    data = eqd.FullBatch(train, classifier)
-    loss = eqx.filter_jit(lambda d: eqd.outer_loss(d, classifier, data)[0])
+    data = eqd.FullBatch(train, model)
+    loss = eqx.filter_jit(lambda d: eqd.outer_loss(d, model, data)[0])
     gradient = eqx.filter_grad(loss)(start)
     direction = jr.normal(jr.key(3), start.images.shape)
     move = lambda t: eqx.tree_at(
@@ -107,7 +107,7 @@ def test_own_linear_classifier(problem, x64):
     )
     slope = (loss(move(1e-5)) - loss(move(-1e-5))) / 2e-5
     np.testing.assert_allclose(slope, jnp.sum(gradient.images * direction), rtol=1e-6)
-    plain, _ = hypergradient(start, classifier, train)
+    plain, _ = hypergradient(start, model, train)
     np.testing.assert_allclose(loss(start), plain, rtol=1e-10)
 
 
@@ -117,22 +117,22 @@ class Scripted(eqd.AbstractInnerSolver):
     returns: object
     first: object = None
 
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         return self.first
 
-    def __call__(self, distilled, classifier, state, *, key):
-        return self.returns(distilled, classifier, state)
+    def __call__(self, distilled, model, state, *, key):
+        return self.returns(distilled, model, state)
 
 
-def good(distilled, classifier, state):
-    fitted, _ = OneStep()(distilled, classifier, None, key=None)
+def good(distilled, model, state):
+    fitted, _ = OneStep()(distilled, model, None, key=None)
     return fitted, state
 
 
-def wrong_outputs(distilled, classifier, state):
-    fitted, state = good(distilled, classifier, state)
+def wrong_outputs(distilled, model, state):
+    fitted, state = good(distilled, model, state)
     scalar = lambda image: jnp.sum(image)
-    return eqx.tree_at(lambda f: f.classifier, fitted, scalar), state
+    return eqx.tree_at(lambda f: f.model, fitted, scalar), state
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def wrong_outputs(distilled, classifier, state):
             "float32 of shape.*wanted, int32",
         ),
         (good, "text", "no array, but a str"),
-        (wrong_outputs, None, r"classifier` must map one image.*shape \(c,\)"),
+        (wrong_outputs, None, r"model` must map one image.*shape \(c,\)"),
     ],
 )
 def test_a_solver_that_breaks_the_protocol_is_refused(problem, returns, first, match):
@@ -166,8 +166,8 @@ def test_a_solver_that_breaks_the_protocol_is_refused(problem, returns, first, m
 
 
 def test_a_solver_that_lies_is_caught(problem):
-    def infinite(distilled, classifier, state):
-        fitted, state = good(distilled, classifier, state)
+    def infinite(distilled, model, state):
+        fitted, state = good(distilled, model, state)
         where = lambda f: (f.converged, f.gradient_norm)
         return eqx.tree_at(where, fitted, (jnp.array(True), jnp.array(jnp.inf))), state
 

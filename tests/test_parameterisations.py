@@ -59,15 +59,15 @@ def test_is_learned_and_saved(digits, tmp_path, parameterisation, size):
     train, test = digits
     real = eqd.DistilledSet.from_real(train, 20, l2=1e-2, key=jr.key(0))
     start = parameterisation.from_distilled(real, size)
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     args = {"inner": OneStep(), "optimiser": ADAM, "learn": (True, False)}
-    result = eqd.distill(start, classifier, train, **args, steps=20)
+    result = eqd.distill(start, model, train, **args, steps=20)
     assert result.history.loss[-1] < result.history.loss[0]
     assert result.distilled.images.shape == (20, 8, 8)
     eqd.plot.images(result.distilled)
-    evaluation = eqd.evaluate(result.distilled, classifier, test, OneStep())
+    evaluation = eqd.evaluate(result.distilled, model, test, OneStep())
     path = tmp_path / "a.safetensors"
-    eqd.save(path, result, classifier, evaluation, inner=OneStep())
+    eqd.save(path, result, model, evaluation, inner=OneStep())
     artifact = eqd.load(path)
     assert isinstance(artifact.start, type(result.start))
     assert artifact.start.nbytes == result.start.nbytes

@@ -71,7 +71,7 @@ def test_hypergradient_agrees_with_central_differences(train, loss, inner):
 
 def test_fit_is_that_of_the_inner_solver_on_scaled_features(train):
     start = start_of(train)
-    fitted = eqd.fit(start, None, pool(), key=KEY).classifier
+    fitted = eqd.fit(start, None, pool(), key=KEY).model
     features = np.asarray(jax.vmap(fitted.features)(start.images), np.float64)
     scaled = features * np.sqrt(100 / np.sum(features**2))
     gram = scaled @ scaled.T + 10 * 1e-2 * np.eye(10)
@@ -111,7 +111,7 @@ def test_weights_are_drawn_as_by_pytorch(train):
     start = start_of(train)
     solver = pool(SMOOTH, size=50)
     state = solver.init(start, None, key=KEY)
-    fitted = eqd.fit(start, None, solver, key=KEY).classifier
+    fitted = eqd.fit(start, None, solver, key=KEY).model
     layers = fitted.features.module.options[0].layers
     convolution = layers[1]
     assert jnp.abs(convolution.weight).max() <= 1 / 3
@@ -187,10 +187,10 @@ def test_bad_input(train):
     wider = functools.partial(PLAIN, widths=(5,))
     with pytest.raises(ValueError, match=r"equally many features; got \[64, 80\]"):
         eqd.fit(start, None, pool(PLAIN, wider), key=KEY)
-    classifier = eqd.LogisticRegression(64, 10)
-    with pytest.raises(TypeError, match="`classifier` must be None with `Pool`"):
-        eqd.distill(start, classifier, train, inner=pool(), key=KEY)
-    with pytest.raises(TypeError, match="`classifier` must be given with `AutoSolver`"):
+    model = eqd.LogisticRegression(64, 10)
+    with pytest.raises(TypeError, match="`model` must be None with `Pool`"):
+        eqd.distill(start, model, train, inner=pool(), key=KEY)
+    with pytest.raises(TypeError, match="`model` must be given with `AutoSolver`"):
         eqd.fit(start, None)
     with pytest.raises(TypeError, match=r"`SquaredError`.*`RidgeSolver` minimises"):
         eqd.fit(start_of(train, loss=eqd.CrossEntropy()), None, pool(), key=KEY)
@@ -263,6 +263,6 @@ def test_a_dead_network(train):
 @pytest.mark.slow
 def test_all_layers_of_a_linearised_network_move(train):
     solver = pool(PLAIN, inner=eqd.LinearisedSolver())
-    tangent = eqd.fit(start_of(train), None, solver, key=KEY).classifier.tangent
+    tangent = eqd.fit(start_of(train), None, solver, key=KEY).model.tangent
     shapes = {x.shape for x in jax.tree.leaves(tangent)}
     assert shapes == {(4, 1, 3, 3), (4, 1, 1), (10, 64)}

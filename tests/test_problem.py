@@ -37,13 +37,13 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize("name", ["Adam, schedule, batches", "L-BFGS, line search"])
 def test_a_run_goes_on_as_if_it_had_not_stopped(problem, name):
-    start, classifier, train = problem
+    start, model, train = problem
     if name.startswith("Adam"):
         args = {"optimiser": ADAM, "learn": (True, False)}
         train = eqd.Batches(train, 60)
     else:
         args = {"inner": OneStep(), "optimiser": LBFGS}
-    run = lambda **kwargs: eqd.distill(start, classifier, train, **args, **kwargs)
+    run = lambda **kwargs: eqd.distill(start, model, train, **args, **kwargs)
     whole = run(steps=STEPS, key=KEY)
     half = run(steps=STEPS // 2, key=KEY)
     rest = run(steps=STEPS, state=half.state)
@@ -55,15 +55,15 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(problem, name):
 
 
 def test_step_is_that_of_distill(problem):
-    start, classifier, train = problem
-    own = eqd.Problem(start, classifier, train, **QUICK)
+    start, model, train = problem
+    own = eqd.Problem(start, model, train, **QUICK)
     state = own.init()
     step = eqx.filter_jit(own.step)
     losses = []
     for _ in range(3):
         state, metrics = step(state)
         losses.append(float(metrics.loss))
-    result = eqd.distill(start, classifier, train, **QUICK, steps=3)
+    result = eqd.distill(start, model, train, **QUICK, steps=3)
     np.testing.assert_allclose(losses, result.history.loss, rtol=1e-5)
     np.testing.assert_allclose(
         own.distilled(state).images, result.distilled.images, atol=1e-3
@@ -76,8 +76,8 @@ def test_step_is_that_of_distill(problem):
 
 @pytest.mark.slow
 def test_step_composes_with_vmap(problem):
-    start, classifier, train = problem
-    own = eqd.Problem(start, classifier, train, **QUICK)
+    start, model, train = problem
+    own = eqd.Problem(start, model, train, **QUICK)
     states = jax.tree.map(lambda x: jnp.stack([x, x]), own.init())
     moved = eqx.tree_at(
         lambda s: s.learned[0].images, states, replace_fn=lambda x: x.at[1].mul(2.0)
@@ -85,32 +85,32 @@ def test_step_composes_with_vmap(problem):
     _, metrics = jax.jit(jax.vmap(own.step))(moved)
     twice = eqx.tree_at(lambda s: s.images, start, 2 * start.images)
     for loss, at in zip(metrics.loss, (start, twice), strict=True):
-        wanted, _ = hypergradient(at, classifier, train, OneStep())
+        wanted, _ = hypergradient(at, model, train, OneStep())
         np.testing.assert_allclose(loss, wanted, rtol=1e-5)
 
 
 def test_a_step_from_an_ended_state_changes_nothing(problem):
-    start, classifier, train = problem
+    start, model, train = problem
     args = {**QUICK, "tolerance": 100.0}
-    result = eqd.distill(start, classifier, train, **args, steps=STEPS)
+    result = eqd.distill(start, model, train, **args, steps=STEPS)
     assert result.converged
     assert len(result.history) == 1
-    own = eqd.Problem(start, classifier, train, **args)
+    own = eqd.Problem(start, model, train, **args)
     after, _ = eqx.filter_jit(own.step)(result.state)
     assert_same_bits(after, result.state)
     with pytest.raises(
         ValueError, match=r"`state` must be of a run that goes on.*CONV"
     ):
-        eqd.distill(start, classifier, train, **args, state=result.state)
+        eqd.distill(start, model, train, **args, state=result.state)
 
 
 def test_the_arrays_of_the_user_are_left_alone(problem):
-    start, classifier, train = problem
+    start, model, train = problem
     before = np.array(start.images)
-    result = eqd.distill(start, classifier, train, **QUICK, steps=STEPS)
+    result = eqd.distill(start, model, train, **QUICK, steps=STEPS)
     np.testing.assert_array_equal(start.images, before)  # They are not deleted.
     result.distilled.images.block_until_ready()
-    again = eqd.distill(start, classifier, train, **QUICK, steps=STEPS)
+    again = eqd.distill(start, model, train, **QUICK, steps=STEPS)
     np.testing.assert_array_equal(again.distilled.images, result.distilled.images)
 
 
@@ -135,28 +135,28 @@ def test_an_optimiser_is_compiled_once(problem, make, monkeypatch):
 
 
 def test_what_was_learned_is_said(problem):
-    start, classifier, train = problem
-    default = eqd.distill(start, classifier, train, **QUICK, steps=1)
+    start, model, train = problem
+    default = eqd.distill(start, model, train, **QUICK, steps=1)
     assert default.learned == ("images",)
     everything = eqd.distill(
-        start, classifier, train, **QUICK, steps=1, learn=(True, False)
+        start, model, train, **QUICK, steps=1, learn=(True, False)
     )
     assert everything.learned == ("images", "log_l2")
 
 
 def test_a_state_of_another_problem_is_refused(problem):
-    start, classifier, train = problem
-    state = eqd.distill(start, classifier, train, **QUICK, steps=2).state
+    start, model, train = problem
+    state = eqd.distill(start, model, train, **QUICK, steps=2).state
     match = r"`state` must be of the same problem: .*`\.learned\[0\]\.images`.*5, 8, 8"
     fewer = eqd.DistilledSet(start.images[:5], start.labels[:5], l2=0.1)
     with pytest.raises(ValueError, match=match):
-        eqd.distill(fewer, classifier, train, **QUICK, state=state)
+        eqd.distill(fewer, model, train, **QUICK, state=state)
     with pytest.raises(
         ValueError, match="`steps` must be above 2, the step of `state`"
     ):
-        eqd.distill(start, classifier, train, **QUICK, steps=2, state=state)
+        eqd.distill(start, model, train, **QUICK, steps=2, state=state)
     with pytest.raises(ValueError, match="`key` must not be given with `state`"):
-        eqd.distill(start, classifier, train, **QUICK, steps=4, state=state, key=KEY)
+        eqd.distill(start, model, train, **QUICK, steps=4, state=state, key=KEY)
 
 
 class Doubled(eqx.Module):
@@ -171,30 +171,30 @@ class Doubled(eqx.Module):
 
 
 def test_what_is_learned_need_not_be_the_images(problem):
-    start, classifier, train = problem
+    start, model, train = problem
     small = Doubled(start.images[:, ::2, ::2], start.labels)
     with pytest.raises(ValueError, match=r"`learn` must say what is learned.*Doubled"):
-        eqd.distill(small, classifier, train)
+        eqd.distill(small, model, train)
     result = eqd.distill(
-        small, classifier, train, **QUICK, learn=(True, False), steps=STEPS
+        small, model, train, **QUICK, learn=(True, False), steps=STEPS
     )
     assert result.learned == ("small",)
     assert result.history.loss[-1] < 0.95 * result.history.loss[0]
     assert result.start.small.shape == (10, 4, 4)
     images = result.distilled.images
     np.testing.assert_array_equal(images[:, ::2, ::2], result.start.small)
-    loss, _ = hypergradient(result.start, classifier, train, OneStep())
-    wanted, _ = hypergradient(result.distilled, classifier, train, OneStep())
+    loss, _ = hypergradient(result.start, model, train, OneStep())
+    wanted, _ = hypergradient(result.distilled, model, train, OneStep())
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
 
 
 def test_the_one_path(problem):
     """Through `FullBatch`, laid out once, the public outer loss is what `distill`
     differentiates."""
-    start, classifier, train = problem
-    data = eqd.FullBatch(train, classifier)
+    start, model, train = problem
+    data = eqd.FullBatch(train, model)
     (loss, gradient), (plain, plain_gradient) = (
-        hypergradient(start, classifier, x, OneStep()) for x in (data, train)
+        hypergradient(start, model, x, OneStep()) for x in (data, train)
     )
     np.testing.assert_allclose(loss, plain, rtol=1e-5)
     np.testing.assert_allclose(
@@ -206,14 +206,14 @@ def test_the_one_path(problem):
 def test_forward_mode(digits):
     train = subset(digits[0], 200)
     start = eqd.DistilledSet.from_noise(train, l2=0.05, scale=0.02, key=jr.key(0))
-    classifier = eqd.LogisticRegression(64, 10)
-    data = eqd.FullBatch(train, classifier)
+    model = eqd.LogisticRegression(64, 10)
+    data = eqd.FullBatch(train, model)
     direction = jr.normal(KEY, start.images.shape)
 
     def along(t):
         images = start.images + t * direction
         at = eqx.tree_at(lambda s: s.images, start, images)
-        return eqd.outer_loss(at, classifier, data)[0]
+        return eqd.outer_loss(at, model, data)[0]
 
     both = jax.jit(lambda t: jax.jvp(along, (t,), (1.0,)))
     (high, _), (low, _), (_, slope) = both(1e-4), both(-1e-4), both(0.0)
@@ -221,12 +221,12 @@ def test_forward_mode(digits):
 
 
 def test_data_of_other_features_are_refused(problem):
-    start, classifier, train = problem
-    data = eqd.FullBatch(train, classifier)
+    start, model, train = problem
+    data = eqd.FullBatch(train, model)
     network = eqx.nn.Sequential(
         [eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(64, 10, key=KEY)]
     )
-    with pytest.raises(ValueError, match="`classifier` must have the features that"):
+    with pytest.raises(ValueError, match="`model` must have the features that"):
         eqd.outer_loss(start, network, data, OneStep())
 
 
@@ -235,7 +235,7 @@ def test_batches_see_each_image_once_an_epoch(n):
     labels = np.arange(n)
     data = eqd.Batches(eqd.Dataset(np.ones((n, 1, 1), np.float32), labels, n), 1)
 
-    # The loss of this classifier on the image of label k is k.
+    # The loss of this model on the image of label k is k.
     def loss(step, key):
         logits = -jnp.arange(n, dtype=jnp.float32)
         constant = lambda image: logits

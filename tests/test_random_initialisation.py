@@ -41,7 +41,7 @@ def test_bad_input(digits):
         eqd.RandomInitialisation(mlp, training, num_classes=0)
     with pytest.raises(ValueError, match="`key` must be given with a `RandomInit"):
         eqd.fit(start, None, solver)
-    with pytest.raises(TypeError, match="`classifier` must be None with `RandomInit"):
+    with pytest.raises(TypeError, match="`model` must be None with `RandomInit"):
         eqd.fit(start, eqd.LogisticRegression(64, 10), solver, key=jr.key(0))
     five = eqd.RandomInitialisation(
         lambda shape, num_classes, key: mlp(shape, 5, key=key), training, num_classes=10

@@ -97,7 +97,7 @@ def test_training_is_as_by_hand(real, digits, name):
     wanted = weights_by_hand(name, network, real, targets, RATES[name])
     prepared = recipe.prepare(real, 10)
     fitted = eqd.fit(prepared, network, recipe.inner)
-    got = eqx.filter(fitted.classifier, eqx.is_inexact_array)
+    got = eqx.filter(fitted.model, eqx.is_inexact_array)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
 
@@ -106,7 +106,7 @@ def test_last_layer_is_fitted_anew_to_the_features(real):
     recipe = recipes.feature_regression(SMALL, updates=STEPS)
     network = recipe.make((8, 8), 10, key=jr.key(1))
     targets = np.eye(10)[np.asarray(real.labels)] - 0.1
-    found = eqd.fit(recipe.prepare(real, 10), network, recipe.inner).classifier
+    found = eqd.fit(recipe.prepare(real, 10), network, recipe.inner).model
 
     params = weights_by_hand("frepo", network, real, targets, cosine(3e-4, 0))
     trained = eqx.combine(params, network)
@@ -129,7 +129,7 @@ def test_learned_rates_are_one_for_each_step(real, adam):
     )
     network = recipe.make((8, 8), 10, key=jr.key(1))
     assert eqx.tree_equal(network, SMALL((8, 8), 10, key=jr.key(4)))
-    got = eqd.fit(recipe.prepare(real, 10), network, recipe.inner).classifier
+    got = eqd.fit(recipe.prepare(real, 10), network, recipe.inner).model
 
     schedule = lambda step: jnp.array(rates)[step]
     optimiser = (
@@ -283,5 +283,5 @@ def test_bad_input(real, digits):
         ]
         return eqx.nn.Sequential(layers)
 
-    with pytest.raises(TypeError, match="`classifier` must not hold state"):
+    with pytest.raises(TypeError, match="`model` must not hold state"):
         evaluate(real, recipes.dc(with_batch_norm, updates=2), test)

@@ -109,5 +109,5 @@ def test_bad_input(problem):
     # By NumPy: XLA cannot convert to half precision on all processors.
     to_half = lambda x: jnp.asarray(np.asarray(x, np.float16))
     half = jax.tree.map(lambda x: to_half(x) if eqx.is_inexact_array(x) else x, network)
-    with pytest.raises(TypeError, match=r"`classifier` must .*; got \['float16'\]"):
+    with pytest.raises(TypeError, match=r"`model` must .*; got \['float16'\]"):
         eqd.fit(start, half, eqd.ReversibleSolver(0.1, steps=2))

@@ -33,17 +33,17 @@ def start(n=4, soft=True, dtype=np.float64, **kwargs):
 @pytest.mark.parametrize("n", [4, 15], ids=["fewer than pixels", "more than pixels"])
 @pytest.mark.parametrize("use_intercept", [False, True])
 def test_agrees_with_scikit_learn(n, use_intercept):
-    classifier = eqd.LogisticRegression(P, C, use_intercept=use_intercept)
+    model = eqd.LogisticRegression(P, C, use_intercept=use_intercept)
     for soft in (True, False):
         distilled = start(n, soft)
         # A class index stands for its one-hot vector, centred.
         targets = distilled.labels if soft else np.eye(C)[distilled.labels] - 1 / C
         for l2 in (1.0, 1e-6):
             distilled = start(n, soft, l2=l2)
-            fitted = eqd.fit(distilled, classifier)
+            fitted = eqd.fit(distilled, model)
             reference = Ridge(n * l2, fit_intercept=use_intercept, solver="svd")
             reference.fit(np.asarray(distilled.images), np.asarray(targets))
-            head = fitted.classifier.head
+            head = fitted.model.head
             np.testing.assert_allclose(
                 head.weight, reference.coef_, rtol=1e-8, atol=1e-8
             )
@@ -57,19 +57,19 @@ def test_agrees_with_scikit_learn(n, use_intercept):
 @pytest.mark.parametrize("n", [4, 15], ids=["fewer than pixels", "more than pixels"])
 def test_derivative_agrees_with_central_differences(n):
     # In the images, the targets, the ridge and the temperature.
-    classifier = eqd.LogisticRegression(P, C, use_intercept=n == 15)
-    check_gradient(start(n), classifier, real(), eqd.RidgeSolver())
+    model = eqd.LogisticRegression(P, C, use_intercept=n == 15)
+    check_gradient(start(n), model, real(), eqd.RidgeSolver())
 
 
 @pytest.mark.usefixtures("x64")
 def test_may_be_differentiated_twice():
-    classifier = eqd.LogisticRegression(P, C)
+    model = eqd.LogisticRegression(P, C)
     fixed = start()
 
     def size(log_l2):
         at = eqx.tree_at(lambda d: d.log_l2, fixed, log_l2)
-        fitted, _ = eqd.RidgeSolver()(at, classifier, None, key=None)
-        return jnp.sum(fitted.classifier.head.weight**2)
+        fitted, _ = eqd.RidgeSolver()(at, model, None, key=None)
+        return jnp.sum(fitted.model.head.weight**2)
 
     slope, curvature = map(jax.jit, (jax.grad(size), jax.grad(jax.grad(size))))
     steps = (fixed.log_l2 + 1e-5, fixed.log_l2 - 1e-5)
@@ -80,9 +80,9 @@ def test_may_be_differentiated_twice():
 def test_the_temperature_is_learned():
     # It is far too low to begin with: the fit is too sure of itself.
     cold = start(soft=False, dtype=np.float32, loss=eqd.SquaredError(0.01))
-    classifier = eqd.LogisticRegression(P, C)
+    model = eqd.LogisticRegression(P, C)
     args = {"optimiser": ADAM, "steps": 15, "learn": (True, False)}
-    result = eqd.distill(cold, classifier, real(np.float32), **args)
+    result = eqd.distill(cold, model, real(np.float32), **args)
     assert result.learned == ("images", "log_l2", "loss.log_temperature")
     loss = result.distilled.loss
     assert isinstance(loss, eqd.SquaredError)
@@ -93,13 +93,13 @@ def test_the_temperature_is_learned():
 @pytest.mark.parametrize("kind", ["linear", "network"])
 def test_outputs_are_read_as_logits_at_the_temperature(kind):
     distilled = start(dtype=np.float32, loss=eqd.SquaredError(0.5))
-    classifier = eqd.LogisticRegression(P, C, use_intercept=True)
+    model = eqd.LogisticRegression(P, C, use_intercept=True)
     inner = eqd.AutoSolver()
     if kind == "network":
-        classifier, inner = Wrapped(classifier), OneStep(0.1)
-    evaluation = eqd.evaluate(distilled, classifier, real(np.float32), inner)
-    fitted = evaluation.fitted.classifier
-    head = (fitted if kind == "linear" else fitted.classifier).head
+        model, inner = Wrapped(model), OneStep(0.1)
+    evaluation = eqd.evaluate(distilled, model, real(np.float32), inner)
+    fitted = evaluation.fitted.model
+    head = (fitted if kind == "linear" else fitted.model).head
     images, labels = (np.asarray(x) for x in (real().images, real().labels))
     logits = (images @ np.asarray(head.weight).T + np.asarray(head.bias)) / 0.5
     log_p = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
@@ -109,28 +109,28 @@ def test_outputs_are_read_as_logits_at_the_temperature(kind):
     np.testing.assert_allclose(evaluation.accuracy, right, rtol=1e-6)
     if kind == "network":
         return
-    for data in (real(np.float32), eqd.FullBatch(real(np.float32), classifier)):
-        loss, _ = eqx.filter_jit(eqd.outer_loss)(distilled, classifier, data)
+    for data in (real(np.float32), eqd.FullBatch(real(np.float32), model)):
+        loss, _ = eqx.filter_jit(eqd.outer_loss)(distilled, model, data)
         np.testing.assert_allclose(loss, want, rtol=1e-5)
 
 
 class Wrapped(eqx.Module):
-    """Hides that the classifier is linear."""
+    """Hides that the model is linear."""
 
-    classifier: eqd.LinearClassifier
+    model: eqd.LinearClassifier
 
     def __call__(self, image):
-        return self.classifier(image)
+        return self.model(image)
 
 
 def test_inner_loss():
     distilled = start(l2=0.3, dtype=np.float32)
     head = np.random.default_rng(2).normal(size=(C, P)).astype(np.float32)
-    classifier = eqd.LogisticRegression(P, C)
-    classifier = eqx.tree_at(lambda c: c.head.weight, classifier, jnp.asarray(head))
+    model = eqd.LogisticRegression(P, C)
+    model = eqx.tree_at(lambda c: c.head.weight, model, jnp.asarray(head))
     errors = np.asarray(distilled.images) @ head.T - np.asarray(distilled.labels)
     want = np.sum(errors**2) / (2 * 4) + 0.3 / 2 * np.sum(head**2)
-    got = eqx.filter_jit(eqd.inner_loss)(distilled, classifier)
+    got = eqx.filter_jit(eqd.inner_loss)(distilled, model)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -145,7 +145,7 @@ def test_refuses_what_it_does_not_solve():
 
 
 @pytest.mark.parametrize(
-    ("classifier", "loss", "solver"),
+    ("model", "loss", "solver"),
     [
         (eqd.LogisticRegression(P, C), eqd.CrossEntropy(), eqd.SpanSolver()),
         (eqd.LogisticRegression(P, C), eqd.SquaredError(), eqd.RidgeSolver()),
@@ -153,9 +153,9 @@ def test_refuses_what_it_does_not_solve():
     ],
     ids=["span", "ridge", "argmin"],
 )
-def test_the_solver_that_is_chosen(classifier, loss, solver):
+def test_the_solver_that_is_chosen(model, loss, solver):
     distilled = start(soft=False, dtype=np.float32, loss=loss)
     got, want = (
-        eqd.fit(distilled, classifier, inner) for inner in (eqd.AutoSolver(), solver)
+        eqd.fit(distilled, model, inner) for inner in (eqd.AutoSolver(), solver)
     )
     assert eqx.tree_equal(got, want, rtol=1e-5, atol=1e-6)

@@ -18,15 +18,15 @@ from .conftest import check_gradient, small_noise, subset
 @eqx.filter_jit
 def fit_and_pull_back(images, labels, l2, cotangent, inner, use_intercept):
     """The fitted weights, and a cotangent's pull-back to all of the distilled set."""
-    classifier = eqd.LogisticRegression(
+    model = eqd.LogisticRegression(
         cotangent.shape[1], cotangent.shape[0], use_intercept=use_intercept
     )
     distilled = eqd.DistilledSet(images, labels, l2=l2)
 
     def weights(distilled):
-        state = inner.init(distilled, classifier, key=None)
-        fitted, _ = inner(distilled, classifier, state, key=None)
-        return jnp.sum(fitted.classifier.head.weight * cotangent), fitted
+        state = inner.init(distilled, model, key=None)
+        fitted, _ = inner(distilled, model, state, key=None)
+        return jnp.sum(fitted.model.head.weight * cotangent), fitted
 
     (_, fitted), grad = eqx.filter_value_and_grad(weights, has_aux=True)(distilled)
     return fitted, grad
@@ -68,7 +68,7 @@ def run(case, l2, dtype, use_intercept):
         use_intercept,
     )
     assert fitted.converged
-    return np.asarray(fitted.classifier.head.weight), np.asarray(grad.images)
+    return np.asarray(fitted.model.head.weight), np.asarray(grad.images)
 
 
 @pytest.mark.slow
@@ -101,13 +101,13 @@ def check_single_precision(case, use_intercept):
 @pytest.mark.usefixtures("x64")
 def test_agrees_with_scikit_learn(digits):
     x, y = cases(digits[0], 10)["hard"][0]
-    classifier = eqd.LogisticRegression(64, 10, use_intercept=True)
+    model = eqd.LogisticRegression(64, 10, use_intercept=True)
     for l2 in (1.0, 1e-3):
-        fitted = eqd.fit(eqd.DistilledSet(x, y, l2=l2), classifier, eqd.SpanSolver())
+        fitted = eqd.fit(eqd.DistilledSet(x, y, l2=l2), model, eqd.SpanSolver())
         reference = SklearnLogisticRegression(
             C=1 / (10 * l2), solver="newton-cholesky", tol=1e-10, max_iter=1000
         ).fit(x.reshape(10, 64), y)
-        error = np.abs(fitted.classifier.head.weight - reference.coef_).max()
+        error = np.abs(fitted.model.head.weight - reference.coef_).max()
         assert error <= 1e-6
 
 
@@ -124,10 +124,10 @@ def test_derivative_agrees_with_central_differences(digits, kind):
         pixels = slice(3, 6)
         real = eqd.Dataset(real.images[:, pixels, pixels], real.labels, 10)
     distilled = eqd.DistilledSet(images[:, pixels, pixels], labels, l2=1e-3)
-    classifier = eqd.LogisticRegression(
+    model = eqd.LogisticRegression(
         images[0, pixels, pixels].size, 10, use_intercept=True
     )
-    check_gradient(distilled, classifier, real, eqd.SpanSolver())
+    check_gradient(distilled, model, real, eqd.SpanSolver())
 
 
 @pytest.mark.slow
@@ -138,8 +138,8 @@ def test_derivative_of_many_agrees_with_central_differences(mnist):
     x = np.asarray(real.images) / 255.0
     distilled = eqd.DistilledSet(x[:210], jr.normal(jr.key(0), (210, 10)), l2=1e-2)
     data = eqd.Dataset(x[210:], real.labels[210:], 10)
-    classifier = eqd.LogisticRegression(784, 10, use_intercept=True)
-    check_gradient(distilled, classifier, data, eqd.SpanSolver())
+    model = eqd.LogisticRegression(784, 10, use_intercept=True)
+    check_gradient(distilled, model, data, eqd.SpanSolver())
 
 
 @pytest.mark.slow
@@ -147,12 +147,12 @@ def test_many_images(mnist):
     # So many that they are not decomposed.
     real = subset(mnist[0], 250)
     distilled = eqd.DistilledSet(real.floating(), real.labels, l2=1e-2)
-    classifier = eqd.LogisticRegression(784, 10, use_intercept=True)
-    fitted = eqd.fit(distilled, classifier, eqd.SpanSolver())
+    model = eqd.LogisticRegression(784, 10, use_intercept=True)
+    fitted = eqd.fit(distilled, model, eqd.SpanSolver())
     reference = SklearnLogisticRegression(
         C=1 / (250 * 1e-2), tol=1e-8, max_iter=1000
     ).fit(np.asarray(real.floating(), np.float64).reshape(250, 784), real.labels)
-    error = np.abs(fitted.classifier.head.weight - reference.coef_).max()
+    error = np.abs(fitted.model.head.weight - reference.coef_).max()
     assert error <= 1e-4 * np.abs(reference.coef_).max()
 
 
@@ -172,9 +172,9 @@ def test_converges_where_the_softmax_saturates(mnist):
 def test_ridge_near_nothing(mnist):
     # Where the gradient of the inner loss is so small that its squares are zero.
     distilled = eqd.DistilledSet.from_real(mnist[0], 20, l2=1e-16, key=jr.key(0))
-    classifier = eqd.LogisticRegression(784, 10)
-    fitted = eqd.fit(distilled, classifier, eqd.SpanSolver())
-    weight = fitted.classifier.head.weight
+    model = eqd.LogisticRegression(784, 10)
+    fitted = eqd.fit(distilled, model, eqd.SpanSolver())
+    weight = fitted.model.head.weight
     logits = distilled.images.reshape(20, 784) @ weight.T
     np.testing.assert_array_equal(jnp.argmax(logits, axis=1), distilled.labels)
     assert fitted.gradient_norm < 1e-15
@@ -183,12 +183,12 @@ def test_ridge_near_nothing(mnist):
 def test_is_differentiated_but_once(digits):
     start = small_noise(digits[0])
     train = subset(digits[0], 50)
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
 
     @jax.jit
     def squared_norm(log_l2):
         at = lambda x: eqx.tree_at(lambda d: d.log_l2, start, x)
-        loss = lambda x: eqd.outer_loss(at(x), classifier, train)[0]
+        loss = lambda x: eqd.outer_loss(at(x), model, train)[0]
         return jax.grad(loss)(log_l2) ** 2
 
     with pytest.raises(NotImplementedError, match="can be differentiated only once"):
@@ -208,32 +208,32 @@ def test_any_warm_start(digits, log_scale, log_l2, is_near, use_intercept, seed)
     # Random ones, at which the softmax may be saturated on the wrong classes; and
     # multiples of the solution, where it is on the right ones.
     distilled = eqd.DistilledSet.from_real(digits[0], l2=10**log_l2, key=jr.key(seed))
-    classifier = eqd.LogisticRegression(64, 10, use_intercept=use_intercept)
+    model = eqd.LogisticRegression(64, 10, use_intercept=use_intercept)
     rng = np.random.default_rng(seed + 1)
     noise = lambda x: (10**log_scale * rng.normal(size=x.shape)).astype(x.dtype)
     multiple = lambda x: np.float32(10**log_scale) * np.asarray(x)
-    solve = lambda start: SOLVE(distilled, classifier, start)[0].classifier.head
-    head = solve(classifier.head)
+    solve = lambda start: SOLVE(distilled, model, start)[0].model.head
+    head = solve(model.head)
     start = jax.tree.map(multiple if is_near else noise, head)
     error = np.linalg.norm(solve(start).weight - head.weight)
     assert error <= 1e-4 * np.linalg.norm(head.weight)
 
 
 @eqx.filter_jit
-def SOLVE(distilled, classifier, state):
-    return eqd.SpanSolver()(distilled, classifier, state, key=None)
+def SOLVE(distilled, model, state):
+    return eqd.SpanSolver()(distilled, model, state, key=None)
 
 
 def test_warm_start_is_quicker(digits):
     distilled = eqd.DistilledSet.from_real(digits[0], l2=0.01, key=jr.key(0))
-    classifier = eqd.LogisticRegression(64, 10)
-    cold = eqd.SpanSolver().init(distilled, classifier, key=None)
-    _, warm = SOLVE(distilled, classifier, cold)
+    model = eqd.LogisticRegression(64, 10)
+    cold = eqd.SpanSolver().init(distilled, model, key=None)
+    _, warm = SOLVE(distilled, model, cold)
     moved = eqx.tree_at(lambda d: d.images, distilled, 1.05 * distilled.images)
-    again, _ = SOLVE(moved, classifier, cold)
-    quicker, _ = SOLVE(moved, classifier, warm)
+    again, _ = SOLVE(moved, model, cold)
+    quicker, _ = SOLVE(moved, model, warm)
     assert quicker.stats["steps"] < again.stats["steps"]
-    weights = [x.classifier.head.weight for x in (quicker, again)]
+    weights = [x.model.head.weight for x in (quicker, again)]
     np.testing.assert_allclose(*weights, rtol=1e-4, atol=1e-6)
 
 
@@ -256,6 +256,6 @@ def test_says_where_there_is_no_solution(digits):
     distilled = eqd.DistilledSet.from_real(digits[0], l2=0.1, key=jr.key(0))
     labels = distilled.labels % 9
     distilled = eqx.tree_at(lambda d: d.labels, distilled, labels)
-    classifier = eqd.LogisticRegression(64, 10, use_intercept=True)
-    fitted, _ = SOLVE(distilled, classifier, classifier.head)
+    model = eqd.LogisticRegression(64, 10, use_intercept=True)
+    fitted, _ = SOLVE(distilled, model, model.head)
     assert not fitted.converged

@@ -55,19 +55,19 @@ def test_converged_means_stationary(real):
         distilled = eqd.DistilledSet(real, jnp.arange(10), l2=l2)
         fitted = eqd.fit(distilled, network, inner, throw=False)
         loss = lambda c, d: eqd.inner_loss(d, c)
-        gradient = eqx.filter_grad(loss)(fitted.classifier, distilled)
+        gradient = eqx.filter_grad(loss)(fitted.model, distilled)
         norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(gradient)))
         np.testing.assert_allclose(fitted.gradient_norm, norm, rtol=1e-2, atol=1e-5)
         size = np.sqrt(
             sum(
                 np.sum(np.square(x))
-                for x in jax.tree.leaves(eqx.filter(fitted.classifier, eqx.is_array))
+                for x in jax.tree.leaves(eqx.filter(fitted.model, eqx.is_array))
             )
         )
         assert not fitted.converged or norm <= 0.011 * l2 * size
         # The fit is a useful one all the same.
         assert not fitted.collapsed
-        logits = jax.vmap(fitted.classifier)(real)
+        logits = jax.vmap(fitted.model)(real)
         assert (jnp.argmax(logits, axis=1) == jnp.arange(10)).all()
 
 
@@ -86,7 +86,7 @@ def test_collapse_is_told_with_the_reason(digits):
     weak = eqd.DistilledSet.from_noise(train, l2=0.1, scale=1 / 64, key=jr.key(0))
     fitted = eqd.fit(weak, network, throw=False)
     assert fitted.collapsed
-    logits = jax.vmap(fitted.classifier)(weak.images)
+    logits = jax.vmap(fitted.model)(weak.images)
     assert jnp.ptp(logits, axis=0).max() < 1e-4
     with pytest.raises(RuntimeError, match=COLLAPSE):
         eqd.fit(weak, network)
@@ -106,21 +106,21 @@ def test_collapse_stops_a_distillation(digits):
 @pytest.mark.parametrize("scale", [1 / 64, 1 / 784])
 def test_a_weak_start_of_a_linear_classifier_is_no_collapse(digits, scale):
     start = eqd.DistilledSet.from_noise(digits[0], l2=0.1, scale=scale, key=jr.key(0))
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     for inner in (eqd.SpanSolver(), eqd.ArgminSolver()):
-        fitted = eqd.fit(start, classifier, inner)
+        fitted = eqd.fit(start, model, inner)
         assert fitted.converged
         assert not fitted.collapsed
 
 
 def test_pixels_whose_squares_overflow(digits):
     start = eqd.DistilledSet.from_noise(digits[0], l2=0.1, scale=1e30, key=jr.key(0))
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
     for inner in (eqd.SpanSolver(), eqd.ArgminSolver(max_steps=300)):
-        fitted = eqd.fit(start, classifier, inner, throw=False)
+        fitted = eqd.fit(start, model, inner, throw=False)
         assert not fitted.converged
         with pytest.raises(RuntimeError, match="inner solver did not converge"):
-            eqd.fit(start, classifier, inner)
+            eqd.fit(start, model, inner)
 
 
 def test_labels_that_do_not_fit(tmp_path):
@@ -154,7 +154,7 @@ def test_features_of_any_size():
             scale * images, np.arange(4), l2=0.1, loss=eqd.SquaredError()
         )
         fitted = eqd.fit(distilled, eqd.LogisticRegression(9, 4), eqd.RelativeRidge())
-        outputs.append(jax.vmap(fitted.classifier)(distilled.images))
+        outputs.append(jax.vmap(fitted.model)(distilled.images))
     for found in outputs[1:]:
         np.testing.assert_allclose(found, outputs[0], rtol=1e-4, atol=1e-6)
 

@@ -47,7 +47,7 @@ def test_steps_are_as_by_hand(problem):
     velocity = g = jax.tree.map(jnp.zeros_like, params)
     for _ in range(10):
         params, velocity, g = step(params, velocity)
-    got = eqx.filter(fitted.classifier, eqx.is_inexact_array)
+    got = eqx.filter(fitted.model, eqx.is_inexact_array)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
     norm = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(g)))
@@ -143,7 +143,7 @@ def test_windows(problem):
     np.testing.assert_array_equal(gradient(eqd.LastSteps(6)), whole)
 
     # By hand: two steps from the point that four steps reach.
-    prefix = eqd.fit(start, network, eqd.UnrolledSolver(optax.sgd, RATE, 4)).classifier
+    prefix = eqd.fit(start, network, eqd.UnrolledSolver(optax.sgd, RATE, 4)).model
     rest = eqd.UnrolledSolver(optax.sgd, RATE, 2)
     wanted = hypergradient(start, prefix, train, rest)[1].images
     last = eqd.UnrolledSolver(optax.sgd, RATE, 6, window=eqd.LastSteps(2))
@@ -196,14 +196,14 @@ def test_batches_see_each_image_once_an_epoch(digits):
     start = eqd.DistilledSet(
         train.floating(), train.labels, l2=1e-6, loss=eqd.SquaredError()
     )
-    classifier = eqd.LogisticRegression(64, 10)
+    model = eqd.LogisticRegression(64, 10)
 
     def weight(batch_size, rate, seed=0):
         steps = 12 // (batch_size or 12)
         solver = eqd.UnrolledSolver(
             optax.sgd, {"learning_rate": rate}, steps, batch_size=batch_size
         )
-        return eqd.fit(start, classifier, solver, key=jr.key(seed)).classifier.head
+        return eqd.fit(start, model, solver, key=jr.key(seed)).model.head
 
     whole, parts = weight(None, 3e-4).weight, weight(4, 1e-4).weight
     np.testing.assert_allclose(parts, whole, rtol=1e-2, atol=1e-7)
@@ -223,9 +223,9 @@ def test_a_sequence_of_batches_with_a_step_size_each(digits):
     solver = eqd.UnrolledSolver(
         by_step, {"learning_rate": rates}, 4, batch_size=3, shuffle=False
     )
-    classifier = eqd.LogisticRegression(64, 10)
-    fitted = eqd.fit(start, classifier, solver).classifier
-    weight = classifier.head.weight
+    model = eqd.LogisticRegression(64, 10)
+    fitted = eqd.fit(start, model, solver).model
+    weight = model.head.weight
     for i, rate in enumerate(rates):
         own = slice(0, 3) if i % 2 == 0 else slice(3, 6)
         images, labels = start.images[own].reshape(3, 64), start.labels[own]
@@ -255,7 +255,7 @@ def test_dropout_is_drawn_in_training_only(problem):
     network = WithDropout(key=jr.key(0))
     solver = eqd.UnrolledSolver(optax.sgd, RATE, 3)
     fits = [
-        eqd.fit(start, network, solver, key=jr.key(i)).classifier for i in (0, 0, 1)
+        eqd.fit(start, network, solver, key=jr.key(i)).model for i in (0, 0, 1)
     ]
     weights = [x.linear.weight for x in fits]
     np.testing.assert_array_equal(weights[0], weights[1])
@@ -269,8 +269,8 @@ def test_dropout_is_drawn_in_training_only(problem):
     off = eqx.nn.inference_mode(network)
     same = eqx.tree_at(lambda n: n.dropout, network, eqx.nn.Dropout(0.0))
     np.testing.assert_allclose(
-        eqd.fit(start, off, solver).classifier.linear.weight,
-        eqd.fit(start, same, solver, key=jr.key(0)).classifier.linear.weight,
+        eqd.fit(start, off, solver).model.linear.weight,
+        eqd.fit(start, same, solver, key=jr.key(0)).model.linear.weight,
         rtol=1e-5,
         atol=1e-7,
     )
@@ -284,7 +284,7 @@ def test_images_are_augmented(problem):
     )
     weight = lambda solver, seed: jax.tree.leaves(
         eqx.filter(
-            eqd.fit(start, network, solver, key=jr.key(seed)).classifier, eqx.is_array
+            eqd.fit(start, network, solver, key=jr.key(seed)).model, eqx.is_array
         )
     )[0]
     assert not np.allclose(weight(shifted, 0), weight(plain, 0), rtol=1e-5)

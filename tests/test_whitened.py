@@ -68,14 +68,14 @@ def test_lbfgs_needs_fewer_steps(problem):
 
 @pytest.mark.slow
 def test_line_search(problem):
-    start, classifier, train = problem
+    start, model, train = problem
     optimiser = eqd.whitened(optax.lbfgs(), train)
-    whole = eqd.Problem(start, classifier, train, optimiser=optimiser)
+    whole = eqd.Problem(start, model, train, optimiser=optimiser)
     state, step = whole.init(), eqx.filter_jit(whole.step)
     hypergradient = eqx.filter_jit(eqx.filter_grad(eqd.outer_loss, has_aux=True))
     losses = []
     for _ in range(5):
-        gradient, _ = hypergradient(whole.distilled(state), classifier, whole.data)
+        gradient, _ = hypergradient(whole.distilled(state), model, whole.data)
         state, metrics = step(state)
         # The search keeps its last gradient, which is not to be taken for a whitened
         # one.

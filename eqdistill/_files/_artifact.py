@@ -27,13 +27,13 @@ class Artifact(eqx.Module):
     - `distilled`: the distilled set.
     - `start`: the parameterisation that it is decoded from, such as an
         [`eqdistill.Packed`][]; or the distilled set itself.
-    - `classifier`: the classifier to fit to it, not fitted; or `None` if it is not an
+    - `model`: the model to fit to it, not fitted; or `None` if it is not an
         [`eqdistill.LogisticRegression`][], and cannot be built from a file.
     - `inner`: how to fit it; or `None` if it is not a solver of this package with plain
         numbers for its settings.
-    - `recipe`: the recipe of the claim; or `None` if the claim is that of `classifier`,
+    - `recipe`: the recipe of the claim; or `None` if the claim is that of `model`,
         or the recipe or its network is not of this package.
-    - `is_by_recipe`: whether the claim is that of a recipe, and not of `classifier`.
+    - `is_by_recipe`: whether the claim is that of a recipe, and not of `model`.
     - `classifier_description`, `inner_description`: the same in words.
     - `accuracy`: the accuracy on the test split that is claimed, from 0 to 1, or
         `None`. With a recipe, the mean over networks.
@@ -52,7 +52,7 @@ class Artifact(eqx.Module):
 
     distilled: DistilledSet
     start: PyTree
-    classifier: LinearClassifier | None
+    model: LinearClassifier | None
     inner: AbstractInnerSolver | None
     recipe: Recipe | None
     is_by_recipe: bool
@@ -76,7 +76,7 @@ def load(path: str | os.PathLike) -> Artifact:
 
     Safe for files from strangers: everything in the file is checked, nothing in it is
     executed or imported, and what is built of it takes no more room than its size
-    allows: 16 times as much and 16 MiB, for the decoded images and for the classifier.
+    allows: 16 times as much and 16 MiB, for the decoded images and for the model.
 
     **Arguments:**
 
@@ -142,11 +142,11 @@ def build(data: bytes, header: dict[str, Any], metadata: dict[str, Any]) -> Arti
     return Artifact(
         distilled=distilled,
         start=start,
-        classifier=build_classifier(metadata["classifier"], distilled, data),
+        model=build_classifier(metadata["model"], distilled, data),
         inner=build_inner(metadata["inner"]),
-        recipe=build_recipe(metadata["classifier"]),
-        is_by_recipe=metadata["classifier"]["type"] == "Recipe",
-        classifier_description=_in_words(metadata["classifier"]),
+        recipe=build_recipe(metadata["model"]),
+        is_by_recipe=metadata["model"]["type"] == "Recipe",
+        classifier_description=_in_words(metadata["model"]),
         inner_description=_in_words(metadata["inner"]),
         accuracy=None if accuracy is None else float(accuracy["value"]),
         deviation=None if accuracy is None else accuracy["deviation"],

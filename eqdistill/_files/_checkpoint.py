@@ -33,7 +33,7 @@ class Checkpoints(AbstractCheckpoints["_Folder"]):
 
         ```python
         checkpoints = eqd.Checkpoints("checkpoints/digits")
-        result = eqd.distill(start, classifier, train, callbacks=[checkpoints])
+        result = eqd.distill(start, model, train, callbacks=[checkpoints])
         ```
 
     A checkpoint holds the state of the run, the history, and the states of the other

@@ -150,7 +150,7 @@ def _read_labels(
     artifact: Artifact | None,
     class_names: Sequence[str] | None,
 ) -> tuple[Int[np.ndarray, " n"], dict[str, Any]]:
-    """The class indices, and what a classifier is fitted to, as the recipe sees it."""
+    """The class indices, and what a model is fitted to, as the recipe sees it."""
     labels = np.asarray(distilled.labels)
     if labels.ndim == 2:
         num_classes, indices = labels.shape[1], labels.argmax(axis=1)

@@ -116,15 +116,15 @@ def _metadata(raw: Any) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         metadata.setdefault("preprocessing", None)
         metadata.setdefault("parameterisation", None)
-        recipe = metadata.get("classifier")
+        recipe = metadata.get("model")
         if isinstance(recipe, dict) and {"network", "name"} <= set(recipe):
             # An older recipe of FRePo has no augmentation.
             default = {"augment": False} if recipe["name"] == "frepo" else {}
-            metadata["classifier"] = {**default, **recipe}
+            metadata["model"] = {**default, **recipe}
     checks = {
         "format": (lambda x: True, ""),
         "format_version": (lambda x: True, ""),
-        "classifier": (_is_classifier, "a classifier's `type` and sizes"),
+        "model": (_is_classifier, "a model's `type` and sizes"),
         "inner": (
             lambda x: x is None or is_inner(x),
             "null, or an inner solver's `type` and settings in their ranges",

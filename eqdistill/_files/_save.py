@@ -57,7 +57,7 @@ _PACKAGES = (
 def save(
     path: str | os.PathLike,
     result: Distillation | DistilledSet | Packed | Frequencies,
-    classifier: PyTree,
+    model: PyTree,
     evaluation: Evaluation | Evaluations | None = None,
     *,
     inner: AbstractInnerSolver = AutoSolver(),
@@ -66,7 +66,7 @@ def save(
     seed: int | None = None,
 ) -> None:
     """Saves a distilled set to one file, with all that a stranger needs to check it:
-    the classifier and the inner solver, the dataset and its checksums, the accuracy
+    the model and the inner solver, the dataset and its checksums, the accuracy
     that is claimed, and the versions of the packages.
 
     The file is in the safetensors format, which holds arrays and text but no code.
@@ -79,7 +79,7 @@ def save(
         a distilled set. Of an [`eqdistill.Packed`][] or [`eqdistill.Frequencies`][]
         the small images or the coefficients are stored; of any other parameterisation,
         the images that it decodes to.
-    - `classifier`: the classifier of `evaluation`, fitted or not. An
+    - `model`: the model of `evaluation`, fitted or not. An
         [`eqdistill.LogisticRegression`][] can be built again from the file; of any
         other, only the name of its type is kept. Or the
         [`eqdistill.recipes.Recipe`][] of `evaluation`, which can be built again with
@@ -121,12 +121,12 @@ def save(
             f"{type(start).__name__}."
         )
     distilled = decode(start)
-    is_by_recipe = isinstance(classifier, Recipe)
+    is_by_recipe = isinstance(model, Recipe)
     if is_by_recipe:
-        description = describe_recipe(classifier, distilled)
+        description = describe_recipe(model, distilled)
     else:
-        distilled = check_inner(distilled, classifier, inner)
-        description = _describe_classifier(classifier, distilled)
+        distilled = check_inner(distilled, model, inner)
+        description = _describe_classifier(model, distilled)
     stored, parameterisation = _describe_start(start, distilled)
     loss = _describe_loss(distilled.loss)
     described = _describe_preprocessing(preprocessing)
@@ -134,7 +134,7 @@ def save(
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "classifier": description,
+        "model": description,
         "inner": None if is_by_recipe else _describe_inner(inner),
         "accuracy": None
         if evaluation is None
@@ -174,18 +174,18 @@ def save(
         unfinished.replace(path)
 
 
-def _describe_classifier(classifier: PyTree, distilled: DistilledSet) -> dict[str, Any]:
-    if takes_pixels(classifier):
-        num_classes, in_features = classifier.head.weight.shape
+def _describe_classifier(model: PyTree, distilled: DistilledSet) -> dict[str, Any]:
+    if takes_pixels(model):
+        num_classes, in_features = model.head.weight.shape
         return {
             "type": "LogisticRegression",
             "in_features": in_features,
             "num_classes": num_classes,
-            "use_intercept": classifier.head.bias is not None,
+            "use_intercept": model.head.bias is not None,
         }
-    network = eqx.nn.inference_mode(classifier)
+    network = eqx.nn.inference_mode(model)
     logits = eqx.filter_eval_shape(network, distilled.images[0])
-    return {"type": _type_name(classifier), "num_classes": logits.shape[0]}
+    return {"type": _type_name(model), "num_classes": logits.shape[0]}
 
 
 def _describe_claim(
@@ -199,7 +199,7 @@ def _describe_claim(
     if isinstance(evaluation, Evaluations) != is_by_recipe:
         raise TypeError(
             "`evaluation` must be of `eqdistill.recipes.evaluate` for a recipe, and of "
-            "`eqdistill.evaluate` for a classifier; got an "
+            "`eqdistill.evaluate` for a model; got an "
             f"`{type(evaluation).__name__}`."
         )
     if isinstance(evaluation, Evaluation):

@@ -53,7 +53,7 @@ def read_tensors(
     own = preprocessing_tensors(metadata["preprocessing"])
     tensors = _tensors(header, (*TENSORS, *LOSSES[metadata["loss"]], *own), data)
     images, labels, log_l2 = (_canonical(tensors[name]) for name in TENSORS)
-    num_classes = metadata["classifier"]["num_classes"]
+    num_classes = metadata["model"]["num_classes"]
 
     check(images.ndim >= 2, f"`images` must have shape (n, ...); got {images.shape}")
     check(np.isfinite(images).all(), "`images` must be finite; some pixels are not")
@@ -205,11 +205,11 @@ def build_classifier(
     pixels = math.prod(distilled.images.shape[1:])
     check(
         in_features == pixels,
-        f"its classifier must have `in_features` = {pixels}, the pixels of an image; "
+        f"its model must have `in_features` = {pixels}, the pixels of an image; "
         f"got {in_features}",
     )
     dtype = distilled.images.dtype
-    check_room("its classifier", dtype.itemsize * (in_features + 1) * num_classes, data)
+    check_room("its model", dtype.itemsize * (in_features + 1) * num_classes, data)
     return LogisticRegression(
         in_features,
         num_classes,

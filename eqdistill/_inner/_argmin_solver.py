@@ -15,7 +15,7 @@ from ._warm_lbfgs import WarmLBFGS
 
 
 class ArgminSolver(AbstractInnerSolver[None]):
-    r"""Solves the inner problem to convergence, for any classifier:
+    r"""Solves the inner problem to convergence, for any model:
 
     $$w^\star(\theta) = \arg\min_w f(w; \theta) + \frac{\lambda}{2} \|w\|^2,$$
 
@@ -63,15 +63,15 @@ class ArgminSolver(AbstractInnerSolver[None]):
         check_at_least(1, max_steps=self.max_steps)
         check_at_least(0, tolerance=self.tolerance)
 
-    def init(self, distilled, classifier, *, key):
-        del distilled, classifier, key
+    def init(self, distilled, model, *, key):
+        del distilled, model, key
         return None
 
-    def __call__(self, distilled: DistilledSet, classifier, state, *, key):
+    def __call__(self, distilled: DistilledSet, model, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]."""
         del key
-        classifier = eqx.nn.inference_mode(classifier)
-        params, static = eqx.partition(classifier, parameters(classifier))
+        model = eqx.nn.inference_mode(model)
+        params, static = eqx.partition(model, parameters(model))
         l2 = jax.lax.stop_gradient(distilled.l2)
         solution = optx.minimise(
             lambda params, distilled: inner_loss(
@@ -91,9 +91,9 @@ class ArgminSolver(AbstractInnerSolver[None]):
         # The solution may be zero.
         rounding = 10 * jnp.finfo(norm.dtype).eps
         scale = l2 * jnp.sqrt(jax.lax.stop_gradient(squared_norm(fitted)))
-        spreads = [_spread(distilled, c) for c in (classifier, fitted)]
+        spreads = [_spread(distilled, c) for c in (model, fitted)]
         return Fitted(
-            classifier=fitted,
+            model=fitted,
             converged=norm <= self.tolerance * scale + rounding,
             collapsed=spreads[1] < 1e-2 * spreads[0],
             gradient_norm=norm,
@@ -101,9 +101,9 @@ class ArgminSolver(AbstractInnerSolver[None]):
         ), state
 
 
-def _spread(distilled: DistilledSet, classifier: PyTree) -> Float[Array, ""]:
+def _spread(distilled: DistilledSet, model: PyTree) -> Float[Array, ""]:
     """How much the logits differ from image to image: their root mean square deviation
     from the mean over images, without what is the same for all classes."""
-    logits = jax.lax.stop_gradient(jax.vmap(classifier)(distilled.images))
+    logits = jax.lax.stop_gradient(jax.vmap(model)(distilled.images))
     logits = logits - jnp.mean(logits, axis=1, keepdims=True)
     return jnp.sqrt(jnp.mean((logits - jnp.mean(logits, axis=0)) ** 2))

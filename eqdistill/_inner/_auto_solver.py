@@ -10,7 +10,7 @@ from ._span_solver import SpanSolver
 
 
 class AutoSolver(AbstractInnerSolver[PyTree]):
-    r"""Chooses an inner solver by the classifier and the loss. For an
+    r"""Chooses an inner solver by the model and the loss. For an
     [`eqdistill.LinearClassifier`][] it is [`eqdistill.SpanSolver`][] with cross-entropy
     and [`eqdistill.RidgeSolver`][] with squared error. It is
     [`eqdistill.ArgminSolver`][] otherwise.
@@ -19,16 +19,16 @@ class AutoSolver(AbstractInnerSolver[PyTree]):
     1e-4 if $\min(n, p) \, c$ is above 2,000.
     """
 
-    def init(self, distilled, classifier, *, key):
-        return _choose(distilled, classifier).init(distilled, classifier, key=key)
+    def init(self, distilled, model, *, key):
+        return _choose(distilled, model).init(distilled, model, key=key)
 
-    def __call__(self, distilled, classifier, state, *, key):
-        solver = _choose(distilled, classifier)
-        return solver(distilled, classifier, state, key=key)
+    def __call__(self, distilled, model, state, *, key):
+        solver = _choose(distilled, model)
+        return solver(distilled, model, state, key=key)
 
 
-def _choose(distilled: DistilledSet, classifier: PyTree) -> AbstractInnerSolver:
-    if isinstance(classifier, LinearClassifier):
+def _choose(distilled: DistilledSet, model: PyTree) -> AbstractInnerSolver:
+    if isinstance(model, LinearClassifier):
         if isinstance(distilled.loss, CrossEntropy):
             return SpanSolver()
         if isinstance(distilled.loss, SquaredError):

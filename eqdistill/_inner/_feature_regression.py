@@ -24,11 +24,11 @@ class FeatureRegression(AbstractInnerSolver[State]):
 
     training: AbstractInnerSolver[State]
 
-    def init(self, distilled: DistilledSet, classifier: PyTree, *, key):
+    def init(self, distilled: DistilledSet, model: PyTree, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]."""
-        return self.training.init(distilled, classifier, key=key)
+        return self.training.init(distilled, model, key=key)
 
-    def __call__(self, distilled: DistilledSet, classifier: PyTree, state, *, key):
+    def __call__(self, distilled: DistilledSet, model: PyTree, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
@@ -37,8 +37,8 @@ class FeatureRegression(AbstractInnerSolver[State]):
         """
         no_ridge = jnp.full_like(distilled.log_l2, -jnp.inf)
         free = eqx.tree_at(lambda d: d.log_l2, distilled, no_ridge)
-        trained, state = self.training(free, classifier, state, key=key)
-        last = last_layer(trained.classifier)
+        trained, state = self.training(free, model, state, key=key)
+        last = last_layer(trained.model)
         last = with_head(last, last.head.weight, None)
         fitted, _ = RelativeRidge()(distilled, last, None, key=None)
         converged = trained.converged & fitted.converged

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._checks import (
     array_difference,
-    check_classifier,
+    check_model,
     check_key,
     count_outputs,
 )
@@ -18,7 +18,7 @@ from ._inner_solver import AbstractDrawingSolver, AbstractInnerSolver, Fitted
 
 NOT_CONVERGED = "the inner solver did not converge"
 COLLAPSED = (
-    "the fit has collapsed: the classifier gives every distilled image the same "
+    "the fit has collapsed: the model gives every distilled image the same "
     "logits, and nothing can be learned from it. The ridge is too large for this "
     "network, or the images are too weak: try `l2=1e-3` or less, and images as strong "
     "as the data, such as noise with `scale=0.3`"
@@ -27,20 +27,20 @@ COLLAPSED = (
 
 def fit(
     distilled: DistilledSet,
-    classifier: PyTree,
+    model: PyTree,
     inner: AbstractInnerSolver = AutoSolver(),
     *,
     key: PRNGKeyArray | None = None,
     throw: bool = True,
 ) -> Fitted:
-    r"""Fits a classifier to a distilled set: $w^\star(\theta)$.
+    r"""Fits a model to a distilled set: $w^\star(\theta)$.
 
     Composes with `jax.jit`, `jax.vmap` and automatic differentiation in `distilled`.
 
     **Arguments:**
 
     - `distilled`: the distilled set.
-    - `classifier`: an `equinox.Module` from one image, of shape `(*shape,)`, to its
+    - `model`: an `equinox.Module` from one image, of shape `(*shape,)`, to its
         logits, of shape `(c,)`. Its [`eqdistill.parameters`][] are fitted. Or `None`,
         for an [`eqdistill.AbstractDrawingSolver`][], such as [`eqdistill.Pool`][].
     - `inner`: how to fit it.
@@ -56,7 +56,7 @@ def fit(
 
     **Raises:**
 
-    - A `TypeError` or `ValueError` if the classifier cannot be applied to the distilled
+    - A `TypeError` or `ValueError` if the model cannot be applied to the distilled
         images, holds state, or has an output that is not a vector of logits; or if the
         labels are not of its classes.
     - A `TypeError` if the inner solver does not return what
@@ -64,8 +64,8 @@ def fit(
     - A `RuntimeError` as `throw` says.
     """
     check_key("key", key)
-    distilled = check_inner(distilled, classifier, inner)
-    fitted = _fit(distilled, classifier, inner, key)
+    distilled = check_inner(distilled, model, inner)
+    fitted = _fit(distilled, model, inner, key)
     if throw:
         # Outside of the compiled program: JAX's persistent compilation cache does not
         # keep a program that may raise an error.
@@ -91,16 +91,16 @@ def _throw(fitted: Fitted, is_bad: Bool[Array, ""], message: str) -> Fitted:
 
 
 @eqx.filter_jit
-def _fit(distilled, classifier, inner, key) -> Fitted:
+def _fit(distilled, model, inner, key) -> Fitted:
     init_key, solver_key = (None, None) if key is None else jax.random.split(key)
-    state = inner.init(distilled, classifier, key=init_key)
-    fitted, _ = solve(distilled, classifier, inner, state, key=solver_key)
+    state = inner.init(distilled, model, key=init_key)
+    fitted, _ = solve(distilled, model, inner, state, key=solver_key)
     return fitted
 
 
 def solve(
     distilled: DistilledSet,
-    classifier: PyTree,
+    model: PyTree,
     inner: AbstractInnerSolver,
     state: PyTree,
     *,
@@ -113,7 +113,7 @@ def solve(
     A `TypeError` if that is not as [`eqdistill.AbstractInnerSolver`][] says.
     """
     name = type(inner).__name__
-    found = inner(distilled, classifier, state, key=key)
+    found = inner(distilled, model, state, key=key)
     if not (isinstance(found, tuple) and len(found) == 2):
         raise TypeError(
             f"`inner` must return a pair of a `Fitted` and a state; `{name}` returned "
@@ -133,7 +133,7 @@ def solve(
             f"{difference}."
         )
     count_outputs(
-        f"{name}(...)[0].classifier", fitted.classifier, image_struct(distilled)
+        f"{name}(...)[0].model", fitted.model, image_struct(distilled)
     )
     # A norm that overflows or is NaN is no sign of a solution.
     is_finite = jnp.isfinite(fitted.gradient_norm)
@@ -146,9 +146,9 @@ def image_struct(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
 
 
 def check_inner(
-    distilled: DistilledSet, classifier: PyTree, inner: AbstractInnerSolver
+    distilled: DistilledSet, model: PyTree, inner: AbstractInnerSolver
 ) -> DistilledSet:
-    """Checks that a classifier can be fitted to a distilled set.
+    """Checks that a model can be fitted to a distilled set.
 
     **Returns:**
 
@@ -160,15 +160,15 @@ def check_inner(
     """
     name = type(inner).__name__
     draws = isinstance(inner, AbstractDrawingSolver)
-    if classifier is None and not draws:
-        raise TypeError(f"`classifier` must be given with `{name}`; got None.")
-    if classifier is not None and draws:
+    if model is None and not draws:
+        raise TypeError(f"`model` must be given with `{name}`; got None.")
+    if model is not None and draws:
         raise TypeError(
-            f"`classifier` must be None with `{name}`, which draws classifiers of its "
-            f"own; got a {type(classifier).__name__}."
+            f"`model` must be None with `{name}`, which draws models of its "
+            f"own; got a {type(model).__name__}."
         )
-    num_classes = count_classes(distilled, classifier, inner)
-    fitted = f"`{name}`" if draws else "`classifier`"
+    num_classes = count_classes(distilled, model, inner)
+    fitted = f"`{name}`" if draws else "`model`"
     labels = distilled.labels
     if labels.ndim == 2:
         if labels.shape[1] != num_classes:
@@ -187,9 +187,9 @@ def check_inner(
 
 
 def count_classes(
-    distilled: DistilledSet, classifier: PyTree, inner: AbstractInnerSolver
+    distilled: DistilledSet, model: PyTree, inner: AbstractInnerSolver
 ) -> int:
-    """The number of classes of the classifier that is fitted."""
+    """The number of classes of the model that is fitted."""
     if isinstance(inner, AbstractDrawingSolver):
         return inner.num_classes
-    return check_classifier(classifier, image_struct(distilled))
+    return check_model(model, image_struct(distilled))

@@ -16,9 +16,9 @@ State = TypeVar("State")
 
 
 def inner_loss(
-    distilled: DistilledSet, classifier: PyTree, *, key: PRNGKeyArray | None = None
+    distilled: DistilledSet, model: PyTree, *, key: PRNGKeyArray | None = None
 ) -> Float[Array, ""]:
-    r"""The objective of the inner problem, for a classifier with parameters $w$:
+    r"""The objective of the inner problem, for a model with parameters $w$:
 
     $$\frac{1}{n} \sum_{i=1}^n \ell(y_i, w(\theta_i)) + \frac{\lambda}{2} \|w\|^2.$$
 
@@ -26,8 +26,8 @@ def inner_loss(
 
     - `distilled`: the images $\theta$, their labels $y$, the ridge $\lambda$ and the
         loss $\ell$.
-    - `classifier`: a map from one image to its outputs.
-    - `key`: a `jax.random.key` for a classifier with dropout, which is called with a
+    - `model`: a map from one image to its outputs.
+    - `key`: a `jax.random.key` for a model with dropout, which is called with a
         `key` of its own for each image. Defaults to none. (Keyword only argument.)
 
     **Returns:**
@@ -37,27 +37,27 @@ def inner_loss(
 
     **Raises:**
 
-    A `TypeError` if the classifier is no callable module.
+    A `TypeError` if the model is no callable module.
 
     Source: the code of JAXopt's dataset-distillation notebook. (The formula in the
     notebook has no factor of one half.)
     """
-    check_callable("classifier", classifier)
+    check_callable("model", model)
     if key is None:
-        outputs = jax.vmap(classifier)(distilled.images)
+        outputs = jax.vmap(model)(distilled.images)
     else:
         keys = jax.random.split(key, len(distilled))
-        call = lambda image, key: classifier(image, key=key)
+        call = lambda image, key: model(image, key=key)
         outputs = jax.vmap(call)(distilled.images, keys)
     loss = distilled.loss(outputs, distilled.labels)
-    return loss + 0.5 * distilled.l2 * squared_norm(classifier)
+    return loss + 0.5 * distilled.l2 * squared_norm(model)
 
 
-def gradient_norm(distilled: DistilledSet, classifier: PyTree) -> Float[Array, ""]:
+def gradient_norm(distilled: DistilledSet, model: PyTree) -> Float[Array, ""]:
     """The Euclidean norm of the gradient of the inner loss in the parameters. It is a
     diagnostic, and is not to be differentiated."""
-    distilled, classifier = stop_gradient((distilled, classifier))
-    params, static = eqx.partition(classifier, parameters(classifier))
+    distilled, model = stop_gradient((distilled, model))
+    params, static = eqx.partition(model, parameters(model))
     loss = lambda params: inner_loss(distilled, eqx.combine(params, static))
     return optax.tree.norm(jax.grad(loss)(params))
 
@@ -70,12 +70,12 @@ def stop_gradient(tree: PyTree) -> PyTree:
 
 
 class Fitted(eqx.Module):
-    r"""A classifier fitted to a distilled set.
+    r"""A model fitted to a distilled set.
 
     **Attributes:**
 
-    - `classifier`: the fitted classifier, differentiable in the distilled set.
-    - `converged`: whether the classifier is a solution: for an argmin, a stationary
+    - `model`: the fitted model, differentiable in the distilled set.
+    - `converged`: whether the model is a solution: for an argmin, a stationary
         point of the inner loss.
     - `gradient_norm`: the Euclidean norm of the gradient of the inner loss in the
         parameters: the inner residual, which is zero at an exact argmin.
@@ -84,7 +84,7 @@ class Fitted(eqx.Module):
     - `stats`: what else the solver has to say, such as the number of its `"steps"`.
     """
 
-    classifier: PyTree
+    model: PyTree
     converged: Bool[Array, ""]
     gradient_norm: Float[Array, ""]
     collapsed: Bool[Array, ""] = eqx.field(default_factory=lambda: jnp.array(False))
@@ -92,7 +92,7 @@ class Fitted(eqx.Module):
 
 
 class AbstractInnerSolver(eqx.Module, Generic[State]):
-    """How a classifier is fitted to a distilled set, and how the fit is differentiated.
+    """How a model is fitted to a distilled set, and how the fit is differentiated.
 
     This is the one place in which systems of dataset distillation differ.
 
@@ -102,13 +102,13 @@ class AbstractInnerSolver(eqx.Module, Generic[State]):
 
     @abc.abstractmethod
     def init(
-        self, distilled: DistilledSet, classifier: PyTree, *, key: PRNGKeyArray | None
+        self, distilled: DistilledSet, model: PyTree, *, key: PRNGKeyArray | None
     ) -> State:
         """Makes the state for the first fit.
 
         **Arguments:**
 
-        - `distilled`, `classifier`: as for a call.
+        - `distilled`, `model`: as for a call.
         - `key`: a `jax.random.key`, or `None` if the caller gave none. A solver that
             draws random numbers raises an error then. (Keyword only argument.)
 
@@ -121,24 +121,24 @@ class AbstractInnerSolver(eqx.Module, Generic[State]):
     def __call__(
         self,
         distilled: DistilledSet,
-        classifier: PyTree,
+        model: PyTree,
         state: State,
         *,
         key: PRNGKeyArray | None,
     ) -> tuple[Fitted, State]:
-        """Fits the classifier to the distilled set.
+        """Fits the model to the distilled set.
 
         **Arguments:**
 
         - `distilled`: the distilled set.
-        - `classifier`: the classifier whose parameters are to be fitted. A solver that
+        - `model`: the model whose parameters are to be fitted. A solver that
             needs a start may start at the parameters it has.
         - `state`: the state from the fit before.
         - `key`: as for `init`; another one for each fit. (Keyword only argument.)
 
         **Returns:**
 
-        The [`eqdistill.Fitted`][], whose `classifier` may be differentiated in every
+        The [`eqdistill.Fitted`][], whose `model` may be differentiated in every
         floating-point array of `distilled` and of the solver itself; and the state for
         the next fit, of the same structure, shapes and dtypes. A fit that failed is
         returned too: `converged` tells.
@@ -146,12 +146,12 @@ class AbstractInnerSolver(eqx.Module, Generic[State]):
 
 
 class AbstractDrawingSolver(AbstractInnerSolver[State]):
-    """An inner solver that draws the classifiers that it fits, such as a pool of
-    networks: it is given `None` for the classifier, and must be given a `key`.
+    """An inner solver that draws the models that it fits, such as a pool of
+    networks: it is given `None` for the model, and must be given a `key`.
 
     **Attributes:**
 
-    - `num_classes`: the number of classes of the classifiers.
+    - `num_classes`: the number of classes of the models.
     """
 
     num_classes: eqx.AbstractVar[int]

@@ -8,20 +8,20 @@ from .._losses import AbstractLoss
 
 
 def check_linear(
-    solver: str, distilled: DistilledSet, classifier: PyTree, loss: type[AbstractLoss]
+    solver: str, distilled: DistilledSet, model: PyTree, loss: type[AbstractLoss]
 ) -> LinearClassifier:
     """**Raises:**
 
     A `TypeError` if a convex solver is given a problem that it does not solve.
     """
-    if not isinstance(classifier, LinearClassifier):
+    if not isinstance(model, LinearClassifier):
         raise TypeError(
-            "`classifier` must be a `LinearClassifier`, which is linear in its "
-            f"parameters, for `{solver}`; got {name_kind(classifier)}. Use "
+            "`model` must be a `LinearClassifier`, which is linear in its "
+            f"parameters, for `{solver}`; got {name_kind(model)}. Use "
             "`ArgminSolver`, or fit only the last layer: `last_layer(network)`."
         )
     check_loss(solver, distilled, loss)
-    return classifier
+    return model
 
 
 def check_loss(solver: str, distilled: DistilledSet, loss: type[AbstractLoss]) -> None:
@@ -37,14 +37,14 @@ def check_loss(solver: str, distilled: DistilledSet, loss: type[AbstractLoss]) -
 
 
 def with_head(
-    classifier: LinearClassifier,
+    model: LinearClassifier,
     weight: Float[Array, "c p"],
     bias: Float[Array, " c"] | None,
 ) -> LinearClassifier:
-    """The classifier with another head."""
+    """The model with another head."""
     return eqx.tree_at(
         lambda c: (c.head.weight, c.head.bias),
-        classifier,
+        model,
         (weight, bias),
         is_leaf=lambda x: x is None,
     )

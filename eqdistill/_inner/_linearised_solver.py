@@ -63,11 +63,11 @@ class LinearisedSolver(AbstractInnerSolver[None]):
     (RCIG), 2023, which solves the system by 20 approximate steps.
     """
 
-    def init(self, distilled, classifier, *, key):
-        del distilled, classifier, key
+    def init(self, distilled, model, *, key):
+        del distilled, model, key
         return None
 
-    def __call__(self, distilled: DistilledSet, classifier, state, *, key):
+    def __call__(self, distilled: DistilledSet, model, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
@@ -77,7 +77,7 @@ class LinearisedSolver(AbstractInnerSolver[None]):
         del key
         check_loss("LinearisedSolver", distilled, SquaredError)
         assert isinstance(distilled.loss, SquaredError)
-        network = eqx.nn.inference_mode(classifier)
+        network = eqx.nn.inference_mode(model)
         if isinstance(network, LinearClassifier):
             network = _Whole(network.features.module, network.head)
         params, static = eqx.partition(network, parameters(network))
@@ -105,14 +105,14 @@ class LinearisedSolver(AbstractInnerSolver[None]):
         error = jax.lax.stop_gradient((matrix @ solution - residuals) / n)
         squared_norm = jnp.vdot(error, jax.lax.stop_gradient(kernel) @ error)
         return Fitted(
-            classifier=Linearised(Frozen(network), tangent),
+            model=Linearised(Frozen(network), tangent),
             converged=is_exact,
             gradient_norm=jnp.sqrt(jnp.maximum(squared_norm, 0)),
         ), state
 
 
 class _Whole(eqx.Module):
-    """A linear classifier whose features are not frozen."""
+    """A linear model whose features are not frozen."""
 
     features: Callable
     head: eqx.nn.Linear

@@ -49,7 +49,7 @@ class Pool(AbstractDrawingSolver[PoolState]):
     started anew. Where the inner problem is a last layer, a hypergradient needs the
     features of the real images, and no gradient of them.
 
-    `classifier` must be `None` where a pool is the inner solver, and a `key` must be
+    `model` must be `None` where a pool is the inner solver, and a `key` must be
     given.
 
     !!! Example
@@ -129,7 +129,7 @@ class Pool(AbstractDrawingSolver[PoolState]):
         self.optimiser = optimiser
         self.augmentation = augmentation
 
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
@@ -138,7 +138,7 @@ class Pool(AbstractDrawingSolver[PoolState]):
         differ in the number of their features. A `TypeError` for a network that a pool
         cannot train.
         """
-        del classifier
+        del model
         if key is None:
             raise ValueError(
                 "`key` must be given with a `Pool`, which draws networks; got None."
@@ -160,9 +160,9 @@ class Pool(AbstractDrawingSolver[PoolState]):
         age = jnp.arange(self.size) * self.max_age // self.size
         return PoolState(weights, training, tuple(age for _ in weights))
 
-    def __call__(self, distilled: DistilledSet, classifier, state, *, key):
+    def __call__(self, distilled: DistilledSet, model, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]."""
-        del classifier
+        del model
         assert key is not None  # As `init` has checked.
         kind_key, index_key, take_key, train_key = jr.split(key, 4)
         kind = jr.randint(kind_key, (), 0, len(self.networks))
@@ -178,13 +178,13 @@ class Pool(AbstractDrawingSolver[PoolState]):
             template.network(weights)
             for template, (weights, *_) in zip(templates, taken, strict=True)
         ]
-        # Frozen by the linear classifier as a whole.
+        # Frozen by the linear model as a whole.
         features = Either(kind, tuple(last_layer(x).features.module for x in drawn))
         heads = [last_layer(x).head for x in drawn]
         weight = jnp.stack([head.weight for head in heads])[kind]
-        classifier = with_head(LinearClassifier(features, heads[0]), weight, None)
-        inner_state = self.inner.init(distilled, classifier, key=None)
-        fitted, _ = self.inner(distilled, classifier, inner_state, key=None)
+        model = with_head(LinearClassifier(features, heads[0]), weight, None)
+        inner_state = self.inner.init(distilled, model, key=None)
+        fitted, _ = self.inner(distilled, model, inner_state, key=None)
 
         fixed = jax.lax.stop_gradient(distilled)
         moved = []

@@ -21,7 +21,7 @@ class RandomFeatures(AbstractDrawingSolver[None]):
     side, $\phi(x) = (\phi_1(x), \dots, \phi_K(x))$, which are drawn anew in each fit.
     As $K$ grows, the kernel of the features becomes the mean of that of such networks.
 
-    `classifier` must be `None` where this is the inner solver, and a `key` must be
+    `model` must be `None` where this is the inner solver, and a `key` must be
     given.
 
     Source: Loo et al., *Efficient Dataset Distillation Using Random Feature
@@ -62,7 +62,7 @@ class RandomFeatures(AbstractDrawingSolver[None]):
         self.num_networks = num_networks
         self.inner = inner
 
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
@@ -70,7 +70,7 @@ class RandomFeatures(AbstractDrawingSolver[None]):
         A `ValueError` if there is no `key`. A `TypeError` for a network that cannot be
         drawn.
         """
-        del classifier
+        del model
         if key is None:
             raise ValueError(
                 "`key` must be given with `RandomFeatures`, which draws networks; got "
@@ -79,9 +79,9 @@ class RandomFeatures(AbstractDrawingSolver[None]):
         self._template(distilled)
         return None
 
-    def __call__(self, distilled: DistilledSet, classifier, state, *, key):
+    def __call__(self, distilled: DistilledSet, model, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]."""
-        del classifier
+        del model
         assert key is not None  # As `init` has checked.
         template = self._template(distilled)
         weights = jax.vmap(template.draw)(jr.split(key, self.num_networks))

@@ -5,17 +5,17 @@ import jax
 import jax.random as jr
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import check_at_least, check_classifier
+from .._checks import check_at_least, check_model
 from .._conversions import as_int
 from .._data._distilled_set import DistilledSet
 from ._inner_solver import AbstractDrawingSolver, AbstractInnerSolver, State
 
 
 class RandomInitialisation(AbstractDrawingSolver[State]):
-    """Fits a classifier that is drawn anew in each outer step, so that images are
+    """Fits a model that is drawn anew in each outer step, so that images are
     distilled for any initial parameters, rather than for known ones.
 
-    `classifier` must be `None` with this solver, and a `key` must be given.
+    `model` must be `None` with this solver, and a `key` must be given.
 
     !!! Example
 
@@ -29,9 +29,9 @@ class RandomInitialisation(AbstractDrawingSolver[State]):
 
     **Attributes:**
 
-    - `network`: makes a classifier from the shape of an image, the number of classes
+    - `network`: makes a model from the shape of an image, the number of classes
         and a `key`, such as [`eqdistill.nn.LeNet`][].
-    - `inner`: fits the classifier.
+    - `inner`: fits the model.
     - `num_classes`: the number of classes.
     """
 
@@ -42,39 +42,39 @@ class RandomInitialisation(AbstractDrawingSolver[State]):
     def __check_init__(self):
         check_at_least(1, num_classes=self.num_classes)
 
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
 
         A `ValueError` if there is no `key`; a `TypeError` or `ValueError` if the
-        classifier is not as [`eqdistill.fit`][] says; and as `inner`.
+        model is not as [`eqdistill.fit`][] says; and as `inner`.
         """
-        del classifier
+        del model
         if key is None:
             raise ValueError(
                 "`key` must be given with a `RandomInitialisation`, which draws "
-                "classifiers; got None."
+                "models; got None."
             )
         network_key, key = jr.split(key)
-        classifier = self._draw(distilled, network_key)
+        model = self._draw(distilled, network_key)
         images = distilled.images
         image = jax.ShapeDtypeStruct(images.shape[1:], images.dtype)
-        num_classes = check_classifier(classifier, image)
+        num_classes = check_model(model, image)
         if num_classes != self.num_classes:
             raise ValueError(
-                f"`network` must make classifiers with {self.num_classes} logits, the "
+                f"`network` must make models with {self.num_classes} logits, the "
                 f"`num_classes`; got {num_classes}."
             )
-        return self.inner.init(distilled, classifier, key=key)
+        return self.inner.init(distilled, model, key=key)
 
-    def __call__(self, distilled: DistilledSet, classifier, state, *, key):
+    def __call__(self, distilled: DistilledSet, model, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]."""
-        del classifier
+        del model
         assert key is not None  # As `init` has checked.
         network_key, key = jr.split(key)
-        classifier = self._draw(distilled, network_key)
-        return self.inner(distilled, classifier, state, key=key)
+        model = self._draw(distilled, network_key)
+        return self.inner(distilled, model, state, key=key)
 
     def _draw(self, distilled: DistilledSet, key: PRNGKeyArray) -> PyTree:
         shape = distilled.images.shape[1:]

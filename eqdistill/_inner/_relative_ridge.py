@@ -22,7 +22,7 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
     such that the mean squared norm of the features of $n$ images is $n$. The features
     of two networks differ in size, and one ridge serves both.
 
-    The fitted classifier takes the features as they are. `gradient_norm` is that of the
+    The fitted model takes the features as they are. `gradient_norm` is that of the
     problem with scaled features.
 
     Source: Zhou et al., *Dataset distillation using neural feature regression* (FRePo),
@@ -34,51 +34,51 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
     def __init__(self, inner: AbstractInnerSolver = RidgeSolver()):
         """**Arguments:**
 
-        - `inner`: fits the classifier with the scaled features, and returns another
+        - `inner`: fits the model with the scaled features, and returns another
             [`eqdistill.LinearClassifier`][].
         """
         self.inner = inner
 
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]; raises as a call does."""
-        scaled, _ = _scale(distilled, classifier)
+        scaled, _ = _scale(distilled, model)
         return self.inner.init(distilled, scaled, key=key)
 
-    def __call__(self, distilled: DistilledSet, classifier, state, *, key):
+    def __call__(self, distilled: DistilledSet, model, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
 
-        A `TypeError` if the classifier is not a [`eqdistill.LinearClassifier`][], or as
+        A `TypeError` if the model is not a [`eqdistill.LinearClassifier`][], or as
         `inner` says.
         """
-        scaled, factor = _scale(distilled, classifier)
+        scaled, factor = _scale(distilled, model)
         fitted, state = self.inner(distilled, scaled, state, key=key)
-        if not isinstance(fitted.classifier, LinearClassifier):
+        if not isinstance(fitted.model, LinearClassifier):
             raise TypeError(
                 "`inner` of `RelativeRidge` must return a `LinearClassifier`; "
                 f"`{type(self.inner).__name__}` returned a "
-                f"{type(fitted.classifier).__name__}."
+                f"{type(fitted.model).__name__}."
             )
-        head = fitted.classifier.head
-        found = with_head(classifier, factor * head.weight, head.bias)
-        return eqx.tree_at(lambda f: f.classifier, fitted, found), state
+        head = fitted.model.head
+        found = with_head(model, factor * head.weight, head.bias)
+        return eqx.tree_at(lambda f: f.model, fitted, found), state
 
 
 def _scale(
-    distilled: DistilledSet, classifier: PyTree
+    distilled: DistilledSet, model: PyTree
 ) -> tuple[LinearClassifier, Float[Array, ""]]:
-    classifier = check_linear("RelativeRidge", distilled, classifier, AbstractLoss)
-    rows = jax.vmap(classifier.features)(distilled.images)
+    model = check_linear("RelativeRidge", distilled, model, AbstractLoss)
+    rows = jax.vmap(model.features)(distilled.images)
     # A network may have died: all of its features are zero, and stay so.
     positive = lambda x: jnp.where(x > 0, x, 1)
     # The squares of large and of small features are no numbers of their precision.
     largest = positive(jnp.max(jnp.abs(jax.lax.stop_gradient(rows))))
     total = positive(jnp.sum((rows / largest) ** 2))
     factor = len(rows) / largest * jax.lax.rsqrt(total)
-    scaled = LinearClassifier(_Scaled(classifier.features, factor), classifier.head)
+    scaled = LinearClassifier(_Scaled(model.features, factor), model.head)
     return with_head(
-        scaled, classifier.head.weight / factor, classifier.head.bias
+        scaled, model.head.weight / factor, model.head.bias
     ), factor
 
 

@@ -24,7 +24,7 @@ from ._unrolled_solver import log_positive
 
 
 class ReversibleSolver(AbstractInnerSolver[None]):
-    r"""Trains the classifier by gradient descent with momentum in fixed point, so that
+    r"""Trains the model by gradient descent with momentum in fixed point, so that
     the run can be taken backwards to the bit:
 
     $$v_{t+1} = \gamma v_t - \alpha_t \nabla_w g(w_t; \theta), \qquad
@@ -37,7 +37,7 @@ class ReversibleSolver(AbstractInnerSolver[None]):
     would take 32.
 
     Parameters are between -64 and 64, and velocities between -4 and 4, with as many
-    bits as the classifier's floating-point numbers have. A run that leaves these ranges
+    bits as the model's floating-point numbers have. A run that leaves these ranges
     has not `converged`. The derivative takes rounding for the identity. Dropout is off.
 
     A backward pass that does not end at the initial parameters, bit for bit, gives
@@ -103,7 +103,7 @@ class ReversibleSolver(AbstractInnerSolver[None]):
         self.steps = steps
         self.adjoint = adjoint
 
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
@@ -111,20 +111,20 @@ class ReversibleSolver(AbstractInnerSolver[None]):
         A `TypeError` if the parameters are not of 32 or 64 bits.
         """
         del distilled, key
-        params = eqx.filter(classifier, parameters(classifier))
+        params = eqx.filter(model, parameters(model))
         dtypes = {x.dtype.name for x in jax.tree.leaves(params)}
         if len(dtypes) > 1 or not dtypes <= {"float32", "float64"}:
             raise TypeError(
-                "`classifier` must have parameters that are all in single or all in "
+                "`model` must have parameters that are all in single or all in "
                 f"double precision for a `ReversibleSolver`; got {sorted(dtypes)}."
             )
         return None
 
-    def __call__(self, distilled: DistilledSet, classifier, state, *, key):
+    def __call__(self, distilled: DistilledSet, model, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]."""
         del key
-        classifier = eqx.nn.inference_mode(classifier)
-        params, static = eqx.partition(classifier, parameters(classifier))
+        model = eqx.nn.inference_mode(model)
+        params, static = eqx.partition(model, parameters(model))
         args = (distilled, self.log_learning_rate, static)
         # All that is differentiated is in the arguments of a step.
         fixed = stop_gradient(self)
@@ -147,7 +147,7 @@ class ReversibleSolver(AbstractInnerSolver[None]):
             fits, kept_bits = exact.fits, 0.0
         finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
         return Fitted(
-            classifier=eqx.combine(params, static),
+            model=eqx.combine(params, static),
             converged=fits & jnp.array(finite).all(),
             gradient_norm=jax.lax.stop_gradient(norm),
             stats={

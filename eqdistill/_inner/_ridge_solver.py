@@ -28,27 +28,27 @@ class RidgeSolver(AbstractInnerSolver[None]):
     2022, equation (4).
     """
 
-    def init(self, distilled, classifier, *, key):
-        del distilled, classifier, key
+    def init(self, distilled, model, *, key):
+        del distilled, model, key
         return None
 
-    def __call__(self, distilled: DistilledSet, classifier: PyTree, state, *, key):
+    def __call__(self, distilled: DistilledSet, model: PyTree, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
 
-        A `TypeError` if the classifier is not an [`eqdistill.LinearClassifier`][], or
+        A `TypeError` if the model is not an [`eqdistill.LinearClassifier`][], or
         the loss is not [`eqdistill.SquaredError`][].
         """
         del key
-        classifier = check_linear("RidgeSolver", distilled, classifier, SquaredError)
+        model = check_linear("RidgeSolver", distilled, model, SquaredError)
         assert isinstance(distilled.loss, SquaredError)
-        features = jax.vmap(classifier.features)(distilled.images)
+        features = jax.vmap(model.features)(distilled.images)
         n, p = features.shape
         targets = distilled.loss.targets(
-            distilled.labels, classifier.head.weight.shape[0]
+            distilled.labels, model.head.weight.shape[0]
         ).astype(features.dtype)
-        use_intercept = classifier.head.bias is not None
+        use_intercept = model.head.bias is not None
         means = jnp.mean(features, axis=0), jnp.mean(targets, axis=0)
         if use_intercept:
             features, targets = features - means[0], targets - means[1]
@@ -61,9 +61,9 @@ class RidgeSolver(AbstractInnerSolver[None]):
             solution, is_exact = solve_cholesky(moments, features.T @ targets)
             weight = solution.T
         bias = means[1] - weight @ means[0] if use_intercept else None
-        fitted = with_head(classifier, weight, bias)
+        fitted = with_head(model, weight, bias)
         return Fitted(
-            classifier=fitted,
+            model=fitted,
             converged=is_exact,
             gradient_norm=gradient_norm(distilled, fitted),
         ), state

@@ -8,8 +8,8 @@ from .._softmax import label_residual, softmax_covariance
 
 
 class SpanProblem(eqx.Module):
-    """The inner problem of a linear classifier, in the features of the distilled images
-    that the classifier takes. `scale` is `n` times the ridge."""
+    """The inner problem of a linear model, in the features of the distilled images
+    that the model takes. `scale` is `n` times the ridge."""
 
     images: Float[Array, "n p"]
     labels: Int[Array, " n"] | Float[Array, "n c"]
@@ -19,7 +19,7 @@ class SpanProblem(eqx.Module):
 class Coordinates(eqx.Module):
     r"""The unknowns. Both are without their mean over the classes, which has no effect.
 
-    A classifier in the span has weights $Q V$ and intercept $b$. Here `weights` is
+    A model in the span has weights $Q V$ and intercept $b$. Here `weights` is
     $(V + F^+ 1 b^\top)^\top$ and `intercept` is $b$. With independent images, a change
     of `intercept` alone leaves the logits as they are. Only the ridge then tells it
     from a change of `weights`, and does so however small the ridge is. The weights are
@@ -78,7 +78,7 @@ class Span(eqx.Module):
         return jnp.where(jnp.max(jnp.abs(outside)) > rounding, outside, 0)
 
     def coordinates(self, head: eqx.nn.Linear) -> Coordinates:
-        """The coordinates of the classifier in the span that is nearest to `head`."""
+        """The coordinates of the model in the span that is nearest to `head`."""
         weights = self.contrasts @ head.weight
         if self.basis is not None:
             weights = weights @ self.basis.T

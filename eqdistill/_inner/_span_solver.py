@@ -67,30 +67,30 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         check_at_least(0, rtol=self.rtol, atol=self.atol)
         check_at_least(1, max_steps=self.max_steps)
 
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         """As [`eqdistill.AbstractInnerSolver`][]; raises as a call does."""
         del key
-        return check_linear("SpanSolver", distilled, classifier, CrossEntropy).head
+        return check_linear("SpanSolver", distilled, model, CrossEntropy).head
 
-    def __call__(self, distilled: DistilledSet, classifier, state, *, key):
+    def __call__(self, distilled: DistilledSet, model, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
 
-        A `TypeError` if the classifier is not an [`eqdistill.LinearClassifier`][], or
+        A `TypeError` if the model is not an [`eqdistill.LinearClassifier`][], or
         the loss is not [`eqdistill.CrossEntropy`][]; and a `NotImplementedError` if the
         fit is differentiated twice.
         """
         del key
-        classifier = check_linear("SpanSolver", distilled, classifier, CrossEntropy)
-        images = jax.vmap(classifier.features)(distilled.images)
+        model = check_linear("SpanSolver", distilled, model, CrossEntropy)
+        images = jax.vmap(model.features)(distilled.images)
         dtype = images.dtype
         n = len(images)
         problem = SpanProblem(
             images, distilled.labels, (n * distilled.l2).astype(dtype)
         )
         fixed = jax.lax.stop_gradient(problem)
-        span = Span.of(fixed.images, classifier.head.weight.shape[0])
+        span = Span.of(fixed.images, model.head.weight.shape[0])
 
         tolerance = float(jnp.finfo(dtype).eps) ** 0.5
         solution = optx.root_find(
@@ -120,9 +120,9 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         bias = coordinates.intercept
         if bias is not None:
             bias = bias @ span.contrasts
-        fitted = with_head(classifier, weight, bias)
+        fitted = with_head(model, weight, bias)
         return Fitted(
-            classifier=fitted,
+            model=fitted,
             converged=solution.result == optx.RESULTS.successful,
             gradient_norm=_gradient_norm(fitted.head, fixed),
             stats={"steps": solution.stats["num_steps"]},

@@ -20,8 +20,8 @@ from ._window import AbstractWindow
 
 
 class UnrolledSolver(AbstractInnerSolver[None]):
-    r"""Trains the classifier for a number of steps of an Optax optimiser, from the
-    parameters that the classifier has:
+    r"""Trains the model for a number of steps of an Optax optimiser, from the
+    parameters that the model has:
 
     $$w_{t+1} = w_t - u_t\left(\nabla_w g(w_t; \theta)\right), \qquad
     w^\star(\theta) = w_T,$$
@@ -33,7 +33,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
     There is nothing to converge to: the fit has `converged` if its parameters are
     finite. The `gradient_norm` is that of the last step, before its update.
 
-    A classifier with `equinox.nn.Dropout` is called with a `key` in each step, and
+    A model with `equinox.nn.Dropout` is called with a `key` in each step, and
     is in inference mode thereafter.
 
     !!! Example
@@ -56,7 +56,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
             batch_size=10,
             shuffle=False,
         )
-        result = eqd.distill(start, classifier, train, inner=inner, learn=True)
+        result = eqd.distill(start, model, train, inner=inner, learn=True)
         ```
 
     !!! warning
@@ -148,7 +148,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         self.window = window
         self.adjoint = adjoint
 
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
@@ -164,7 +164,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         draws = {
             "batches": self.batch_size is not None and self.shuffle,
             "augmentations": self.augmentation is not None,
-            "dropout": _has_dropout(classifier),
+            "dropout": _has_dropout(model),
         }
         drawn = [name for name, is_drawn in draws.items() if is_drawn]
         if drawn and key is None:
@@ -174,7 +174,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
             )
         return None
 
-    def __call__(self, distilled: DistilledSet, classifier: PyTree, state, *, key):
+    def __call__(self, distilled: DistilledSet, model: PyTree, state, *, key):
         """As [`eqdistill.AbstractInnerSolver`][].
 
         **Raises:**
@@ -182,7 +182,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         A `ValueError` when it is differentiated, if the optimiser has no derivative
         where a gradient is zero; and as the `window` and the `adjoint`.
         """
-        params, static = eqx.partition(classifier, parameters(classifier))
+        params, static = eqx.partition(model, parameters(model))
         window_key, *keys = [None] * 4 if key is None else jr.split(key, 4)
         args = (distilled, self.log_hyperparameters, static, keys)
         zero = jnp.zeros_like(optax.tree.norm(params))
@@ -205,7 +205,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         params = _refuse_kinks(params, self)
         finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
         return Fitted(
-            classifier=eqx.combine(params, static),
+            model=eqx.combine(params, static),
             converged=jnp.array(finite).all(),
             gradient_norm=jax.lax.stop_gradient(norm),
             stats={"steps": first + length},
@@ -223,10 +223,10 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         rows = self._rows(distilled, step, batch_key, augmentation_key)
 
         def loss(params):
-            classifier = eqx.combine(params, static)
-            if not _has_dropout(classifier):
-                return inner_loss(rows, eqx.nn.inference_mode(classifier))
-            return inner_loss(rows, classifier, key=jr.fold_in(dropout_key, step))
+            model = eqx.combine(params, static)
+            if not _has_dropout(model):
+                return inner_loss(rows, eqx.nn.inference_mode(model))
+            return inner_loss(rows, model, key=jr.fold_in(dropout_key, step))
 
         gradient = jax.grad(loss)(params)
         optimiser = self._optimiser(log_hyperparameters)
@@ -277,9 +277,9 @@ def log_positive(name: str, value: ArrayOrList) -> Float[Array, "..."]:
     )
 
 
-def _has_dropout(classifier: PyTree) -> bool:
+def _has_dropout(model: PyTree) -> bool:
     is_dropout = lambda x: isinstance(x, eqx.nn.Dropout)
-    nodes = jax.tree.leaves(classifier, is_leaf=is_dropout)
+    nodes = jax.tree.leaves(model, is_leaf=is_dropout)
     return any(is_dropout(x) and not x.inference for x in nodes)
 
 

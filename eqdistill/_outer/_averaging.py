@@ -28,9 +28,9 @@ def averaged(
 
         ```python
         optimiser = eqd.averaged(optax.adam(0.02), decay=0.99)
-        result = eqd.distill(start, classifier, train, optimiser=optimiser)
+        result = eqd.distill(start, model, train, optimiser=optimiser)
         average = eqd.average_of(result)
-        evaluation = eqd.evaluate(average.distilled, classifier, test)
+        evaluation = eqd.evaluate(average.distilled, model, test)
         ```
 
     **Arguments:**

@@ -37,7 +37,7 @@ class Batches(AbstractFeatureData):
         self,
         dataset: Dataset,
         size: int,
-        classifier: PyTree = None,
+        model: PyTree = None,
         *,
         augmentation: AbstractAugmentation | None = None,
     ):
@@ -45,7 +45,7 @@ class Batches(AbstractFeatureData):
 
         - `dataset`: the real images.
         - `size`: the number of images in a batch.
-        - `classifier`: as for [`eqdistill.FullBatch`][].
+        - `model`: as for [`eqdistill.FullBatch`][].
         - `augmentation`: changes each image at random, in each step anew. (Keyword only
             argument.)
 
@@ -59,13 +59,13 @@ class Batches(AbstractFeatureData):
                 f"`size` must be from 1 to {len(dataset)}, the number of images in "
                 f"`dataset`; got {size}."
             )
-        self.dataset, self.features = _seen(dataset, classifier, augmentation)
+        self.dataset, self.features = _seen(dataset, model, augmentation)
         self.size = size
         self.augmentation = augmentation
         self.shape = dataset.shape
         self.num_classes = dataset.num_classes
 
-    def loss(self, classifier, step, *, key):
+    def loss(self, model, step, *, key):
         """As [`eqdistill.AbstractData`][].
 
         **Raises:**
@@ -76,7 +76,7 @@ class Batches(AbstractFeatureData):
         key = _given(self, key)
         num_images = len(self.dataset)
         chosen = batch_at(step, self.size, num_images, half_bits(num_images), key=key)
-        return _loss_of(self, classifier, chosen, step, key)
+        return _loss_of(self, model, chosen, step, key)
 
 
 class BalancedBatches(AbstractFeatureData):
@@ -101,7 +101,7 @@ class BalancedBatches(AbstractFeatureData):
         self,
         dataset: Dataset,
         per_class: int,
-        classifier: PyTree = None,
+        model: PyTree = None,
         *,
         augmentation: AbstractAugmentation | None = None,
     ):
@@ -109,7 +109,7 @@ class BalancedBatches(AbstractFeatureData):
 
         - `dataset`: the real images.
         - `per_class`: the number of images of each class in a batch.
-        - `classifier`: as for [`eqdistill.FullBatch`][].
+        - `model`: as for [`eqdistill.FullBatch`][].
         - `augmentation`: as for [`eqdistill.Batches`][]. (Keyword only argument.)
 
         **Raises:**
@@ -124,7 +124,7 @@ class BalancedBatches(AbstractFeatureData):
                 f"`per_class` must be from 1 to {counts.min()}, the number of images "
                 f"of class {counts.argmin()} in `dataset`; got {per_class}."
             )
-        self.dataset, self.features = _seen(dataset, classifier, augmentation)
+        self.dataset, self.features = _seen(dataset, model, augmentation)
         self.by_class = jnp.asarray(np.argsort(labels, kind="stable"))
         self.counts = tuple(counts.tolist())
         self.per_class = per_class
@@ -132,7 +132,7 @@ class BalancedBatches(AbstractFeatureData):
         self.shape = dataset.shape
         self.num_classes = dataset.num_classes
 
-    def loss(self, classifier, step, *, key):
+    def loss(self, model, step, *, key):
         """As [`eqdistill.AbstractData`][].
 
         **Raises:**
@@ -151,23 +151,23 @@ class BalancedBatches(AbstractFeatureData):
 
         classes = jnp.arange(self.num_classes)
         chosen = jax.vmap(of_class)(classes, counts, halves, first).ravel()
-        return _loss_of(self, classifier, chosen, step, key)
+        return _loss_of(self, model, chosen, step, key)
 
 
 def _seen(
-    dataset: Dataset, classifier: PyTree, augmentation: AbstractAugmentation | None
+    dataset: Dataset, model: PyTree, augmentation: AbstractAugmentation | None
 ) -> tuple[Dataset, Frozen | None]:
     """The real images, or their features and what these were computed by."""
-    check_seen(dataset, classifier)
-    if not isinstance(classifier, LinearClassifier) or takes_pixels(classifier):
+    check_seen(dataset, model)
+    if not isinstance(model, LinearClassifier) or takes_pixels(model):
         return dataset, None
     if augmentation is not None:
         raise ValueError(
-            "`augmentation` must be None for a linear classifier on features, which "
+            "`augmentation` must be None for a linear model on features, which "
             f"are computed once; got a {type(augmentation).__name__}. Leave out "
-            "`classifier`: then the features are computed in each step."
+            "`model`: then the features are computed in each step."
         )
-    return features_of(dataset, classifier), classifier.features
+    return features_of(dataset, model), model.features
 
 
 def _given(data: Batches | BalancedBatches, key: PRNGKeyArray | None) -> PRNGKeyArray:
@@ -181,7 +181,7 @@ def _given(data: Batches | BalancedBatches, key: PRNGKeyArray | None) -> PRNGKey
 
 def _loss_of(
     data: Batches | BalancedBatches,
-    classifier: PyTree,
+    model: PyTree,
     chosen: Int[Array, " size"],
     step: Int[Array, ""],
     key: PRNGKeyArray,
@@ -193,5 +193,5 @@ def _loss_of(
         key = jr.fold_in(jr.fold_in(key, np.uint32(2**32 - 1)), step)
         images = augment(data.augmentation, Dataset.to_floating(images), key=key)
     return mean_loss(
-        check_features(data, classifier), Rows(images, data.dataset.labels[chosen])
+        check_features(data, model), Rows(images, data.dataset.labels[chosen])
     )

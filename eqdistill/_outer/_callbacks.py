@@ -224,7 +224,7 @@ class EarlyStopping(AbstractCallback[Best]):
         ```python
         train, held_out = train.split(0.1, key=jr.key(0))
         stopping = eqd.EarlyStopping(held_out)
-        result = eqd.distill(start, classifier, train, callbacks=[stopping])
+        result = eqd.distill(start, model, train, callbacks=[stopping])
         best = result.callbacks[0].distilled
         ```
     """
@@ -263,8 +263,8 @@ class EarlyStopping(AbstractCallback[Best]):
         """
         del steps
         distilled = problem.distilled(state)
-        check_data("data", self.data, distilled, problem.classifier, problem.inner)
-        data = as_data(self.data, problem.classifier)
+        check_data("data", self.data, distilled, problem.model, problem.inner)
+        data = as_data(self.data, problem.model)
         loss = _loss_on(data, problem, state)
         if not np.isfinite(loss):
             raise ValueError(
@@ -296,15 +296,15 @@ class EarlyStopping(AbstractCallback[Best]):
 
 def _loss_on(data: AbstractData, problem: Problem, state: DistillState) -> float:
     start, inner = problem.pair(state)
-    args = (start, problem.classifier, data, inner, state.inner_state)
+    args = (start, problem.model, data, inner, state.inner_state)
     return float(_loss(*args, state.step, state.key))
 
 
 @eqx.filter_jit
-def _loss(start, classifier, data, inner, inner_state, step, key):
+def _loss(start, model, data, inner, inner_state, step, key):
     distilled = decode(start)
     loss, outcome = loss_of(
-        distilled, classifier, data, inner, inner_state, step=step, key=key
+        distilled, model, data, inner, inner_state, step=step, key=key
     )
     fitted = outcome.fitted
     return jnp.where(fitted.converged & ~fitted.collapsed, loss, jnp.nan)

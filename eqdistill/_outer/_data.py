@@ -7,7 +7,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import array_difference, check_classifier
+from .._checks import array_difference, check_model
 from .._classifier import Frozen, LinearClassifier, takes_pixels
 from .._data._dataset import Dataset
 from ._linear_layout import LinearLayout
@@ -30,11 +30,11 @@ class AbstractData(eqx.Module):
 
     @abc.abstractmethod
     def loss(
-        self, classifier: PyTree, step: Int[Array, ""], *, key: PRNGKeyArray | None
+        self, model: PyTree, step: Int[Array, ""], *, key: PRNGKeyArray | None
     ) -> Float[Array, ""]:
         """**Arguments:**
 
-        - `classifier`: a fitted classifier, from one image to its logits.
+        - `model`: a fitted model, from one image to its logits.
         - `step`: the number of the outer step, from 0.
         - `key`: the same `jax.random.key` in all steps of a run, or `None` if the run
             has none. (Keyword only argument.)
@@ -42,12 +42,12 @@ class AbstractData(eqx.Module):
         **Returns:**
 
         The mean cross-entropy on the real images of this step, in nats per image,
-        differentiable in the classifier.
+        differentiable in the model.
         """
 
 
 class AbstractFeatureData(AbstractData):
-    """Real data that hold the features of a linear classifier, computed once, in the
+    """Real data that hold the features of a linear model, computed once, in the
     place of images.
 
     **Attributes:**
@@ -71,81 +71,81 @@ class FullBatch(AbstractFeatureData):
     shape: tuple[int, ...] = eqx.field(static=True)
     num_classes: int = eqx.field(static=True)
 
-    def __init__(self, dataset: Dataset, classifier: PyTree = None):
+    def __init__(self, dataset: Dataset, model: PyTree = None):
         """**Arguments:**
 
         - `dataset`: the real images.
-        - `classifier`: the classifier to be fitted, whose features are used if it is
-            linear. Defaults to a layout that suits any classifier.
+        - `model`: the model to be fitted, whose features are used if it is
+            linear. Defaults to a layout that suits any model.
 
         **Raises:**
 
-        A `TypeError` or `ValueError` if `classifier` is not one, cannot be applied to
+        A `TypeError` or `ValueError` if `model` is not one, cannot be applied to
         the images, or has features that are not finite.
         """
-        check_seen(dataset, classifier)
+        check_seen(dataset, model)
         self.shape = dataset.shape
         self.num_classes = dataset.num_classes
-        if isinstance(classifier, LinearClassifier):
-            self.features = classifier.features
+        if isinstance(model, LinearClassifier):
+            self.features = model.features
             self.layout = LinearLayout(
-                _rows(dataset, classifier), np.asarray(dataset.labels)
+                _rows(dataset, model), np.asarray(dataset.labels)
             )
         else:
             self.features = None
             self.layout = Rows(dataset.images, dataset.labels)
 
-    def loss(self, classifier, step, *, key):
+    def loss(self, model, step, *, key):
         """As [`eqdistill.AbstractData`][].
 
         **Raises:**
 
-        A `ValueError` if the data were made for a linear classifier with other features
+        A `ValueError` if the data were made for a linear model with other features
         than this one. The values of arrays that are traced are not compared.
         """
         del step, key
-        return mean_loss(check_features(self, classifier), self.layout)
+        return mean_loss(check_features(self, model), self.layout)
 
 
-def check_seen(dataset: Dataset, classifier: PyTree) -> None:
+def check_seen(dataset: Dataset, model: PyTree) -> None:
     """**Raises:**
 
-    A `TypeError` or `ValueError` that names the classifier that data are made with, if
+    A `TypeError` or `ValueError` that names the model that data are made with, if
     it cannot be applied to them.
     """
-    if classifier is not None:
+    if model is not None:
         dtype = jax.eval_shape(Dataset.to_floating, dataset.images).dtype
-        check_classifier(classifier, jax.ShapeDtypeStruct(dataset.shape, dtype))
+        check_model(model, jax.ShapeDtypeStruct(dataset.shape, dtype))
 
 
-def check_features(data: AbstractFeatureData, classifier: PyTree) -> PyTree:
+def check_features(data: AbstractFeatureData, model: PyTree) -> PyTree:
     """**Returns:**
 
-    What is applied to the rows of the real data: the head of a linear classifier, or
-    the classifier.
+    What is applied to the rows of the real data: the head of a linear model, or
+    the model.
 
     **Raises:**
 
-    A `ValueError` if the data were made for a linear classifier with other features.
+    A `ValueError` if the data were made for a linear model with other features.
     """
     if data.features is None:
-        return classifier
-    is_linear = isinstance(classifier, LinearClassifier)
-    if not is_linear or not _are_alike(classifier.features, data.features):
+        return model
+    is_linear = isinstance(model, LinearClassifier)
+    if not is_linear or not _are_alike(model.features, data.features):
         name = type(data).__name__
         raise ValueError(
-            f"`classifier` must have the features that this `{name}` was made with. "
-            f"Make the `{name}` without a classifier: then it suits any."
+            f"`model` must have the features that this `{name}` was made with. "
+            f"Make the `{name}` without a model: then it suits any."
         )
-    return classifier.head
+    return model.head
 
 
-def as_data(data: Dataset | AbstractData, classifier: PyTree) -> AbstractData:
+def as_data(data: Dataset | AbstractData, model: PyTree) -> AbstractData:
     """Real data as an outer step sees them: by default, all of them in each step."""
-    return FullBatch(data, classifier) if isinstance(data, Dataset) else data
+    return FullBatch(data, model) if isinstance(data, Dataset) else data
 
 
-def features_of(dataset: Dataset, classifier: LinearClassifier) -> Dataset:
+def features_of(dataset: Dataset, model: LinearClassifier) -> Dataset:
     """The features of all real images, in the place of the images.
 
     **Raises:**
@@ -153,18 +153,18 @@ def features_of(dataset: Dataset, classifier: LinearClassifier) -> Dataset:
     A `ValueError` if they are not finite.
     """
     try:
-        return dataset.map(classifier.features)
+        return dataset.map(model.features)
     except ValueError as e:
         raise ValueError(
-            "`classifier` must have features of the real images that are finite "
+            "`model` must have features of the real images that are finite "
             f"vectors of floating point: {e}"
         ) from e
 
 
-def _rows(dataset: Dataset, classifier: LinearClassifier) -> np.ndarray:
+def _rows(dataset: Dataset, model: LinearClassifier) -> np.ndarray:
     """The features of all real images, one row for each."""
-    if not takes_pixels(classifier):  # Pixels stay bytes: the layout converts them.
-        dataset = features_of(dataset, classifier)
+    if not takes_pixels(model):  # Pixels stay bytes: the layout converts them.
+        dataset = features_of(dataset, model)
     return np.asarray(dataset.images).reshape(len(dataset), -1)
 
 

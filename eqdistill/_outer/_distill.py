@@ -28,7 +28,7 @@ from ._watch import Watch
 
 def distill(
     start: PyTree,
-    classifier: PyTree,
+    model: PyTree,
     train: Dataset | AbstractData,
     *,
     inner: AbstractInnerSolver = AutoSolver(),
@@ -52,13 +52,13 @@ def distill(
 
     - `start`: the distilled set to begin with; or any `equinox.Module` whose `decode`
         gives one, if something else than the images is to be learned.
-    - `classifier`: as for [`eqdistill.fit`][].
+    - `model`: as for [`eqdistill.fit`][].
     - `train`: the real data to distil. All of a [`eqdistill.Dataset`][] is used in each
         step. [`eqdistill.Batches`][] take some in each.
 
     All other arguments are keyword only.
 
-    - `inner`: how to fit the classifier.
+    - `inner`: how to fit the model.
     - `optimiser`: any Optax optimiser. Those with a line search, such as
         `optax.lbfgs`, are given the value, the gradient and the value function that
         they need. A convex inner problem and all of the data in each step converge in
@@ -97,7 +97,7 @@ def distill(
     steps = as_int(steps)
     problem = Problem(
         start,
-        classifier,
+        model,
         train,
         inner,
         optimiser=optimiser,

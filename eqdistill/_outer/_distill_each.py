@@ -28,7 +28,7 @@ from ._problem import Problem
 
 def distill_each(
     starts: Sequence[PyTree],
-    classifier: PyTree,
+    model: PyTree,
     train: Dataset | AbstractData,
     *,
     inner: AbstractInnerSolver = AutoSolver(),
@@ -50,13 +50,13 @@ def distill_each(
             eqd.DistilledSet.from_noise(train, l2=0.1, scale=0.01, key=key)
             for key in keys
         ]
-        results = eqd.distill_each(starts, classifier, train)
+        results = eqd.distill_each(starts, model, train)
         ```
 
     **Arguments:**
 
     - `starts`: the distilled sets to begin with, all of one shape.
-    - `classifier`, `train`: as for [`eqdistill.distill`][].
+    - `model`, `train`: as for [`eqdistill.distill`][].
 
     All other arguments are keyword only, and as for [`eqdistill.distill`][]. Each start
     has a `key` of its own, split from the one that is given.
@@ -87,7 +87,7 @@ def distill_each(
     check_key("key", key)
     problem = Problem(
         starts[0],
-        classifier,
+        model,
         train,
         inner,
         optimiser=optimiser,
@@ -95,7 +95,7 @@ def distill_each(
         tolerance=tolerance,
     )
     for start in starts[1:]:
-        check_inner(decode(start), classifier, inner)
+        check_inner(decode(start), model, inner)
     arrays = [eqx.filter((start, inner), eqx.is_array) for start in starts]
     arrays = jax.tree.map(lambda *x: jnp.stack(x), *arrays)
     keys = None if key is None else jr.split(key, len(starts))

@@ -13,13 +13,13 @@ from ._outer_loss import as_logits, check_data
 
 
 class Evaluation(eqx.Module):
-    """How well a classifier does on real data, when it is fitted to a distilled set.
+    """How well a model does on real data, when it is fitted to a distilled set.
 
     **Attributes:**
 
     - `loss`: the mean cross-entropy, in nats per image.
     - `accuracy`: the fraction of images that are classified right, from 0 to 1.
-    - `fitted`: the classifier, as [`eqdistill.fit`][] returned it.
+    - `fitted`: the model, as [`eqdistill.fit`][] returned it.
     """
 
     loss: Float[Array, ""]
@@ -29,21 +29,21 @@ class Evaluation(eqx.Module):
 
 def evaluate(
     distilled: DistilledSet,
-    classifier: PyTree,
+    model: PyTree,
     test: Dataset,
     inner: AbstractInnerSolver = AutoSolver(),
     *,
     key: PRNGKeyArray | None = None,
 ) -> Evaluation:
-    """Fits a classifier to a distilled set from scratch, and measures it on real data.
+    """Fits a model to a distilled set from scratch, and measures it on real data.
 
     **Arguments:**
 
     - `distilled`: the distilled set.
-    - `classifier`: as for [`eqdistill.fit`][]. It need not be the one that the set was
+    - `model`: as for [`eqdistill.fit`][]. It need not be the one that the set was
         distilled with.
     - `test`: the real data.
-    - `inner`: how to fit the classifier.
+    - `inner`: how to fit the model.
     - `key`: as for [`eqdistill.fit`][]. (Keyword only argument.)
 
     **Returns:**
@@ -54,9 +54,9 @@ def evaluate(
 
     As [`eqdistill.fit`][], and as [`eqdistill.outer_loss`][] for the data.
     """
-    check_data("test", test, distilled, classifier, inner)
-    fitted = fit(distilled, classifier, inner, key=key)
-    reader = as_logits(eqx.nn.inference_mode(fitted.classifier), distilled.loss)
+    check_data("test", test, distilled, model, inner)
+    fitted = fit(distilled, model, inner, key=key)
+    reader = as_logits(eqx.nn.inference_mode(fitted.model), distilled.loss)
     loss, accuracy = _measure(reader, test)
     return Evaluation(loss, accuracy, fitted)
 

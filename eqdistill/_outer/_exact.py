@@ -19,13 +19,13 @@ from .._softmax import label_residual
 
 def distill_exactly(
     start: DistilledSet,
-    classifier: PyTree,
+    model: PyTree,
     *,
     l2: float | None = None,
 ) -> DistilledSet:
-    r"""Finds a distilled set whose inner problem has a given linear classifier as its
+    r"""Finds a distilled set whose inner problem has a given linear model as its
     solution: a fit to the set from scratch has the weights $W$ and the intercept $b$ of
-    that classifier. It needs no real data and no outer loop.
+    that model. It needs no real data and no outer loop.
 
     The inner problem is convex. $W$ and $b$ are therefore its solution if and only if
 
@@ -42,8 +42,8 @@ def distill_exactly(
 
         ```python
         start = eqd.DistilledSet.from_real(train, l2=0.1, key=jr.key(0))
-        exact = eqd.distill_exactly(start, classifier)
-        eqd.fit(exact, classifier).classifier  # has the weights of `classifier`
+        exact = eqd.distill_exactly(start, model)
+        eqd.fit(exact, model).model  # has the weights of `model`
         ```
 
     **Arguments:**
@@ -51,7 +51,7 @@ def distill_exactly(
     - `start`: gives the part of the images outside the span of $W$, and the labels.
         Class indices are kept. The logits of soft labels change together with the
         images.
-    - `classifier`: the classifier that the fit is to equal: an
+    - `model`: the model that the fit is to equal: an
         [`eqdistill.LogisticRegression`][]. Only differences between classes have an
         effect: the weights of the fit have a mean of zero over the classes.
     - `l2`: the ridge $\lambda$. Defaults to the largest of $\bar\lambda / 2,
@@ -66,7 +66,7 @@ def distill_exactly(
 
     **Raises:**
 
-    A `TypeError` if the classifier is not an [`eqdistill.LogisticRegression`][], or the
+    A `TypeError` if the model is not an [`eqdistill.LogisticRegression`][], or the
     loss is not [`eqdistill.CrossEntropy`][]. A `ValueError` that says why if there is
     no solution:
 
@@ -81,26 +81,26 @@ def distill_exactly(
     of the softmax, Chen et al., *Provable and Efficient Dataset Distillation for Kernel
     Ridge Regression*, 2024.
     """
-    if not takes_pixels(classifier):
+    if not takes_pixels(model):
         raise TypeError(
-            "`classifier` must be a `LogisticRegression`, which is linear in the "
-            f"pixels; got a {type(classifier).__name__}."
+            "`model` must be a `LogisticRegression`, which is linear in the "
+            f"pixels; got a {type(model).__name__}."
         )
     if not isinstance(start.loss, CrossEntropy):
         raise TypeError(
             "`start` must have `CrossEntropy` as its loss; got "
             f"`{type(start.loss).__name__}`."
         )
-    check_inner(start, classifier, AutoSolver())
+    check_inner(start, model, AutoSolver())
     # Double precision whatever the caller's: in single, the fit would be off by its
     # condition number times a rounding error of every step here.
     with jax.enable_x64(True):
-        target = _Target.of(classifier.head)
+        target = _Target.of(model.head)
         _check_solvable(start, target)
         if l2 is not None and not 0 < l2 <= target.max_l2:
             raise ValueError(
                 f"`l2` must be positive and at most {target.max_l2:.4g}, above which "
-                "no images and labels have the weights of `classifier` as their fit; "
+                "no images and labels have the weights of `model` as their fit; "
                 f"got {l2:.4g}."
             )
         pixels = jnp.asarray(start.images, float).reshape(len(start), -1)
@@ -118,7 +118,7 @@ def distill_exactly(
             if hard:
                 advice += " or soft labels"
             raise ValueError(
-                "No images were found, starting from `start`, that have `classifier` "
+                "No images were found, starting from `start`, that have `model` "
                 f"as their fit. The last ones tried, at l2 = {ridge:.2g}, leave a "
                 f"relative residual of {error:.1g} in the equations; 1e-9 is wanted. "
                 f"Try {advice}."
@@ -130,7 +130,7 @@ def distill_exactly(
 
 
 class _Target(eqx.Module):
-    r"""A classifier with the centred weights $W = Q S H_{:r}$, of rank $r$: an
+    r"""A model with the centred weights $W = Q S H_{:r}$, of rank $r$: an
     orthonormal `basis` $Q$, the singular values $S$, and all contrasts $H$ between
     classes, of which the first $r$ span the rows of $W$."""
 
@@ -151,7 +151,7 @@ class _Target(eqx.Module):
             and (intercept is None or jnp.isfinite(intercept).all())
         ):
             raise ValueError(
-                "`classifier` must have finite weights and intercept; some are NaN or "
+                "`model` must have finite weights and intercept; some are NaN or "
                 "infinite."
             )
         contrasts = scipy.linalg.helmert(weights.shape[1])
@@ -160,7 +160,7 @@ class _Target(eqx.Module):
         rank = int(np.sum(s > rounding * np.linalg.norm(weights)))
         if rank == 0:
             raise ValueError(
-                "`classifier` must have weights that differ between classes; all of "
+                "`model` must have weights that differ between classes; all of "
                 "them are equal."
             )
         return _Target(
@@ -182,7 +182,7 @@ class _Target(eqx.Module):
     def start(
         self, labels: Int[Array, " n"] | Float[Array, "n c"]
     ) -> Float[Array, "n r"]:
-        """The coordinates of images to which the classifier gives the frequencies of
+        """The coordinates of images to which the model gives the frequencies of
         the labels: there the equation of the intercept holds."""
         r = len(self.singular_values)
         if self.intercept is None:
@@ -204,7 +204,7 @@ def _check_solvable(start: DistilledSet, target: _Target) -> None:
     rank = len(target.singular_values)
     has_intercept = target.intercept is not None
     if len(start) < rank + has_intercept:
-        rank_of = f"the weights of `classifier` have rank {rank} over the classes"
+        rank_of = f"the weights of `model` have rank {rank} over the classes"
         if has_intercept:
             rank_of += ", and its intercept takes one image more"
         raise ValueError(
@@ -217,7 +217,7 @@ def _check_solvable(start: DistilledSet, target: _Target) -> None:
         if len(missing) > 0:
             raise ValueError(
                 "`start` must have an image of every class, or soft labels, since "
-                "`classifier` has an intercept: fitted to no image of class "
+                "`model` has an intercept: fitted to no image of class "
                 f"{missing[0]}, its logit would fall without end."
             )
 

@@ -44,7 +44,7 @@ class HypergradientError(eqx.Module):
 
 def hypergradient_error(
     start: PyTree,
-    classifier: PyTree,
+    model: PyTree,
     data: Dataset,
     inner: AbstractInnerSolver = AutoSolver(),
     *,
@@ -60,9 +60,9 @@ def hypergradient_error(
 
     **Arguments:**
 
-    - `start`, `classifier`, `inner`: as for [`eqdistill.outer_loss`][].
+    - `start`, `model`, `inner`: as for [`eqdistill.outer_loss`][].
     - `data`: the real data.
-    - `reference`: how to fit the classifier for the reference. Defaults to `inner`,
+    - `reference`: how to fit the model for the reference. Defaults to `inner`,
         whose tolerances, if they are the defaults, are finer in double precision:
         without its `window`, if it is an [`eqdistill.UnrolledSolver`][], and with the
         default adjoint, if it is an [`eqdistill.ArgminSolver`][]. (Keyword only
@@ -76,7 +76,7 @@ def hypergradient_error(
     **Raises:**
 
     As [`eqdistill.outer_loss`][]; a `ValueError` if the fit of the reference does not
-    converge; and a `TypeError` for a solver that draws classifiers, as it draws others
+    converge; and a `TypeError` for a solver that draws models, as it draws others
     in double precision.
 
     Source: Blondel et al., *Efficient and modular implicit differentiation*, 2022,
@@ -86,29 +86,29 @@ def hypergradient_error(
     for name, solver in (("inner", inner), ("reference", reference)):
         if isinstance(solver, AbstractDrawingSolver):
             raise TypeError(
-                f"`{name}` must fit the `classifier` that is given; got a "
+                f"`{name}` must fit the `model` that is given; got a "
                 f"`{type(solver).__name__}`, which draws others in double precision."
             )
-    gradient, fitted = _hypergradient(start, classifier, data, inner, key)
+    gradient, fitted = _hypergradient(start, model, data, inner, key)
     with jax.enable_x64(True):
         real = Dataset(_to_double(data.floating()), data.labels, data.num_classes)
         double_start, double_classifier, gradient, at = map(
-            _to_double, (start, classifier, gradient, fitted.classifier)
+            _to_double, (start, model, gradient, fitted.model)
         )
         reference = _to_double(_exact(inner) if reference is None else reference)
         args = (double_start, double_classifier, real, reference, key)
         wanted, reference_fit = _hypergradient(*args)
         if not reference_fit.converged:
             raise ValueError(
-                "`reference` must fit the classifier; it did not converge, and left a "
+                "`reference` must fit the model; it did not converge, and left a "
                 f"gradient of norm {reference_fit.gradient_norm:.2g}."
             )
         bound = jnp.inf
         if (
             isinstance(start, DistilledSet)
             and isinstance(start.loss, CrossEntropy)
-            and takes_pixels(classifier)
-            and classifier.head.bias is None
+            and takes_pixels(model)
+            and model.head.bias is None
         ):
             bound = _bound(double_start, at.head.weight.T, real, gradient)
         error = optax.tree.norm(optax.tree.sub(gradient, wanted))
@@ -119,9 +119,9 @@ def hypergradient_error(
 
 
 @eqx.filter_jit
-def _hypergradient(start, classifier, data, inner, key) -> tuple[PyTree, Fitted]:
+def _hypergradient(start, model, data, inner, key) -> tuple[PyTree, Fitted]:
     gradient, outcome = eqx.filter_grad(outer_loss, has_aux=True)(
-        start, classifier, data, inner, key=key
+        start, model, data, inner, key=key
     )
     return gradient, outcome.fitted
 

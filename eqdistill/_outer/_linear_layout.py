@@ -74,13 +74,13 @@ class LinearLayout(AbstractLayout):
         self.chunks = tuple(_Chunk(*chunk) for chunk in chunks)
         self.num_images = len(features)
 
-    def value(self, classifier):
-        losses, _ = self._by_chunk(classifier)
+    def value(self, model):
+        losses, _ = self._by_chunk(model)
         return _sum(losses) / self.num_images
 
     def value_and_grad(self, moving, fixed):
-        classifier = eqx.combine(moving, fixed)
-        losses, residuals = self._by_chunk(classifier)
+        model = eqx.combine(moving, fixed)
+        losses, residuals = self._by_chunk(model)
         products = [
             _multiply_back(chunk.features, residual)
             for chunk, residual in zip(self.chunks, residuals, strict=True)
@@ -94,11 +94,11 @@ class LinearLayout(AbstractLayout):
         bias = _with_last_class(_sum(jnp.sum(x, axis=1) for x in residuals))
         if self.background is not None:
             weight = weight + jnp.outer(self.background, bias)
-        gradient = eqx.tree_at(lambda head: head.weight, classifier, weight.T)
-        if classifier.bias is not None:
+        gradient = eqx.tree_at(lambda head: head.weight, model, weight.T)
+        if model.bias is not None:
             gradient = eqx.tree_at(lambda head: head.bias, gradient, bias)
         gradient = jax.tree.map(
-            lambda x, old: (x / self.num_images).astype(old.dtype), gradient, classifier
+            lambda x, old: (x / self.num_images).astype(old.dtype), gradient, model
         )
         is_fixed = jax.tree.map(
             lambda x: x is None, moving, is_leaf=lambda x: x is None
@@ -156,7 +156,7 @@ _multiply_back = jax.custom_batching.custom_vmap(_product)
 @_multiply_back.def_vmap
 def _(axis_size, is_batched, features, residual):
     if is_batched == [False, True]:
-        # Many classifiers are one classifier of many classes, which is padded less.
+        # Many models are one model of many classes, which is padded less.
         together = residual.reshape(-1, residual.shape[2])
         product = _multiply_back(features, together)
         product = product.reshape(len(features), axis_size, -1)

@@ -32,7 +32,7 @@ class Outcome(eqx.Module):
 
 def outer_loss(
     start: PyTree,
-    classifier: PyTree,
+    model: PyTree,
     data: Dataset | AbstractData,
     inner: AbstractInnerSolver = AutoSolver(),
     state: PyTree = None,
@@ -40,7 +40,7 @@ def outer_loss(
     step: int | Int[Array, ""] = 0,
     key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, ""], Outcome]:
-    r"""The loss on real data of the classifier fitted to a distilled set,
+    r"""The loss on real data of the model fitted to a distilled set,
 
     $$F(\theta) = \frac{1}{N} \sum_{i=1}^N \ell(y_i, w^\star(\theta)(x_i)),$$
 
@@ -51,20 +51,20 @@ def outer_loss(
     !!! Example
 
         ```python
-        data = eqd.FullBatch(train, classifier)  # once, outside of the loop
+        data = eqd.FullBatch(train, model)  # once, outside of the loop
         hypergradient = eqx.filter_jit(
             eqx.filter_value_and_grad(eqd.outer_loss, has_aux=True)
         )
-        (loss, outcome), gradient = hypergradient(distilled, classifier, data)
+        (loss, outcome), gradient = hypergradient(distilled, model, data)
         ```
 
     **Arguments:**
 
     - `start`: the distilled set, or another module whose `decode` gives one.
-    - `classifier`: as for [`eqdistill.fit`][].
+    - `model`: as for [`eqdistill.fit`][].
     - `data`: the real data. A [`eqdistill.Dataset`][] works everywhere. An
         [`eqdistill.FullBatch`][] of it is quicker, and is what a loop should use.
-    - `inner`: how to fit the classifier.
+    - `inner`: how to fit the model.
     - `state`: the state of the inner solver, from the outcome of the step before. The
         default is a new one.
     - `step`: the number of the outer step. (Keyword only argument.)
@@ -79,24 +79,24 @@ def outer_loss(
     **Raises:**
 
     A `TypeError` or `ValueError` as [`eqdistill.fit`][], or if the real images are not
-    of the shape of the distilled images, or are of more classes than the classifier
+    of the shape of the distilled images, or are of more classes than the model
     has, or if `state` is not of this inner solver.
     """
     check_key("key", key)
-    distilled = check_inner(decode(start), classifier, inner)
-    check_data("data", data, distilled, classifier, inner)
+    distilled = check_inner(decode(start), model, inner)
+    check_data("data", data, distilled, model, inner)
     if state is not None:
         _, init_key, _ = split_key(key)
-        wanted = eqx.filter_eval_shape(inner.init, distilled, classifier, key=init_key)
+        wanted = eqx.filter_eval_shape(inner.init, distilled, model, key=init_key)
         difference = array_difference(wanted, state)
         if difference is not None:
             raise ValueError(f"`state` must be a state of `inner`: {difference}.")
-    return loss_of(distilled, classifier, data, inner, state, step=step, key=key)
+    return loss_of(distilled, model, data, inner, state, step=step, key=key)
 
 
 def loss_of(
     distilled: DistilledSet,
-    classifier: PyTree,
+    model: PyTree,
     data: Dataset | AbstractData,
     inner: AbstractInnerSolver,
     state: PyTree,
@@ -112,11 +112,11 @@ def loss_of(
     step = jnp.asarray(step)
     data_key, init_key, solver_key = split_key(key)
     if state is None:
-        state = inner.init(distilled, classifier, key=init_key)
+        state = inner.init(distilled, model, key=init_key)
     if solver_key is not None:
         solver_key = jr.fold_in(solver_key, step)
-    fitted, state = solve(distilled, classifier, inner, state, key=solver_key)
-    reader = as_logits(eqx.nn.inference_mode(fitted.classifier), distilled.loss)
+    fitted, state = solve(distilled, model, inner, state, key=solver_key)
+    reader = as_logits(eqx.nn.inference_mode(fitted.model), distilled.loss)
     if isinstance(data, Dataset):
         loss = mean_loss(reader, Rows(data.images, data.labels))
     else:
@@ -131,20 +131,20 @@ def split_key(key: PRNGKeyArray | None):
 
 
 class _Reader(eqx.Module):
-    classifier: PyTree
+    model: PyTree
     loss: AbstractLoss
 
     def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, " c"]:
-        return self.loss.to_logits(self.classifier(image))
+        return self.loss.to_logits(self.model(image))
 
 
-def as_logits(classifier: PyTree, loss: AbstractLoss) -> PyTree:
-    """The fitted classifier, whose outputs are read as logits. A linear classifier
+def as_logits(model: PyTree, loss: AbstractLoss) -> PyTree:
+    """The fitted model, whose outputs are read as logits. A linear model
     stays one."""
-    if isinstance(classifier, LinearClassifier):
-        head = jax.tree.map(loss.to_logits, classifier.head)
-        return eqx.tree_at(lambda c: c.head, classifier, head)
-    return _Reader(classifier, loss)
+    if isinstance(model, LinearClassifier):
+        head = jax.tree.map(loss.to_logits, model.head)
+        return eqx.tree_at(lambda c: c.head, model, head)
+    return _Reader(model, loss)
 
 
 def decode(start: PyTree) -> DistilledSet:
@@ -170,7 +170,7 @@ def check_data(
     name: str,
     data: Dataset | AbstractData,
     distilled: DistilledSet,
-    classifier: PyTree,
+    model: PyTree,
     inner: AbstractInnerSolver,
 ) -> None:
     """Checks that a distilled set can stand for real data.
@@ -185,9 +185,9 @@ def check_data(
             f"`{name}` and `distilled` must have images of one shape; got "
             f"{data.shape} and {shape}."
         )
-    num_classes = count_classes(distilled, classifier, inner)
+    num_classes = count_classes(distilled, model, inner)
     if data.num_classes > num_classes:
-        fitted = "classifier" if classifier is not None else "inner"
+        fitted = "model" if model is not None else "inner"
         raise ValueError(
             f"`{fitted}` must have a logit for each of the {data.num_classes} classes "
             f"of `{name}`; it has {num_classes}."

@@ -28,7 +28,7 @@ class Problem(eqx.Module):
     !!! Example
 
         ```python
-        problem = eqd.Problem(start, classifier, train, optimiser=optax.adam(0.02))
+        problem = eqd.Problem(start, model, train, optimiser=optax.adam(0.02))
         state = problem.init()
         step = eqx.filter_jit(problem.step)
         for _ in range(50):
@@ -41,7 +41,7 @@ class Problem(eqx.Module):
     """
 
     start: PyTree
-    classifier: PyTree
+    model: PyTree
     data: AbstractData
     inner: AbstractInnerSolver
     optimiser: optax.GradientTransformation
@@ -51,7 +51,7 @@ class Problem(eqx.Module):
     def __init__(
         self,
         start: PyTree,
-        classifier: PyTree,
+        model: PyTree,
         data: Dataset | AbstractData,
         inner: AbstractInnerSolver = AutoSolver(),
         *,
@@ -65,8 +65,8 @@ class Problem(eqx.Module):
 
         A `TypeError` or `ValueError` for an argument that is not as it should be.
         """
-        distilled = check_inner(decode(start), classifier, inner)
-        check_data("train", data, distilled, classifier, inner)
+        distilled = check_inner(decode(start), model, inner)
+        check_data("train", data, distilled, model, inner)
         if not tolerance >= 0:
             raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
         if not isinstance(optimiser, optax.GradientTransformation):
@@ -75,11 +75,11 @@ class Problem(eqx.Module):
                 f"`optax.GradientTransformation`; got a {type(optimiser).__name__}."
             )
         self.start = start
-        self.classifier = classifier
-        self.data = as_data(data, classifier)
+        self.model = model
+        self.data = as_data(data, model)
         if isinstance(self.data, AbstractFeatureData):
             # Here the values of arrays can be compared, too.
-            check_features(self.data, classifier)
+            check_features(self.data, model)
         self.inner = inner
         self.optimiser = optimiser
         self.learn = _learn(start, inner, learn)
@@ -121,7 +121,7 @@ class Problem(eqx.Module):
             start, inner = self._pair(learned, state.fixed)
             return loss_of(
                 decode(start),
-                self.classifier,
+                self.model,
                 self.data,
                 inner,
                 state.inner_state,
@@ -214,7 +214,7 @@ def _init(problem: Problem, arrays: PyTree, key: PRNGKeyArray | None) -> Distill
     learned, fixed = eqx.partition(arrays, problem.learn)
     start, inner = problem._pair(learned, fixed)
     _, init_key, _ = split_key(key)
-    inner_state = inner.init(decode(start), problem.classifier, key=init_key)
+    inner_state = inner.init(decode(start), problem.model, key=init_key)
     difference = array_difference(inner_state, inner_state)
     if difference is not None:
         raise TypeError(

@@ -13,7 +13,7 @@ from ._mean_loss import AbstractLayout
 
 
 class Rows(AbstractLayout):
-    """Images for any classifier, in chunks. On a CPU, the images and the activations of
+    """Images for any model, in chunks. On a CPU, the images and the activations of
     a chunk stay in the cache between the forward and the backward pass. A chunk becomes
     floating point only when it is used."""
 
@@ -32,8 +32,8 @@ class Rows(AbstractLayout):
         pad = lambda x: x[np.minimum(np.arange(len(x) + short), len(x) - 1)]
         self.images, self.labels = (pad(x) if short else x for x in (images, labels))
 
-    def value(self, classifier):
-        arrays, static = eqx.partition(classifier, eqx.is_array)
+    def value(self, model):
+        arrays, static = eqx.partition(model, eqx.is_array)
         return self._over_chunks(_sum_of_losses, arrays, static)
 
     def value_and_grad(self, moving, fixed):
@@ -69,7 +69,7 @@ def count_chunks(num_images: int, num_features: int, chunk_bytes: int) -> int:
 
 
 def _sum_of_losses(moving, fixed, images, labels, is_real):
-    classifier = eqx.combine(moving, fixed)
+    model = eqx.combine(moving, fixed)
     images = Dataset.to_floating(images)
-    losses = cross_entropies(jax.vmap(classifier)(images), labels)
+    losses = cross_entropies(jax.vmap(model)(images), labels)
     return jnp.sum(losses, where=is_real)

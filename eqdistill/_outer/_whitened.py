@@ -26,7 +26,7 @@ def whitened(
     $$L L^\top = C + \delta \, \mathrm{tr}(C) \, I, \qquad
     C = \frac{1}{m} \sum_{i=1}^m x_i x_i^\top.$$
 
-    For a linear classifier, the Hessian of the outer loss acts on pixels nearly as a
+    For a linear model, the Hessian of the outer loss acts on pixels nearly as a
     multiple of $C$ does. In these coordinates it is far better conditioned, and L-BFGS
     takes a half to a quarter of the steps. $C$ is taken over at most 1,024 of the real
     images, evenly spaced in their order.
@@ -41,7 +41,7 @@ def whitened(
 
         ```python
         optimiser = optax.lbfgs(learning_rate=1.0, linesearch=None)
-        eqd.distill(start, classifier, train, optimiser=eqd.whitened(optimiser, train))
+        eqd.distill(start, model, train, optimiser=eqd.whitened(optimiser, train))
         ```
 
     **Arguments:**

@@ -79,19 +79,19 @@ def of_sizes(repeats: int) -> dict[str, dict[int, float]]:
 
 def of_runs(repeats: int) -> tuple[dict[str, dict[int, float]], dict[int, float]]:
     train, _ = eqd.datasets.load("mnist")
-    classifier = eqd.LogisticRegression(28 * 28, 10)
+    model = eqd.LogisticRegression(28 * 28, 10)
     keys = jr.split(jr.key(0), 32)
     starts = [from_noise(train, key) for key in keys]
     lbfgs = optax.lbfgs(learning_rate=1.0, linesearch=None)
     whitened = eqd.whitened(lbfgs, train)
     one = lambda steps, optimiser: (
         lambda: eqd.distill(
-            starts[0], classifier, train, optimiser=optimiser, steps=steps
+            starts[0], model, train, optimiser=optimiser, steps=steps
         )
     )
     each = lambda n: (
         lambda: eqd.distill_each(
-            starts[:n], classifier, train, optimiser=whitened, steps=8
+            starts[:n], model, train, optimiser=whitened, steps=8
         )
     )
     lengths = in_turn({s: one(s, lbfgs) for s in (10, 20, 40, 80, 160)}, repeats)

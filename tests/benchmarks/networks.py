@@ -212,9 +212,9 @@ def pool(
     @jax.grad
     def fit_and_adjoint(images, params):
         distilled = eqx.tree_at(lambda d: d.images, start, images)
-        classifier = eqd.last_layer(eqx.combine(params, static))
-        fitted, _ = eqd.RelativeRidge()(distilled, classifier, None, key=None)
-        return jnp.sum(fitted.classifier.head.weight)
+        model = eqd.last_layer(eqx.combine(params, static))
+        fitted, _ = eqd.RelativeRidge()(distilled, model, None, key=None)
+        return jnp.sum(fitted.model.head.weight)
 
     side = 2048
     square = jnp.ones((side, side))

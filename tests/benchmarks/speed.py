@@ -133,7 +133,7 @@ class Eqdistill:
         whitened: bool = False,
     ):
         self.train, self.start = train, start
-        self.classifier = eqd.LogisticRegression(28 * 28, 10)
+        self.model = eqd.LogisticRegression(28 * 28, 10)
         self.lbfgs = optax.lbfgs(learning_rate=1.0, linesearch=None)
         if line_search:
             self.lbfgs = optax.lbfgs()
@@ -147,7 +147,7 @@ class Eqdistill:
             eqd.whitened(self.lbfgs, self.train)
         return eqd.distill(
             self.start,
-            self.classifier,
+            self.model,
             self.train,
             optimiser=self.optimiser,
             steps=steps,
@@ -171,12 +171,12 @@ def compilation_cache():
 def to_the_target(train, start, repeats):
     """Seconds to the target: with compiling, with loading from JAX's persistent cache
     what was compiled before, and run only."""
-    classifier = eqd.LogisticRegression(28 * 28, 10)
-    data = eqd.FullBatch(train, classifier)
+    model = eqd.LogisticRegression(28 * 28, 10)
+    data = eqd.FullBatch(train, model)
     loss = eqx.filter_jit(
         lambda images: eqd.outer_loss(
             eqx.tree_at(lambda d: d.images, start, images.reshape(10, 28, 28)),
-            classifier,
+            model,
             data,
         )[0]
     )
@@ -237,13 +237,13 @@ def to_the_target(train, start, repeats):
 
 def one_gradient(train, start, repeats):
     """Milliseconds of one outer value-and-gradient, and of what bounds it."""
-    classifier = eqd.LogisticRegression(28 * 28, 10)
+    model = eqd.LogisticRegression(28 * 28, 10)
     plain = PlainJax(train, start)
     images, labels = plain.data
     hypergradient = eqx.filter_jit(
         eqx.filter_value_and_grad(eqd.outer_loss, has_aux=True)
     )
-    full = eqd.FullBatch(train, classifier)
+    full = eqd.FullBatch(train, model)
     total = jax.jit(jnp.sum)
     square = jr.normal(jr.key(0), (2048, 2048))
     multiply = jax.jit(jnp.matmul)
@@ -251,8 +251,8 @@ def one_gradient(train, start, repeats):
         "plain JAX and Optimistix": lambda: plain.value_and_grad(
             plain.start, images, labels
         ),
-        "`outer_loss` on a `Dataset`": lambda: hypergradient(start, classifier, train),
-        "`outer_loss` on a `FullBatch`": lambda: hypergradient(start, classifier, full),
+        "`outer_loss` on a `Dataset`": lambda: hypergradient(start, model, train),
+        "`outer_loss` on a `FullBatch`": lambda: hypergradient(start, model, full),
         "reading the data": lambda: total(images),
         "a product of matrices": lambda: multiply(square, square),
     }
@@ -309,7 +309,7 @@ def one_step(train, start, repeats):
             def loss(learned):
                 pair = eqx.tree_at(lambda s: s.learned, state, learned)
                 found, inner = problem.pair(pair)
-                args = (found, problem.classifier, problem.data, inner)
+                args = (found, problem.model, problem.data, inner)
                 return eqd.outer_loss(*args, state.inner_state)
 
             return jax.value_and_grad(loss, has_aux=True)(state.learned)
@@ -319,7 +319,7 @@ def one_step(train, start, repeats):
         state = eqx.tree_at(
             lambda s: s.inner_state, state, outcome.state, is_leaf=lambda x: x is None
         )
-        args = (problem.start, problem.classifier, problem.data)
+        args = (problem.start, problem.model, problem.data)
         options = {"optimiser": problem.optimiser}
 
         def run(num_steps, args=args, options=options):
@@ -343,19 +343,19 @@ def one_step(train, start, repeats):
 class FromZero(eqd.AbstractInnerSolver[None]):
     """`SpanSolver`, but always from zero."""
 
-    def init(self, distilled, classifier, *, key):
+    def init(self, distilled, model, *, key):
         return None
 
-    def __call__(self, distilled, classifier, state, *, key):
-        head = jax.tree.map(jnp.zeros_like, classifier.head)
-        fitted, _ = eqd.SpanSolver()(distilled, classifier, head, key=key)
+    def __call__(self, distilled, model, state, *, key):
+        head = jax.tree.map(jnp.zeros_like, model.head)
+        fitted, _ = eqd.SpanSolver()(distilled, model, head, key=key)
         return fitted, state
 
 
 def inner_solves(train, repeats):
     """Milliseconds of an outer step of Adam from real images, by how the inner problem
     is solved."""
-    classifier = eqd.LogisticRegression(28 * 28, 10)
+    model = eqd.LogisticRegression(28 * 28, 10)
     optimiser = optax.adam(0.02)
     kinds = {
         "from zero": FromZero(),
@@ -366,13 +366,13 @@ def inner_solves(train, repeats):
     print("| images | inner solves | ms | ratio |")
     print("|---|---|---|---|")
     rows = {}
-    data = eqd.FullBatch(train, classifier)
+    data = eqd.FullBatch(train, model)
     for n in (10, 50, 100, 200, 500, 1000):
         start = eqd.DistilledSet.from_real(train, n, l2=0.001, key=jr.key(0))
 
         def run(kind, steps, start=start):
             args = {"optimiser": optimiser, "steps": steps, "inner": kinds[kind]}
-            return eqd.distill(start, classifier, data, **args)
+            return eqd.distill(start, model, data, **args)
 
         runs = {
             (kind, steps): functools.partial(run, kind, steps)

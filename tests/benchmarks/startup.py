@@ -30,11 +30,11 @@ import eqdistill as eqd
 marks.append(("data", time.time()))
 train, _ = eqd.datasets.load("mnist")
 marks.append(("start", time.time()))
-classifier = eqd.LogisticRegression(28 * 28, 10)
+model = eqd.LogisticRegression(28 * 28, 10)
 start = eqd.DistilledSet.from_noise(train, l2=0.1, scale=1 / 784, key=jr.key(0))
 marks.append(("first step", time.time()))
 optimiser = optax.lbfgs(learning_rate=1.0, linesearch=None)
-eqd.distill(start, classifier, train, optimiser=optimiser, steps=1)
+eqd.distill(start, model, train, optimiser=optimiser, steps=1)
 marks.append(("", time.time()))
 print(json.dumps(marks))
 """
