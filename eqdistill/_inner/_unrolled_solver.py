@@ -164,7 +164,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         draws = {
             "batches": self.batch_size is not None and self.shuffle,
             "augmentations": self.augmentation is not None,
-            "dropout": _has_dropout(model),
+            "dropout": has_dropout(model),
         }
         drawn = [name for name, is_drawn in draws.items() if is_drawn]
         if drawn and key is None:
@@ -224,7 +224,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
         def loss(params):
             model = eqx.combine(params, static)
-            if not _has_dropout(model):
+            if not has_dropout(model):
                 return inner_loss(rows, eqx.nn.inference_mode(model))
             return inner_loss(rows, model, key=jr.fold_in(dropout_key, step))
 
@@ -277,7 +277,7 @@ def log_positive(name: str, value: ArrayOrList) -> Float[Array, "..."]:
     )
 
 
-def _has_dropout(model: PyTree) -> bool:
+def has_dropout(model: PyTree) -> bool:
     is_dropout = lambda x: isinstance(x, eqx.nn.Dropout)
     nodes = jax.tree.leaves(model, is_leaf=is_dropout)
     return any(is_dropout(x) and not x.inference for x in nodes)
