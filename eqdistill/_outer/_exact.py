@@ -11,8 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._classifier import takes_pixels
 from .._data._distilled_set import DistilledSet
-from .._inner._auto_solver import AutoSolver
-from .._inner._fit import check_inner
+from .._inner._fit import check_fit
 from .._losses import CrossEntropy
 from .._softmax import label_residual
 
@@ -91,7 +90,7 @@ def distill_exactly(
             "`start` must have `CrossEntropy` as its loss; got "
             f"`{type(start.loss).__name__}`."
         )
-    check_inner(start, model, AutoSolver())
+    check_fit(start, model)
     # Double precision whatever the caller's: in single, the fit would be off by its
     # condition number times a rounding error of every step here.
     with jax.enable_x64(True):
