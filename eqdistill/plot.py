@@ -41,8 +41,8 @@ def images(
     r"""Draws the images of a distilled set on a common scale.
 
     Grey images have a symmetric scale: positive is black, negative is white, and zero
-    is mid-grey. Colour images are mapped by $(v - v_\min) / (v_\max - v_\min)$, with the
-    smallest and the largest value of all images and channels.
+    is mid-grey. Colour images are mapped by $(v - v_\min) / (v_\max - v_\min)$, where
+    the minimum and the maximum are over all images and channels.
 
     Up to 50 images are drawn with their labels as titles. More images, or any number if
     `ax` is given, are drawn as a mosaic, with the images of each class side by side and

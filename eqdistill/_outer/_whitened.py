@@ -107,8 +107,8 @@ class _Coordinates(eqx.Module):
 
     @staticmethod
     def of_data(train: Dataset, damping: float, scale: float) -> "_Coordinates":
-        # On the host, where nothing is compiled. On one thread, because those of OpenBLAS
-        # keep spinning after it has returned.
+        # On the host, to compile nothing, and on one thread, because OpenBLAS's threads
+        # keep spinning afterwards.
         some = np.asarray(train.images)[:: -(-len(train) // 1024)]
         dtype = jnp.result_type(float)
         images = some.reshape(len(some), -1).astype(dtype)
@@ -119,7 +119,7 @@ class _Coordinates(eqx.Module):
             diagonal = damping * np.trace(moments) or 1.0  # If all images are zero.
             moments[np.diag_indices_from(moments)] += diagonal
             factor = scipy.linalg.cholesky(moments, lower=True)
-            # The damping keeps it well conditioned, and products are faster than solves.
+            # It is well conditioned, and products are faster than solves.
             (invert,) = scipy.linalg.get_lapack_funcs(["trtri"], [factor])
             inverse, _ = invert(factor, lower=True)
         factor, inverse = jax.device_put((factor / scale, inverse * scale))
@@ -159,8 +159,8 @@ class _Coordinates(eqx.Module):
                 for path, x in found
             }
             raise ValueError(
-                f"`whitened` needs `images` of shape {self.shape}, as in `train`, among "
-                f"the learned arrays; got {shapes}."
+                f"`whitened` needs learned `images` of shape {self.shape}, as in "
+                f"`train`; got {shapes}."
             )
         return jax.tree.map_with_path(product, tree)
 
