@@ -154,7 +154,7 @@ def evaluate(
                 )
             fitted = fit(prepared, model, recipe.inner, key=fit_key)
             accuracies[i, j], losses[i, j] = _measure(fitted.model, prepared, test)
-    return Evaluation(accuracies, losses, recipe, fitted, key)  # pyright: ignore[reportPossiblyUnbound]
+    return Evaluation(accuracies, losses, recipe, fitted, key)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def _as_recipe(recipe: PyTree, inner: AbstractInnerSolver | None) -> Recipe:

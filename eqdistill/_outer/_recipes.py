@@ -15,7 +15,7 @@ from .._inner._feature_regression import FeatureRegression
 from .._inner._inner_solver import AbstractInnerSolver
 from .._inner._unrolled_solver import UnrolledSolver
 from .._models._models import Fresh
-from .._nn._initialise import initialise, lecun, zero_head
+from ..nn import initialise, lecun, zero_head
 from ._recipe import Recipe, relabel, unchanged
 
 
