@@ -1,15 +1,14 @@
-"""The table of classes that a file can hold and rebuild.
+"""The table of what a file can rebuild: one entry for each class or function.
 
-An object becomes a JSON record, `{"class": name, field: value, ...}`. Arrays are stored
-next to the JSON, each under the path of its field.
+An object becomes a JSON object `{"class": name, field: value, ...}`. Its arrays are
+stored next to the JSON, each under the path of its field.
 """
 
-import abc
-import dataclasses
 import functools as ft
 import math
+import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -19,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .. import nn, recipes
-from .._classifier import LinearClassifier, LogisticRegression, takes_pixels
+from .._classifier import LogisticRegression, takes_pixels
 from .._data._distilled_set import DistilledSet
 from .._data._packed import Packed
 from .._data._preprocessing import Standardisation, ZCA
@@ -36,11 +35,7 @@ from ._describe import describe
 
 
 MAX_BYTES = 2**30
-FINITE = (-np.inf, np.inf)
-# A larger or smaller ridge or temperature is not a normal float32.
-_LOGARITHM = (-87.0, 87.0)
 _MAX_DEPTH = 8
-_MAX_UPDATES = 100_000
 
 
 class NotInTable(ValueError):
@@ -53,461 +48,298 @@ def check(ok: bool | np.bool_, reason: str) -> None:
 
 
 class Content:
-    """The arrays of a file while it is decoded, and the bytes that may be allocated."""
+    """The arrays of a file of `size` bytes, and the memory that is left for what is
+    built from it: 16 times the size, for images enlarged fourfold, and 16 MiB."""
 
     def __init__(self, tensors: dict[str, np.ndarray], size: int):
-        """`size` is the size of the file. Up to 16 times as much may be allocated, for
-        images that are enlarged fourfold, and another 16 MiB."""
-        self.unread = dict(tensors)
-        self.distilled: DistilledSet | None = None  # Set once it is decoded.
-        self._size = size
-        self._room = min(16 * size, MAX_BYTES) + 2**24
+        self.tensors = dict(tensors)
+        self.distilled: Any = None  # Set once it is built.
+        self.room = min(16 * size, MAX_BYTES) + 2**24
 
     def reserve(self, path: str, nbytes: int) -> None:
-        self._room -= nbytes
-        check(
-            self._room >= 0,
-            f"`{path}` would take {nbytes} bytes, too many for a file of {self._size}",
-        )
+        self.room -= nbytes
+        check(self.room >= 0, f"`{path}` would take {nbytes} bytes, too many for a file")
 
 
-class AbstractField(eqx.Module):
-    """How one field of a class is stored."""
-
-    @abc.abstractmethod
-    def encode(self, value: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
-        """**Returns:**
-
-        The value as JSON. Its arrays are added to `tensors`.
-
-        **Raises:**
-
-        A [`NotInTable`][] error if a file cannot hold the value.
-        """
-
-    @abc.abstractmethod
-    def decode(self, raw: Any, path: str, content: Content) -> Any:
-        """The inverse of `encode`.
-
-        **Raises:**
-
-        A `ValueError` if the JSON or an array is not what `encode` produces.
-        """
-
-
-class Plain(AbstractField):
-    """A value that JSON can hold."""
-
-    is_valid: Callable[[Any], bool]
-    wanted: str
-    to_json: Callable[[Any], Any] = lambda value: value
-    from_json: Callable[[Any], Any] = lambda raw: raw
-
-    def encode(self, value, path, tensors):
-        raw = self.to_json(value)
-        if not self.is_valid(raw):
-            raise NotInTable(f"`{path}` must be {self.wanted}; got {raw!r}")
-        return raw
-
-    def decode(self, raw, path, content):
-        check(self.is_valid(raw), f"`{path}` must be {self.wanted}; got {raw!r}")
-        return self.from_json(raw)
-
-
-def number(low: float, high: float) -> Plain:
-    """A number of the type of the bounds."""
-    types = (int,) if type(low) is int else (int, float)
-    wanted = f"{'an integer' if type(low) is int else 'a number'} from {low} to {high}"
-    # JSON does not distinguish 1.0 from 1.
-    is_valid = lambda x: type(x) in types and low <= x <= high
-    return Plain(is_valid, wanted, from_json=type(low))
-
-
-def choice(options: Mapping[Any, Any]) -> Plain:
-    """One of some named objects."""
-
-    def to_json(value):
-        return next((name for name, x in options.items() if x is value), repr(value))
-
-    def is_valid(raw):
-        return type(raw) in (str, bool, type(None)) and raw in options
-
-    return Plain(is_valid, f"one of {list(options)}", to_json, options.__getitem__)
-
-
-def items(of: Plain, most: int) -> Plain:
-    """A tuple of plain values."""
-
-    def is_valid(raw):
-        return type(raw) is list and len(raw) <= most and all(map(of.is_valid, raw))
-
-    return Plain(
-        is_valid,
-        f"a list of at most {most}, each {of.wanted}",
-        to_json=list,
-        from_json=lambda raw: tuple(map(of.from_json, raw)),
-    )
-
-
-flag = choice({True: True, False: False})
-text = Plain(
-    lambda x: type(x) is str and len(x) <= 2000, "text of at most 2000 characters"
-)
-texts = Plain(
-    lambda x: type(x) is dict and all(map(text.is_valid, x.values())),
-    "an object whose values are text",
-)
-
-
-class Optional(AbstractField):
-    """A field that may be `None`."""
-
-    field: AbstractField
-
-    def encode(self, value, path, tensors):
-        return None if value is None else self.field.encode(value, path, tensors)
-
-    def decode(self, raw, path, content):
-        return None if raw is None else self.field.decode(raw, path, content)
-
-
-class FiniteArray(AbstractField):
-    """An array of finite numbers in a range."""
-
-    low: float = -np.inf
-    high: float = np.inf
-
-    def encode(self, value, path, tensors):
-        # The writer ignores strides.
-        tensors[path] = np.array(value, order="C")
-        return path
-
-    def decode(self, raw, path, content):
-        check(raw == path, f"`{path}` must be the name of its tensor; got {raw!r}")
-        check(path in content.unread, f"it has no tensor `{path}`")
-        wide = content.unread.pop(path)
-        with np.errstate(over="ignore", invalid="ignore"):
-            x = wide.astype(jax.dtypes.canonicalize_dtype(wide.dtype))
-        check(np.isfinite(x).all(), f"`{path}` must be finite; some values are not")
-        low, high = wide.min(), wide.max()
-        least, most = self.low, self.high
-        if x.dtype.kind != "f":
-            info = np.iinfo(x.dtype)
-            least, most = max(least, info.min), min(most, info.max)
-        check(
-            least <= low and high <= most,
-            f"`{path}` must be from {least} to {most}; got values from {low} to {high}",
-        )
-        return jnp.asarray(x)
-
-
-class FromImages(AbstractField):
-    """A value that follows from the distilled set, such as the shape of an image."""
-
-    value: Callable[[DistilledSet], Any]
-
-    def encode(self, value, path, tensors):
-        return list(value) if isinstance(value, tuple) else value
-
-    def decode(self, raw, path, content):
-        value = self.value(content.distilled)
-        wanted = self.encode(value, path, {})
-        check(raw == wanted, f"`{path}` must be {wanted}, for its images; got {raw!r}")
-        return value
-
-
-class NumClasses(AbstractField):
-    """The number of classes of a model that is trained on the distilled set."""
-
-    def encode(self, value, path, tensors):
-        return value
-
-    def decode(self, raw, path, content):
-        value = number(1, 2**20).decode(raw, path, content)
-        images, labels = content.distilled.images, content.distilled.labels
-        if labels.ndim == 2:
-            least = most = labels.shape[1]
-        else:
-            least, most = int(labels.max()) + 1, 2**20
-        check(
-            least <= value <= most,
-            f"`{path}` must be at least {least}, for its labels; got {value}",
-        )
-        content.reserve(path, images.dtype.itemsize * len(images) * value)
-        return value
-
-
-class Record(AbstractField):
-    """An object with named fields."""
-
-    fields: dict[str, AbstractField]
-    build: Callable[..., Any] = dict
-    nbytes: Callable[..., int] = lambda **_: 0
-
-    def encode(self, values, path, tensors):
-        return {
-            name: field.encode(values[name], f"{path}.{name}".lstrip("."), tensors)
-            for name, field in self.fields.items()
-        }
-
-    def decode(self, raw, path, content):
-        found = sorted(raw) if type(raw) is dict else raw
-        check(
-            found == sorted(self.fields),
-            f"`{path}` must have the fields {sorted(self.fields)}; got {found!r}",
-        )
-        values = {
-            name: field.decode(raw[name], f"{path}.{name}".lstrip("."), content)
-            for name, field in self.fields.items()
-        }
-        content.reserve(path, self.nbytes(**values))
-        try:
-            return self.build(**values)
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"`{path}`: {e}") from e
-
-
-class Entry(eqx.Module):
-    """One class of the table. `read` returns the values of the fields of an object, or
-    `None` unless the object can be rebuilt from them."""
-
-    cls: Callable
-    record: Record
-    read: Callable[[Any], dict[str, Any] | None]
+class Entry(NamedTuple):
+    fields: Mapping[str, Any]
+    build: Callable[..., Any]
+    read: Callable[[Any], Mapping[str, Any]]
+    nbytes: Callable[..., int]
 
 
 TABLE: dict[str, Entry] = {}
 
 
-class Instance(AbstractField):
-    """An object whose class is in the table."""
+def register(
+    cls: Callable[..., Any],
+    fields: Mapping[str, Any],
+    *,
+    build: Callable[..., Any] | None = None,
+    read: Callable[[Any], Mapping[str, Any]] | None = None,
+    nbytes: Callable[..., int] = lambda **_: 0,
+) -> None:
+    """Lets [`eqdistill.save`][] store a class of your own and [`eqdistill.load`][]
+    rebuild it: a loss, a parameterisation, a preprocessing or an inner solver.
 
-    kind: type
+    !!! Example
 
-    def encode(self, value, path, tensors):
-        for name, entry in TABLE.items():
-            values = entry.read(value)
-            if values is not None:
-                return {"class": name, **entry.record.encode(values, path, tensors)}
-        raise NotInTable(
-            f"`{path}` is a `{type(value).__qualname__}` that a file cannot hold: see "
-            "`eqdistill.register`"
-        )
+        ```python
+        register(Huber, {"width": (0.0, 1e3)})  # Huber(width=1.0)
+        ```
 
-    def decode(self, raw, path, content):
-        check(path.count(".") <= _MAX_DEPTH, f"`{path}` is nested too deeply")
-        check(
-            type(raw) is dict and type(raw.get("class")) is str,
-            f"`{path}` must be an object with a `class`; got {raw!r}",
-        )
-        name = raw["class"]
-        if name not in TABLE:
-            raise NotInTable(
-                f"`{path}` is of the class {name!r}, which is not registered: import "
-                "the module that calls `eqdistill.register` for it"
-            )
-        fields = {key: value for key, value in raw.items() if key != "class"}
-        x = TABLE[name].record.decode(fields, path, content)
-        check(isinstance(x, self.kind), f"`{path}` cannot be a {name}")
+    A file stores the name of the class and its fields, but no code. A program that
+    loads the file must import the module that registers the class.
+
+    **Arguments:**
+
+    - `cls`: the class.
+    - `fields`: the arguments of its constructor, which are also its attributes. Each
+        name is mapped to what is allowed: `jax.Array` for finite floating-point or
+        integer values, `(low, high)` for a number of the type of these bounds,
+        `[(low, high), most]` for a tuple of at most so many numbers, `bool`, `str`, a
+        class that a registered object must be an instance of, or a `dict` of named
+        objects. `(low, high, None)` and `jax.Array | None` also allow `None`.
+
+    All other arguments are keyword only.
+
+    - `build`: rebuilds an object from its fields. Defaults to `cls`. Files may come
+        from strangers, so it must raise an error for invalid fields.
+    - `read`: the fields of an object. Defaults to its attributes.
+    - `nbytes`: the size of the object that `build` returns, beyond its fields.
+    """
+    read_ = lambda x: {name: getattr(x, name) for name in fields}
+    TABLE[cls.__name__] = Entry(fields, build or cls, read or read_, nbytes)
+
+
+def encode(x: Any, allowed: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
+    """The value of a field as JSON. Its arrays are added to `tensors`.
+
+    **Raises:**
+
+    A [`NotInTable`][] error if a file cannot hold the value.
+    """
+    if isinstance(allowed, dict):
+        names = [name for name, option in allowed.items() if option is x]
+        return names[0] if names else repr(x)
+    if eqx.is_array(x) or isinstance(x, np.ndarray):
+        tensors[path] = np.array(x, order="C")  # The writer ignores strides.
+        return path
+    if isinstance(x, tuple | dict):
+        return [*x] if isinstance(x, tuple) else x
+    if x is None or type(x) in (bool, int, float, str):
         return x
+    name = _name(x)
+    if name not in TABLE:
+        raise NotInTable(f"`{path}` is a `{name}`, which a file cannot rebuild")
+    return {"class": name} | encode_fields(x, TABLE[name], path, tensors)
+
+
+def encode_fields(x: Any, entry: Entry, path: str, tensors: dict) -> dict[str, Any]:
+    values = entry.read(x)
+    return {
+        name: encode(values[name], allowed, _join(path, name), tensors)
+        for name, allowed in entry.fields.items()
+    }
+
+
+def _name(x: Any) -> str:
+    if isinstance(x, ft.partial):
+        return x.func.__name__
+    if isinstance(x, Recipe) and hasattr(recipes, x.name):
+        return x.name
+    return "LogisticRegression" if takes_pixels(x) else type(x).__name__
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def decode(raw: Any, allowed: Any, path: str, content: Content) -> Any:
+    """The inverse of [`encode`][].
+
+    **Raises:**
+
+    A `ValueError` if the value is not allowed, or [`NotInTable`][] for the name of a
+    class that is not registered.
+    """
+    if isinstance(allowed, types.UnionType):
+        allowed = None if raw is None else allowed.__args__[0]
+    if isinstance(allowed, tuple) and len(allowed) == 3:
+        allowed = None if raw is None else allowed[:2]
+    if allowed is None:
+        return None
+    if isinstance(allowed, types.FunctionType):
+        return allowed(raw, path, content)
+    if allowed is jax.Array:
+        return _decode_array(raw, path, content)
+    if isinstance(allowed, type) and allowed not in (bool, str):
+        return _decode_object(raw, allowed, path, content)
+    check(_is_allowed(raw, allowed), f"`{path}` must be {_words(allowed)}; got {raw!r}")
+    if isinstance(allowed, dict):
+        return allowed[raw]
+    if isinstance(allowed, list):
+        return tuple(map(type(allowed[0][0]), raw))
+    # JSON does not distinguish 1.0 from 1.
+    return type(allowed[0])(raw) if isinstance(allowed, tuple) else raw
+
+
+def _is_allowed(raw: Any, allowed: Any) -> bool:
+    if isinstance(allowed, dict):
+        return type(raw) is str and raw in allowed
+    if isinstance(allowed, list):
+        item, most = allowed
+        are_allowed = type(raw) is list and all(_is_allowed(x, item) for x in raw)
+        return are_allowed and len(raw) <= most
+    if isinstance(allowed, type):
+        return type(raw) is allowed
+    low, high = allowed
+    types = (int,) if type(low) is int else (int, float)
+    return type(raw) in types and low <= raw <= high
+
+
+def _words(allowed: Any) -> str:
+    if isinstance(allowed, dict):
+        return f"one of {', '.join(allowed)}"
+    if isinstance(allowed, list):
+        return f"a list of at most {allowed[1]}, each {_words(allowed[0])}"
+    if isinstance(allowed, type):
+        return f"a {allowed.__name__}"
+    kind = "an integer" if type(allowed[0]) is int else "a number"
+    return f"{kind} from {allowed[0]} to {allowed[1]}"
+
+
+def _decode_array(raw: Any, path: str, content: Content) -> Array:
+    has_it = raw == path and path in content.tensors
+    check(has_it, f"`{path}` must be the name of a tensor; got {raw!r}")
+    wide = content.tensors.pop(path)
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = wide.astype(jax.dtypes.canonicalize_dtype(wide.dtype))
+    is_same = np.isfinite(x).all() if x.dtype.kind == "f" else (x == wide).all()
+    check(is_same, f"`{path}` must be finite numbers of dtype {x.dtype}; some are not")
+    return jnp.asarray(x)
+
+
+def _decode_object(raw: Any, kind: type, path: str, content: Content) -> Any:
+    check(path.count(".") <= _MAX_DEPTH, f"`{path}` is nested too deeply")
+    is_object = type(raw) is dict and type(raw.get("class")) is str
+    check(is_object, f"`{path}` must be an object with a `class`; got {raw!r}")
+    name = raw["class"]
+    if name not in TABLE:
+        raise NotInTable(f"`{path}` is of the class {name!r}, which is not registered")
+    fields = {key: x for key, x in raw.items() if key != "class"}
+    x = decode_fields(fields, TABLE[name], path, content)
+    check(isinstance(x, kind), f"`{path}` must be a {kind.__name__}; got a {name}")
+    return x
+
+
+def decode_fields(raw: dict[str, Any], entry: Entry, path: str, content: Content) -> Any:
+    wanted = sorted(entry.fields)
+    check(
+        sorted(raw) == wanted,
+        f"the fields of `{path}` must be {wanted}; got {sorted(raw)}",
+    )
+    values = {
+        name: decode(raw[name], allowed, _join(path, name), content)
+        for name, allowed in entry.fields.items()
+    }
+    try:
+        content.reserve(path, int(entry.nbytes(**values)))
+        return entry.build(**values)
+    except Exception as e:  # Whatever a hostile file may cause.
+        raise ValueError(f"`{path}`: {e}") from e
 
 
 def to_words(raw: Any) -> str:
     """The JSON of an object as a call, such as `RelativeRidge(inner=RidgeSolver())`."""
     if type(raw) is not dict or "class" not in raw:
         return repr(raw)
-    fields = (f"{k}={to_words(v)}" for k, v in raw.items() if k != "class")
+    fields = (f"{k}={to_words(x)}" for k, x in raw.items() if k != "class")
     return f"{raw['class']}({', '.join(fields)})"
 
 
-def register(
-    cls: type[eqx.Module],
-    *,
-    arrays: Mapping[str, tuple[float, float]] = {},
-    numbers: Mapping[str, tuple[float, float]] = {},
-    modules: Mapping[str, type] = {},
-    check: Callable[[Any], None] = lambda x: None,
-) -> None:
-    """Lets [`eqdistill.save`][] store a class of your own, and [`eqdistill.load`][]
-    rebuild it: a loss, a parameterisation, a preprocessing or an inner solver.
-
-    !!! Example
-
-        ```python
-        class Huber(eqd.AbstractLoss):
-            width: float = eqx.field(static=True, default=1.0)
-            ...
-
-        eqd.register(Huber, numbers={"width": (0.0, 1e3)})
-        ```
-
-    A file stores the name of the class and these fields, but no code. A program that
-    loads it must import the module that registers the class.
-
-    **Arguments:**
-
-    - `cls`: an `equinox.Module`. Its `__init__` is not called: the fields are set, and
-        those that are not listed take their defaults.
-
-    All other arguments are keyword only.
-
-    - `arrays`: the fields that hold arrays, with the range of their values. Arrays must
-        be finite, and hold at least one value.
-    - `numbers`: the fields that hold Python numbers, with their range. Integer bounds
-        mean an integer. A field whose default is `None` may be `None`.
-    - `modules`: the fields that hold registered classes, with a class that they must be
-        instances of.
-    - `check`: raises a `ValueError` if a loaded instance is invalid. Files may come from
-        strangers: check the shapes, and how they fit together.
-
-    **Raises:**
-
-    A `ValueError` if another class of this name is registered.
-    """
-    optional = {f.name for f in dataclasses.fields(cls) if f.default is None}
-    fields = {
-        **{name: FiniteArray(*bounds) for name, bounds in arrays.items()},
-        **{
-            name: Optional(number(*bounds)) if name in optional else number(*bounds)
-            for name, bounds in numbers.items()
-        },
-        **{name: Instance(kind) for name, kind in modules.items()},
-    }
-    _add(cls, fields, check)
+# Sets, losses and preprocessing.
 
 
-def _add(
-    cls: type[eqx.Module],
-    fields: Mapping[str, AbstractField],
-    check: Callable[[Any], None] = lambda x: None,
-    nbytes: Callable[..., int] = lambda **_: 0,
-) -> None:
-    def build(**values):
-        x = object.__new__(cls)
-        for field in dataclasses.fields(cls):
-            value = values.get(field.name, field.default)
-            object.__setattr__(x, field.name, value)
-        check(x)
-        return x
-
-    def read(x):
-        if type(x) is not cls:
-            return None
-        values = {name: getattr(x, name) for name in fields}
-        others = [f for f in dataclasses.fields(cls) if f.name not in fields]
-        is_default = all(eqx.tree_equal(f.default, getattr(x, f.name)) for f in others)
-        return values if is_default else None
-
-    name = cls.__name__
-    if name in TABLE and _full_name(TABLE[name].cls) != _full_name(cls):
-        raise ValueError(f"`cls` must have a name that is not registered; got {name}.")
-    TABLE[name] = Entry(cls, Record(dict(fields), build, nbytes), read)
-
-
-def _full_name(cls: Any) -> tuple[str, str]:
-    return cls.__module__, cls.__qualname__
-
-
-def _check_set(x: DistilledSet) -> None:
-    check(x.images.ndim >= 2, f"images must have shape (n, ...); got {x.images.shape}")
-    is_soft, n = jnp.issubdtype(x.labels.dtype, jnp.floating), len(x.images)
-    check(
-        x.labels.ndim == (2 if is_soft else 1) and len(x.labels) == n,
-        f"labels must have shape ({n}{', c' if is_soft else ','}); got "
-        f"{x.labels.shape}",
-    )
-    check(is_soft or int(x.labels.min()) >= 0, "class indices must not be negative")
-    check(x.log_l2.shape == (), f"log_l2 must be a scalar; got shape {x.log_l2.shape}")
-    _check_floating(x.images, x.log_l2)
-
-
-def _check_floating(*arrays: Array | None) -> None:
-    for x in arrays:
-        is_floating = x is None or jnp.issubdtype(x.dtype, jnp.floating)
-        check(is_floating, f"arrays must be floating point; got {x}")
+def _build_set(images, labels, log_l2, loss) -> DistilledSet:
+    is_soft, n = jnp.issubdtype(labels.dtype, jnp.floating), len(images)
+    is_row = labels.ndim == 1 + is_soft and len(labels) == n
+    check(is_row, f"labels must have {n} rows; got shape {labels.shape}")
+    check(is_soft or labels.min() >= 0, "class indices must not be negative")
+    _check_logarithm(log_l2)
+    # Set arrays afterwards: the constructor takes the ridge, and would round it.
+    x = DistilledSet(images, np.zeros(n, np.int32), l2=1.0, loss=loss)
+    return eqx.tree_at(lambda x: (x.labels, x.log_l2), x, (labels, log_l2))
 
 
 def _bytes_of_one_hot(images, labels, **_) -> int:
-    is_soft = labels.dtype.kind == "f"
-    return 0 if is_soft else images.dtype.itemsize * len(labels) * (labels.max() + 1)
+    is_soft = jnp.issubdtype(labels.dtype, jnp.floating)
+    return 0 if is_soft else 8 * len(images) * (int(labels.max()) + 1)
 
 
-def _bytes_of_interpolation(small: DistilledSet, shape: tuple[int, ...]) -> int:
+def _build_cross_entropy(log_temperature) -> CrossEntropy:
+    if log_temperature is None:
+        return CrossEntropy()
+    _check_logarithm(log_temperature)
+    where = lambda x: x.log_temperature
+    return eqx.tree_at(where, CrossEntropy(1.0), log_temperature)
+
+
+def _check_logarithm(x: Array) -> None:
+    # The exponential of a larger or smaller number is not a normal float32.
+    is_scalar = x.shape == () and jnp.issubdtype(x.dtype, jnp.floating)
+    check(is_scalar and abs(x) <= 87, f"logarithms must be from -87 to 87; got {x}")
+
+
+def _bytes_of_packed(small, shape) -> int:
     # Interpolation makes a matrix from the small to the large height, and one for the
     # width. Its peak is 40 bytes for each entry.
     sides = zip(small.images.shape[-2:], shape[-2:], strict=False)
-    return 40 * sum(a * b for a, b in sides)
+    return 8 * len(small.images) * math.prod(shape) + 40 * sum(a * b for a, b in sides)
 
 
-def _check_temperature(x: CrossEntropy) -> None:
-    _check_floating(x.log_temperature)
-    is_scalar = x.log_temperature is None or x.log_temperature.shape == ()
-    check(is_scalar, "log_temperature must be a scalar")
-
-
-def _check_standardisation(x: Standardisation) -> None:
-    _check_floating(x.mean, x.deviation)
-    check(
-        x.mean.shape == x.deviation.shape and x.mean.size == len(x.mean),
-        f"mean and deviation must have one shape, (channels, 1, 1); got {x.mean.shape} "
-        f"and {x.deviation.shape}",
-    )
-
-
-def _check_zca(x: ZCA) -> None:
-    _check_floating(x.mean, x.whitening)
-    check(
-        x.whitening.shape == (x.mean.size, x.mean.size),
-        f"whitening must have one row for each pixel; got shape {x.whitening.shape}",
-    )
-
-
-_add(
-    CrossEntropy,
-    {"log_temperature": Optional(FiniteArray(*_LOGARITHM))},
-    _check_temperature,
-)
-_add(SquaredError, {})
-_add(
-    DistilledSet,
-    {
-        "images": FiniteArray(),
-        "labels": FiniteArray(),
-        "log_l2": FiniteArray(*_LOGARITHM),
-        "loss": Instance(AbstractLoss),
-    },
-    _check_set,
-    _bytes_of_one_hot,
-)
-_add(
-    Packed,
-    {"small": Instance(DistilledSet), "shape": items(number(1, MAX_BYTES), 3)},
-    lambda x: Packed(x.small, x.shape),  # Checks the shapes.
-    _bytes_of_interpolation,
-)
-_add(
-    Standardisation,
-    {"mean": FiniteArray(), "deviation": FiniteArray(low=1e-30)},
-    _check_standardisation,
-)
-_add(
-    ZCA,
-    {
-        "mean": FiniteArray(),
-        "whitening": FiniteArray(),
-        "regularisation": number(0.0, 1e9),
-    },
-    _check_zca,
-)
-
-_STEPS, _FRACTION = (1, 1_000_000), (0.0, 1.0)
-register(AutoSolver)
-register(RidgeSolver)
 register(
-    SpanSolver, numbers={"rtol": _FRACTION, "atol": _FRACTION, "max_steps": _STEPS}
+    DistilledSet,
+    {"images": Array, "labels": Array, "log_l2": Array, "loss": AbstractLoss},
+    build=_build_set,
+    nbytes=_bytes_of_one_hot,
 )
-register(ArgminSolver, numbers={"max_steps": _STEPS, "tolerance": _FRACTION})
-register(RelativeRidge, modules={"inner": AbstractInnerSolver})
+register(
+    CrossEntropy, {"log_temperature": Array | None}, build=_build_cross_entropy
+)
+register(SquaredError, {})
+register(
+    Packed,
+    {"small": DistilledSet, "shape": [(1, MAX_BYTES), 3]},
+    nbytes=_bytes_of_packed,
+)
+register(Standardisation, {"mean": Array, "deviation": Array})
+register(ZCA, {"mean": Array, "whitening": Array, "regularisation": (0.0, 1e9)})
+
+# Inner solvers.
+_tolerance, _steps = (0.0, 1.0, None), (1, 1_000_000)
+register(AutoSolver, {})
+register(RidgeSolver, {})
+register(RelativeRidge, {"inner": AbstractInnerSolver})
+register(SpanSolver, {"rtol": _tolerance, "atol": _tolerance, "max_steps": _steps})
+register(ArgminSolver, {"max_steps": _steps, "tolerance": (0.0, 1.0)})
+
+
+# Models.
+
+
+def _image_shape(raw, path, content):
+    wanted = content.distilled.images.shape[1:]
+    check(raw == [*wanted], f"`{path}` must be {wanted}, as its images; got {raw!r}")
+    return wanted
+
+
+def _num_classes(raw, path, content):
+    labels = content.distilled.labels
+    least = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+    decode(raw, (least, 2**20), path, content)
+    content.reserve(path, 8 * len(labels) * raw)  # One-hot labels.
+    return raw
 
 
 def _build_regression(in_features, num_classes, use_intercept, dtype):
@@ -517,164 +349,108 @@ def _build_regression(in_features, num_classes, use_intercept, dtype):
     )
 
 
-def _read_regression(x: Any) -> dict[str, Any] | None:
-    if not takes_pixels(x):
-        return None
-    # Its parameters are fitted from scratch, so they are not stored.
-    num_classes, in_features = x.head.weight.shape
-    return {
-        "in_features": in_features,
-        "num_classes": num_classes,
-        "use_intercept": x.head.bias is not None,
-        "dtype": x.head.weight.dtype,
-    }
-
-
-TABLE["LogisticRegression"] = Entry(
+register(
     LogisticRegression,
-    Record(
-        {
-            "in_features": FromImages(lambda d: d.images[0].size),
-            "num_classes": NumClasses(),
-            "use_intercept": flag,
-            "dtype": choice({x: np.dtype(x) for x in ("float32", "float64")}),
-        },
-        _build_regression,
-        lambda in_features, num_classes, **_: 8 * (in_features + 1) * num_classes,
-    ),
-    _read_regression,
-)
-
-
-_norm = choice(
-    {None: None, "instance_norm": nn.instance_norm, "group_norm": nn.group_norm}
-)
-_activation = choice(
     {
-        name: getattr(jax.nn, name)
-        for name in ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh")
-    }
-)
-_pool = choice({"average_pool": nn.average_pool, "max_pool": nn.max_pool})
-_widths = items(number(1, 512), 8)
-_ARCHITECTURES = {
-    "ConvNet": {
-        "widths": _widths,
-        "norm": _norm,
-        "norm_last": flag,
-        "activation": _activation,
-        "pool": _pool,
-        "size": Optional(number(1, 64)),
+        "in_features": (1, MAX_BYTES),
+        "num_classes": _num_classes,
+        "use_intercept": bool,
+        "dtype": {x: np.dtype(x) for x in ("float32", "float64")},
     },
-    "LeNet": {"activation": _activation},
-    "MLP": {"widths": _widths, "activation": _activation},
-    "AlexNet": {"norm": _norm, "activation": _activation},
-    "VGG11": {"norm": _norm, "activation": _activation},
-    "ResNet18": {"norm": _norm, "activation": _activation},
-}
+    build=_build_regression,
+    read=lambda x: {
+        "in_features": x.head.in_features,
+        "num_classes": x.head.out_features,
+        "use_intercept": x.head.use_bias,
+        "dtype": x.head.weight.dtype,
+    },
+    nbytes=lambda in_features, num_classes, **_: 8 * (in_features + 1) * num_classes,
+)
+register(Fixed, {"model": eqx.Module})
+register(Fresh, {"make": ft.partial}, read=lambda x: {"make": _architecture(x)})
+
+_widths = [(1, 512), 8]
+_norms = {"None": None, "instance_norm": nn.instance_norm, "group_norm": nn.group_norm}
+_names = ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh")
+_activations = {name: getattr(jax.nn, name) for name in _names}
+_pools = {"average_pool": nn.average_pool, "max_pool": nn.max_pool}
 
 
-def _add_architecture(name: str, settings: dict[str, AbstractField]) -> None:
+def _register_network(function: Callable, **fields: Any) -> None:
     """A network is stored as its constructor, a `functools.partial` of all settings."""
-    function = getattr(nn, name)
-    shape = FromImages(lambda d: d.images.shape[1:])
-    fields = {"shape": shape, "num_classes": NumClasses(), **settings}
-
-    def read(x):
-        is_partial = type(x) is ft.partial and x.func is function
-        return dict(x.keywords) if is_partial and set(x.keywords) == set(fields) else None
-
-    record = Record(fields, ft.partial(ft.partial, function))
-    TABLE[name] = Entry(function, record, read)
+    sizes = {"shape": _image_shape, "num_classes": _num_classes}
+    fields = {**sizes, "activation": _activations, **fields}
+    build = ft.partial(ft.partial, function)
+    register(function, fields, build=build, read=lambda x: x.keywords)
 
 
-for _name, _settings in _ARCHITECTURES.items():
-    _add_architecture(_name, _settings)
+_register_network(
+    nn.ConvNet,
+    widths=_widths,
+    norm=_norms,
+    norm_last=bool,
+    pool=_pools,
+    size=(1, 64, None),
+)
+_register_network(nn.LeNet)
+_register_network(nn.MLP, widths=_widths)
+_register_network(nn.AlexNet, norm=_norms)
+_register_network(nn.VGG11, norm=_norms)
+_register_network(nn.ResNet18, norm=_norms)
 
 
-def _find_architecture(make: Callable) -> ft.partial | None:
-    """The constructor of the network of `eqdistill.nn` that `make` returns."""
+def _architecture(models: Any) -> ft.partial:
+    """The constructor of `eqdistill.nn` for the networks of an [`eqdistill.Fresh`][].
+
+    **Raises:**
+
+    A [`NotInTable`][] error for other models.
+    """
+    make = models.make if isinstance(models, Fresh) else lambda key: models
     network = eqx.filter_eval_shape(lambda: make(key=jr.key(0)))
-    if not isinstance(network, nn.Network) or network.architecture not in _ARCHITECTURES:
-        return None
+    if not isinstance(network, nn.Network):
+        raise NotInTable(f"a file cannot rebuild a `{type(network).__name__}`")
     return ft.partial(getattr(nn, network.architecture), **dict(network.settings))
 
 
-def _make_same(make: Callable, other: Callable) -> bool:
-    """Whether two constructors compute the same networks."""
-
-    def trace(make):
-        program, out, static = eqx.filter_make_jaxpr(lambda key: make(key=key))(
-            jr.key(0)
-        )
-        return str(program.jaxpr), program.consts, out, static
-
-    return bool(eqx.tree_equal(trace(make), trace(other)))
+# Recipes.
 
 
-def _read_fresh(x: Any) -> dict[str, Any] | None:
-    make = _find_architecture(x.make) if type(x) is Fresh else None
-    return {"make": make} if make is not None and _make_same(make, x.make) else None
-
-
-_add(Fixed, {"model": Instance(LinearClassifier)})
-TABLE["Fresh"] = Entry(Fresh, Record({"make": Instance(ft.partial)}, Fresh), _read_fresh)
-
-_updates = number(2, _MAX_UPDATES)
-_batch_size = number(1, _MAX_UPDATES)
-_RECIPES = {
-    "dc": {"updates": _updates, "augment": flag},
-    "frepo": {"updates": _updates, "augment": flag},
-    "zero_start": {"updates": _updates},
-    "feature_regression": {"updates": _updates},
-    "supervised": {"updates": _updates, "batch_size": _batch_size},
-    "learned_rates": {
-        "learning_rates": items(number(0.0, 1e9), _MAX_UPDATES),
-        "batch_size": _batch_size,
-        "momentum": number(0.0, 1.0),
-        "adam": flag,
-        "seed": Optional(number(0, 2**31 - 1)),
-    },
-}
-
-
-def _add_recipe(name: str, settings: dict[str, AbstractField]) -> None:
+def _register_recipe(function: Callable, **fields: Any) -> None:
     """A published recipe is stored as the arguments of its function."""
-    function = getattr(recipes, name)
-
-    def read(x):
-        is_named = type(x) is Recipe and x.name == name and type(x.models) is Fresh
-        make = _find_architecture(x.models.make) if is_named else None
-        values = {"make": make, **dict(x.settings)} if make is not None else {}
-        is_complete = set(values) == {"make", *settings}
-        return values if is_complete and _is_same(function(**values), x) else None
-
-    record = Record({"make": Instance(ft.partial), **settings}, function)
-    TABLE[name] = Entry(function, record, read)
+    read = lambda x: {"make": _architecture(x.models), **dict(x.settings)}
+    register(function, {"make": ft.partial, **fields}, read=read)
 
 
-def _is_same(recipe: Recipe, other: Recipe) -> bool:
-    """Whether two recipes make and train the same models."""
-    return (
-        bool(eqx.tree_equal(recipe.inner, other.inner))
-        and describe(prepare=recipe.prepare) == describe(prepare=other.prepare)
-        and _make_same(recipe.models.make, other.models.make)
-    )
-
-
-for _name, _settings in _RECIPES.items():
-    _add_recipe(_name, _settings)
-
-
-def _read_custom(x: Any) -> dict[str, Any] | None:
-    """A recipe of your own, unless it prepares the distilled set."""
-    if type(x) is not Recipe or x.prepare is not Recipe.prepare:
-        return None
-    return {"models": x.models, "inner": x.inner}
-
-
-TABLE["Recipe"] = Entry(
-    Recipe,
-    Record({"models": Instance(AbstractModels), "inner": Instance(AbstractInnerSolver)}, Recipe),
-    _read_custom,
+_updates = (2, 100_000)
+_register_recipe(recipes.dc, updates=_updates, augment=bool)
+_register_recipe(recipes.frepo, updates=_updates, augment=bool)
+_register_recipe(recipes.zero_start, updates=_updates)
+_register_recipe(recipes.feature_regression, updates=_updates)
+_register_recipe(recipes.supervised, updates=_updates, batch_size=_updates)
+_register_recipe(
+    recipes.learned_rates,
+    learning_rates=[(0.0, 1e9), 100_000],
+    batch_size=(1, 100_000),
+    momentum=(0.0, 1.0),
+    adam=bool,
+    seed=(0, 2**31 - 1, None),
 )
+register(Recipe, {"models": AbstractModels, "inner": AbstractInnerSolver})
+
+
+def is_same_recipe(recipe: Recipe, other: Recipe) -> bool:
+    """Whether two recipes make and train the same models."""
+    prepare, other_prepare = (describe(f=x.prepare) for x in (recipe, other))
+    models = [_trace(x.models) for x in (recipe, other)]
+    is_same = prepare == other_prepare and eqx.tree_equal(recipe.inner, other.inner)
+    return bool(is_same and eqx.tree_equal(*models))
+
+
+def _trace(models: AbstractModels) -> Any:
+    """The program that makes models; or a model, without the values of its arrays."""
+    if not isinstance(models, Fresh):
+        return eqx.filter_eval_shape(lambda: models)
+    make = eqx.filter_make_jaxpr(lambda key: models.make(key=key))
+    program, out, static = make(jr.key(0))
+    return str(program.jaxpr), program.consts, out, static
