@@ -1,5 +1,5 @@
 """Derivatives of the cross-entropy to full relative precision, even where terms nearly
-cancel: the weights of a fit with a small ridge depend on nothing else."""
+cancel. The weights of a fit with a small ridge depend on these small differences."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ def label_residual(
     logits: Float[Array, "n c"],
     labels: Int[Array, " n"] | Float[Array, "n c"],
 ) -> Float[Array, "n c"]:
-    r"""The probabilities of the labels less those of a classifier,
+    r"""The label probabilities minus the predicted probabilities,
     $t - \mathrm{softmax}(z)$."""
     log_p = jax.nn.log_softmax(logits)
     c = logits.shape[1]
@@ -28,15 +28,15 @@ def label_residual(
             -jnp.exp(log_t) * jnp.expm1(jnp.where(is_close, ratio, 0)),
             jnp.exp(log_t) - jnp.exp(log_p),
         )
-    # The rows sum to zero. The entry of the most likely class is therefore a sum of
-    # small terms, and need not be a difference of large ones.
+    # The rows sum to zero, so compute the entry of the most likely class as a sum of
+    # small terms instead of a difference of large ones.
     others = jnp.where(is_top, 0, difference)
     return jnp.where(is_top, -jnp.sum(others, axis=1, keepdims=True), others)
 
 
 @label_residual.defjvp
 def _(primals, tangents):
-    # By the covariance, which solvers have at hand, and not step by step.
+    # Use the covariance, which solvers compute anyway.
     logits, labels = primals
     logits_dot, labels_dot = tangents
     change = -softmax_change(logits, logits_dot)
@@ -48,7 +48,7 @@ def _(primals, tangents):
 def softmax_covariance(logits: Float[Array, "n c"]) -> Float[Array, "n c c"]:
     r"""$\mathrm{diag}(p) - p p^\top$ with $p = \mathrm{softmax}(z)$: the Hessian of the
     cross-entropy in the logits."""
-    # Written as in `label_residual`, so that XLA compiles the softmax once.
+    # Written as in `label_residual`, so that XLA can share the softmax.
     p = jnp.exp(jax.nn.log_softmax(logits))
     products = p[:, :, None] * p[:, None, :]
     is_diagonal = jnp.eye(logits.shape[1], dtype=bool)
@@ -61,5 +61,5 @@ def softmax_change(
     logits: Float[Array, "n c"], by: Float[Array, "n c"]
 ) -> Float[Array, "n c"]:
     """The derivative of the softmax of the logits in the direction `by`."""
-    # Not by `einsum`: XLA compiles small batched products slowly.
+    # Don't use `einsum`: XLA compiles small batched products slowly.
     return jnp.sum(softmax_covariance(logits) * by[:, None, :], axis=2)

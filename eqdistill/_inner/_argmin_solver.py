@@ -28,18 +28,19 @@ class ArgminSolver(AbstractInnerSolver[None]):
     The inner problem of a network is not convex: $w^\star$ is the local minimum that
     the solver reaches from the initial parameters. Dropout is off.
 
-    The fit has `converged` if the gradient of the inner loss is small beside that of
-    the ridge, $\|g\| \le \mathrm{tolerance} \cdot \lambda \|w\|$, or is rounding. If
-    the inner problem is convex, the former bounds the relative error of $w$. The fit
-    has `collapsed` if the logits of the distilled images differ less than a hundredth
-    of what they did at the initial parameters.
+    The fit has `converged` if the gradient of the inner loss is small compared with
+    the gradient of the ridge, $\|g\| \le \mathrm{tolerance} \cdot \lambda \|w\|$, or
+    is at rounding level. For a convex inner problem the first condition bounds the
+    relative error of $w$. The fit has `collapsed` if the outputs on the distilled
+    images vary a hundred times less than at the initial parameters.
 
     !!! warning
 
-        Few networks with group or layer normalisation have a stationary point within
-        reach: the ridge shrinks weights on whose scale the logits do not depend, and
-        the curvature grows as they shrink. `converged` is `False` then. Fit the last
-        layer only, [`eqdistill.last_layer`][], or train for a number of steps.
+        Networks with group or layer normalisation rarely reach a stationary point. The
+        ridge shrinks weights whose scale does not change the outputs, and the curvature
+        grows as they shrink, so `converged` is `False`. Use [`eqdistill.Pool`][], fit
+        only the last layer ([`eqdistill.linear.last_layer`][]), or train for a fixed
+        number of steps ([`eqdistill.UnrolledSolver`][]).
 
     Source: JAXopt's dataset-distillation notebook; Blondel et al., *Efficient and
     modular implicit differentiation*, 2022, equation (2).
@@ -47,10 +48,10 @@ class ArgminSolver(AbstractInnerSolver[None]):
     **Attributes:**
 
     - `solver`: any Optimistix minimiser.
-    - `adjoint`: how to differentiate through the solution. The default solves for the
-        adjoint by [`eqdistill.DampedCG`][]; any Lineax solver for a symmetric operator
-        may take its place.
-    - `max_steps`: the most steps that the solver may take.
+    - `adjoint`: how to differentiate through the solution. The default solves the
+        adjoint system with [`eqdistill.adjoints.DampedCG`][]. Any Lineax solver for
+        symmetric operators works.
+    - `max_steps`: the maximum number of steps.
     - `tolerance`: the tolerance above.
     """
 
@@ -88,10 +89,10 @@ class ArgminSolver(AbstractInnerSolver[None]):
         )
         fitted = eqx.combine(solution.value, static)
         norm = gradient_norm(distilled, fitted)
-        # The solution may be zero.
+        # The solution may be zero, and then the scale below is too.
         rounding = 10 * jnp.finfo(norm.dtype).eps
         scale = l2 * jnp.sqrt(jax.lax.stop_gradient(squared_norm(fitted)))
-        spreads = [_spread(distilled, c) for c in (model, fitted)]
+        spreads = [_spread(distilled, m) for m in (model, fitted)]
         return Fitted(
             model=fitted,
             converged=norm <= self.tolerance * scale + rounding,
@@ -102,8 +103,8 @@ class ArgminSolver(AbstractInnerSolver[None]):
 
 
 def _spread(distilled: DistilledSet, model: PyTree) -> Float[Array, ""]:
-    """How much the logits differ from image to image: their root mean square deviation
-    from the mean over images, without what is the same for all classes."""
-    logits = jax.lax.stop_gradient(jax.vmap(model)(distilled.images))
-    logits = logits - jnp.mean(logits, axis=1, keepdims=True)
-    return jnp.sqrt(jnp.mean((logits - jnp.mean(logits, axis=0)) ** 2))
+    """The standard deviation of the outputs over the images, after subtracting the mean
+    over the classes."""
+    outputs = jax.lax.stop_gradient(jax.vmap(model)(distilled.images))
+    outputs = outputs - jnp.mean(outputs, axis=1, keepdims=True)
+    return jnp.sqrt(jnp.mean((outputs - jnp.mean(outputs, axis=0)) ** 2))

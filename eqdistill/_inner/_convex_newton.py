@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, PyTree, Scalar
 
 
 class _NewtonState(eqx.Module):
-    """The step to take next from `y`, the slope of the function along the step, and the
-    fraction of the step to try."""
+    """The next step from `y`, the slope of the function along it, and the fraction of
+    the step to try."""
 
     step: PyTree
     slope: Scalar
@@ -21,13 +21,13 @@ class _NewtonState(eqx.Module):
 class ConvexNewton(optx.AbstractRootFinder):
     """Newton's method for the root of the gradient of a strictly convex function.
 
-    Each step is halved until the slope of the function along it is not much above zero.
-    (The slope begins below zero and grows along the step.) The last step, which is
-    small, is taken as it is. Values of the function are not compared: rounding blurs
-    them long before it blurs the gradient. `solve(y, v)` is the inverse of the Hessian
-    at `y`, times `v`.
+    A step is halved until the slope of the function along it is not much above zero.
+    (The slope starts negative and increases along the step.) The last step is small and
+    is taken whole. Function values are not compared, because rounding affects them long
+    before it affects the gradient. `solve(y, v)` applies the inverse of the Hessian at
+    `y` to `v`.
 
-    Each step of the loop tries one fraction, so that the program holds the gradient
+    Each iteration tries one fraction, so the compiled program contains the gradient
     once.
     """
 
@@ -48,7 +48,7 @@ class ConvexNewton(optx.AbstractRootFinder):
         slope = optax.tree.vdot(gradient, state.step)
         is_short = (slope <= 0.5 * jnp.abs(state.slope)) | (state.fraction <= 1e-6)
 
-        def go_on():
+        def accept():
             step = optax.tree.scale(-1.0, self.solve(tried, gradient))
             is_last = self.norm(step) <= self.atol + self.rtol * self.norm(tried)
             y = optax.tree.add_scale(tried, jnp.where(is_last, 1.0, 0.0), step)
@@ -59,7 +59,7 @@ class ConvexNewton(optx.AbstractRootFinder):
             halved = eqx.tree_at(lambda s: s.fraction, state, state.fraction / 2)
             return y, halved
 
-        y, state = jax.lax.cond(is_short, go_on, halve)
+        y, state = jax.lax.cond(is_short, accept, halve)
         return y, state, aux
 
     def terminate(self, fn, y, args, options, state, tags):

@@ -14,26 +14,33 @@ from .._conversions import as_float, as_float_or_none, as_int
 
 class DampedCG(lx.AbstractLinearSolver):
     r"""Conjugate gradients for Hessians that may be nearly singular or slightly
-    indefinite, as those of a network's local minimum are.
+    indefinite, as they often are at a local minimum of a network.
 
-    Solves $(H + \delta I) u = v$ with $\delta = 0$. If that leaves a relative residual
-    $r = \|H u - v\| / \|v\|$ above `accept`, then $\delta$ is set to 1e-4, 1e-3, ...,
-    1e-1 of the scale $\|H v\| / \|v\|$ of the Hessian, until $r$ is below `accept`.
-    The $u$ with the smallest $r$ is returned, with $r$ and $\delta$ in
+    Solves $(H + \delta I) u = v$ with $\delta = 0$. If the relative residual
+    $r = \|H u - v\| / \|v\|$ is above `accept`, the solver tries $\delta$ = 1e-4, 1e-3,
+    ..., 1 times the scale $\|H v\| / \|v\|$ of the Hessian until $r$ is below `accept`.
+    It returns the $u$ with the smallest $r$, with $r$ and $\delta$ in
     `stats["residual"]` and `stats["damping"]`.
 
-    No matrix is formed: a step costs one product of the Hessian and a vector. `rtol`
-    defaults to 1e-5 in single precision, and to 1e-11 in double precision.
+    No matrix is formed: a step costs one Hessian-vector product.
 
     !!! info
 
-        A solver of Lineax that is called from a backward pass raises an error if it
-        does not reach its tolerance. An adjoint that is good to a few percent is good
-        enough for a hypergradient, so this solver raises an error only if $r$ is above
+        A Lineax solver called from a backward pass raises an error if it misses its
+        tolerance. An error of a few percent in the adjoint hardly matters for a
+        hypergradient, so this solver raises an error only if $r$ is above
         `max_residual`.
 
     Source: Pedregosa, *Hyperparameter optimization with approximate gradient*, 2016,
     Algorithm 1, for solving the adjoint inexactly; Levenberg 1944 for the damping.
+
+    **Attributes:**
+
+    - `rtol`: the relative tolerance of conjugate gradients. Defaults to 1e-5 in float32
+        and 1e-11 in float64.
+    - `accept`: the relative residual below which no more damping is tried.
+    - `max_residual`: the relative residual above which an error is raised.
+    - `max_steps`: the maximum number of steps for each damping.
     """
 
     rtol: float | None = eqx.field(default=None, converter=as_float_or_none)
@@ -94,16 +101,16 @@ class DampedCG(lx.AbstractLinearSolver):
             jnp.zeros_like(scale),
         )
         _, u, residual, damping = jax.lax.while_loop(keep_going, body, init)
-        # A cotangent that is not finite is an error of the caller, and is passed on.
+        # A non-finite cotangent is not this solver's error: return NaN.
         finite = jnp.isfinite(scale)
         u = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), u)
         u = eqx.error_if(
             u,
             finite & ~(residual <= self.max_residual),
-            "The hypergradient is useless: the adjoint linear solve of the inner "
-            "problem stopped at a relative residual above `DampedCG.max_residual`. "
-            "The inner problem is likely singular: raise its ridge `l2`, or solve it "
-            "more exactly.",
+            "The hypergradient is useless: the adjoint solve ended with a relative "
+            "residual above `DampedCG.max_residual`. The inner problem is probably "
+            "singular. Raise the ridge `l2`, or solve the inner problem "
+            "more accurately.",
         )
         stats = {"residual": residual, "damping": damping}
         return u, lx.RESULTS.successful, stats

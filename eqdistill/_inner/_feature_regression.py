@@ -10,16 +10,16 @@ from ._relative_ridge import RelativeRidge
 
 
 class FeatureRegression(AbstractInnerSolver[State]):
-    """Trains a network without a ridge, and then fits the last layer anew to the
-    features that the network has learned: by [`eqdistill.RelativeRidge`][], with the
-    ridge of the distilled set and without an intercept.
+    """Trains a network without a ridge, then refits its last layer to the learned
+    features with [`eqdistill.linear.RelativeRidge`][], with the ridge of the distilled
+    set and no intercept.
 
     Source: Zhou, Nezhadarya and Ba, *Dataset distillation using neural feature
     regression* (FRePo), 2022.
 
     **Attributes:**
 
-    - `training`: trains the network.
+    - `training`: the solver that trains the network.
     """
 
     training: AbstractInnerSolver[State]
@@ -33,13 +33,14 @@ class FeatureRegression(AbstractInnerSolver[State]):
 
         **Raises:**
 
-        A `TypeError` as [`eqdistill.last_layer`][].
+        A `TypeError` if the model has no last linear layer
+        ([`eqdistill.linear.last_layer`][]).
         """
         no_ridge = jnp.full_like(distilled.log_l2, -jnp.inf)
         free = eqx.tree_at(lambda d: d.log_l2, distilled, no_ridge)
         trained, state = self.training(free, model, state, key=key)
         last = last_layer(trained.model)
         last = with_head(last, last.head.weight, None)
-        fitted, _ = RelativeRidge()(distilled, last, None, key=None)
+        fitted, _ = RelativeRidge()(distilled, last, None, key=key)
         converged = trained.converged & fitted.converged
         return eqx.tree_at(lambda f: f.converged, fitted, converged), state

@@ -1,4 +1,4 @@
-"""Gradient descent with momentum in fixed point, forwards and backwards to the bit."""
+"""Exactly reversible gradient descent with momentum, in fixed-point arithmetic."""
 
 import fractions
 from collections.abc import Callable
@@ -11,22 +11,20 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 
-# The bits before the point of parameters and of velocities: of them one is for the
-# sign, and one is to spare.
+# Bits before the binary point, including one for the sign and one in reserve.
 _PARAMETER_BITS = 8
 _VELOCITY_BITS = 4
 
 
 class FixedPoint(eqx.Module):
-    """The state of a run, with a tree for each that has the structure of the
-    parameters.
+    """The state of a run.
 
     **Attributes:**
 
-    - `params`, `velocity`: integers, which are the parameters and the velocities times
-        powers of two.
-    - `dropped`: the bits that the products with the momentum have dropped.
-    - `fits`: whether all numbers have been in their ranges so far.
+    - `params`, `velocity`: the parameters and velocities times powers of two, as
+        integers.
+    - `dropped`: the bits lost in the multiplications by the momentum.
+    - `fits`: whether all numbers have stayed in range so far.
     """
 
     params: PyTree[Int[Array, "..."]]
@@ -48,7 +46,7 @@ def to_fixed_point(params: PyTree) -> FixedPoint:
     scale = 2.0 ** (bits - _PARAMETER_BITS)
     params = jax.lax.stop_gradient(params)
     fixed = jax.tree.map(lambda x: jnp.round(x * scale).astype(integer), params)
-    found = FixedPoint(
+    state = FixedPoint(
         fixed,
         optax.tree.zeros_like(fixed),
         jax.tree.map(lambda x: jnp.zeros(x.shape, unsigned), fixed),
@@ -56,7 +54,7 @@ def to_fixed_point(params: PyTree) -> FixedPoint:
     )
     limit = 2.0 ** (_PARAMETER_BITS - 2)
     small = [(abs(x) < limit).all() for x in jax.tree.leaves(params)]
-    return eqx.tree_at(lambda x: x.fits, found, jnp.array(small).all())
+    return eqx.tree_at(lambda x: x.fits, state, jnp.array(small).all())
 
 
 def to_floats(exact: FixedPoint, like: PyTree) -> tuple[PyTree, PyTree]:
@@ -87,10 +85,12 @@ def advance(
     velocity, dropped = _unzip(multiplied, exact.velocity)
     pushes = jax.tree.map(lambda g, v: _push(rate, g, v), gradient, velocity)
     velocity = optax.tree.sub(velocity, pushes)
-    params = jax.tree.map(lambda w, v: w + _shift(v), exact.params, velocity)
-    found = FixedPoint(params, velocity, dropped, exact.fits)
-    fits = exact.fits & _fit_in(found) & jnp.isfinite(optax.tree.norm(gradient))
-    return eqx.tree_at(lambda x: x.fits, found, fits)
+    params = jax.tree.map(
+        lambda w, v: w + _to_parameter_scale(v), exact.params, velocity
+    )
+    state = FixedPoint(params, velocity, dropped, exact.fits)
+    fits = exact.fits & _is_in_range(state) & jnp.isfinite(optax.tree.norm(gradient))
+    return eqx.tree_at(lambda x: x.fits, state, fits)
 
 
 def retreat(
@@ -99,10 +99,12 @@ def retreat(
     rate: Float[Array, ""],
     momentum: fractions.Fraction,
 ) -> FixedPoint:
-    """The state before a step. `gradient_of` gives the gradient at parameters in fixed
-    point."""
+    """The state before a step. `gradient_of` returns the gradient at parameters in
+    fixed point."""
     n, d = momentum.numerator, momentum.denominator
-    params = jax.tree.map(lambda w, v: w - _shift(v), exact.params, exact.velocity)
+    params = jax.tree.map(
+        lambda w, v: w - _to_parameter_scale(v), exact.params, exact.velocity
+    )
     gradient = gradient_of(params)
     pushes = jax.tree.map(lambda g, v: _push(rate, g, v), gradient, exact.velocity)
     velocity = optax.tree.add(exact.velocity, pushes)
@@ -120,8 +122,8 @@ def retreat(
 def blocks(
     steps: int, momentum: fractions.Fraction, bits: int
 ) -> Int[np.ndarray, "2 blocks"]:
-    """The first step of each block, and the one after its last. After a block, half
-    of a word is put aside, so that no word overflows in the next."""
+    """The first step of each block, and the step after its last. Half a word of dropped
+    bits is stored after each block, so that no word overflows in the next one."""
     n, d = momentum.numerator, momentum.denominator
     most, firsts = 0, [0]
     for step in range(steps):
@@ -134,22 +136,21 @@ def blocks(
 
 def _push(rate, gradient, like):
     """The step along a gradient, in the fixed point of velocities. A step that is too
-    long for that gives the greatest number, with which the velocity leaves its
-    range."""
+    long is clipped to a value that takes the velocity out of its range."""
     bits = bits_of(like)
     scale = 2.0 ** (bits - _VELOCITY_BITS)
     most = 2.0 ** (bits - 2)
     return jnp.clip(jnp.round(rate * gradient * scale), -most, most).astype(like.dtype)
 
 
-def _shift(velocity):
+def _to_parameter_scale(velocity):
     """A velocity in the fixed point of parameters."""
     return velocity >> (_PARAMETER_BITS - _VELOCITY_BITS)
 
 
-def _fit_in(exact: FixedPoint) -> Bool[Array, ""]:
-    """Whether all numbers are well within their ranges, so that none has left its
-    range in this step."""
+def _is_in_range(exact: FixedPoint) -> Bool[Array, ""]:
+    """Whether all numbers are well within their ranges, so that none overflowed in the
+    last step."""
     bits = bits_of(exact.params)
     limit = 2 ** (bits - 2)
     leaves = jax.tree.leaves((exact.params, exact.velocity))

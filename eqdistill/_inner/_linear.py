@@ -10,15 +10,17 @@ from .._losses import AbstractLoss
 def check_linear(
     solver: str, distilled: DistilledSet, model: PyTree, loss: type[AbstractLoss]
 ) -> LinearClassifier:
-    """**Raises:**
+    """Checks that the model and the loss are those that a convex solver can fit.
 
-    A `TypeError` if a convex solver is given a problem that it does not solve.
+    **Raises:**
+
+    A `TypeError` that names the solver.
     """
     if not isinstance(model, LinearClassifier):
         raise TypeError(
-            "`model` must be a `LinearClassifier`, which is linear in its "
-            f"parameters, for `{solver}`; got {name_kind(model)}. Use "
-            "`ArgminSolver`, or fit only the last layer: `last_layer(network)`."
+            f"`model` must be a `LinearClassifier` for `{solver}`; got "
+            f"{name_kind(model)}. Use `ArgminSolver`, or fit only the last layer: "
+            "`linear.last_layer(network)`."
         )
     check_loss(solver, distilled, loss)
     return model
@@ -27,12 +29,12 @@ def check_linear(
 def check_loss(solver: str, distilled: DistilledSet, loss: type[AbstractLoss]) -> None:
     """**Raises:**
 
-    A `TypeError` if a convex solver is given a loss that it does not minimise.
+    A `TypeError` if the solver cannot minimise the loss of the distilled set.
     """
     if not isinstance(distilled.loss, loss):
         raise TypeError(
-            f"`distilled` must have `{loss.__name__}` as its loss, which `{solver}` "
-            f"minimises; got `{type(distilled.loss).__name__}`."
+            f"`distilled.loss` must be `{loss.__name__}` for `{solver}`; got "
+            f"`{type(distilled.loss).__name__}`."
         )
 
 
@@ -41,9 +43,9 @@ def with_head(
     weight: Float[Array, "c p"],
     bias: Float[Array, " c"] | None,
 ) -> LinearClassifier:
-    """The model with another head."""
+    """The model with its head replaced."""
     return eqx.tree_at(
-        lambda c: (c.head.weight, c.head.bias),
+        lambda m: (m.head.weight, m.head.bias),
         model,
         (weight, bias),
         is_leaf=lambda x: x is None,

@@ -15,15 +15,16 @@ from ._ridge_solver import solve_cholesky
 
 
 class Linearised(eqx.Module):
-    r"""A network that is linearised in its parameters,
+    r"""A network linearised in its parameters,
 
     $$x \mapsto f(x; w_0) + J(x) u, \qquad
     J(x) = \frac{\partial f(x; w)}{\partial w} \Big|_{w_0}.$$
 
     **Attributes:**
 
-    - `network`: the network with its parameters $w_0$, which are frozen.
-    - `tangent`: the parameters $u$: an array for each of the network's.
+    - `network`: the network with its frozen parameters $w_0$.
+    - `tangent`: the parameters $u$: one array for each array of the network's
+        parameters.
     """
 
     network: Frozen
@@ -41,23 +42,24 @@ class Linearised(eqx.Module):
 
 
 class LinearisedSolver(AbstractInnerSolver[None]):
-    r"""Kernel regression with the neural tangent kernel: fits a network that is
-    linearised in its parameters, with [`eqdistill.SquaredError`][], in closed form.
+    r"""Regression with the neural tangent kernel: linearises a network in its
+    parameters and fits it with [`eqdistill.SquaredError`][] in closed form.
 
-    With the Jacobians $J \in \mathbb{R}^{nc \times p}$ of the outputs on the distilled
-    images and the residuals $r$ of the targets, the fit moves the parameters by
+    With the Jacobian $J \in \mathbb{R}^{nc \times p}$ of the outputs on the distilled
+    images and the residuals $r$ (targets minus outputs), the parameters change by
 
     $$u = s J^\top (s J J^\top + n \lambda I)^{-1} r, \qquad
     s = n^2 c / \mathrm{tr}(J J^\top),$$
 
-    by Cholesky decomposition: the unknowns are one for each image and class. The ridge
-    is relative to the kernel. It is taken over $u$, so that the network stays near
-    where it was. `gradient_norm` is that of this problem. Dropout is off.
+    computed by Cholesky decomposition of a system with one unknown for each image and
+    class. The ridge is relative to the kernel and penalises $u$, so the network stays
+    close to $w_0$. `gradient_norm` is the norm for this problem. Dropout is off.
 
-    Of a [`eqdistill.LinearClassifier`][] the features move, too, other than an
-    [`eqdistill.Frozen`][] inside of them. The distilled images' gradient
-    passes through the gradient of the network, and the real images' loss needs a
-    backward pass: a step takes several times that of a last layer.
+    The features of an [`eqdistill.linear.LinearClassifier`][] are trained too, except
+    for any [`eqdistill.nn.Frozen`][] inside them. The gradient in the distilled images
+    differentiates the gradient of the network, and the loss on real images needs a
+    Jacobian-vector product. A step therefore costs several times that of fitting a last
+    layer.
 
     Source: Loo et al., *Dataset Distillation with Convexified Implicit Gradients*
     (RCIG), 2023, which solves the system by 20 approximate steps.
@@ -79,29 +81,29 @@ class LinearisedSolver(AbstractInnerSolver[None]):
         assert isinstance(distilled.loss, SquaredError)
         network = eqx.nn.inference_mode(model)
         if isinstance(network, LinearClassifier):
-            network = _Whole(network.features.module, network.head)
+            network = _Unfrozen(network.features.module, network.head)
         params, static = eqx.partition(network, parameters(network))
         flat, unravel = ravel_pytree(params)
 
         def outputs(flat, image):
             return eqx.combine(unravel(flat), static)(image)
 
-        of_each = lambda fn: jax.vmap(fn, (None, 0))(flat, distilled.images)
-        start = of_each(outputs)
+        over_images = lambda fn: jax.vmap(fn, (None, 0))(flat, distilled.images)
+        start = over_images(outputs)
         n, c = start.shape
-        jacobian = of_each(jax.jacrev(outputs)).reshape(n * c, -1)
+        jacobian = over_images(jax.jacrev(outputs)).reshape(n * c, -1)
         kernel = jacobian @ jacobian.T
         trace = jnp.trace(kernel)
-        # A network may have died: nothing moves its outputs.
+        # The outputs of a dead network do not depend on its parameters.
         scale = n**2 * c / jnp.where(trace > 0, trace, 1)
         targets = distilled.loss.targets(distilled.labels, c).astype(start.dtype)
         residuals = (targets - start).reshape(-1, 1)
         ridge = n * distilled.l2
         matrix = scale * kernel + ridge * jnp.eye(n * c, dtype=kernel.dtype)
         solution, is_exact = solve_cholesky(matrix, residuals)
-        # Not as a module, which would be a network without its settings.
+        # A plain list: a module of tangents would look like a network.
         tangent = jax.tree.leaves(unravel(scale * (jacobian.T @ solution)[:, 0]))
-        # The gradient is the Jacobian's transpose times this.
+        # The gradient is the transpose of the Jacobian times this.
         error = jax.lax.stop_gradient((matrix @ solution - residuals) / n)
         squared_norm = jnp.vdot(error, jax.lax.stop_gradient(kernel) @ error)
         return Fitted(
@@ -111,8 +113,8 @@ class LinearisedSolver(AbstractInnerSolver[None]):
         ), state
 
 
-class _Whole(eqx.Module):
-    """A linear model whose features are not frozen."""
+class _Unfrozen(eqx.Module):
+    """A linear classifier with trainable features."""
 
     features: Callable
     head: eqx.nn.Linear

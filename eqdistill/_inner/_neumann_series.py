@@ -11,23 +11,24 @@ from .._checks import check_at_least, check_positive
 from .._conversions import as_float_or_none, as_int
 
 
-# The steps of the power method, which need to be good to a factor of two only.
+# Steps of the power method. An eigenvalue within a factor of two is enough.
 _POWER_STEPS = 10
 
 
 class NeumannSeries(lx.AbstractLinearSolver):
-    r"""The first terms of the Neumann series of an inverse, as an approximate adjoint
-    of [`eqdistill.ArgminSolver`][]: `ArgminSolver(adjoint=optimistix.ImplicitAdjoint(
-    NeumannSeries(10)))`. For $H u = v$ it gives
+    r"""Approximates the solution of a linear system by the first terms of the Neumann
+    series. Used as the adjoint of [`eqdistill.ArgminSolver`][]:
+    `ArgminSolver(adjoint=optimistix.ImplicitAdjoint(NeumannSeries(10)))`. For
+    $H u = v$ it returns
 
     $$u = \alpha \sum_{k=0}^{K-1} (I - \alpha H)^k v.$$
 
-    One term is the approximation of the inverse Hessian by a multiple of the identity.
-    Each further term costs a product of the Hessian and a vector. The series converges
-    if $\alpha$ is less than two over the greatest eigenvalue of a positive definite
-    $H$, and its error falls as $(1 - \alpha \mu)^K$ with the least eigenvalue $\mu$:
-    in a finite training run of steps $\alpha$ near the solution, that is the error of
-    truncating after $K$ steps.
+    One term replaces the inverse Hessian by a multiple of the identity. Each further
+    term costs one Hessian-vector product. For a positive definite $H$ the series
+    converges if $\alpha$ is less than two over the largest eigenvalue. With the
+    smallest eigenvalue $\mu$ its error decreases as $(1 - \alpha \mu)^K$, which equals
+    the error of backpropagating only through the last $K$ steps of gradient descent
+    with step size $\alpha$.
 
     Source: Lorraine, Vicol and Duvenaud, *Optimizing millions of hyperparameters by
     implicit differentiation*, 2020, Algorithm 3; Luketina et al., *Scalable
@@ -37,8 +38,8 @@ class NeumannSeries(lx.AbstractLinearSolver):
     **Attributes:**
 
     - `terms`: the number of terms $K$.
-    - `step_size`: the factor $\alpha$, or `None` for one over the greatest eigenvalue,
-        as ten steps of the power method find it.
+    - `step_size`: the factor $\alpha$, or `None` for one over the largest eigenvalue,
+        estimated by ten steps of the power method.
     """
 
     terms: int = eqx.field(converter=as_int)
@@ -60,7 +61,7 @@ class NeumannSeries(lx.AbstractLinearSolver):
         del options
         alpha = self.step_size
         if alpha is None:
-            alpha = 1 / _greatest_eigenvalue(state.mv, vector)
+            alpha = 1 / _largest_eigenvalue(state.mv, vector)
 
         def body(_, carry):
             term, total = carry
@@ -81,8 +82,8 @@ class NeumannSeries(lx.AbstractLinearSolver):
         return True
 
 
-def _greatest_eigenvalue(mv, vector):
-    """The greatest eigenvalue in magnitude, from below."""
+def _largest_eigenvalue(mv, vector):
+    """A lower bound on the largest absolute eigenvalue, by the power method."""
 
     def body(_, carry):
         vector, _ = carry
@@ -93,5 +94,5 @@ def _greatest_eigenvalue(mv, vector):
         return product, optax.tree.norm(product)
 
     one = jnp.ones_like(optax.tree.norm(vector))
-    _, found = jax.lax.fori_loop(0, _POWER_STEPS, body, (vector, one))
-    return jnp.where(found > 0, found, 1)
+    _, norm = jax.lax.fori_loop(0, _POWER_STEPS, body, (vector, one))
+    return jnp.where(norm > 0, norm, 1)

@@ -14,15 +14,15 @@ from ._ridge_solver import RidgeSolver
 
 
 class RelativeRidge(AbstractInnerSolver[PyTree]):
-    r"""Fits a [`eqdistill.LinearClassifier`][] with a ridge that is relative to its
-    features: before the fit, the features $\phi$ are multiplied by
+    r"""Fits an [`eqdistill.linear.LinearClassifier`][] with a ridge relative to the
+    size of its features. Before the fit, the features $\phi$ are multiplied by
 
     $$s = n \Big/ \sqrt{\textstyle \sum_{i=1}^n \|\phi(\theta_i)\|^2},$$
 
-    such that the mean squared norm of the features of $n$ images is $n$. The features
-    of two networks differ in size, and one ridge serves both.
+    so that the mean squared norm of the features of $n$ images is $n$. One ridge then
+    suits networks whose features differ in size.
 
-    The fitted model takes the features as they are. `gradient_norm` is that of the
+    The fitted model takes the unscaled features. `gradient_norm` is the norm for the
     problem with scaled features.
 
     Source: Zhou et al., *Dataset distillation using neural feature regression* (FRePo),
@@ -34,13 +34,13 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
     def __init__(self, inner: AbstractInnerSolver = RidgeSolver()):
         """**Arguments:**
 
-        - `inner`: fits the model with the scaled features, and returns another
-            [`eqdistill.LinearClassifier`][].
+        - `inner`: the solver for the model with scaled features. Must return an
+            [`eqdistill.linear.LinearClassifier`][].
         """
         self.inner = inner
 
     def init(self, distilled, model, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][]; raises as a call does."""
+        """As [`eqdistill.AbstractInnerSolver`][]. Raises the same errors as a call."""
         scaled, _ = _scale(distilled, model)
         return self.inner.init(distilled, scaled, key=key)
 
@@ -49,8 +49,8 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
 
         **Raises:**
 
-        A `TypeError` if the model is not a [`eqdistill.LinearClassifier`][], or as
-        `inner` says.
+        A `TypeError` if the model is not an [`eqdistill.linear.LinearClassifier`][],
+        or if `inner` refuses it.
         """
         scaled, factor = _scale(distilled, model)
         fitted, state = self.inner(distilled, scaled, state, key=key)
@@ -61,8 +61,8 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
                 f"{type(fitted.model).__name__}."
             )
         head = fitted.model.head
-        found = with_head(model, factor * head.weight, head.bias)
-        return eqx.tree_at(lambda f: f.model, fitted, found), state
+        unscaled = with_head(model, factor * head.weight, head.bias)
+        return eqx.tree_at(lambda f: f.model, fitted, unscaled), state
 
 
 def _scale(
@@ -70,19 +70,17 @@ def _scale(
 ) -> tuple[LinearClassifier, Float[Array, ""]]:
     model = check_linear("RelativeRidge", distilled, model, AbstractLoss)
     rows = jax.vmap(model.features)(distilled.images)
-    # A network may have died: all of its features are zero, and stay so.
+    # All features of a dead network are zero.
     positive = lambda x: jnp.where(x > 0, x, 1)
-    # The squares of large and of small features are no numbers of their precision.
+    # Divide by the largest entry, so that no square overflows or underflows.
     largest = positive(jnp.max(jnp.abs(jax.lax.stop_gradient(rows))))
     total = positive(jnp.sum((rows / largest) ** 2))
     factor = len(rows) / largest * jax.lax.rsqrt(total)
-    scaled = LinearClassifier(_Scaled(model.features, factor), model.head)
-    return with_head(
-        scaled, model.head.weight / factor, model.head.bias
-    ), factor
+    scaled = LinearClassifier(_ScaledFeatures(model.features, factor), model.head)
+    return with_head(scaled, model.head.weight / factor, model.head.bias), factor
 
 
-class _Scaled(eqx.Module):
+class _ScaledFeatures(eqx.Module):
     features: Callable
     factor: Float[Array, ""]
 

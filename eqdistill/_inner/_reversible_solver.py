@@ -24,29 +24,30 @@ from ._unrolled_solver import log_positive
 
 
 class ReversibleSolver(AbstractInnerSolver[None]):
-    r"""Trains the model by gradient descent with momentum in fixed point, so that
-    the run can be taken backwards to the bit:
+    r"""Trains the model by gradient descent with momentum in fixed-point arithmetic, so
+    that the run can be reversed exactly:
 
     $$v_{t+1} = \gamma v_t - \alpha_t \nabla_w g(w_t; \theta), \qquad
     w_{t+1} = w_t + v_{t+1}, \qquad w^\star(\theta) = w_T,$$
 
-    where $g$ is [`eqdistill.inner_loss`][]. The backward pass of the derivative
-    computes $w_t$ and $v_t$ from $w_{t+1}$ and $v_{t+1}$. What it needs beyond them are
-    the bits that the product with the momentum $\gamma$ drops: $\log_2 (1 / \gamma)$
-    bits for each parameter and step, 0.029 for 0.98, where the parameters of each step
-    would take 32.
+    where $g$ is [`eqdistill.inner_loss`][]. The backward pass recomputes $w_t$ and
+    $v_t$ from $w_{t+1}$ and $v_{t+1}$. It needs only the bits lost in the
+    multiplication by the momentum $\gamma$: $\log_2 (1 / \gamma)$ bits for each
+    parameter and step, which is 0.029 bits for $\gamma = 0.98$, instead of 32 bits to
+    store the parameter.
 
-    Parameters are between -64 and 64, and velocities between -4 and 4, with as many
-    bits as the model's floating-point numbers have. A run that leaves these ranges
-    has not `converged`. The derivative takes rounding for the identity. Dropout is off.
+    Parameters must stay between -64 and 64, and velocities between -4 and 4. They have
+    as many bits as the model's floating-point numbers. A run that leaves these ranges
+    has `converged=False`. The derivative of rounding is taken to be one. Dropout is
+    off.
 
-    A backward pass that does not end at the initial parameters, bit for bit, gives
-    hypergradients that are NaN.
+    If the backward pass does not end exactly at the initial parameters, the
+    hypergradient is NaN.
 
-    !!! Example
+    !!! example
 
         ```python
-        inner = eqd.ReversibleSolver(0.1, momentum=0.98, steps=1000)
+        inner = eqd.adjoints.ReversibleSolver(0.1, momentum=0.98, steps=1000)
         ```
 
     Source: Maclaurin, Duvenaud and Adams, *Gradient-based hyperparameter optimization
@@ -54,8 +55,8 @@ class ReversibleSolver(AbstractInnerSolver[None]):
 
     **Attributes:**
 
-    - `log_learning_rate`: the logarithm of the step size $\alpha$, or of one for each
-        step.
+    - `log_learning_rate`: the logarithm of the step size $\alpha$, or one logarithm for
+        each step.
     - `momentum`: the momentum $\gamma$, as a fraction.
     - `steps`: the number of steps $T$.
     - `adjoint`: how the steps are differentiated, or `None` for exact reversal.
@@ -80,15 +81,15 @@ class ReversibleSolver(AbstractInnerSolver[None]):
 
         All other arguments are keyword only.
 
-        - `momentum`: the momentum $\gamma$, from 0.01 to 0.99, which is rounded to a
-            fraction with a denominator of at most 100.
+        - `momentum`: the momentum $\gamma$, from 0.01 to 0.99, rounded to a fraction
+            with a denominator of at most 100.
         - `steps`: the number of steps, at least 1.
-        - `adjoint`: the same run may be differentiated by any
-            [`eqdistill.AbstractUnrolledAdjoint`][]. Defaults to exact reversal.
+        - `adjoint`: an [`eqdistill.adjoints.AbstractUnrolledAdjoint`][] that
+            differentiates the same run instead. Defaults to exact reversal.
 
         **Raises:**
 
-        A `ValueError` for an argument out of its range or of the wrong shape.
+        A `ValueError` for an argument out of range or of the wrong shape.
         """
         check_at_least(1, steps=steps)
         if not 0.01 <= momentum <= 0.99:
@@ -108,15 +109,15 @@ class ReversibleSolver(AbstractInnerSolver[None]):
 
         **Raises:**
 
-        A `TypeError` if the parameters are not of 32 or 64 bits.
+        A `TypeError` if the parameters are not all float32 or all float64.
         """
         del distilled, key
         params = eqx.filter(model, parameters(model))
         dtypes = {x.dtype.name for x in jax.tree.leaves(params)}
         if len(dtypes) > 1 or not dtypes <= {"float32", "float64"}:
             raise TypeError(
-                "`model` must have parameters that are all in single or all in "
-                f"double precision for a `ReversibleSolver`; got {sorted(dtypes)}."
+                "`model` must have parameters that are all float32 or all float64 for "
+                f"`ReversibleSolver`; got {sorted(dtypes)}."
             )
         return None
 
@@ -126,12 +127,12 @@ class ReversibleSolver(AbstractInnerSolver[None]):
         model = eqx.nn.inference_mode(model)
         params, static = eqx.partition(model, parameters(model))
         args = (distilled, self.log_learning_rate, static)
-        # All that is differentiated is in the arguments of a step.
+        # Everything that is differentiated is an argument of a step.
         fixed = stop_gradient(self)
         if self.adjoint is None:
             params, fits, norm = _reversed_run((params, args), fixed)
             bits = bits_of(params)
-            # Half a word after each block, and the word at the end.
+            # Half a word after each block, and a whole word at the end.
             num_blocks = blocks(self.steps, self.momentum, bits).shape[1]
             kept_bits = (num_blocks * bits // 2 + bits) / self.steps
         else:
@@ -161,22 +162,24 @@ class ReversibleSolver(AbstractInnerSolver[None]):
         return rate[step] if rate.ndim else rate
 
     def _step(self, carry, args, step):
-        """A step whose values are exact, and whose derivative is that of floats."""
+        """One step in fixed point, with the derivative of the step in floats."""
         exact, (params, velocity), _ = carry
         gradient = _gradient(params, args)
         rate = self._rate(args[1], step)
         moved = self._move(params, velocity, gradient, rate)
         exact = advance(exact, *jax.lax.stop_gradient((gradient, rate)), self.momentum)
-        return exact, _attach(to_floats(exact, params), moved), _norm(gradient)
+        params = _with_derivative_of(to_floats(exact, params), moved)
+        return exact, params, _norm(gradient)
 
     def _move(self, params, velocity, gradient, rate):
-        """The parameters and the velocities after a step, in floats."""
+        """The parameters and velocities after a step, in floats."""
         gamma = float(self.momentum)
         velocity = jax.tree.map(lambda v, g: gamma * v - rate * g, velocity, gradient)
         return optax.tree.add(params, velocity), velocity
 
 
-def _plain_run(operands: PyTree, solver: ReversibleSolver):
+def _forward_run(operands: PyTree, solver: ReversibleSolver):
+    """The final state, the norm of the last gradient, and the dropped bits."""
     params, args = operands
     half = bits_of(params) // 2
 
@@ -186,42 +189,42 @@ def _plain_run(operands: PyTree, solver: ReversibleSolver):
         rate = solver._rate(args[1], step)
         return advance(exact, gradient, rate, solver.momentum), _norm(gradient)
 
-    def of_block(carry, block):
+    def run_block(carry, block):
         first, last = block
         exact, norm = jax.lax.fori_loop(first, last, one, carry)
-        kept = jax.tree.map(lambda i: i.astype(f"uint{half}"), exact.dropped)
+        stored = jax.tree.map(lambda i: i.astype(f"uint{half}"), exact.dropped)
         rest = jax.tree.map(lambda i: i >> half, exact.dropped)
-        return (eqx.tree_at(lambda x: x.dropped, exact, rest), norm), kept
+        return (eqx.tree_at(lambda x: x.dropped, exact, rest), norm), stored
 
     carry = (to_fixed_point(params), jnp.zeros_like(optax.tree.norm(params)))
-    (exact, norm), kept = jax.lax.scan(
-        of_block, carry, tuple(blocks(solver.steps, solver.momentum, 2 * half))
+    (exact, norm), stored = jax.lax.scan(
+        run_block, carry, tuple(blocks(solver.steps, solver.momentum, 2 * half))
     )
-    return exact, norm, kept
+    return exact, norm, stored
 
 
 @eqx.filter_custom_vjp
 def _reversed_run(operands: PyTree, solver: ReversibleSolver):
-    exact, norm, _ = _plain_run(operands, solver)
+    exact, norm, _ = _forward_run(operands, solver)
     return to_floats(exact, operands[0])[0], exact.fits, norm
 
 
 @_reversed_run.def_fwd
 def _(perturbed, operands, solver):
     del perturbed
-    exact, norm, kept = _plain_run(operands, solver)
+    exact, norm, stored = _forward_run(operands, solver)
     out = (to_floats(exact, operands[0])[0], exact.fits, norm)
-    return out, (exact, kept)
+    return out, (exact, stored)
 
 
 @_reversed_run.def_bwd
 def _(residuals, cotangent, perturbed, operands, solver):
     del perturbed
-    (exact, kept), (params, args) = residuals, operands
+    (exact, stored), (params, args) = residuals, operands
     half = bits_of(params) // 2
     diff_args, other_args = eqx.partition(args, eqx.is_inexact_array)
 
-    def smooth(params, velocity, diff_args, step):
+    def float_step(params, velocity, diff_args, step):
         args = eqx.combine(diff_args, other_args)
         rate = solver._rate(args[1], step)
         return solver._move(params, velocity, _gradient(params, args), rate)
@@ -236,15 +239,15 @@ def _(residuals, cotangent, perturbed, operands, solver):
             exact, gradient_of, solver._rate(args[1], step), solver.momentum
         )
         at = (*to_floats(exact, params), diff_args)
-        _, pull = jax.vjp(lambda w, v, args: smooth(w, v, args, step), *at)
-        *of_state, of_args_here = pull(tuple(of_state))
+        _, pull_back = jax.vjp(lambda w, v, args: float_step(w, v, args, step), *at)
+        *of_state, of_args_here = pull_back(tuple(of_state))
         return exact, tuple(of_state), optax.tree.add(of_args, of_args_here)
 
-    def of_block(carry, block_and_kept):
-        (first, last), kept = block_and_kept
+    def run_block(carry, block_and_stored):
+        (first, last), stored = block_and_stored
         exact, *rest = carry
         dropped = jax.tree.map(
-            lambda i, low: (i << half) | low.astype(i.dtype), exact.dropped, kept
+            lambda i, low: (i << half) | low.astype(i.dtype), exact.dropped, stored
         )
         exact = eqx.tree_at(lambda x: x.dropped, exact, dropped)
         carry = jax.lax.fori_loop(
@@ -256,7 +259,7 @@ def _(residuals, cotangent, perturbed, operands, solver):
     of_params = with_zeros(cotangent[0], zeros)
     carry = (exact, (of_params, zeros), optax.tree.zeros_like(diff_args))
     in_blocks = tuple(blocks(solver.steps, solver.momentum, 2 * half))
-    carry, _ = jax.lax.scan(of_block, carry, (in_blocks, kept), reverse=True)
+    carry, _ = jax.lax.scan(run_block, carry, (in_blocks, stored), reverse=True)
     exact, (of_params, _), of_args = carry
     start = to_fixed_point(params)
     is_back = eqx.tree_equal(
@@ -273,8 +276,8 @@ def _gradient(params: PyTree, args: PyTree) -> PyTree:
 
 
 def _isolated_gradient(params: PyTree, args: PyTree) -> PyTree:
-    """The gradient, in operations that the compiler may not mix with those around: so
-    the bits are the same in the forward and in the backward pass."""
+    """The gradient between optimisation barriers, so that it has the same bits in the
+    forward and in the backward pass."""
     dynamic, static = eqx.partition((params, args), eqx.is_inexact_array)
     params, args = eqx.combine(jax.lax.optimization_barrier(dynamic), static)
     return jax.lax.optimization_barrier(_gradient(params, args))
@@ -285,12 +288,12 @@ def _norm(gradient: PyTree) -> Float[Array, ""]:
 
 
 @jax.custom_jvp
-def _attach(exact: PyTree, smooth: PyTree) -> PyTree:
-    """The values of the first with the derivative of the second."""
-    del smooth
+def _with_derivative_of(exact: PyTree, floats: PyTree) -> PyTree:
+    """The values of the first argument with the derivative of the second."""
+    del floats
     return exact
 
 
-@_attach.defjvp
+@_with_derivative_of.defjvp
 def _(primals, tangents):
     return primals[0], tangents[1]

@@ -11,18 +11,19 @@ from ._linear import check_linear, with_head
 
 class RidgeSolver(AbstractInnerSolver[None]):
     r"""Ridge regression: solves the inner problem of an
-    [`eqdistill.LinearClassifier`][] with [`eqdistill.SquaredError`][] in closed form.
+    [`eqdistill.linear.LinearClassifier`][] with [`eqdistill.SquaredError`][] in closed
+    form.
 
     With the features $\Phi \in \mathbb{R}^{n \times p}$ of the images and the targets
-    $T$, both without their means if there is an intercept,
+    $T \in \mathbb{R}^{n \times c}$, both centred if there is an intercept,
 
     $$W^\top = \Phi^\top (\Phi \Phi^\top + n \lambda I)^{-1} T
     = (\Phi^\top \Phi + n \lambda I)^{-1} \Phi^\top T,$$
 
-    of which the smaller system is solved, by Cholesky decomposition. The solution may
-    be differentiated any number of times. In single precision the ridge must not be
-    small beside the rounding of the features' squares: the fit has `converged` if a
-    step of iterative refinement would move the solution by no more than 1%.
+    The smaller of the two systems is solved by Cholesky decomposition. The solution can
+    be differentiated any number of times. In float32 the ridge must not be small
+    compared with the rounding errors of the squared features: the fit has `converged`
+    if a step of iterative refinement would change the solution by at most 1%.
 
     Source: Zhou et al., *Dataset distillation using neural feature regression* (FRePo),
     2022, equation (4).
@@ -37,8 +38,8 @@ class RidgeSolver(AbstractInnerSolver[None]):
 
         **Raises:**
 
-        A `TypeError` if the model is not an [`eqdistill.LinearClassifier`][], or
-        the loss is not [`eqdistill.SquaredError`][].
+        A `TypeError` if the model is not an [`eqdistill.linear.LinearClassifier`][],
+        or if the loss is not [`eqdistill.SquaredError`][].
         """
         del key
         model = check_linear("RidgeSolver", distilled, model, SquaredError)
@@ -72,8 +73,8 @@ class RidgeSolver(AbstractInnerSolver[None]):
 def solve_cholesky(
     matrix: Float[Array, "m m"], vectors: Float[Array, "m c"]
 ) -> tuple[Float[Array, "m c"], Bool[Array, ""]]:
-    """The solution of a linear system, and whether a step of iterative refinement would
-    move the solution by no more than 1%."""
+    """The solution of a positive definite linear system, and whether a step of
+    iterative refinement would change it by at most 1%."""
     factor = jax.scipy.linalg.cho_factor(matrix, lower=True)
     solution = jax.scipy.linalg.cho_solve(factor, vectors)
     residual = matrix @ solution - vectors

@@ -8,8 +8,8 @@ from .._softmax import label_residual, softmax_covariance
 
 
 class SpanProblem(eqx.Module):
-    """The inner problem of a linear model, in the features of the distilled images
-    that the model takes. `scale` is `n` times the ridge."""
+    """The inner problem of a linear model. `images` are the features of the distilled
+    images, and `scale` is `n` times the ridge."""
 
     images: Float[Array, "n p"]
     labels: Int[Array, " n"] | Float[Array, "n c"]
@@ -17,13 +17,14 @@ class SpanProblem(eqx.Module):
 
 
 class Coordinates(eqx.Module):
-    r"""The unknowns. Both are without their mean over the classes, which has no effect.
+    r"""The unknowns, in the contrasts between classes: the mean over the classes does
+    not change the softmax.
 
     A model in the span has weights $Q V$ and intercept $b$. Here `weights` is
-    $(V + F^+ 1 b^\top)^\top$ and `intercept` is $b$. With independent images, a change
-    of `intercept` alone leaves the logits as they are. Only the ridge then tells it
-    from a change of `weights`, and does so however small the ridge is. The weights are
-    transposed, because XLA multiplies them by the features in half of the time so.
+    $(V + F^+ 1 b^\top)^\top$ and `intercept` is $b$. If the images are linearly
+    independent, changing `intercept` alone leaves the logits unchanged and only the
+    ridge changes, so the two unknowns stay well separated for any ridge. The weights
+    are transposed because XLA then multiplies them by the features twice as fast.
     """
 
     weights: Float[Array, "k r"]
@@ -31,12 +32,12 @@ class Coordinates(eqx.Module):
 
 
 class Span(eqx.Module):
-    r"""The span of the images: a basis $Q$ of it, the coordinates $F = \theta Q$ of the
-    images (`features`) and their pseudo-inverse $F^+$; and a basis of the contrasts
-    between classes.
+    r"""The span of the images: an orthonormal basis $Q$ (`basis`), the coordinates
+    $F = \theta Q$ of the images (`features`), their pseudo-inverse $F^+$ (`inverse`),
+    and an orthonormal basis of the contrasts between classes.
 
-    For large problems the decomposition is skipped: `basis` and `inverse` are `None`,
-    $F$ is $\theta$, and $F^+$ is left out of [`Coordinates`][].
+    Large problems are not decomposed: `basis` and `inverse` are `None`, $F = \theta$,
+    and $F^+$ is replaced by zero in `Coordinates`.
     """
 
     features: Float[Array, "n r"]
@@ -50,13 +51,13 @@ class Span(eqx.Module):
         if min(images.shape) * num_classes > _MOST_UNKNOWNS:
             return Span(images, None, None, contrasts)
         rows = _orthonormal_rows(images)
-        # Of a matrix of n x n. LAPACK takes several threads for the images themselves,
-        # which go on spinning after it has returned, and hold up all else.
+        # Decompose an n x n matrix: for the wide matrix of images LAPACK starts threads
+        # that keep spinning after it returns, and slow everything else down.
         left, singular_values, basis = jnp.linalg.svd(
             images @ rows.T, full_matrices=False
         )
         basis = basis @ rows
-        # Singular values below rounding are zero: equal images differ in nothing.
+        # Singular values at rounding level are zero, as for equal images.
         rounding = max(images.shape) * jnp.finfo(images.dtype).eps
         is_zero = ~(singular_values > rounding * singular_values[0])
         left = jnp.where(is_zero, 0, left)
@@ -66,19 +67,21 @@ class Span(eqx.Module):
 
     @property
     def shift(self) -> Float[Array, " r"]:
+        r"""$F^+ 1$."""
         if self.inverse is None:
             return jnp.zeros_like(self.features[0])
         return jnp.sum(self.inverse, axis=1)
 
     @property
     def outside(self) -> Float[Array, " n"]:
+        r"""$1 - F F^+ 1$: what the images cannot reproduce of a constant."""
         outside = 1 - self.features @ self.shift
-        # As for the singular values, numbers below rounding are zero.
+        # Numbers at rounding level are zero, as for the singular values.
         rounding = len(outside) * jnp.finfo(outside.dtype).eps
         return jnp.where(jnp.max(jnp.abs(outside)) > rounding, outside, 0)
 
     def coordinates(self, head: eqx.nn.Linear) -> Coordinates:
-        """The coordinates of the model in the span that is nearest to `head`."""
+        """The coordinates of the projection of `head` onto the span."""
         weights = self.contrasts @ head.weight
         if self.basis is not None:
             weights = weights @ self.basis.T
@@ -87,14 +90,15 @@ class Span(eqx.Module):
         intercept = self.contrasts @ head.bias
         return Coordinates(weights + jnp.outer(intercept, self.shift), intercept)
 
-    def of_pixels(self, y: Coordinates) -> Float[Array, "p c"]:
-        """The weights that the coordinates stand for."""
+    def full_weights(self, y: Coordinates) -> Float[Array, "p c"]:
+        """The weights of the model with these coordinates."""
         weights = self.weights(y)
         if self.basis is not None:
             weights = weights @ self.basis
         return weights.T @ self.contrasts
 
     def weights(self, y: Coordinates) -> Float[Array, "k r"]:
+        r"""$V^\top$."""
         if y.intercept is None:
             return y.weights
         return y.weights - jnp.outer(y.intercept, self.shift)
@@ -111,8 +115,8 @@ class Span(eqx.Module):
     def gradient(
         self, y: Coordinates, logits: Float[Array, "n c"], problem: SpanProblem
     ) -> Coordinates:
-        """`n` times the gradient of the inner loss in the coordinates, whose logits are
-        `logits`."""
+        """`n` times the gradient of the inner loss in the coordinates, given their
+        logits."""
         residuals = label_residual(logits, problem.labels) @ self.contrasts.T
         ridge = problem.scale * self.weights(y)
         weights = ridge - residuals.T @ self.features
@@ -121,7 +125,8 @@ class Span(eqx.Module):
         return Coordinates(weights, -ridge @ self.shift - self.outside @ residuals)
 
     def curvature(self, y: Coordinates) -> Float[Array, "n k k"]:
-        """The Hessian of each image's cross-entropy in the contrasts of its logits."""
+        """The Hessian of the cross-entropy of each image in the contrasts of its
+        logits."""
         covariance = softmax_covariance(self.logits(y))
         return self.contrasts @ covariance @ self.contrasts.T
 
@@ -131,8 +136,8 @@ class Span(eqx.Module):
         problem: SpanProblem,
         vector: Coordinates,
     ) -> Coordinates:
-        """The derivative of `gradient` along `vector`, at the coordinates that have
-        this curvature."""
+        """The derivative of `gradient` along `vector`, at coordinates with this
+        curvature."""
         along = self._logit_contrasts(vector)
         change = jnp.einsum("nkl,nl->nk", curvature, along)
         ridge = problem.scale * self.weights(vector)
@@ -147,7 +152,7 @@ class Span(eqx.Module):
         problem: SpanProblem,
         use_intercept: bool,
     ) -> Float[Array, "m m"]:
-        """The same derivative as a matrix, in the order of `flatten`."""
+        """The matrix of `hessian_product`, for vectors flattened by `flatten`."""
         features = self.features
         if use_intercept:
             features = jnp.concatenate([features, self.outside[:, None]], axis=1)
@@ -175,9 +180,8 @@ class Span(eqx.Module):
 
 
 def _orthonormal_rows(images: Float[Array, "n p"]) -> Float[Array, "r p"]:
-    """Orthonormal vectors, some of them zero, that span the images, by the
-    Gram-Schmidt process with each projection done twice. If there are more images than
-    pixels, they are the axes."""
+    """Orthonormal rows, some of them zero, that span the images: by the Gram-Schmidt
+    process with each projection done twice, or the identity if `n >= p`."""
     n, p = images.shape
     if n >= p:
         return jnp.eye(p, dtype=images.dtype)
@@ -194,22 +198,23 @@ def _orthonormal_rows(images: Float[Array, "n p"]) -> Float[Array, "r p"]:
     return jax.lax.fori_loop(0, n, body, jnp.zeros_like(images))
 
 
-# With more unknowns than this, the decomposition takes longer than the solve.
+# For more unknowns than this, the decomposition takes longer than the solve.
 _MOST_UNKNOWNS = 2000
 
 
 class Solution(eqx.Module):
-    r"""A solution $W = Q V_0$ of the inner problem, with what is needed to
-    differentiate it: $W$ leaves the span of the images when the images change.
+    r"""A solution $W = Q V_0$ of the inner problem, with what its derivative needs: $W$
+    leaves the span of the old images when the images change.
 
     Let $A$ be the residuals at the solution. To first order in a change of the images
-    and of the ridge, the weights are
+    and the ridge, the weights are
 
     $$W = \theta^\top A / n \lambda + Q \, (V - V_0),$$
 
     with $A$, $Q$ and $V_0$ held fixed: the change of $A$ is multiplied by the old
-    images, and so stays in their span. The value of the first term is taken as $Q V_0$,
-    which is exact to rounding. A small difference divided by a small ridge is not.
+    images, so it stays in their span. The value of the first term is computed as
+    $Q V_0$, which is exact to rounding. A small difference divided by a small ridge
+    would not be.
     """
 
     span: Span
@@ -220,9 +225,8 @@ class Solution(eqx.Module):
     def of(y: Coordinates, span: Span, problem: SpanProblem) -> "Solution":
         residuals = label_residual(span.logits(y), problem.labels)
         if span.inverse is not None:
-            # The part of the residuals that makes up the weights follows from the
-            # weights. Taken from the logits, it would be a small difference of large
-            # numbers.
+            # Compute the part of the residuals within the span from the weights. From
+            # the logits it would be a small difference of large numbers.
             outside = residuals - span.features @ (span.inverse @ residuals)
             within = span.inverse.T @ span.weights(y).T @ span.contrasts
             residuals = outside + problem.scale * within
@@ -230,21 +234,21 @@ class Solution(eqx.Module):
 
     def weights(self, y: Coordinates, problem: SpanProblem) -> Float[Array, "p c"]:
         moving = problem.images.T @ self.residuals / problem.scale
-        return _moving_as(self.span.of_pixels(y), moving)
+        return _add_derivative(self.span.full_weights(y), moving)
 
     def logits(self, problem: SpanProblem) -> Float[Array, "n c"]:
         moving = problem.images @ self.weights(self.at, problem)
-        return _moving_as(self.span.logits(self.at), moving)
+        return _add_derivative(self.span.logits(self.at), moving)
 
 
 @jax.custom_jvp
-def _moving_as(x: Array, y: Array) -> Array:
-    """`x`, with the derivative of `y` added to its own."""
+def _add_derivative(x: Array, y: Array) -> Array:
+    """Returns `x`, with the derivative of `x + y`."""
     del y
     return x
 
 
-@_moving_as.defjvp
+@_add_derivative.defjvp
 def _(primals, tangents):
     x_dot, y_dot = tangents
-    return _moving_as(*primals), x_dot + y_dot
+    return _add_derivative(*primals), x_dot + y_dot

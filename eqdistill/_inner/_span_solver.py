@@ -20,40 +20,41 @@ from ._span import Coordinates, Solution, Span, SpanProblem
 
 
 class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
-    r"""Solves the inner problem of an [`eqdistill.LinearClassifier`][] with
-    [`eqdistill.CrossEntropy`][] in the span of the distilled images, or rather of their
-    features.
+    r"""Solves the inner problem of an [`eqdistill.linear.LinearClassifier`][] with
+    [`eqdistill.CrossEntropy`][] in the span of the features $\theta$ of the distilled
+    images.
 
     By the representer theorem the fitted weights are
 
     $$W = \frac{1}{n \lambda} \theta^\top A, \qquad
     A = T - \mathrm{softmax}\left(\theta W + 1 b^\top\right),$$
 
-    where $A$ are the probabilities $T$ of the labels less those of the fit. The weights
-    thus lie in the span of the images: $W = Q V$, with the right singular vectors $Q$
-    of $\theta$. The problem that is left for $V$ has $r c$ unknowns, $r = \min(n, p)$.
-    It is solved by Newton's method with a line search, from the weights of the fit
-    before, and differentiated by the implicit function theorem. Linear systems of up to
-    100 unknowns are solved by Cholesky decomposition, and others by conjugate
-    gradients, which need no matrix.
+    where $A$ is the difference between the label probabilities $T$ and the fitted
+    probabilities. The weights therefore lie in the span of the images: $W = Q V$, with
+    the right singular vectors $Q$ of $\theta$. The remaining problem for $V$ has $r c$
+    unknowns, $r = \min(n, p)$. It is solved by Newton's method with a line search,
+    starting from the previous weights, and differentiated by the implicit function
+    theorem. Linear systems of up to 100 unknowns are solved by Cholesky decomposition,
+    larger ones by conjugate gradients.
 
-    In single precision it is exact to rounding for ridges from 1 down to 1e-8: for hard
-    and soft labels, equal images, and more images than pixels. The one exception are
-    equal images of different hard labels, which single precision cannot tell apart at
-    ridges below 1e-4: `converged` is `False` there. Beyond 2,000 unknowns the images
-    are not decomposed, which takes longer than the solve, and $W$ is the unknown. The
+    In float32 the fit is exact to rounding for ridges from 1 down to 1e-8, with hard or
+    soft labels, equal images, and more images than pixels. There is one exception:
+    equal images with different hard labels cannot be fitted in float32 with ridges
+    below 1e-4, and `converged` is `False`. Above 2,000 unknowns the images are not
+    decomposed, because that takes longer than the solve, and $W$ is the unknown. The
     derivatives for soft labels are then exact down to ridges of 1e-4.
 
-    The fit may be differentiated in forward and in reverse mode, but only once.
+    The fit can be differentiated in forward and in reverse mode, but only once.
 
-    Its state is the head of the last fit: a warm start.
+    The state is the head of the last fit, used as a warm start.
 
     **Attributes:**
 
-    - `rtol`, `atol`: Newton's method ends with a step that moves no logit by more than
-        `atol + rtol * (the largest logit)`. The error after that step is about the
-        square of this. Both default to the square root of the machine's precision.
-    - `max_steps`: the most steps of Newton's method and of its line search together.
+    - `rtol`, `atol`: Newton's method stops after a step that changes no logit by more
+        than `atol + rtol * (the largest logit)`. The error is then about the square of
+        this. Both default to the square root of the machine precision.
+    - `max_steps`: the maximum number of iterations of Newton's method, including those
+        of its line search.
 
     Source: Kimeldorf and Wahba 1971 for the representer theorem; Dembo, Eisenstat and
     Steihaug, *Inexact Newton methods*, 1982; `docs/mathematics.md` for the derivative.
@@ -68,7 +69,7 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         check_at_least(1, max_steps=self.max_steps)
 
     def init(self, distilled, model, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][]; raises as a call does."""
+        """As [`eqdistill.AbstractInnerSolver`][]. Raises the same errors as a call."""
         del key
         return check_linear("SpanSolver", distilled, model, CrossEntropy).head
 
@@ -77,9 +78,9 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
 
         **Raises:**
 
-        A `TypeError` if the model is not an [`eqdistill.LinearClassifier`][], or
-        the loss is not [`eqdistill.CrossEntropy`][]; and a `NotImplementedError` if the
-        fit is differentiated twice.
+        - A `TypeError` if the model is not an [`eqdistill.linear.LinearClassifier`][],
+            or if the loss is not [`eqdistill.CrossEntropy`][].
+        - A `NotImplementedError` if the fit is differentiated twice.
         """
         del key
         model = check_linear("SpanSolver", distilled, model, CrossEntropy)
@@ -109,11 +110,12 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
             throw=False,
         )
         found = Solution.of(solution.value, span, fixed)
-        # Only in the labels: `found` moves with the images and the ridge.
-        free = eqx.tree_at(lambda p: p.labels, fixed, problem.labels)
+        # The logits already depend on the images and the ridge, so differentiate the
+        # gradient directly only in the labels.
+        by_labels = eqx.tree_at(lambda p: p.labels, fixed, problem.labels)
         coordinates = _implicit(
             solution.value,
-            span.gradient(solution.value, found.logits(problem), free),
+            span.gradient(solution.value, found.logits(problem), by_labels),
             (span, fixed),
         )
         weight = found.weights(coordinates, problem).T
@@ -134,11 +136,11 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
 
 
 def _start(head: eqx.nn.Linear, span: Span, problem: SpanProblem) -> Coordinates:
-    """The coordinates of `head` if they are near a solution, and zero otherwise.
+    """The coordinates of `head` if they are close to a solution, otherwise zero.
 
-    They are near if the gradient is a tenth of the gradient at zero, and the loss
-    cancels half of the pull of the ridge along them. Newton's method may not return
-    from where the softmax is saturated.
+    They are close if the gradient is less than a tenth of the gradient at zero, and the
+    loss cancels at least half of the ridge's gradient along them. Where the softmax is
+    saturated, Newton's method may not converge.
     """
     y = jax.tree.map(
         lambda x: jax.lax.stop_gradient(x).astype(span.features.dtype),
@@ -159,18 +161,18 @@ def _solve(
     vector: Coordinates,
     rtol: float,
 ) -> Coordinates:
-    """The inverse of the Hessian with this curvature, times a vector."""
+    """Applies the inverse of the Hessian with this curvature to a vector."""
     num_unknowns = sum(x.size for x in jax.tree.leaves(vector))
 
-    def by_matrix(vector):
+    def solve_cholesky(vector):
         use_intercept = vector.intercept is not None
         hessian = span.hessian(curvature, problem, use_intercept)
         factor = jax.scipy.linalg.cho_factor(hessian, lower=True)
         solution = jax.scipy.linalg.cho_solve(factor, span.flatten(vector))
         return span.unflatten(solution, use_intercept)
 
-    def by_conjugate_gradients(vector):
-        # The largest entry is scaled to one, as the squares of small ones would vanish.
+    def solve_cg(vector):
+        # Scale the largest entry to one, so that no square underflows.
         size = optax.tree.norm(vector, ord="inf")
         size = jnp.where(size > 0, size, 1)
         solution, _ = jax.scipy.sparse.linalg.cg(
@@ -181,32 +183,31 @@ def _solve(
         )
         return optax.tree.scale(size, solution)
 
-    if num_unknowns <= _MOST_FOR_A_MATRIX:
-        return by_matrix(vector)
+    if num_unknowns <= _MOST_FOR_CHOLESKY:
+        return solve_cholesky(vector)
     if span.basis is None:
-        return by_conjugate_gradients(vector)
+        return solve_cg(vector)
     largest = jnp.max(jnp.sum(span.features**2, axis=0))
     condition = largest * jnp.max(jnp.trace(curvature, axis1=1, axis2=2))
-    # Over all problems of a `vmap`, so that one of the two solves is done, not both.
+    # One decision for all problems of a `vmap`, so that only one of the solves runs.
     is_well_conditioned = condition / _LARGEST_CONDITION <= problem.scale
     return jax.lax.cond(
         eqxi.unvmap_all(is_well_conditioned),
-        by_conjugate_gradients,
-        by_matrix,
+        solve_cg,
+        solve_cholesky,
         vector,
     )
 
 
-# Larger systems are solved sooner by conjugate gradients, and as exactly, if the
-# condition of the matrix is no larger than this.
-_MOST_FOR_A_MATRIX = 100
+# Larger systems are solved faster by conjugate gradients, and as accurately if the
+# condition number is below this.
+_MOST_FOR_CHOLESKY = 100
 _LARGEST_CONDITION = 3e5
 
 
 @jax.custom_jvp
 def _only_once(y: Coordinates, gradient: Coordinates) -> Coordinates:
-    """`y`, in a derivative that is not to be differentiated again: the result would be
-    wrong."""
+    """Returns `y`. Its derivative raises: a second derivative would be wrong."""
     del gradient
     return y
 
@@ -221,12 +222,12 @@ def _(primals, tangents):
 
 @eqx.filter_custom_jvp
 def _implicit(y, gradient, fixed):
-    """The solution `y`, which moves with its gradient as the implicit function theorem
-    says.
+    """Returns the solution `y`, with the derivative given by the implicit function
+    theorem applied to its gradient.
 
-    `optimistix.ImplicitAdjoint` would do the same, except that Lineax checks its linear
-    solve by an error that is raised from a callback. JAX's persistent compilation cache
-    does not keep a program with a callback.
+    Don't use `optimistix.ImplicitAdjoint`: Lineax checks its linear solve with an error
+    from a callback, and JAX's persistent compilation cache skips programs with
+    callbacks.
     """
     del gradient, fixed
     return y
@@ -249,8 +250,8 @@ def _(primals, tangents):
 
 def _gradient_norm(head: eqx.nn.Linear, problem: SpanProblem) -> Float[Array, ""]:
     """As `gradient_norm`, but to full relative precision. With a ridge of 1e-16 the
-    gradient of the ridge is below the rounding of the probabilities, of which
-    `gradient_norm` takes differences."""
+    gradient of the ridge is smaller than the rounding errors of the probabilities,
+    whose differences `gradient_norm` takes."""
     weight, bias = jax.lax.stop_gradient((head.weight, head.bias))
     logits = problem.images @ weight.T
     logits = logits if bias is None else logits + bias

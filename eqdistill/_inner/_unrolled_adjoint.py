@@ -6,8 +6,6 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
-import optax
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Int, PyTree
 
 from .._checks import check_at_least
@@ -17,26 +15,23 @@ from .._conversions import as_int_or_none
 Carry = TypeVar("Carry", bound=PyTree)
 Step = Callable[[Carry, PyTree, Int[Array, ""]], Carry]
 
-# More tangents than these take longer than a backward pass, however few the steps are.
-_MOST_TANGENTS = 100
-
 
 class AbstractUnrolledAdjoint(eqx.Module):
-    """How the steps of a finite training run are differentiated."""
+    """Differentiates the steps of a finite training run."""
 
     @abc.abstractmethod
     def loop(
         self, step: Step, carry: Carry, args: PyTree, first: Int[Array, ""], length: int
     ) -> Carry:
-        """Takes steps of a training run.
+        """Runs some steps of a training run.
 
         **Arguments:**
 
-        - `step`: one step: a pure function of the carry, of `args`, and of the number
-            of the step.
-        - `carry`: what a step changes: arrays only.
-        - `args`: all else that is differentiated.
-        - `first`: the number of the first step.
+        - `step`: one step, a pure function of the carry, `args` and the index of the
+            step. It must not close over differentiated arrays.
+        - `carry`: the arrays that a step updates.
+        - `args`: all other arrays that are differentiated.
+        - `first`: the index of the first step.
         - `length`: the number of steps.
 
         **Returns:**
@@ -46,17 +41,15 @@ class AbstractUnrolledAdjoint(eqx.Module):
 
 
 class DirectAdjoint(AbstractUnrolledAdjoint):
-    """Back-propagates through the steps; forward mode works too. The carry of each step
-    is kept, which takes memory for the parameters and the state of the optimiser, times
-    the number of steps.
+    """Backpropagates through the steps. Forward mode works too.
 
-    A step is computed again in the backward pass: to write its activations to memory
-    and to read them back takes longer, for every network that was tried
+    The parameters and the state of the optimiser are stored for each step. Activations
+    are recomputed in the backward pass, which is faster than storing them
     (`python examples/hypergradients.py`).
     """
 
     def loop(self, step, carry, args, first, length):
-        """As [`eqdistill.AbstractUnrolledAdjoint`][]."""
+        """As [`eqdistill.adjoints.AbstractUnrolledAdjoint`][]."""
 
         @jax.checkpoint
         def body(carry, i):
@@ -66,10 +59,10 @@ class DirectAdjoint(AbstractUnrolledAdjoint):
 
 
 class RecursiveCheckpointAdjoint(AbstractUnrolledAdjoint):
-    """Back-propagates through the steps, and keeps few of them: those between are
-    computed again from the last one that was kept.
+    """Backpropagates through the steps while storing only a few of them. The steps in
+    between are recomputed from the last stored one.
 
-    Forward mode does not work.
+    Forward mode is not supported.
 
     Source: Griewank, *Achieving logarithmic growth of temporal and spatial complexity
     in reverse automatic differentiation*, 1992; Stumm and Walther, *New algorithms for
@@ -77,8 +70,8 @@ class RecursiveCheckpointAdjoint(AbstractUnrolledAdjoint):
 
     **Attributes:**
 
-    - `checkpoints`: the number of steps that are kept, or `None` for one in proportion
-        to the square root of their number.
+    - `checkpoints`: the number of stored steps, or `None` for a number proportional to
+        the square root of the number of steps.
     """
 
     checkpoints: int | None = eqx.field(default=None, converter=as_int_or_none)
@@ -87,7 +80,7 @@ class RecursiveCheckpointAdjoint(AbstractUnrolledAdjoint):
         check_at_least(1, checkpoints=self.checkpoints)
 
     def loop(self, step, carry, args, first, length):
-        """As [`eqdistill.AbstractUnrolledAdjoint`][]."""
+        """As [`eqdistill.adjoints.AbstractUnrolledAdjoint`][]."""
         body = lambda carry, i: (step(carry, args, i), None)
         carry, _ = eqxi.scan(
             body,
@@ -99,69 +92,8 @@ class RecursiveCheckpointAdjoint(AbstractUnrolledAdjoint):
         return carry
 
 
-class ForwardAdjoint(AbstractUnrolledAdjoint):
-    """Carries the derivative in each number that is learned along with the run: for few
-    of them, such as a ridge and step sizes. Memory does not grow with the number of
-    steps; time grows with the number of learned ones, of which at most 100 are allowed.
-
-    Source: Franceschi et al., *Forward and reverse gradient-based hyperparameter
-    optimization*, 2017, Algorithm 2.
-    """
-
-    def loop(self, step, carry, args, first, length):
-        """As [`eqdistill.AbstractUnrolledAdjoint`][].
-
-        **Raises:**
-
-        A `ValueError` if more than 100 numbers are differentiated.
-        """
-        return _forward((carry, args, first), step, length)
-
-
-def _plain_loop(operands: PyTree, step: Step, length: int) -> PyTree:
-    carry, args, first = operands
-    body = lambda i, carry: step(carry, args, first + i)
-    return jax.lax.fori_loop(0, length, body, carry)
-
-
-_forward = eqx.filter_custom_vjp(_plain_loop)
-
-
-@_forward.def_fwd
-def _(perturbed, operands, step, length):
-    learned, rest = eqx.partition(operands, perturbed)
-    learned = eqx.filter(learned, eqx.is_inexact_array)
-    flat, unravel = ravel_pytree(learned)
-    if flat.size > _MOST_TANGENTS:
-        raise ValueError(
-            f"`ForwardAdjoint` takes at most {_MOST_TANGENTS} learned numbers; got "
-            f"{flat.size}. Take `DirectAdjoint` for images."
-        )
-
-    def run(flat):
-        carry = _plain_loop(eqx.combine(unravel(flat), rest), step, length)
-        return eqx.partition(carry, eqx.is_inexact_array)
-
-    push = lambda tangent: jax.jvp(run, (flat,), (tangent,), has_aux=True)
-    out, tangents, others = jax.vmap(push, out_axes=(None, 0, None))(
-        jnp.eye(flat.size, dtype=flat.dtype)
-    )
-    return eqx.combine(out, others), tangents
-
-
-@_forward.def_bwd
-def _(tangents, cotangent, perturbed, operands, step, length):
-    del step, length
-    learned = eqx.filter(eqx.filter(operands, perturbed), eqx.is_inexact_array)
-    _, unravel = ravel_pytree(learned)
-    zeros = jax.tree.map(lambda x: jnp.zeros_like(x[0]), tangents)
-    cotangent = with_zeros(eqx.filter(cotangent, eqx.is_inexact_array), zeros)
-    dot = lambda x: jnp.asarray(optax.tree.vdot(x, cotangent))
-    return unravel(jax.vmap(dot)(tangents))
-
-
 def with_zeros(cotangent: PyTree, zeros: PyTree) -> PyTree:
-    """A cotangent with zeros in the place of what is not differentiated."""
+    """A cotangent with its missing leaves replaced by zeros."""
     return jax.tree.map(
         lambda zero, x: zero if x is None else x,
         zeros,

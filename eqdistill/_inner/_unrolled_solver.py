@@ -20,29 +20,29 @@ from ._window import AbstractWindow
 
 
 class UnrolledSolver(AbstractInnerSolver[None]):
-    r"""Trains the model for a number of steps of an Optax optimiser, from the
-    parameters that the model has:
+    r"""Trains the model for a fixed number of steps of an Optax optimiser, starting
+    from the model's own parameters:
 
     $$w_{t+1} = w_t - u_t\left(\nabla_w g(w_t; \theta)\right), \qquad
     w^\star(\theta) = w_T,$$
 
-    where $g$ is [`eqdistill.inner_loss`][], with its ridge. The derivative is that of
-    the steps. For initial parameters that are drawn anew in each outer step, put it
-    into an [`eqdistill.RandomInitialisation`][].
+    where $g$ is [`eqdistill.inner_loss`][], with its ridge. The derivative is the
+    derivative of these steps. To draw new initial parameters in each outer step, use
+    [`eqdistill.Fresh`][]: `Bilevel(Fresh(make), UnrolledSolver(...))`.
 
-    There is nothing to converge to: the fit has `converged` if its parameters are
-    finite. The `gradient_norm` is that of the last step, before its update.
+    The fit has `converged` if its parameters are finite. `gradient_norm` is the norm of
+    the gradient in the last step, before the update.
 
-    A model with `equinox.nn.Dropout` is called with a `key` in each step, and
-    is in inference mode thereafter.
+    A model with `equinox.nn.Dropout` is called with a `key` in each step. The fitted
+    model is used in inference mode.
 
-    !!! Example
+    !!! example
 
         ```python
         inner = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.1}, steps=100)
         ```
 
-        Learned step sizes, one for each step, from images in turn:
+        Learn one step size for each step, and use the images in order:
 
         ```python
         def make(learning_rate):
@@ -56,29 +56,34 @@ class UnrolledSolver(AbstractInnerSolver[None]):
             batch_size=10,
             shuffle=False,
         )
-        result = eqd.distill(start, model, train, inner=inner, learn=True)
+        result = eqd.distill(
+            start,
+            eqd.Bilevel(model, inner),
+            train,
+            learn_objective=lambda o: o.inner.log_hyperparameters,
+        )
         ```
 
     !!! warning
 
-        Adam divides by the root of its second moment, which has no derivative at zero,
-        and the gradient of a parameter may be zero. A derivative of such a run is
-        refused. `functools.partial(optax.adam, eps_root=1e-8)` has a derivative.
+        Adam divides by the square root of its second moment, which has no derivative at
+        zero, and the gradient of a parameter can be zero. Differentiating such a run
+        raises an error. Use `functools.partial(optax.adam, eps_root=1e-8)`.
 
     Source: Maclaurin et al., *Gradient-based hyperparameter optimization through
     reversible learning*, 2015; Wang et al., *Dataset distillation*, 2018.
 
     **Attributes:**
 
-    - `make`: makes the optimiser, from hyperparameters as keyword arguments.
+    - `make`: constructs the optimiser, with the hyperparameters as keyword arguments.
     - `log_hyperparameters`: the logarithms of the hyperparameters, so that they stay
         positive when they are learned.
     - `steps`: the number of steps $T$.
     - `batch_size`: the number of distilled images in a step, or `None` for all.
-    - `shuffle`: whether batches are drawn at random, or follow each other.
-    - `augmentation`: how the distilled images are changed in a step, or `None`.
-    - `window`: which steps are differentiated, or `None` for all.
-    - `adjoint`: how they are differentiated.
+    - `shuffle`: whether batches are drawn at random or taken in order.
+    - `augmentation`: the augmentation of the distilled images, or `None`.
+    - `window`: the steps that are differentiated, or `None` for all.
+    - `adjoint`: how these steps are differentiated.
     """
 
     make: Callable[..., optax.GradientTransformation] = eqx.field(static=True)
@@ -104,36 +109,36 @@ class UnrolledSolver(AbstractInnerSolver[None]):
     ):
         """**Arguments:**
 
-        - `make`: as above. Must be a function that is made once, such as `optax.adam`:
-            for a new function, the solver is compiled anew.
-        - `hyperparameters`: positive numbers, or arrays of them, such as one for each
-            step.
+        - `make`: as above. Define it once, outside any loop: each new function
+            recompiles the solver.
+        - `hyperparameters`: positive numbers or arrays of positive numbers, for example
+            one for each step.
         - `steps`: the number of steps, at least 1.
 
         All other arguments are keyword only.
 
-        - `batch_size`: the number of distilled images in a step. Defaults to all of
-            them.
-        - `shuffle`: whether a batch is drawn at random without replacement, until there
-            are fewer images left than a batch; or the next images in their order, and
-            the first ones after the last.
-        - `augmentation`: changes each image at random, in each step anew. Defaults to
-            no change.
-        - `window`: which steps are differentiated, such as the last ones,
-            [`eqdistill.LastSteps`][], or those of an [`eqdistill.RandomWindow`][]. The
-            run ends with the window. Defaults to all steps.
-        - `adjoint`: how they are differentiated: an [`eqdistill.DirectAdjoint`][], or
-            an [`eqdistill.RecursiveCheckpointAdjoint`][] for runs that are too long for
-            the memory, or an [`eqdistill.ForwardAdjoint`][].
+        - `batch_size`: the number of distilled images in a step. Defaults to all.
+        - `shuffle`: if `True`, batches are drawn without replacement, and an epoch ends
+            when fewer images than a batch are left. If `False`, batches are taken in
+            order, and the first image follows the last.
+        - `augmentation`: applied to each image at random in every step. Defaults to
+            none.
+        - `window`: the steps that are differentiated, such as
+            [`eqdistill.adjoints.LastSteps`][] or
+            [`eqdistill.adjoints.RandomWindow`][]. The run ends with the window.
+            Defaults to all steps.
+        - `adjoint`: [`eqdistill.adjoints.DirectAdjoint`][], or
+            [`eqdistill.adjoints.RecursiveCheckpointAdjoint`][] for runs that do not fit
+            in memory.
 
         **Raises:**
 
-        A `ValueError` for an argument out of its range.
+        A `ValueError` for an argument out of range.
         """
         check_at_least(1, steps=steps, batch_size=batch_size)
         if window is not None and not 1 <= window.size <= steps:
             raise ValueError(
-                f"`window` must have from 1 to {steps} steps, as many as the run has; "
+                f"`window` must have from 1 to {steps} steps, the length of the run; "
                 f"got {window.size}."
             )
         self.make = make
@@ -153,24 +158,13 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
         **Raises:**
 
-        A `ValueError` if a batch has more images than there are; or if batches,
-        augmentations, dropout or windows are to be drawn and there is no `key`.
+        A `ValueError` if `batch_size` exceeds the number of distilled images.
         """
+        del model, key
         if self.batch_size is not None and self.batch_size > len(distilled):
             raise ValueError(
                 f"`batch_size` must be at most {len(distilled)}, the number of "
                 f"distilled images; got {self.batch_size}."
-            )
-        draws = {
-            "batches": self.batch_size is not None and self.shuffle,
-            "augmentations": self.augmentation is not None,
-            "dropout": _has_dropout(model),
-        }
-        drawn = [name for name, is_drawn in draws.items() if is_drawn]
-        if drawn and key is None:
-            raise ValueError(
-                f"`key` must be given with an `UnrolledSolver` that draws "
-                f"{' and '.join(drawn)} at random; got None."
             )
         return None
 
@@ -179,11 +173,11 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
         **Raises:**
 
-        A `ValueError` when it is differentiated, if the optimiser has no derivative
-        where a gradient is zero; and as the `window` and the `adjoint`.
+        A `ValueError` if the fit is differentiated and the optimiser has no derivative
+        at a zero gradient.
         """
         params, static = eqx.partition(model, parameters(model))
-        window_key, *keys = [None] * 4 if key is None else jr.split(key, 4)
+        window_key, *keys = jr.split(key, 4)
         args = (distilled, self.log_hyperparameters, static, keys)
         zero = jnp.zeros_like(optax.tree.norm(params))
         carry = (params, self._optimiser(self.log_hyperparameters).init(params), zero)
@@ -198,11 +192,11 @@ class UnrolledSolver(AbstractInnerSolver[None]):
             carry = jax.lax.fori_loop(
                 0, first, lambda i, carry: one(carry, i), fixed_carry
             )
-        # All that is differentiated is in the arguments of the step.
+        # Everything that is differentiated is an argument of the step.
         step = stop_gradient(self)._step
         carry = self.adjoint.loop(step, carry, args, first, length)
         params, _, norm = carry
-        params = _refuse_kinks(params, self)
+        params = _check_differentiable(params, self)
         finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
         return Fitted(
             model=eqx.combine(params, static),
@@ -220,13 +214,13 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         params, optimiser_state, _ = carry
         distilled, log_hyperparameters, static, keys = args
         batch_key, augmentation_key, dropout_key = keys
-        rows = self._rows(distilled, step, batch_key, augmentation_key)
+        batch = self._batch(distilled, step, batch_key, augmentation_key)
 
         def loss(params):
             model = eqx.combine(params, static)
-            if not _has_dropout(model):
-                return inner_loss(rows, eqx.nn.inference_mode(model))
-            return inner_loss(rows, model, key=jr.fold_in(dropout_key, step))
+            if not has_dropout(model):
+                return inner_loss(batch, eqx.nn.inference_mode(model))
+            return inner_loss(batch, model, key=jr.fold_in(dropout_key, step))
 
         gradient = jax.grad(loss)(params)
         optimiser = self._optimiser(log_hyperparameters)
@@ -235,37 +229,35 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         norm = optax.tree.norm(jax.lax.stop_gradient(gradient)).astype(carry[2].dtype)
         return eqx.apply_updates(params, updates), optimiser_state, norm
 
-    def _rows(
+    def _batch(
         self,
         distilled: DistilledSet,
         step: Int[Array, ""],
-        batch_key: PRNGKeyArray | None,
-        augmentation_key: PRNGKeyArray | None,
+        batch_key: PRNGKeyArray,
+        augmentation_key: PRNGKeyArray,
     ) -> DistilledSet:
-        """The distilled images of a step. There are keys if they are needed, as `init`
-        has checked."""
+        """The batch of a step, augmented."""
         images, labels, n = distilled.images, distilled.labels, len(distilled)
         size = self.batch_size
         if size is not None:
             if self.shuffle:
-                assert batch_key is not None
                 chosen = batch_at(step, size, n, half_bits(n), key=batch_key)
             else:
                 chosen = (step * size + jnp.arange(size)) % n
             images, labels = images[chosen], labels[chosen]
         if self.augmentation is not None:
-            assert augmentation_key is not None
-            own_key = jr.fold_in(augmentation_key, step)
-            images = augment(self.augmentation, images, key=own_key)
+            step_key = jr.fold_in(augmentation_key, step)
+            images = augment(self.augmentation, images, key=step_key)
         return eqx.tree_at(lambda d: (d.images, d.labels), distilled, (images, labels))
 
 
 def log_positive(name: str, value: ArrayOrList) -> Float[Array, "..."]:
-    """The logarithm of a number, or of an array of numbers, that must be positive.
+    """The logarithm of a positive number or of an array of positive numbers.
 
     **Raises:**
 
-    An error, at run time if the values are traced, if they are not.
+    An error if a value is not positive and finite, at run time if the values are
+    traced.
     """
     array = as_array(name, value)
     return jnp.log(
@@ -277,14 +269,14 @@ def log_positive(name: str, value: ArrayOrList) -> Float[Array, "..."]:
     )
 
 
-def _has_dropout(model: PyTree) -> bool:
+def has_dropout(model: PyTree) -> bool:
     is_dropout = lambda x: isinstance(x, eqx.nn.Dropout)
     nodes = jax.tree.leaves(model, is_leaf=is_dropout)
     return any(is_dropout(x) and not x.inference for x in nodes)
 
 
 def _norms(step, carry, steps: int) -> Float[Array, " steps"]:
-    """The norm of the gradient at each step."""
+    """The norm of the gradient in each step."""
 
     def body(carry, i):
         carry = step(carry, i)
@@ -294,22 +286,22 @@ def _norms(step, carry, steps: int) -> Float[Array, " steps"]:
 
 
 @eqx.filter_custom_jvp
-def _refuse_kinks(params: PyTree, solver: UnrolledSolver) -> PyTree:
-    """The parameters as they are. To differentiate them is refused if the optimiser has
-    no derivative where a gradient is zero.
+def _check_differentiable(params: PyTree, solver: UnrolledSolver) -> PyTree:
+    """Returns the parameters unchanged.
 
     **Raises:**
 
-    A `ValueError`.
+    A `ValueError` if they are differentiated and the optimiser has no derivative at a
+    zero gradient.
     """
     del solver
     return params
 
 
-@_refuse_kinks.def_jvp
+@_check_differentiable.def_jvp
 def _(primals, tangents):
     params, solver = primals
-    # The values do not matter, and must be known now.
+    # Any values will do, but they must be concrete.
     with jax.ensure_compile_time_eval():
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
         optimiser = solver.make(
@@ -318,11 +310,11 @@ def _(primals, tangents):
         update = lambda g: optimiser.update(g, optimiser.init(zeros), zeros)[0]
         ones = jax.tree.map(jnp.ones_like, zeros)
         _, changes = jax.jvp(update, (zeros,), (ones,))
-        has_kink = any(bool(jnp.isnan(x).any()) for x in jax.tree.leaves(changes))
-    if has_kink:
+        is_nan = any(bool(jnp.isnan(x).any()) for x in jax.tree.leaves(changes))
+    if is_nan:
         raise ValueError(
-            "`make` must make an optimiser with a derivative where a gradient is zero. "
-            "Adam and its kin have none, unless `eps_root` is positive: give "
-            "`functools.partial(optax.adam, eps_root=1e-8)`."
+            "`make` must return an optimiser that is differentiable at a zero "
+            "gradient. Adam and its variants are not unless `eps_root` is positive: "
+            "use `functools.partial(optax.adam, eps_root=1e-8)`."
         )
     return params, tangents[0]

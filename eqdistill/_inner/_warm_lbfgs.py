@@ -13,8 +13,8 @@ from .._conversions import as_float, as_float_or_none, as_int
 
 
 class _State(eqx.Module):
-    """The last accepted point, and the search along a line from there: a step of size
-    `low` is known to be too short, and one of size `high` too long."""
+    """The last accepted point, and the line search from there: a step of size `low` is
+    known to be too short, and one of size `high` too long."""
 
     point: Float[Array, " p"]
     value: Scalar
@@ -29,35 +29,36 @@ class _State(eqx.Module):
 
 
 class WarmLBFGS(optx.AbstractMinimiser):
-    r"""Minimises by some steps of Adam and then L-BFGS, to a small gradient in single
-    precision too.
+    r"""Minimises with some steps of Adam followed by L-BFGS, and reaches a small
+    gradient even in float32.
 
-    The steps of Adam, whose rate decays by a cosine, keep networks with normalisation
-    from a collapse to constant logits, into which the first long steps of L-BFGS lead.
-    Other networks need fewer steps without them.
+    The Adam steps, with a cosine-decayed learning rate, keep networks with
+    normalisation from collapsing to constant outputs, which the first long steps of
+    L-BFGS can cause. Other networks converge in fewer steps without them.
 
-    A step of L-BFGS is accepted under the weak Wolfe conditions, which bisection and
-    doubling find. If the loss changes in its last digits only, the slope along the line
-    decides (the approximate Wolfe conditions). The gradient can therefore fall far
-    below the square root of the machine's precision, at which a line search that
+    The line search of L-BFGS finds a step that satisfies the weak Wolfe conditions by
+    bisection and doubling. If the loss changes only in its last digits, the slope along
+    the line decides (the approximate Wolfe conditions). The gradient can therefore fall
+    far below the square root of the machine precision, where a line search that only
     compares values stops.
 
-    Each step evaluates the loss and its gradient once, so that a compiled program holds
-    one copy of the network. The solver stops where $\|g\| \le \mathrm{rtol} \cdot
+    Each step evaluates the loss and its gradient once, so a compiled program contains
+    one copy of the network. The solver stops when $\|g\| \le \mathrm{rtol} \cdot
     \lambda \|w\| + \mathrm{atol}$, with the ridge $\lambda$ that
-    [`eqdistill.ArgminSolver`][] gives as `options["l2"]`; or if no step is acceptable.
+    [`eqdistill.ArgminSolver`][] passes as `options["l2"]`, or when no step is
+    acceptable.
 
     Source: Lewis and Overton, *Nonsmooth optimization via quasi-Newton methods*, 2013,
     Algorithm 2.6; Hager and Zhang 2005, equation (4.1).
 
     **Attributes:**
 
-    - `rtol`, `atol`: the tolerances above. In single precision they default to 1e-3 and
-        1e-7, and in double precision to 1e-9 and 1e-14.
+    - `rtol`, `atol`: the tolerances above. They default to 1e-3 and 1e-7 in float32,
+        and to 1e-9 and 1e-14 in float64.
     - `norm`: the norm of the gradient and of the parameters.
-    - `warm_up`: the number of steps of Adam. Zero saves time for a network without
+    - `warm_up`: the number of Adam steps. Zero saves time for networks without
         normalisation.
-    - `learning_rate`: the rate of Adam at its first step.
+    - `learning_rate`: the initial learning rate of Adam.
     """
 
     rtol: float | None = eqx.field(default=None, converter=as_float_or_none)  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -80,7 +81,7 @@ class WarmLBFGS(optx.AbstractMinimiser):
         zero, inf = jnp.zeros((), point.dtype), jnp.full((), jnp.inf, point.dtype)
         return _State(
             point=point,
-            value=inf,  # The first point that is evaluated is accepted.
+            value=inf,  # Accept the first point.
             gradient=jnp.full_like(point, jnp.inf),
             direction=jnp.zeros_like(point),
             size=zero,
@@ -96,17 +97,17 @@ class WarmLBFGS(optx.AbstractMinimiser):
         (value, aux), gradient = eqx.filter_value_and_grad(fn, has_aux=True)(y, args)
         trial, unravel = ravel_pytree(y)
         gradient, _ = ravel_pytree(gradient)
-        # The loss may be in a wider precision than the parameters.
+        # The loss may have a wider dtype than the parameters.
         value = value.astype(trial.dtype)
         is_first = jnp.isinf(state.value)
         old_slope = jnp.where(is_first, 0, state.gradient) @ state.direction
         slope = gradient @ state.direction
-        # In proportion to the loss alone, this would be too little for small losses:
-        # those are differences of numbers around one.
+        # Not relative to the loss alone: small losses are differences of numbers of
+        # order one.
         rounding = 10 * jnp.finfo(value.dtype).eps * (1 + jnp.abs(state.value))
         decreases = value <= state.value + 1e-4 * state.size * old_slope
-        nearly = (value <= state.value + rounding) & (slope <= -0.8 * old_slope)
-        is_too_long = ~(is_first | decreases | nearly)
+        is_flat = (value <= state.value + rounding) & (slope <= -0.8 * old_slope)
+        is_too_long = ~(is_first | decreases | is_flat)
         is_too_short = ~is_first & ~is_too_long & (slope < 0.9 * old_slope)
 
         def warm_up():
@@ -114,7 +115,7 @@ class WarmLBFGS(optx.AbstractMinimiser):
             where = lambda s: (s.point, s.adam)
             return eqx.tree_at(where, state, (optax.tree.add(trial, update), adam))
 
-        def search_on():
+        def continue_search():
             low = jnp.where(is_too_short, state.size, state.low)
             high = jnp.where(is_too_long, state.size, state.high)
             size = jnp.where(jnp.isinf(high), 2 * low, (low + high) / 2)
@@ -139,7 +140,7 @@ class WarmLBFGS(optx.AbstractMinimiser):
 
         searches = jnp.where(is_too_long | is_too_short, 1, 2)
         branch = jnp.where(state.count < self.warm_up, 0, searches)
-        state = jax.lax.switch(branch, [warm_up, search_on, accept])
+        state = jax.lax.switch(branch, [warm_up, continue_search, accept])
         state = eqx.tree_at(lambda s: s.count, state, state.count + 1)
         return unravel(state.point + state.size * state.direction), state, aux
 

@@ -12,7 +12,8 @@ from .._conversions import as_float, as_int
 
 
 class AbstractWindow(eqx.Module):
-    """Which steps of a training run are differentiated. The run ends with the window.
+    """Chooses the steps of a training run that are differentiated. The run ends with
+    the last step of the window.
 
     **Attributes:**
 
@@ -27,26 +28,25 @@ class AbstractWindow(eqx.Module):
         steps: int,
         norms: Callable[[], Float[Array, " steps"]],
         *,
-        key: PRNGKeyArray | None,
+        key: PRNGKeyArray,
     ) -> Int[Array, ""]:
         """Chooses the first step of the window.
 
         **Arguments:**
 
         - `steps`: the number of steps of the whole run.
-        - `norms`: computes the norm of the gradient at each step of the whole run,
-            which takes as long as the run without its derivative.
-        - `key`: a `jax.random.key`, or `None` if there is none. (Keyword only
-            argument.)
+        - `norms`: computes the norm of the gradient at each step of the whole run. A
+            call costs one run without its derivative.
+        - `key`: a `jax.random.key`. (Keyword only argument.)
 
         **Returns:**
 
-        The number of the first step, from 0 to `steps - size`.
+        The index of the first step, from 0 to `steps - size`.
         """
 
 
 class LastSteps(AbstractWindow):
-    """The last steps of the run: truncated back-propagation through time.
+    """The last steps of the run: truncated backpropagation through time.
 
     Source: Williams and Peng, *An efficient gradient-based algorithm for on-line
     training of recurrent network trajectories*, 1990; Shaban et al., *Truncated
@@ -63,16 +63,16 @@ class LastSteps(AbstractWindow):
         check_at_least(1, size=self.size)
 
     def start(self, steps, norms, *, key):
-        """As [`eqdistill.AbstractWindow`][]."""
+        """As [`eqdistill.adjoints.AbstractWindow`][]."""
         del norms, key
         return jnp.array(steps - self.size)
 
 
 class RandomWindow(AbstractWindow):
-    """A window that starts anywhere in the run, each start as likely as any other.
+    """A window whose start is drawn uniformly.
 
     Source: Feng, Vedantam and Kempe, *Embarrassingly simple dataset distillation*
-    (RaT-BPTT), 2024: 200 steps, and a window of 60.
+    (RaT-BPTT), 2024, with 200 steps and a window of 60.
 
     **Attributes:**
 
@@ -85,35 +85,29 @@ class RandomWindow(AbstractWindow):
         check_at_least(1, size=self.size)
 
     def start(self, steps, norms, *, key):
-        """As [`eqdistill.AbstractWindow`][].
-
-        **Raises:**
-
-        A `ValueError` if there is no `key`.
-        """
+        """As [`eqdistill.adjoints.AbstractWindow`][]."""
         del norms
-        key = _check_key("RandomWindow", key)
         return jr.randint(key, (), 0, steps - self.size + 1, dtype=jnp.int32)
 
 
 class GradientWindow(AbstractWindow):
-    r"""A window that starts where the gradients are large: the start $s$ is drawn with
+    r"""A window that prefers steps with large gradients. Its start $s$ is drawn with
     probability
 
     $$p_s \propto \Big(\sum_{t=s}^{s+k-1} \|g_t\|\Big)^{a},$$
 
-    from the norms of the gradients $g_t$ of the whole run, which is taken once more
-    for that, without its derivative.
+    where $g_t$ are the gradients of the whole run. This costs one more run, without its
+    derivative.
 
-    It is in the spirit of Li et al., *Beyond random: automatic inner-loop optimization
-    in dataset distillation* (AT-BPTT), 2025, who choose windows by the gradients' own
-    behaviour too, in another way at each stage of the outer loop.
+    Source: a simplification of Li et al., *Beyond random: automatic inner-loop
+    optimization in dataset distillation* (AT-BPTT), 2025, who also choose windows by
+    the gradients, with a different rule at each stage of the outer loop.
 
     **Attributes:**
 
     - `size`: the number of steps $k$ that are differentiated.
-    - `power`: the power $a$: 1 prefers large gradients, -1 small ones, and with 0 it is
-        an [`eqdistill.RandomWindow`][].
+    - `power`: the power $a$. A positive power prefers large gradients, a negative one
+        small gradients, and 0 gives [`eqdistill.adjoints.RandomWindow`][].
     """
 
     size: int = eqx.field(converter=as_int)
@@ -124,23 +118,9 @@ class GradientWindow(AbstractWindow):
         check_at_least(-math.inf, power=self.power)
 
     def start(self, steps, norms, *, key):
-        """As [`eqdistill.AbstractWindow`][].
-
-        **Raises:**
-
-        A `ValueError` if there is no `key`.
-        """
-        key = _check_key("GradientWindow", key)
+        """As [`eqdistill.adjoints.AbstractWindow`][]."""
         total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(norms())])
         sums = total[self.size :] - total[: -self.size]
-        # A run that has diverged has a start, too.
+        # A diverged run needs a valid start as well.
         logits = jnp.nan_to_num(self.power * jnp.log(sums))
         return jr.categorical(key, logits).astype(jnp.int32)
-
-
-def _check_key(name: str, key: PRNGKeyArray | None) -> PRNGKeyArray:
-    if key is None:
-        raise ValueError(
-            f"`key` must be given with a `{name}`, which draws its start; got None."
-        )
-    return key

@@ -1,0 +1,18 @@
+"""Ways to differentiate fits: for unrolled runs and for implicit differentiation."""
+
+from ._inner._damped_cg import DampedCG as DampedCG
+from ._inner._neumann_series import NeumannSeries as NeumannSeries
+from ._inner._reversible_solver import ReversibleSolver as ReversibleSolver
+from ._inner._unrolled_adjoint import (
+    AbstractUnrolledAdjoint as AbstractUnrolledAdjoint,
+    DirectAdjoint as DirectAdjoint,
+    RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
+)
+from ._inner._warm_lbfgs import WarmLBFGS as WarmLBFGS
+from ._inner._window import (
+    AbstractWindow as AbstractWindow,
+    GradientWindow as GradientWindow,
+    LastSteps as LastSteps,
+    RandomWindow as RandomWindow,
+)
+from ._outer._clipping import clip_by_running_norm as clip_by_running_norm
