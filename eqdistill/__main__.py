@@ -8,7 +8,7 @@ import numpy as np
 
 from . import datasets
 from ._data._dataset import Dataset
-from ._data._preprocessing import AbstractPreprocessing, Standardisation, ZCA
+from ._data._preprocessing import AbstractPreprocessing, ZCA
 from ._files._artifact import Artifact, load
 from ._outer._evaluate import evaluate
 from .datasets import _published_hashes

@@ -27,19 +27,16 @@ from .._outer._evaluate import Evaluation
 from ..datasets import _published_hashes
 from ..recipes import Recipe
 from ._table import (
-    AbstractField,
     check,
     Content,
-    flag,
-    Instance,
-    items,
+    decode,
+    decode_fields,
+    encode_fields,
+    Entry,
+    is_same_recipe,
     MAX_BYTES,
     NotInTable,
-    number,
-    Optional,
-    Record,
-    text,
-    texts,
+    TABLE,
     to_words,
 )
 
@@ -97,67 +94,87 @@ class Artifact(eqx.Module):
     versions: dict[str, str]
 
 
-class _RecipeOrWords(AbstractField):
-    """A recipe, and its description. A recipe that cannot be rebuilt is stored as
+def _decode_start(raw: Any, path: str, content: Content) -> AbstractParameterisation:
+    start = decode(raw, AbstractParameterisation, path, content)
+    decoded = jax.eval_shape(start.decode).images
+    content.reserve(path, decoded.size * decoded.dtype.itemsize)
+    content.distilled = start.decode()
+    is_finite = bool(jnp.isfinite(content.distilled.images).all())
+    check(is_finite, "the decoded images must be finite; some pixels are not")
+    return start
+
+
+def _decode_recipe(raw: Any, path: str, content: Content) -> tuple[Any, str | None]:
+    """A recipe and its description. A recipe that cannot be rebuilt is stored as
     text."""
-
-    def encode(self, value, path, tensors):
-        try:
-            return Instance(Recipe).encode(value, path, tensors)
-        except NotInTable:
-            return {"text": eqx.tree_pformat(value)[:2000]}
-
-    def decode(self, raw, path, content):
-        if type(raw) is dict and set(raw) == {"text"}:
-            return None, text.decode(raw["text"], path, content)
-        try:
-            return Instance(Recipe).decode(raw, path, content), to_words(raw)
-        except NotInTable:
-            return None, to_words(raw)[:2000]
+    if raw is None or type(raw) is str:
+        return None, raw
+    try:
+        return decode(raw, Recipe, path, content), to_words(raw)
+    except NotInTable:
+        return None, to_words(raw)
 
 
-class _Key(AbstractField):
-    """A `jax.random.key`, as the name of its generator and its words."""
+def _decode_texts(raw: Any, path: str, content: Content) -> dict[str, str]:
+    del content
+    is_valid = type(raw) is dict and all(type(x) is str for x in raw.values())
+    check(is_valid, f"`{path}` must be an object whose values are text; got {raw!r}")
+    return raw
 
-    words: AbstractField = items(number(0, 2**32 - 1), 4)
 
-    def encode(self, value, path, tensors):
-        return [str(jr.key_impl(value)), *np.asarray(jr.key_data(value)).tolist()]
+def _decode_learned(raw: Any, path: str, content: Content) -> tuple[str, ...] | None:
+    del content
+    is_valid = type(raw) is list and all(type(x) is str for x in raw)
+    check(raw is None or is_valid, f"`{path}` must be a list of text; got {raw!r}")
+    return None if raw is None else tuple(raw)
 
-    def decode(self, raw, path, content):
-        lengths = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}
+
+def _build(start, preprocessing, recipe, key, generator, **values) -> Artifact:
+    distilled = start.decode()
+    accuracy, std, num_models = (values[x] for x in ("accuracy", "std", "num_models"))
+    is_consistent = (std is not None) == (num_models > 1)
+    is_consistent &= (accuracy is not None) == (num_models > 0)
+    check(is_consistent, f"`accuracy` and `std` must suit {num_models} models")
+    if preprocessing is not None:
+        image = jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
+        found = eqx.filter_eval_shape(preprocessing.inverse, image)
         check(
-            type(raw) is list
-            and raw[:1] in [[name] for name in lengths]
-            and len(raw) == 1 + lengths[raw[0]],
-            f"`{path}` must be the name of a generator and its words; got {raw!r}",
+            found.shape == image.shape,
+            f"`preprocessing` must be for images of shape {image.shape}",
         )
-        words = self.words.decode(raw[1:], path, content)
-        return jr.wrap_key_data(jnp.asarray(words, jnp.uint32), impl=raw[0])
+    if num_models > 0:
+        words = jnp.asarray(key, jnp.uint32)
+        values["key"] = jr.wrap_key_data(words, impl=generator)
+    return Artifact(
+        distilled=distilled,
+        start=start,
+        preprocessing=preprocessing,
+        recipe=recipe[0],
+        recipe_description=recipe[1],
+        **{"key": None, **values},
+    )
 
 
-_START = Instance(AbstractParameterisation)
-_REST = Record(
+_ENTRY = Entry(
     {
-        "preprocessing": Optional(Instance(AbstractPreprocessing)),
-        "evaluation": Optional(
-            Record(
-                {
-                    "recipe": _RecipeOrWords(),
-                    "accuracy": number(0.0, 1.0),
-                    "std": Optional(number(0.0, 1.0)),
-                    "num_models": number(1, 1000),
-                    "key": _Key(),
-                }
-            )
-        ),
-        "dataset": Optional(text),
-        "sha256": texts,
-        "learned": Optional(items(text, 1000)),
-        "seed": Optional(number(-(2**63), 2**63 - 1)),
-        "x64": flag,
-        "versions": texts,
-    }
+        "start": _decode_start,
+        "preprocessing": AbstractPreprocessing | None,
+        "recipe": _decode_recipe,
+        "accuracy": (0.0, 1.0, None),
+        "std": (0.0, 1.0, None),
+        "num_models": (0, 1000),
+        "key": [(0, 2**32 - 1), 4],
+        "generator": str,
+        "dataset": str | None,
+        "sha256": _decode_texts,
+        "learned": _decode_learned,
+        "seed": (-(2**63), 2**63 - 1, None),
+        "x64": bool,
+        "versions": _decode_texts,
+    },
+    build=_build,
+    read=dict,
+    nbytes=lambda **_: 0,
 )
 
 
@@ -213,25 +230,34 @@ def save(
         raise FileNotFoundError(
             f"`path` must be in a folder that exists; got {str(path)!r}."
         )
-    start, learned = result, None
-    if isinstance(result, Distillation):
-        start, learned = result.start, result.learned
-    tensors: dict[str, np.ndarray] = {}
-    rest = {
+    is_result = isinstance(result, Distillation)
+    start = result.start if is_result else result
+    values = {
+        "start": start if type(start).__name__ in TABLE else start.decode(),
         "preprocessing": preprocessing,
-        "evaluation": None if evaluation is None else _claim(evaluation),
+        **_claim(evaluation),
         "dataset": dataset,
         "sha256": {} if dataset is None else _published_hashes(dataset),
-        "learned": learned,
+        "learned": result.learned if is_result else None,
         "seed": None if seed is None else int(seed),
         "x64": jnp.result_type(float) == jnp.float64,
         "versions": {package: _version(package) for package in _PACKAGES},
     }
     try:
-        metadata = {"start": _encode_start(start, tensors)}
-        metadata |= _REST.encode(rest, "", tensors)
-        data = safetensors.numpy.save(tensors, {_KEY: json.dumps(metadata)})
-        _read(data)  # What could not be loaded is not written.
+        try:
+            data, loaded = _write(values)
+            is_rebuilt = loaded.recipe and is_same_recipe(
+                loaded.recipe, values["recipe"]
+            )
+        except ValueError:
+            is_rebuilt = False
+        if not is_rebuilt:
+            if evaluation is not None:
+                values["recipe"] = eqx.tree_pformat(evaluation.recipe)
+            data, loaded = _write(values)
+        for name in ("start", "preprocessing"):
+            is_same = eqx.tree_equal(getattr(loaded, name), values[name])
+            check(is_same, f"its {name} is not rebuilt by its registered fields")
     except ValueError as e:
         raise ValueError(f"Cannot save {path}: {_shorten(e)}.") from e
     # Write into a temporary folder, so that the file gets the usual permissions.
@@ -284,14 +310,10 @@ def load(path: str | os.PathLike) -> Artifact:
         raise ValueError(f"Cannot load {path}: {_shorten(e)}.") from e
 
 
-def _encode_start(start: AbstractParameterisation, tensors: dict) -> Any:
-    try:
-        return _START.encode(start, "start", tensors)
-    except NotInTable:
-        return Instance(DistilledSet).encode(start.decode(), "start", tensors)
-
-
-def _claim(evaluation: Evaluation) -> dict[str, Any]:
+def _claim(evaluation: Evaluation | None) -> dict[str, Any]:
+    if evaluation is None:
+        nothing = dict.fromkeys(("recipe", "accuracy", "std"))
+        return nothing | {"num_models": 0, "key": (), "generator": ""}
     sets, num_models = evaluation.accuracies.shape
     if sets != 1:
         raise ValueError(
@@ -302,8 +324,22 @@ def _claim(evaluation: Evaluation) -> dict[str, Any]:
         "accuracy": evaluation.accuracy,
         "std": evaluation.std_models if num_models > 1 else None,
         "num_models": num_models,
-        "key": evaluation.key,
+        "key": tuple(np.asarray(jr.key_data(evaluation.key)).tolist()),
+        "generator": str(jr.key_impl(evaluation.key)),
     }
+
+
+def _write(values: dict[str, Any]) -> tuple[bytes, Artifact]:
+    """The bytes of a file, and what is loaded from them.
+
+    **Raises:**
+
+    A `ValueError` with the reason, as a clause, if a file cannot hold a value.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    metadata = encode_fields(values, _ENTRY, "", tensors)
+    data = safetensors.numpy.save(tensors, {_KEY: json.dumps(metadata)})
+    return data, _read(data)
 
 
 def _version(package: str) -> str:
@@ -360,44 +396,11 @@ def _read(data: bytes) -> Artifact:
         f"its metadata must be one text with the key {_KEY!r}",
     )
     metadata = _json(raw[_KEY], "metadata")
-    check(
-        type(metadata) is dict and "start" in metadata,
-        "its metadata must be an object with a `start`",
-    )
+    check(type(metadata) is dict, "its metadata must be a JSON object")
     content = Content(_tensors(header, data), len(data))
-    start = _START.decode(metadata.pop("start"), "start", content)
-    content.distilled = distilled = _decode_images(start, content)
-    rest = _REST.decode(metadata, "", content)
-    check(not content.unread, f"it has unknown tensors: {sorted(content.unread)}")
-    _check_preprocessing(rest["preprocessing"], distilled)
-    claim = rest.pop("evaluation")
-    if claim is None:
-        nothing = {"recipe": (None, None), "accuracy": None, "std": None}
-        claim = {**nothing, "num_models": 0, "key": None}
-    else:
-        is_one = claim["num_models"] == 1
-        check((claim["std"] is None) == is_one, "its `std` must be over several models")
-    recipe, description = claim.pop("recipe")
-    return Artifact(
-        distilled=distilled,
-        start=start,
-        recipe=recipe,
-        recipe_description=description,
-        **claim,
-        **rest,
-    )
-
-
-def _decode_images(start: AbstractParameterisation, content: Content) -> DistilledSet:
-    try:
-        images = jax.eval_shape(start.decode).images
-        content.reserve("start", images.size * images.dtype.itemsize)
-        distilled = start.decode()
-    except TypeError as e:
-        raise ValueError(f"`start`: {e}") from e
-    is_finite = bool(jnp.isfinite(distilled.images).all())
-    check(is_finite, "its images must be finite; some pixels are not")
-    return distilled
+    artifact = decode_fields(metadata, _ENTRY, "", content)
+    check(not content.tensors, f"it has other tensors: {sorted(content.tensors)}")
+    return artifact
 
 
 def _tensors(header: dict[str, Any], data: bytes) -> dict[str, np.ndarray]:
@@ -408,7 +411,7 @@ def _tensors(header: dict[str, Any], data: bytes) -> dict[str, np.ndarray]:
             dtype in _DTYPES,
             f"`{name}` must have one of the dtypes {', '.join(_DTYPES)}; got {dtype!r}",
         )
-        is_size = number(1, MAX_BYTES).is_valid
+        is_size = lambda x: type(x) is int and 1 <= x <= MAX_BYTES
         check(
             type(shape) is list and len(shape) <= 8 and all(map(is_size, shape)),
             f"`{name}` must have at most 8 axes, none of them empty; got shape {shape}",
@@ -417,17 +420,3 @@ def _tensors(header: dict[str, Any], data: bytes) -> dict[str, np.ndarray]:
         return safetensors.numpy.load(data)
     except safetensors.SafetensorError as e:
         raise ValueError(f"it is not a valid safetensors file ({e})") from e
-
-
-def _check_preprocessing(
-    preprocessing: AbstractPreprocessing | None, distilled: DistilledSet
-) -> None:
-    """Checks that a preprocessing can be undone on an image."""
-    if preprocessing is None:
-        return
-    image = jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
-    try:
-        found = eqx.filter_eval_shape(preprocessing.inverse, image)
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"its preprocessing does not suit its images: {e}") from e
-    check(found.shape == image.shape, "its preprocessing has another shape than images")

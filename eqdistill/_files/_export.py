@@ -221,7 +221,7 @@ def _recipe_in_words(distilled: DistilledSet, artifact: Artifact | None) -> str:
         # The first paragraph of its docstring says what a recipe does.
         doc = inspect.getdoc(getattr(recipes, recipe.name)) or ""
         first = " ".join(doc.split("\n\n")[0].split())
-        return f"{re.sub(r'\[`([\w.]+)`\]\[\]', r'\1', first)} {words}"
+        return re.sub(r"\[`([\w.]+)`\]\[\]", r"\1", f"{first} {words}")
     losses = {
         "CrossEntropy": "the cross-entropy of the outputs' softmax with `targets`",
         "SquaredError": "half the squared distance of the outputs from `targets`",

@@ -58,7 +58,9 @@ class Content:
 
     def reserve(self, path: str, nbytes: int) -> None:
         self.room -= nbytes
-        check(self.room >= 0, f"`{path}` would take {nbytes} bytes, too many for a file")
+        check(
+            self.room >= 0, f"`{path}` would take {nbytes} bytes, too many for a file"
+        )
 
 
 class Entry(NamedTuple):
@@ -233,7 +235,9 @@ def _decode_object(raw: Any, kind: type, path: str, content: Content) -> Any:
     return x
 
 
-def decode_fields(raw: dict[str, Any], entry: Entry, path: str, content: Content) -> Any:
+def decode_fields(
+    raw: dict[str, Any], entry: Entry, path: str, content: Content
+) -> Any:
     wanted = sorted(entry.fields)
     check(
         sorted(raw) == wanted,
@@ -304,9 +308,7 @@ register(
     build=_build_set,
     nbytes=_bytes_of_one_hot,
 )
-register(
-    CrossEntropy, {"log_temperature": Array | None}, build=_build_cross_entropy
-)
+register(CrossEntropy, {"log_temperature": Array | None}, build=_build_cross_entropy)
 register(SquaredError, {})
 register(
     Packed,
