@@ -3,6 +3,7 @@
 A file is in the safetensors format. Its metadata is one JSON text.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -19,6 +20,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import PRNGKeyArray
 
+from .._checks import count_outputs
 from .._data._distilled_set import DistilledSet
 from .._data._parameterisation import AbstractParameterisation
 from .._data._preprocessing import AbstractPreprocessing
@@ -30,14 +32,12 @@ from ._table import (
     check,
     Content,
     decode,
-    decode_fields,
-    encode_fields,
-    Entry,
+    encode,
     is_same_recipe,
     MAX_BYTES,
-    NotInTable,
+    OR_WORDS,
+    register,
     TABLE,
-    to_words,
 )
 
 
@@ -94,87 +94,56 @@ class Artifact(eqx.Module):
     versions: dict[str, str]
 
 
-def _decode_start(raw: Any, path: str, content: Content) -> AbstractParameterisation:
-    start = decode(raw, AbstractParameterisation, path, content)
-    decoded = jax.eval_shape(start.decode).images
-    content.reserve(path, decoded.size * decoded.dtype.itemsize)
-    content.distilled = start.decode()
-    is_finite = bool(jnp.isfinite(content.distilled.images).all())
-    check(is_finite, "the decoded images must be finite; some pixels are not")
-    return start
-
-
-def _decode_recipe(raw: Any, path: str, content: Content) -> tuple[Any, str | None]:
-    """A recipe and its description. A recipe that cannot be rebuilt is stored as
-    text."""
-    if raw is None or type(raw) is str:
-        return None, raw
-    try:
-        return decode(raw, Recipe, path, content), to_words(raw)
-    except NotInTable:
-        return None, to_words(raw)
-
-
-def _decode_texts(raw: Any, path: str, content: Content) -> dict[str, str]:
-    del content
-    is_valid = type(raw) is dict and all(type(x) is str for x in raw.values())
-    check(is_valid, f"`{path}` must be an object whose values are text; got {raw!r}")
-    return raw
-
-
-def _decode_learned(raw: Any, path: str, content: Content) -> tuple[str, ...] | None:
-    del content
-    is_valid = type(raw) is list and all(type(x) is str for x in raw)
-    check(raw is None or is_valid, f"`{path}` must be a list of text; got {raw!r}")
-    return None if raw is None else tuple(raw)
-
-
-def _build(start, preprocessing, recipe, key, generator, **values) -> Artifact:
+def _build(start, recipe, **values) -> Artifact:
     distilled = start.decode()
-    accuracy, std, num_models = (values[x] for x in ("accuracy", "std", "num_models"))
-    is_consistent = (std is not None) == (num_models > 1)
-    is_consistent &= (accuracy is not None) == (num_models > 0)
-    check(is_consistent, f"`accuracy` and `std` must suit {num_models} models")
+    is_finite = np.isfinite(np.asarray(distilled.images)).all()
+    check(is_finite, "its decoded images must be finite; some pixels are not")
+    num_models, preprocessing = values["num_models"], values["preprocessing"]
+    is_consistent = (values["std"] is not None) == (num_models > 1)
+    is_consistent &= (values["accuracy"] is not None) == (num_models > 0)
+    check(is_consistent, f"its accuracy must be of its {num_models} models")
     if preprocessing is not None:
-        image = jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
-        found = eqx.filter_eval_shape(preprocessing.inverse, image)
-        check(
-            found.shape == image.shape,
-            f"`preprocessing` must be for images of shape {image.shape}",
-        )
-    if num_models > 0:
-        words = jnp.asarray(key, jnp.uint32)
-        values["key"] = jr.wrap_key_data(words, impl=generator)
-    return Artifact(
-        distilled=distilled,
-        start=start,
-        preprocessing=preprocessing,
-        recipe=recipe[0],
-        recipe_description=recipe[1],
-        **{"key": None, **values},
-    )
+        image = _image(distilled)
+        found = eqx.filter_eval_shape(preprocessing.inverse, image).shape
+        check(found == image.shape, "its preprocessing is for other images")
+    return Artifact(distilled, start, *recipe, **values)
 
 
-_ENTRY = Entry(
+def _nbytes(start, recipe, **_) -> int:
+    distilled = eqx.filter_eval_shape(start.decode)
+    outputs = 0
+    if recipe[0] is not None:
+        models = recipe[0].models
+        draw = lambda key: models.draw(models.init(distilled, key=key), key=key)
+        model = eqx.filter_eval_shape(draw, jr.key(0))
+        outputs = count_outputs("recipe", model, _image(distilled))
+    return 8 * (distilled.images.size + len(distilled.images) * outputs)
+
+
+def _image(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
+
+
+register(
+    Artifact,
     {
-        "start": _decode_start,
-        "preprocessing": AbstractPreprocessing | None,
-        "recipe": _decode_recipe,
-        "accuracy": (0.0, 1.0, None),
-        "std": (0.0, 1.0, None),
+        "start": Any,
+        "recipe": OR_WORDS,
+        "accuracy": (0.0, 1.0),
+        "std": (0.0, 1.0),
         "num_models": (0, 1000),
-        "key": [(0, 2**32 - 1), 4],
-        "generator": str,
-        "dataset": str | None,
-        "sha256": _decode_texts,
-        "learned": _decode_learned,
-        "seed": (-(2**63), 2**63 - 1, None),
-        "x64": bool,
-        "versions": _decode_texts,
+        "key": Any,
+        "preprocessing": Any,
+        "dataset": Any,
+        "sha256": Any,
+        "learned": Any,
+        "seed": (-(2**63), 2**63 - 1),
+        "x64": Any,
+        "versions": Any,
     },
     build=_build,
-    read=dict,
-    nbytes=lambda **_: 0,
+    read=lambda x: vars(x) | {"recipe": x.recipe or x.recipe_description},
+    nbytes=_nbytes,
 )
 
 
@@ -232,32 +201,32 @@ def save(
         )
     is_result = isinstance(result, Distillation)
     start = result.start if is_result else result
-    values = {
-        "start": start if type(start).__name__ in TABLE else start.decode(),
-        "preprocessing": preprocessing,
-        **_claim(evaluation),
-        "dataset": dataset,
-        "sha256": {} if dataset is None else _published_hashes(dataset),
-        "learned": result.learned if is_result else None,
-        "seed": None if seed is None else int(seed),
-        "x64": jnp.result_type(float) == jnp.float64,
-        "versions": {package: _version(package) for package in _PACKAGES},
-    }
+    if type(start).__name__ not in TABLE:
+        start = start.decode()
+    num_models = 0 if evaluation is None else evaluation.accuracies.shape[1]
+    artifact = Artifact(
+        distilled=start.decode(),
+        start=start,
+        recipe=evaluation and evaluation.recipe,
+        recipe_description=evaluation and eqx.tree_pformat(evaluation.recipe),
+        accuracy=evaluation and evaluation.accuracy,
+        std=evaluation.std_models if evaluation and num_models > 1 else None,
+        num_models=num_models,
+        key=evaluation and evaluation.key,
+        preprocessing=preprocessing,
+        dataset=dataset,
+        sha256={} if dataset is None else _published_hashes(dataset),
+        learned=result.learned if is_result else None,
+        seed=None if seed is None else int(seed),
+        x64=jnp.result_type(float) == jnp.float64,
+        versions={package: _version(package) for package in _PACKAGES},
+    )
     try:
-        try:
-            data, loaded = _write(values)
-            is_rebuilt = loaded.recipe and is_same_recipe(
-                loaded.recipe, values["recipe"]
-            )
-        except ValueError:
-            is_rebuilt = False
-        if not is_rebuilt:
-            if evaluation is not None:
-                values["recipe"] = eqx.tree_pformat(evaluation.recipe)
-            data, loaded = _write(values)
-        for name in ("start", "preprocessing"):
-            is_same = eqx.tree_equal(getattr(loaded, name), values[name])
-            check(is_same, f"its {name} is not rebuilt by its registered fields")
+        check(
+            evaluation is None or len(evaluation.accuracies) == 1,
+            "`evaluation` must be of one distilled set",
+        )
+        data = _to_bytes(artifact)
     except ValueError as e:
         raise ValueError(f"Cannot save {path}: {_shorten(e)}.") from e
     # Write into a temporary folder, so that the file gets the usual permissions.
@@ -310,35 +279,31 @@ def load(path: str | os.PathLike) -> Artifact:
         raise ValueError(f"Cannot load {path}: {_shorten(e)}.") from e
 
 
-def _claim(evaluation: Evaluation | None) -> dict[str, Any]:
-    if evaluation is None:
-        nothing = dict.fromkeys(("recipe", "accuracy", "std"))
-        return nothing | {"num_models": 0, "key": (), "generator": ""}
-    sets, num_models = evaluation.accuracies.shape
-    if sets != 1:
-        raise ValueError(
-            f"`evaluation` must be of the one set that is saved; got {sets} sets."
-        )
-    return {
-        "recipe": evaluation.recipe,
-        "accuracy": evaluation.accuracy,
-        "std": evaluation.std_models if num_models > 1 else None,
-        "num_models": num_models,
-        "key": tuple(np.asarray(jr.key_data(evaluation.key)).tolist()),
-        "generator": str(jr.key_impl(evaluation.key)),
-    }
-
-
-def _write(values: dict[str, Any]) -> tuple[bytes, Artifact]:
-    """The bytes of a file, and what is loaded from them.
+def _to_bytes(artifact: Artifact) -> bytes:
+    """The content of a file, from which the same artifact is loaded.
 
     **Raises:**
 
-    A `ValueError` with the reason, as a clause, if a file cannot hold a value.
+    A `ValueError` with the reason, as a clause, if there is none.
     """
+    try:
+        data, loaded = _write(artifact)
+        is_rebuilt = loaded.recipe is not None
+        is_rebuilt = is_rebuilt and is_same_recipe(loaded.recipe, artifact.recipe)
+    except ValueError:
+        is_rebuilt = False
+    if not is_rebuilt:
+        data, loaded = _write(dataclasses.replace(artifact, recipe=None))
+    for name in ("start", "preprocessing"):
+        is_same = eqx.tree_equal(getattr(loaded, name), getattr(artifact, name))
+        check(is_same, f"its {name} has fields that are not registered")
+    return data
+
+
+def _write(artifact: Artifact) -> tuple[bytes, Artifact]:
     tensors: dict[str, np.ndarray] = {}
-    metadata = encode_fields(values, _ENTRY, "", tensors)
-    data = safetensors.numpy.save(tensors, {_KEY: json.dumps(metadata)})
+    text = json.dumps(encode(artifact, "", tensors))
+    data = safetensors.numpy.save(tensors, {_KEY: text})
     return data, _read(data)
 
 
@@ -395,10 +360,9 @@ def _read(data: bytes) -> Artifact:
         type(raw) is dict and set(raw) == {_KEY} and type(raw[_KEY]) is str,
         f"its metadata must be one text with the key {_KEY!r}",
     )
-    metadata = _json(raw[_KEY], "metadata")
-    check(type(metadata) is dict, "its metadata must be a JSON object")
     content = Content(_tensors(header, data), len(data))
-    artifact = decode_fields(metadata, _ENTRY, "", content)
+    artifact = decode(_json(raw[_KEY], "metadata"), "", content)
+    check(isinstance(artifact, Artifact), "its metadata must be of an `Artifact`")
     check(not content.tensors, f"it has other tensors: {sorted(content.tensors)}")
     return artifact
 
