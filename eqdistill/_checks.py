@@ -13,6 +13,9 @@ from ._classifier import Frozen, parameters
 from ._typechecking import describe
 
 
+_FRESH = " To build models, pass `eqdistill.Fresh(make)`."
+
+
 def check_at_least(least: float, **values: float | None) -> None:
     """Checks that numbers are finite and at least `least`. Skips `None`."""
     for name, value in values.items():
@@ -33,7 +36,7 @@ def check_callable(name: str, x: Any) -> None:
     if not callable(x) or isinstance(x, type):
         raise TypeError(
             f"`{name}` must be a callable `equinox.Module`, from one image to its "
-            f"outputs; got {describe(x)}."
+            f"outputs; got {describe(x)}.{_FRESH if isinstance(x, type) else ''}"
         )
 
 
@@ -79,8 +82,7 @@ def check_model(model: PyTree, image: jax.ShapeDtypeStruct) -> int:
                 "that also holds its `equinox.nn.State`."
             )
     if not any(jax.tree.leaves(parameters(model))):
-        is_module = isinstance(model, eqx.Module)
-        fix = "" if is_module else " Call it with a `key`, or pass `Fresh(make)`."
+        fix = "" if isinstance(model, eqx.Module) else _FRESH
         raise ValueError(
             "`model` must have parameters to fit, which are floating-point arrays "
             f"outside any `Frozen`; got {describe(model)}, which has none.{fix}"
@@ -109,14 +111,14 @@ def count_outputs(name: str, model: Any, image: jax.ShapeDtypeStruct) -> int:
 def array_difference(wanted: PyTree, got: PyTree) -> str | None:
     """Describes where two pytrees of arrays differ in structure, shapes or dtypes, or
     returns `None`. A leaf of `got` that is not an array is a difference."""
-    is_array = lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
     texts: list[dict[str, str]] = []
     for tree, describe_other in ((wanted, lambda _: "an array"), (got, describe)):
         texts.append({})
         for path, x in jax.tree.leaves_with_path(tree):
-            name = f"`{jax.tree_util.keystr(path)}`: " if path else ""
-            struct = jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else None
-            texts[-1][name] = describe(struct) if struct else describe_other(x)
+            text = describe_other(x)
+            if eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct):
+                text = describe(jax.ShapeDtypeStruct(x.shape, x.dtype))
+            texts[-1][f"`{jax.tree_util.keystr(path)}`: " if path else ""] = text
     a, b = texts
     lines = [
         f"{name}{a.get(name, 'nothing')} wanted, {b.get(name, 'nothing')} got"

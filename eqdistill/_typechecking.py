@@ -6,7 +6,7 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, get_args, get_origin, TypeVar, Union
+from typing import Annotated, Any, get_args, get_origin, no_type_check, TypeVar, Union
 
 import jax
 import numpy as np
@@ -73,6 +73,8 @@ def typechecked(fn: _Fn) -> _Fn:
     return wrapper  # pyright: ignore[reportReturnType]
 
 
+# Jaxtyping's import hook would forget the sizes of the axes here.
+@no_type_check
 def _describe_violation(
     name: str, parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any]
 ) -> str:
@@ -99,6 +101,7 @@ def _options(hint: Any) -> tuple:
     return get_args(hint) if is_union else (hint,)
 
 
+@no_type_check
 def _is_wrong(value: Any, hint: Any) -> bool:
     is_list = lambda x: get_origin(x) is Sequence or get_args(x)[1:] == (...,)
     items = [get_args(x)[0] for x in _options(hint) if is_list(x)]
