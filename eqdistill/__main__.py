@@ -9,7 +9,7 @@ import numpy as np
 from . import datasets
 from ._data._dataset import Dataset
 from ._data._preprocessing import AbstractPreprocessing, ZCA
-from ._files._artifact import Artifact, load
+from ._files._artifact import load
 from ._outer._evaluate import evaluate
 from .datasets import _published_hashes
 
@@ -39,17 +39,11 @@ def _parser() -> argparse.ArgumentParser:
         "the tolerance, and 2 if the file or an argument is bad.",
     )
     parser.set_defaults(error=parser.error)
-    parser.add_argument("file", metavar="FILE", help="a file of eqdistill.save")
-    parser.add_argument(
-        "--dataset",
-        metavar="NAME",
-        help="the dataset to measure on. Defaults to the dataset in the file, and must "
-        "not contradict it",
-    )
-    parser.add_argument(
-        "--data-dir", metavar="DIR", help="the folder with the files of the dataset"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("file", metavar="FILE", help="a file that eqdistill.save wrote")
+    add("--dataset", metavar="NAME", help="the dataset, if the file names none")
+    add("--data-dir", metavar="DIR", help="the folder with the files of the dataset")
+    add(
         "--tolerance",
         type=_tolerance,
         metavar="T",
@@ -60,14 +54,36 @@ def _parser() -> argparse.ArgumentParser:
     return main
 
 
-def _check(args: argparse.Namespace) -> int:
-    """Prints both accuracies, and returns the exit status."""
-    with jax.enable_x64(load(args.file).x64):
-        artifact = load(args.file)
-        name = _dataset(args, artifact)
-        train, test = datasets.load(name, args.data_dir)
+def _check(file: str, dataset: str | None, data_dir: str | None) -> tuple:
+    """The name of the dataset, the claimed accuracy, and the new evaluation.
+
+    **Raises:**
+
+    A `ValueError` if the file cannot be checked.
+    """
+    with jax.enable_x64(load(file).x64):
+        artifact = load(file)
+        name = artifact.dataset or dataset
+        if name is None:
+            raise ValueError(f"{file} names no dataset: pass one as --dataset.")
+        if dataset not in (None, name):
+            raise ValueError(f"{file} is of {name!r}, but --dataset is {dataset!r}.")
+        if artifact.accuracy is None:
+            raise ValueError(f"{file} claims no accuracy, so there is none to check.")
+        if artifact.sha256 not in ({}, _published_hashes(name)):
+            raise ValueError(
+                f"{file} was made with other files of {name!r} than eqdistill loads: "
+                "their SHA-256 differ."
+            )
+        if artifact.recipe is None:
+            raise ValueError(
+                f"The recipe of {file} cannot be rebuilt. To check it, call "
+                "eqdistill.evaluate with the distilled set of eqdistill.load, and this "
+                f"recipe: {artifact.recipe_description!r}"
+            )
+        train, test = datasets.load(name, data_dir)
         if artifact.preprocessing is not None:
-            _check_preprocessing(args.file, artifact.preprocessing, train)
+            _check_preprocessing(file, artifact.preprocessing, train)
             test = test.map(artifact.preprocessing)
         found = evaluate(
             artifact.distilled,
@@ -76,81 +92,43 @@ def _check(args: argparse.Namespace) -> int:
             num_models=artifact.num_models,
             key=artifact.key,
         )
-    tolerance = args.tolerance
-    if tolerance is None:
-        tolerance = max(found.std_models if artifact.num_models > 1 else 0.0, 1e-4)
-    claimed, measured = artifact.accuracy, found.accuracy
-    assert claimed is not None
-    # Accuracies are float32 fractions, so further digits are rounding.
-    difference = round(abs(claimed - measured), 6)
-    print(
-        f"{name} test accuracy: claimed {claimed:.3%}, measured {measured:.3%}, "
-        f"difference {100 * difference:.3f} points "
-        f"(tolerance {100 * tolerance:.3g})"
-    )
-    return 0 if difference <= tolerance else 1
-
-
-def _dataset(args: argparse.Namespace, artifact: Artifact) -> str:
-    """The name of the dataset.
-
-    **Raises:**
-
-    A `ValueError` if the file cannot be checked.
-    """
-    name = artifact.dataset or args.dataset
-    if name is None:
-        raise ValueError(f"{args.file} names no dataset: pass one as --dataset.")
-    if args.dataset not in (None, name):
-        raise ValueError(
-            f"{args.file} is of the dataset {name!r}, but --dataset is "
-            f"{args.dataset!r}."
-        )
-    if artifact.accuracy is None:
-        raise ValueError(f"{args.file} claims no accuracy, so there is none to check.")
-    if artifact.sha256 not in ({}, _published_hashes(name)):
-        raise ValueError(
-            f"{args.file} was made with other files of {name!r} than eqdistill loads: "
-            "their SHA-256 differ."
-        )
-    if artifact.recipe is None:
-        raise ValueError(
-            f"The recipe of {args.file} cannot be rebuilt from the file: "
-            f"{artifact.recipe_description!r}. Pass the recipe, and the set that "
-            "eqdistill.load returns, to eqdistill.evaluate."
-        )
-    return name
+    return name, artifact.accuracy, found
 
 
 def _check_preprocessing(
     file: str, preprocessing: AbstractPreprocessing, train: Dataset
 ) -> None:
-    """**Raises:**
-
-    A `ValueError` unless the preprocessing is the one fitted to the training data. It
-    could otherwise hold everything that is to be learned.
-    """
-    if isinstance(preprocessing, ZCA):
-        wanted = ZCA.fit(train, regularisation=preprocessing.regularisation)
-    else:
-        wanted = type(preprocessing).fit(train)
+    """Checks that a preprocessing is the one fitted to the training data. Otherwise it
+    could hold everything that is to be learned."""
+    is_zca = isinstance(preprocessing, ZCA)
+    settings = {"regularisation": preprocessing.regularisation} if is_zca else {}
+    wanted = type(preprocessing).fit(train, **settings)
     pairs = zip(jax.tree.leaves(preprocessing), jax.tree.leaves(wanted), strict=True)
     for x, y in pairs:
         if x.shape != y.shape or not np.allclose(x, y, 1e-2, 1e-3 * np.abs(y).max()):
             raise ValueError(
-                f"The preprocessing in {file} is not the one fitted to the training "
-                "data."
+                f"The preprocessing in {file} is not fitted to the training data."
             )
 
 
 def _main() -> int:
     args = _parser().parse_args()
     try:
-        return _check(args)
+        name, claimed, found = _check(args.file, args.dataset, args.data_dir)
     # Every error: exit status 1 is only for accuracies that differ.
     except (Exception, KeyboardInterrupt) as e:
         lines = [line for line in str(e).splitlines() if line.strip()]
         return args.error(lines[0][:1000] if lines else type(e).__name__)
+    tolerance = args.tolerance
+    if tolerance is None:
+        tolerance = float(np.nanmax([found.std_models, 1e-4]))
+    # Accuracies are float32 fractions, so further digits are rounding.
+    difference = round(abs(claimed - found.accuracy), 6)
+    print(
+        f"{name} test accuracy: claimed {claimed:.3%}, measured {found.accuracy:.3%}, "
+        f"difference {100 * difference:.3f} points (tolerance {100 * tolerance:.3g})"
+    )
+    return 0 if difference <= tolerance else 1
 
 
 if __name__ == "__main__":

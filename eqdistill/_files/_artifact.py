@@ -35,20 +35,15 @@ from ._table import (
     encode,
     is_same_recipe,
     MAX_BYTES,
-    OR_WORDS,
+    NotInTable,
     register,
     TABLE,
+    to_words,
 )
 
 
-_KEY = "eqdistill"
 _MAX_HEADER_BYTES = 2**20
-_MAX_QUOTE = 500
-_DTYPES = ("F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
-_PACKAGES = (
-    *("eqdistill", "jax", "jaxlib", "equinox", "optimistix", "lineax", "optax"),
-    "numpy",
-)
+_PACKAGES = ("eqdistill", "jax", "jaxlib", "equinox", "optimistix", "lineax", "optax")
 
 
 class Artifact(eqx.Module):
@@ -94,30 +89,30 @@ class Artifact(eqx.Module):
     versions: dict[str, str]
 
 
-def _build(start, recipe, **values) -> Artifact:
+def _build(start, key, generator, **values) -> Artifact:
+    num_models, std = values["num_models"], values["std"]
+    is_consistent = (values["accuracy"] is None) == (num_models == 0)
+    is_consistent &= (std is None) == (num_models <= 1)
+    check(is_consistent, f"its accuracy must be of its {num_models} models")
+    words = jnp.asarray(key, jnp.uint32)
+    values["key"] = jr.wrap_key_data(words, impl=generator) if num_models else None
     distilled = start.decode()
     is_finite = np.isfinite(np.asarray(distilled.images)).all()
     check(is_finite, "its decoded images must be finite; some pixels are not")
-    num_models, preprocessing = values["num_models"], values["preprocessing"]
-    is_consistent = (values["std"] is not None) == (num_models > 1)
-    is_consistent &= (values["accuracy"] is not None) == (num_models > 0)
-    check(is_consistent, f"its accuracy must be of its {num_models} models")
-    if preprocessing is not None:
+    if values["preprocessing"] is not None:
         image = _image(distilled)
-        found = eqx.filter_eval_shape(preprocessing.inverse, image).shape
-        check(found == image.shape, "its preprocessing is for other images")
-    return Artifact(distilled, start, *recipe, **values)
+        shape = eqx.filter_eval_shape(values["preprocessing"].inverse, image).shape
+        check(shape == image.shape, "its preprocessing must be for its images")
+    texts = (*(values["learned"] or ()), *values["versions"].values())
+    check(all(type(x) is str for x in texts), "its names and versions must be text")
+    return Artifact(distilled, start, None, None, **values)
 
 
-def _nbytes(start, recipe, **_) -> int:
-    distilled = eqx.filter_eval_shape(start.decode)
-    outputs = 0
-    if recipe[0] is not None:
-        models = recipe[0].models
-        draw = lambda key: models.draw(models.init(distilled, key=key), key=key)
-        model = eqx.filter_eval_shape(draw, jr.key(0))
-        outputs = count_outputs("recipe", model, _image(distilled))
-    return 8 * (distilled.images.size + len(distilled.images) * outputs)
+def _read(x: Artifact) -> dict[str, Any]:
+    if x.key is None:
+        return vars(x) | {"key": (), "generator": ""}
+    key = tuple(np.asarray(jr.key_data(x.key)).tolist())
+    return vars(x) | {"key": key, "generator": str(jr.key_impl(x.key))}
 
 
 def _image(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
@@ -127,23 +122,16 @@ def _image(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
 register(
     Artifact,
     {
-        "start": Any,
-        "recipe": OR_WORDS,
-        "accuracy": (0.0, 1.0),
-        "std": (0.0, 1.0),
+        **dict.fromkeys(("start", "preprocessing", "generator", "dataset"), Any),
+        **dict.fromkeys(("sha256", "learned", "x64", "versions"), Any),
+        **dict.fromkeys(("accuracy", "std"), (0.0, 1.0)),
         "num_models": (0, 1000),
-        "key": Any,
-        "preprocessing": Any,
-        "dataset": Any,
-        "sha256": Any,
-        "learned": Any,
+        "key": (0, 2**32 - 1),
         "seed": (-(2**63), 2**63 - 1),
-        "x64": Any,
-        "versions": Any,
     },
     build=_build,
-    read=lambda x: vars(x) | {"recipe": x.recipe or x.recipe_description},
-    nbytes=_nbytes,
+    read=_read,
+    nbytes=lambda start, **_: 8 * eqx.filter_eval_shape(start.decode).images.size,
 )
 
 
@@ -203,32 +191,33 @@ def save(
     start = result.start if is_result else result
     if type(start).__name__ not in TABLE:
         start = start.decode()
-    num_models = 0 if evaluation is None else evaluation.accuracies.shape[1]
-    artifact = Artifact(
-        distilled=start.decode(),
-        start=start,
-        recipe=evaluation and evaluation.recipe,
-        recipe_description=evaluation and eqx.tree_pformat(evaluation.recipe),
-        accuracy=evaluation and evaluation.accuracy,
-        std=evaluation.std_models if evaluation and num_models > 1 else None,
-        num_models=num_models,
-        key=evaluation and evaluation.key,
-        preprocessing=preprocessing,
-        dataset=dataset,
-        sha256={} if dataset is None else _published_hashes(dataset),
-        learned=result.learned if is_result else None,
-        seed=None if seed is None else int(seed),
-        x64=jnp.result_type(float) == jnp.float64,
-        versions={package: _version(package) for package in _PACKAGES},
-    )
+    evaluated = evaluation is not None
+    num_models = evaluation.accuracies.shape[1] if evaluated else 0
     try:
         check(
-            evaluation is None or len(evaluation.accuracies) == 1,
+            not evaluated or len(evaluation.accuracies) == 1,
             "`evaluation` must be of one distilled set",
         )
+        artifact = Artifact(
+            distilled=start.decode(),
+            start=start,
+            recipe=evaluation.recipe if evaluated else None,
+            recipe_description=None,
+            accuracy=evaluation.accuracy if evaluated else None,
+            std=evaluation.std_models if num_models > 1 else None,
+            num_models=num_models,
+            key=evaluation.key if evaluated else None,
+            preprocessing=preprocessing,
+            dataset=dataset,
+            sha256={} if dataset is None else _published_hashes(dataset),
+            learned=result.learned if is_result else None,
+            seed=None if seed is None else int(seed),
+            x64=jnp.result_type(float) == jnp.float64,
+            versions={x: importlib.metadata.version(x) for x in _PACKAGES},
+        )
         data = _to_bytes(artifact)
-    except ValueError as e:
-        raise ValueError(f"Cannot save {path}: {_shorten(e)}.") from e
+    except Exception as e:
+        raise _refusal("save", path, e) from e
     # Write into a temporary folder, so that the file gets the usual permissions.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name
@@ -269,68 +258,82 @@ def load(path: str | os.PathLike) -> Artifact:
     try:
         # Devices and pipes may have no end.
         check(path.is_file(), "it is not a regular file")
+        size = path.stat().st_size
+        check(size <= MAX_BYTES, f"it has {size} bytes, more than {MAX_BYTES}")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            check(size <= MAX_BYTES, f"it has {size} bytes, more than {MAX_BYTES}")
-            start = file.read(8)
-            _header_bytes(start, size)
-            return _read(start + file.read(size - len(start)))
-    except ValueError as e:
-        raise ValueError(f"Cannot load {path}: {_shorten(e)}.") from e
+            return _from_bytes(file.read(size))
+    except Exception as e:  # A hostile file may cause any.
+        raise _refusal("load", path, e) from e
+
+
+def _refusal(verb: str, path: Path, e: Exception) -> ValueError:
+    # Hostile files may make the reason long.
+    reason = str(e).strip().rstrip(".") or type(e).__name__
+    reason = reason if len(reason) <= 500 else f"{reason[:500]} ..."
+    return ValueError(f"Cannot {verb} {path}: {reason}.")
 
 
 def _to_bytes(artifact: Artifact) -> bytes:
-    """The content of a file, from which the same artifact is loaded.
-
-    **Raises:**
-
-    A `ValueError` with the reason, as a clause, if there is none.
-    """
+    """The content of a file from which the artifact can be loaded."""
+    recipe = artifact.recipe
     try:
-        data, loaded = _write(artifact)
-        is_rebuilt = loaded.recipe is not None
-        is_rebuilt = is_rebuilt and is_same_recipe(loaded.recipe, artifact.recipe)
+        data, loaded = _write(artifact, recipe)
+        is_rebuilt = recipe is None or is_same_recipe(loaded.recipe, recipe)
     except ValueError:
         is_rebuilt = False
     if not is_rebuilt:
-        data, loaded = _write(dataclasses.replace(artifact, recipe=None))
+        words = None if recipe is None else " ".join(eqx.tree_pformat(recipe).split())
+        data, loaded = _write(artifact, words)
     for name in ("start", "preprocessing"):
         is_same = eqx.tree_equal(getattr(loaded, name), getattr(artifact, name))
         check(is_same, f"its {name} has fields that are not registered")
     return data
 
 
-def _write(artifact: Artifact) -> tuple[bytes, Artifact]:
+def _write(artifact: Artifact, recipe: Recipe | str | None) -> tuple[bytes, Artifact]:
     tensors: dict[str, np.ndarray] = {}
-    text = json.dumps(encode(artifact, "", tensors))
-    data = safetensors.numpy.save(tensors, {_KEY: text})
-    return data, _read(data)
+    parts = {"artifact": artifact, "recipe": recipe}
+    texts = {name: json.dumps(encode(x, name, tensors)) for name, x in parts.items()}
+    data = safetensors.numpy.save(tensors, texts)
+    return data, _from_bytes(data)
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _shorten(e: ValueError) -> str:
-    """The reason of an error. Hostile files may make it long."""
-    reason = str(e).rstrip(".")
-    return reason if len(reason) <= _MAX_QUOTE else f"{reason[:_MAX_QUOTE]} ..."
-
-
-def _header_bytes(start: bytes, size: int) -> int:
-    """The length of the header, from the first eight bytes of a file."""
-    check(size >= 8, f"it is too short for a safetensors file: {size} bytes")
-    length = int.from_bytes(start[:8], "little")
+def _from_bytes(data: bytes) -> Artifact:
+    length = int.from_bytes(data[:8], "little")
     check(
-        length <= min(_MAX_HEADER_BYTES, size - 8),
-        "it is truncated or not a safetensors file: its header would have "
-        f"{length} bytes, but at most {_MAX_HEADER_BYTES} are allowed and "
-        f"{size - 8} are there",
+        length <= min(_MAX_HEADER_BYTES, len(data) - 8),
+        f"it is truncated or not a safetensors file: it has {len(data)} bytes, but its "
+        f"header has {length}, where at most {_MAX_HEADER_BYTES} are allowed",
     )
-    return length
+    header = _json(data[8 : 8 + length], "header")
+    raw = header.get("__metadata__") if type(header) is dict else None
+    names = {"artifact", "recipe"}
+    check(type(raw) is dict and raw.keys() == names, f"its metadata must be {names}")
+    content = Content(safetensors.numpy.load(data), len(data))
+    artifact = decode(_json(raw["artifact"], "artifact"), "artifact", content)
+    check(isinstance(artifact, Artifact), "its `artifact` must be an `Artifact`")
+    recipe, words = _decode_recipe(_json(raw["recipe"], "recipe"), artifact, content)
+    check(not content.tensors, f"it has other tensors: {sorted(content.tensors)}")
+    return dataclasses.replace(artifact, recipe=recipe, recipe_description=words)
+
+
+def _decode_recipe(
+    raw: Any, artifact: Artifact, content: Content
+) -> tuple[Recipe | None, str | None]:
+    """A recipe and its description. One that cannot be rebuilt is stored as text."""
+    if raw is None or type(raw) is str:
+        return None, raw
+    try:
+        recipe = decode(raw, "recipe", content)
+    except NotInTable:
+        return None, to_words(raw)
+    check(isinstance(recipe, Recipe), "its `recipe` must be a `Recipe`")
+    distilled, models = artifact.distilled, recipe.models
+    draw = lambda key: models.draw(models.init(distilled, key=key), key=key)
+    model = eqx.filter_eval_shape(draw, jr.key(0))
+    outputs = count_outputs("recipe", model, _image(distilled))
+    content.reserve("labels", 8 * len(distilled.images) * outputs)
+    return recipe, to_words(raw)
 
 
 def _json(data: str | bytes, name: str) -> Any:
@@ -340,47 +343,6 @@ def _json(data: str | bytes, name: str) -> Any:
         return result
 
     try:
-        text = data if isinstance(data, str) else data.decode("utf-8")
-        return json.loads(text, object_pairs_hook=without_duplicates)
+        return json.loads(data, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"its {name} is not valid JSON ({e})") from e
-
-
-def _read(data: bytes) -> Artifact:
-    """Builds an artifact from the bytes of a file.
-
-    **Raises:**
-
-    A `ValueError` with the reason, as a clause.
-    """
-    header = _json(data[8 : 8 + _header_bytes(data, len(data))], "header")
-    check(type(header) is dict, "its header must be a JSON object")
-    raw = header.pop("__metadata__", None)
-    check(
-        type(raw) is dict and set(raw) == {_KEY} and type(raw[_KEY]) is str,
-        f"its metadata must be one text with the key {_KEY!r}",
-    )
-    content = Content(_tensors(header, data), len(data))
-    artifact = decode(_json(raw[_KEY], "metadata"), "", content)
-    check(isinstance(artifact, Artifact), "its metadata must be of an `Artifact`")
-    check(not content.tensors, f"it has other tensors: {sorted(content.tensors)}")
-    return artifact
-
-
-def _tensors(header: dict[str, Any], data: bytes) -> dict[str, np.ndarray]:
-    for name, entry in header.items():
-        check(type(entry) is dict, f"the entry of `{name}` must be a JSON object")
-        dtype, shape = entry.get("dtype"), entry.get("shape")
-        check(
-            dtype in _DTYPES,
-            f"`{name}` must have one of the dtypes {', '.join(_DTYPES)}; got {dtype!r}",
-        )
-        is_size = lambda x: type(x) is int and 1 <= x <= MAX_BYTES
-        check(
-            type(shape) is list and len(shape) <= 8 and all(map(is_size, shape)),
-            f"`{name}` must have at most 8 axes, none of them empty; got shape {shape}",
-        )
-    try:
-        return safetensors.numpy.load(data)
-    except safetensors.SafetensorError as e:
-        raise ValueError(f"it is not a valid safetensors file ({e})") from e

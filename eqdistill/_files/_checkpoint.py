@@ -18,8 +18,8 @@ from ._describe import describe, difference
 
 class Checkpoints(AbstractCheckpoints):
     """Saves checkpoints of a run in a folder. The same call of
-    [`eqdistill.distill`][] resumes from the newest one, and ends with exactly the arrays
-    of an uninterrupted run. Needs Orbax, which `eqdistill[checkpoints]` installs.
+    [`eqdistill.distill`][] resumes from the newest one, and ends with exactly the
+    arrays of an uninterrupted run. Needs Orbax, from `eqdistill[checkpoints]`.
 
     !!! Example
 
@@ -28,15 +28,13 @@ class Checkpoints(AbstractCheckpoints):
         result = eqd.distill(start, model, train, callbacks=[checkpoints])
         ```
 
-    You can kill the run at any time: at most `every` steps are lost. A checkpoint holds
-    the state of the run, the history, and the arrays in the states of the callbacks. It
-    appears in the folder once it is complete. If it cannot be read, or cannot be
-    written because the disk is full, you get a warning and the run continues.
+    You can kill the run at any time: at most `every` steps are lost. A checkpoint
+    appears in the folder once it is complete. You get a warning if one cannot be read,
+    and the one before is used; or if one cannot be written, as on a full disk.
 
-    A checkpoint of another problem is refused. It also holds a description of the
-    problem: the shapes of the start and the state, the settings of the objective and the
-    optimiser, and the key. The data and the number of steps may change. The resumed run
-    has the same bits on the same machine, with the same versions of all packages.
+    A checkpoint of another problem is refused: of other shapes, settings of the
+    objective or the optimiser, or another key. The data and the number of steps may
+    change. Bits are the same on one machine with the same versions of all packages.
     """
 
     directory: str

@@ -30,23 +30,24 @@ def describe(**parts: Any) -> dict[str, str]:
 
 
 def difference(old: dict[str, str], new: dict[str, str]) -> str | None:
-    """The first difference between the description in a checkpoint and a new one, or
-    `None` if they are equal."""
-    paths = [path for path in {**new, **old} if new.get(path) != old.get(path)]
-    if not paths:
-        return None
-    before, now = (found.get(paths[0], "nothing") for found in (old, new))
-    more = f" (and {len(paths) - 1} more differences)" if len(paths) > 1 else ""
-    return f"`{paths[0]}` is {before} in the checkpoint and {now} now{more}"
+    """The first difference between the descriptions in a checkpoint and of a run."""
+    for path in {**new, **old}:
+        before, now = old.get(path, "nothing"), new.get(path, "nothing")
+        if before != now:
+            return f"`{path}` is {before} in the checkpoint and {now} now"
+    return None
 
 
 def _describe(x: Any, path: str, found: dict[str, str], above: tuple[int, ...]) -> None:
-    if isinstance(x, _ARRAYS):
-        found[path] = _describe_array(x)
-    elif isinstance(x, _PLAIN):
+    if isinstance(x, _PLAIN):
         # Some of Optax's schedules convert an integer to a float when they are traced.
         is_integer = isinstance(x, float) and x.is_integer()
         found[path] = repr(int(x) if is_integer else x)
+    elif isinstance(x, _ARRAYS):
+        found[path] = f"{x.dtype} of shape {x.shape}"
+        if x.size <= 8 and not isinstance(x, jax.ShapeDtypeStruct):
+            is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            found[path] += f" {np.asarray(jr.key_data(x) if is_key else x).tolist()}"
     elif id(x) not in above:  # Functions may refer to themselves.
         named = x if hasattr(x, "__qualname__") else type(x)
         found[path] = f"{named.__module__}.{named.__qualname__}"
@@ -54,35 +55,22 @@ def _describe(x: Any, path: str, found: dict[str, str], above: tuple[int, ...]) 
             _describe(part, f"{path}.{name}", found, (*above, id(x)))
 
 
-def _describe_array(x: Any) -> str:
-    words = f"{x.dtype} of shape {x.shape}"
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return words
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jr.key_data(x)
-    return f"{words} {np.asarray(x).tolist()}" if x.size <= 8 else words
-
-
 def _parts(x: Any) -> list[tuple[str, Any]]:
     """The named parts of a container, a module or a function."""
-    if isinstance(x, type):
-        return []
     if isinstance(x, dict):
         return sorted((str(key), part) for key, part in x.items())
     if isinstance(x, tuple | list):
         names = getattr(x, "_fields", range(len(x)))
         return [(str(name), part) for name, part in zip(names, x, strict=True)]
-    if isinstance(x, set | frozenset):
-        return list(enumerate(sorted(map(repr, x))))
-    if dataclasses.is_dataclass(x):
-        names = [field.name for field in dataclasses.fields(x)]
-        return [(name, getattr(x, name, None)) for name in names]
     if isinstance(x, functools.partial):
         return [("function", x.func), *_parts(x.args), *_parts(x.keywords)]
     if isinstance(x, types.MethodType):
         return [("self", x.__self__), *_parts(x.__func__)]
     if hasattr(x, "__wrapped__"):
         return [("function", x.__wrapped__)]
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        names = [field.name for field in dataclasses.fields(x)]
+        return [(name, getattr(x, name, None)) for name in names]
     if not isinstance(x, types.FunctionType):
         return []
     closure = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
@@ -98,5 +86,5 @@ def _parts(x: Any) -> list[tuple[str, Any]]:
 def _content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:
-        return None  # The variable is not set yet.
+    except ValueError:  # The variable is not set yet.
+        return None

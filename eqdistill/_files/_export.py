@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
 from .. import recipes
 from .._data._distilled_set import DistilledSet
@@ -30,9 +30,8 @@ def export(
     for each class, and a file `distilled.npz` with the exact numbers and the recipe in
     words. [Use them elsewhere](../elsewhere.md) shows how to retrain.
 
-    The PNGs are greyscale or colour, with 8 bits, as Pillow and loaders of image
-    folders expect. They show the images in the units of the real images, from 0 to 1:
-    the preprocessing of an artifact is undone. A level $k$ stands for
+    The PNGs are greyscale or colour, with 8 bits, in the units of the real images, from
+    0 to 1: the preprocessing of an artifact is undone. A level $k$ stands for
 
     $$a + (b - a) \, k / 255,$$
 
@@ -46,7 +45,7 @@ def export(
     - `labels`: the class index of each image, or of the largest of its soft labels;
     - `targets`: shape `(n, c)`. The class probabilities for cross-entropy, or the
         targets for squared error;
-    - `loss`: `"CrossEntropy"`, with its `temperature`; or `"SquaredError"`;
+    - `loss`: `"CrossEntropy"` with its `temperature`, or `"SquaredError"`;
     - `l2`: the ridge, or the weight decay of the recipe;
     - `low`, `high`: $a$ and $b$;
     - `mean`, `deviation`: real images $x$ from 0 to 1 become $(x - \mathrm{mean}) /
@@ -60,14 +59,14 @@ def export(
 
     **Arguments:**
 
-    - `folder`: the folder to write to. It is created if it does not exist, and files of
-        the same names are replaced.
+    - `folder`: the folder to write to. It is created if necessary, and files of the
+        same names are replaced.
     - `distilled`: a distilled set, or the result of [`eqdistill.load`][], which has the
-        recipe, the accuracy and the preprocessing too. The images are greyscale, with
-        shape `(height, width)` apart from axes of size 1, or in colour, with shape
-        `(height, width, 3)` or `(3, height, width)`.
-    - `class_names`: the name of each class. Defaults to the class indices, or to the
-        names of CIFAR-10 for an artifact of that dataset. (Keyword only argument.)
+        recipe, the accuracy and the preprocessing too. The images have shape `(height,
+        width)`, apart from axes of size 1; or in colour, `(height, width, 3)` or `(3,
+        height, width)`.
+    - `class_names`: the name of each class. Defaults to the names of CIFAR-10 for an
+        artifact of that dataset, or to the class indices. (Keyword only argument.)
 
     **Raises:**
 
@@ -85,9 +84,8 @@ def export(
             "`eqdistill.export` needs Pillow: pip install 'eqdistill[plot]'."
         ) from e
     artifact = distilled if isinstance(distilled, Artifact) else None
-    if artifact is not None:
-        distilled = artifact.distilled
-    assert isinstance(distilled, DistilledSet)
+    if isinstance(distilled, Artifact):
+        distilled = distilled.distilled
     images = np.asarray(distilled.images)
     if not np.isfinite(images).all():
         raise ValueError(
@@ -95,8 +93,13 @@ def export(
         )
     preprocessing = None if artifact is None else artifact.preprocessing
     levels, low, high = _to_levels(images, preprocessing)
-    labels, meaning = _read_labels(distilled, artifact, class_names)
-    names = _names(artifact, class_names, meaning["targets"].shape[1])
+    labels = np.asarray(distilled.labels)
+    num_classes = max(int(labels.max()) + 1, len(class_names or ()))
+    if labels.ndim == 2:
+        num_classes, labels = labels.shape[1], labels.argmax(axis=1)
+    if class_names is None and artifact is not None and artifact.dataset == "cifar10":
+        class_names = _CLASSES if num_classes == len(_CLASSES) else None
+    names = _folder_names(class_names, num_classes)
 
     folder = Path(folder)
     digits = len(str(len(levels) - 1))
@@ -113,18 +116,20 @@ def export(
     for file, level in zip(files, levels, strict=True):
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(level).save(file, pnginfo=text)
-    np.savez(
-        folder / "distilled.npz",
-        images=images,
-        labels=labels,
-        low=low,
-        high=high,
-        class_names=np.array(names),
-        recipe=_recipe_in_words(distilled, artifact),
-        **meaning,
-        **_numbers(preprocessing),
-        **_claim(artifact),
-    )
+    arrays = {"images": images, "labels": labels, "low": low, "high": high}
+    arrays |= {"mean": 0.0, "deviation": 1.0}
+    if artifact is not None:
+        arrays |= {
+            "dataset": artifact.dataset,
+            "claimed_accuracy": artifact.accuracy,
+            "claimed_std": artifact.std,
+        }
+    if preprocessing is not None:
+        del arrays["deviation"]
+        arrays |= vars(preprocessing)
+    arrays |= _inner_problem(distilled, artifact, num_classes)
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    np.savez(folder / "distilled.npz", class_names=np.array(names), **arrays)
 
 
 def _to_levels(
@@ -141,44 +146,7 @@ def _to_levels(
     return np.rint(255 * (pictures - low) / width).astype(np.uint8), low, low + width
 
 
-def _read_labels(
-    distilled: DistilledSet,
-    artifact: Artifact | None,
-    class_names: Sequence[str] | None,
-) -> tuple[Int[np.ndarray, " n"], dict[str, Any]]:
-    """The class indices, and the inner problem as the recipe prepares it."""
-    labels = np.asarray(distilled.labels)
-    if labels.ndim == 2:
-        num_classes, indices = labels.shape[1], labels.argmax(axis=1)
-    else:
-        num_classes = max(int(labels.max()) + 1, len(class_names or ()))
-        indices = labels
-    if artifact is not None and artifact.recipe is not None:
-        distilled = artifact.recipe.prepare(distilled, num_classes)
-        labels = np.asarray(distilled.labels)
-    loss = distilled.loss
-    problem = {"loss": type(loss).__name__, "l2": np.asarray(distilled.l2)}
-    if isinstance(loss, SquaredError):
-        targets = np.asarray(loss.targets(distilled.labels, num_classes))
-    elif labels.ndim == 1:
-        targets = np.eye(num_classes, dtype=distilled.images.dtype)[labels]
-    elif isinstance(loss, CrossEntropy):
-        targets = scipy.special.softmax(labels, axis=1)
-    else:  # Only the loss can interpret them.
-        targets = labels
-    if isinstance(loss, CrossEntropy):
-        log_temperature = loss.log_temperature
-        problem["temperature"] = (
-            1.0 if log_temperature is None else np.exp(np.asarray(log_temperature))
-        )
-    return indices, {"targets": targets, **problem}
-
-
-def _names(
-    artifact: Artifact | None, class_names: Sequence[str] | None, num_classes: int
-) -> list[str]:
-    if class_names is None and artifact is not None and artifact.dataset == "cifar10":
-        class_names = _CLASSES if num_classes == len(_CLASSES) else None
+def _folder_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
     if class_names is None:
         # With leading zeros, because loaders sort the folders by name.
         digits = len(str(num_classes - 1))
@@ -197,38 +165,41 @@ def _names(
     return list(class_names)
 
 
-def _numbers(preprocessing: AbstractPreprocessing | None) -> dict[str, Any]:
-    if preprocessing is None:
-        return {"mean": 0.0, "deviation": 1.0}
-    return {name: np.asarray(x) for name, x in vars(preprocessing).items()}
-
-
-def _claim(artifact: Artifact | None) -> dict[str, Any]:
-    if artifact is None:
-        return {}
-    claim = {
-        "dataset": artifact.dataset,
-        "claimed_accuracy": artifact.accuracy,
-        "claimed_std": artifact.std,
-    }
-    return {name: value for name, value in claim.items() if value is not None}
-
-
-def _recipe_in_words(distilled: DistilledSet, artifact: Artifact | None) -> str:
+def _inner_problem(
+    distilled: DistilledSet, artifact: Artifact | None, num_classes: int
+) -> dict[str, Any]:
+    """The inner problem as the recipe prepares it, in numbers and words."""
     recipe = None if artifact is None else artifact.recipe
-    words = (artifact and artifact.recipe_description) or ""
+    if recipe is not None:
+        distilled = recipe.prepare(distilled, num_classes)
+    loss, labels, temperature = distilled.loss, np.asarray(distilled.labels), None
+    term = type(loss).__name__
+    if isinstance(loss, CrossEntropy):
+        logarithm = loss.log_temperature
+        temperature = 1.0 if logarithm is None else np.exp(np.asarray(logarithm))
+        term = "the cross-entropy of `targets` and the softmax of outputs / temperature"
+    if isinstance(loss, SquaredError):
+        targets = np.asarray(loss.targets(distilled.labels, num_classes))
+        term = "half the squared distance of the outputs from `targets`"
+    elif labels.ndim == 1:
+        targets = np.eye(num_classes, dtype=distilled.images.dtype)[labels]
+    else:  # Another loss may interpret its labels in another way.
+        is_soft = isinstance(loss, CrossEntropy)
+        targets = scipy.special.softmax(labels, axis=1) if is_soft else labels
+    words = (
+        f"Minimise the mean over the images of {term}, plus l2 / 2 times the sum of "
+        "the squares of the weights, but not of an intercept. The predicted class is "
+        "that of the largest output."
+    )
     if recipe is not None and recipe.name != "custom":
-        # The first paragraph of its docstring says what a recipe does.
+        # The first paragraph of its docstring says what a published recipe does.
         doc = inspect.getdoc(getattr(recipes, recipe.name)) or ""
-        first = " ".join(doc.split("\n\n")[0].split())
-        return re.sub(r"\[`([\w.]+)`\]\[\]", r"\1", f"{first} {words}")
-    losses = {
-        "CrossEntropy": "the cross-entropy of the outputs' softmax with `targets`",
-        "SquaredError": "half the squared distance of the outputs from `targets`",
+        words = re.sub(r"\[`([\w.]+)`\]\[\]", r"\1", doc.split("\n\n")[0])
+    description = None if artifact is None else artifact.recipe_description
+    return {
+        "targets": targets,
+        "loss": type(loss).__name__,
+        "temperature": temperature,
+        "l2": np.asarray(distilled.l2),
+        "recipe": f"{' '.join(words.split())} {description or ''}".strip(),
     }
-    loss = type(distilled.loss).__name__
-    return (
-        f"Minimise the mean over the images of {losses.get(loss, loss)}, plus l2 / 2 "
-        "times the sum of the squares of the weights, but not of an intercept. The "
-        f"predicted class is that of the largest output. {words}"
-    ).strip()

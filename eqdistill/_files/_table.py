@@ -32,17 +32,12 @@ from ..recipes import Recipe
 
 
 MAX_BYTES = 2**30
-# Allowed for a field that becomes a pair: an object, or `None` if it cannot be rebuilt,
-# and its description. A description alone is stored as text.
-OR_WORDS = object()
 _MAX_DEPTH = 8
 _ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh")
+_LAYERS = ("instance_norm", "group_norm", "average_pool", "max_pool")
 _FUNCTIONS = {
     **{name: getattr(jax.nn, name) for name in _ACTIVATIONS},
-    "instance_norm": nn.instance_norm,
-    "group_norm": nn.group_norm,
-    "average_pool": nn.average_pool,
-    "max_pool": nn.max_pool,
+    **{name: getattr(nn, name) for name in _LAYERS},
 }
 
 
@@ -120,117 +115,85 @@ def register(
 
 
 def encode(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
-    """A value as JSON. Its arrays are added to `tensors`.
-
-    **Raises:**
-
-    A [`NotInTable`][] error if a file cannot hold the value.
-    """
+    """Returns a value as JSON, and adds its arrays to `tensors`. Raises
+    [`NotInTable`][] if a file cannot hold it."""
     if x is None or type(x) in (bool, int, float, str, dict):
         return x
     if type(x) is tuple:
         return [encode(item, path, tensors) for item in x]
-    if eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return {
-            "key": str(jr.key_impl(x)),
-            "words": np.asarray(jr.key_data(x)).tolist(),
-        }
     if eqx.is_array(x):
         tensors[path] = np.array(x, order="C")  # The writer ignores strides.
         return {"tensor": path}
-    for name, function in _FUNCTIONS.items():
-        if x is function:
-            return {"function": name}
     name = _name(x)
     if name not in TABLE:
         raise NotInTable(f"`{path}` is a `{name}`, which is not registered")
-    values, prefix = TABLE[name].read(x), f"{path}." if path else ""
-    fields = {f: encode(values[f], prefix + f, tensors) for f in TABLE[name].fields}
+    values = TABLE[name].read(x)
+    fields = {f: encode(values[f], f"{path}.{f}", tensors) for f in TABLE[name].fields}
     return {"class": name, **fields}
 
 
 def _name(x: Any) -> str:
-    if isinstance(x, ft.partial):
-        return x.func.__name__
     if isinstance(x, Recipe) and x.name in TABLE:
         return x.name
-    return "LogisticRegression" if takes_pixels(x) else type(x).__name__
+    if takes_pixels(x):
+        return "LogisticRegression"
+    names = [name for name, function in _FUNCTIONS.items() if x is function]
+    cls = x.func if isinstance(x, ft.partial) else type(x)
+    return names[0] if names else cls.__name__
 
 
 def decode(raw: Any, path: str, content: Content) -> Any:
-    """The inverse of [`encode`][].
-
-    **Raises:**
-
-    A `ValueError` if the JSON is invalid, or [`NotInTable`][] for the name of a class
-    that is not registered.
-    """
+    """The inverse of [`encode`][]. Raises [`NotInTable`][] for the name of a class that
+    is not registered, and other errors if the JSON is invalid."""
     check(path.count(".") <= _MAX_DEPTH, f"`{path}` is nested too deeply")
     if type(raw) is list:
         are_plain = all(type(item) in (bool, int, float, str) for item in raw)
         check(are_plain, f"`{path}` must be a list of plain values; got {raw!r}")
         return tuple(raw)
-    if type(raw) is not dict:
-        return raw
     match raw:
         case {"class": str(name), **fields}:
             return _build(name, fields, path, content)
         case {"tensor": str(name)} if name == path and name in content.tensors:
             return _to_array(content.tensors.pop(name), path)
-        case {"function": str(name)} if name in _FUNCTIONS:
-            return _FUNCTIONS[name]
-        case {"key": str(name), "words": list(words)}:
-            are_words = all(type(x) is int and 0 <= x < 2**32 for x in words)
-            check(are_words, f"`{path}` must have words of 32 bits; got {words!r}")
-            return jr.wrap_key_data(jnp.asarray(words, jnp.uint32), impl=name)
-    are_texts = all(type(x) is str for x in raw.values())
-    check(are_texts, f"`{path}` must not be {raw!r}")
+        case dict():
+            are_texts = all(type(x) is str for x in raw.values())
+            check(are_texts and "tensor" not in raw, f"`{path}` must not be {raw!r}")
     return raw
 
 
 def _build(name: str, fields: dict[str, Any], path: str, content: Content) -> Any:
     if name not in TABLE:
         raise NotInTable(f"`{path}` is a {name!r}, which is not registered")
-    entry, prefix = TABLE[name], f"{path}." if path else ""
+    entry = TABLE[name]
     check(
         fields.keys() == entry.fields.keys(),
         f"`{path}` must have the fields {sorted(entry.fields)}; got {sorted(fields)}",
     )
-    values = {}
+    values = {f: decode(fields[f], f"{path}.{f}", content) for f in entry.fields}
     for field, allowed in entry.fields.items():
-        raw = fields[field]
-        try:
-            values[field] = decode(raw, prefix + field, content)
-        except NotInTable:
-            if allowed is not OR_WORDS:
-                raise
-            values[field] = None
-        if allowed is OR_WORDS:
-            words = raw if raw is None or type(raw) is str else to_words(raw)
-            values[field] = (None if type(raw) is str else values[field]), words
-        _check_range(values[field], allowed, prefix + field)
-    try:
-        content.reserve(path, int(entry.nbytes(**values)))
-        return entry.build(**values)
-    except Exception as e:  # Anything that a hostile file may cause.
-        raise ValueError(f"`{path}`: {e}" if path else str(e)) from e
+        check(
+            allowed is Any or values[field] is None or _is_in(values[field], *allowed),
+            f"`{path}.{field}` must be from {allowed}; got {values[field]!r}",
+        )
+    content.reserve(path, int(entry.nbytes(**values)))
+    return entry.build(**values)
 
 
-def _check_range(x: Any, allowed: Any, path: str) -> None:
-    if not isinstance(allowed, tuple) or x is None:
-        return
-    low, high = allowed
+def _is_in(x: Any, low: float, high: float) -> bool:
     if eqx.is_array(x):
-        is_allowed = (low <= np.asarray(x)).all() and (np.asarray(x) <= high).all()
-    else:
-        types = (int,) if type(low) is int else (int, float)
-        items = x if type(x) is tuple else (x,)
-        is_allowed = all(type(item) in types and low <= item <= high for item in items)
-    kind = "integers" if type(low) is int else "numbers"
-    check(is_allowed, f"`{path}` must be {kind} from {low} to {high}; got {x!r}")
+        return bool(((low <= np.asarray(x)) & (np.asarray(x) <= high)).all())
+    types = (int,) if type(low) is int else (int, float)
+    items = x if type(x) is tuple else (x,)
+    return all(type(item) in types and low <= item <= high for item in items)
 
 
 def _to_array(wide: np.ndarray, path: str) -> Array:
+    is_number = wide.dtype.kind in "iu" or wide.dtype in (np.float32, np.float64)
+    check(is_number, f"`{path}` must be integers, float32 or float64; got {wide.dtype}")
+    check(
+        wide.size > 0 and wide.ndim <= 8,
+        f"`{path}` must have at most 8 axes, none of them empty; got {wide.shape}",
+    )
     with np.errstate(over="ignore", invalid="ignore"):
         x = wide.astype(jax.dtypes.canonicalize_dtype(wide.dtype))
     is_same = np.isfinite(x).all() if x.dtype.kind == "f" else (x == wide).all()
@@ -239,13 +202,11 @@ def _to_array(wide: np.ndarray, path: str) -> Array:
 
 
 def to_words(raw: Any) -> str:
-    """The JSON of an object as a call, such as `RelativeRidge(inner=RidgeSolver())`."""
-    if type(raw) is list:
-        return f"({', '.join(map(to_words, raw))})"
+    """The JSON of an object as a call, such as `RelativeRidge(inner=RidgeSolver)`."""
     if type(raw) is not dict or "class" not in raw:
-        return raw.get("function", repr(raw)) if type(raw) is dict else repr(raw)
-    fields = (f"{k}={to_words(x)}" for k, x in raw.items() if k != "class")
-    return f"{raw['class']}({', '.join(fields)})"
+        return str(raw)
+    fields = [f"{k}={to_words(x)}" for k, x in raw.items() if k != "class"]
+    return f"{raw['class']}({', '.join(fields)})" if fields else raw["class"]
 
 
 def is_same_recipe(recipe: Recipe, other: Recipe) -> bool:
@@ -353,16 +314,23 @@ def _find_make(models: Any) -> ft.partial:
     return ft.partial(getattr(nn, network.architecture), **dict(network.settings))
 
 
-_sizes = {"in_features": (1, MAX_BYTES), "num_classes": (1, 2**16)}
 register(
     LogisticRegression,
-    {**_sizes, "use_intercept": Any, "dtype": Any},
+    {
+        "in_features": (1, MAX_BYTES),
+        "num_classes": (1, 2**16),
+        "use_intercept": Any,
+        "dtype": Any,
+    },
     build=_build_regression,
     read=_read_regression,
     nbytes=lambda in_features, num_classes, **_: 8 * (in_features + 1) * num_classes,
 )
 register(Fixed, {"model": Any})
 register(Fresh, {"make": Any}, read=lambda x: {"make": _find_make(x)})
+
+for _key, _function in _FUNCTIONS.items():
+    TABLE[_key] = Entry({}, lambda f=_function: f, lambda _: {}, lambda: 0)
 
 # A network is stored as its constructor, a `functools.partial` of all settings.
 _network = {"shape": (1, MAX_BYTES), "num_classes": (1, 2**16), "activation": Any}
@@ -376,31 +344,25 @@ for _function, _own in (
     (nn.VGG11, {"norm": Any}),
     (nn.ResNet18, {"norm": Any}),
 ):
-    register(
-        _function,
-        {**_network, **_own},
-        build=ft.partial(ft.partial, _function),
-        read=lambda x: x.keywords,
-    )
+    build = ft.partial(ft.partial, _function)
+    register(_function, _network | _own, build=build, read=lambda x: x.keywords)
 
 # A published recipe is stored as the arguments of its function.
-_counts = {"updates": (2, 100_000), "batch_size": (1, 100_000)}
-_updates = {"updates": _counts["updates"]}
-_learned = {"learning_rates": (0.0, 1e9), "momentum": (0.0, 1.0), "adam": Any}
+_updates, _batch_size = {"updates": (2, 100_000)}, {"batch_size": (1, 100_000)}
+_rates = {
+    "learning_rates": (0.0, 1e9),
+    "momentum": (0.0, 1.0),
+    "adam": Any,
+    "seed": (0, 2**31 - 1),
+}
 for _function, _own in (
     (recipes.dc, {**_updates, "augment": Any}),
     (recipes.frepo, {**_updates, "augment": Any}),
     (recipes.zero_start, _updates),
     (recipes.feature_regression, _updates),
-    (recipes.supervised, _counts),
-    (
-        recipes.learned_rates,
-        {**_learned, "batch_size": _counts["batch_size"], "seed": (0, 2**31 - 1)},
-    ),
+    (recipes.supervised, _updates | _batch_size),
+    (recipes.learned_rates, _rates | _batch_size),
 ):
-    register(
-        _function,
-        {"make": Any, **_own},
-        read=lambda x: {"make": _find_make(x.models), **dict(x.settings)},
-    )
+    read = lambda x: {"make": _find_make(x.models), **dict(x.settings)}
+    register(_function, {"make": Any, **_own}, read=read)
 register(Recipe, {"models": Any, "inner": Any})
