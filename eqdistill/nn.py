@@ -1,14 +1,26 @@
-"""Layers and networks."""
+"""Layers and networks, and which of their arrays are trained."""
 
+from ._classifier import (
+    Frozen as Frozen,
+    HasPenalised as HasPenalised,
+    parameters as parameters,
+)
 from ._nn._conv2d import Conv2d as Conv2d
-from ._nn._network import (
-    group_norm as group_norm,
+from ._nn._fast import (
+    average_pool as average_pool,
+    fast_convolutions as fast_convolutions,
+    max_pool as max_pool,
+)
+from ._nn._initialise import (
     he as he,
     initialise as initialise,
-    instance_norm as instance_norm,
     lecun as lecun,
-    Network as Network,
     zero_head as zero_head,
+)
+from ._nn._network import (
+    group_norm as group_norm,
+    instance_norm as instance_norm,
+    Network as Network,
 )
 from ._nn._networks import (
     AlexNet as AlexNet,
@@ -17,9 +29,4 @@ from ._nn._networks import (
     MLP as MLP,
     ResNet18 as ResNet18,
     VGG11 as VGG11,
-)
-from ._nn._quick import (
-    average_pool as average_pool,
-    max_pool as max_pool,
-    quick_convolutions as quick_convolutions,
 )
