@@ -11,16 +11,14 @@ from ._nn._fast import (
     fast_convolutions as fast_convolutions,
     max_pool as max_pool,
 )
-from ._nn._initialise import (
-    he as he,
-    initialise as initialise,
-    lecun as lecun,
-    zero_head as zero_head,
-)
 from ._nn._network import (
     group_norm as group_norm,
+    he as he,
+    initialise as initialise,
     instance_norm as instance_norm,
+    lecun as lecun,
     Network as Network,
+    zero_head as zero_head,
 )
 from ._nn._networks import (
     AlexNet as AlexNet,

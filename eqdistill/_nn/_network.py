@@ -1,9 +1,15 @@
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Float
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._checks import check_at_least
+from .._classifier import Frozen, last_layer
+from ._conv2d import Conv2d
 
 
 class Network(eqx.Module):
@@ -61,3 +67,108 @@ def group_norm(channels: int) -> eqx.nn.GroupNorm:
     if channels < 1 or channels % 4 != 0:
         raise ValueError(f"`channels` must be a multiple of 4; got {channels}.")
     return eqx.nn.GroupNorm(4, int(channels))
+
+
+# He et al. 2015 and LeCun et al. 1998, for weights whose first axis is the outputs.
+he = jax.nn.initializers.he_normal(in_axis=1, out_axis=0)
+lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+
+_WEIGHT_LAYERS = (Conv2d, eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Linear)
+_NORM_LAYERS = (
+    eqx.nn.BatchNorm,
+    eqx.nn.GroupNorm,
+    eqx.nn.LayerNorm,
+    eqx.nn.RMSNorm,
+)
+
+
+def initialise(network: PyTree, initialiser: Callable, *, key: PRNGKeyArray) -> PyTree:
+    """Redraws the weights of all linear and convolutional layers, and sets their biases
+    to zero. Normalisation layers are unchanged, and so is everything inside an
+    [`eqdistill.nn.Frozen`][].
+
+    **Arguments:**
+
+    - `network`: any `equinox.Module` made of such layers.
+    - `initialiser`: a function as in `jax.nn.initializers`, for weights whose first two
+        axes are the outputs and the inputs: `eqdistill.nn.he` or
+        `eqdistill.nn.lecun`.
+    - `key`: a `jax.random.key`. (Keyword only argument.)
+
+    **Returns:**
+
+    The new network.
+
+    **Raises:**
+
+    A `TypeError` if the network has a floating-point array in any other kind of layer,
+    or a layer whose weights are stacked.
+    """
+    _check_layers(network)
+    is_layer = lambda x: isinstance(x, (*_WEIGHT_LAYERS, Frozen))
+    nodes, structure = jax.tree.flatten(network, is_leaf=is_layer)
+    keys = jr.split(key, len(nodes))
+    for i, (node, key) in enumerate(zip(nodes, keys, strict=True)):
+        if isinstance(node, _WEIGHT_LAYERS):
+            weight = initialiser(key, node.weight.shape, node.weight.dtype)
+            nodes[i] = eqx.tree_at(lambda x: x.weight, node, weight)
+            if node.bias is not None:
+                zeros = jnp.zeros_like(node.bias)
+                nodes[i] = eqx.tree_at(lambda x: x.bias, nodes[i], zeros)
+    return jax.tree.unflatten(structure, nodes)
+
+
+def zero_head(
+    network: PyTree, where: Callable[[PyTree], eqx.nn.Linear] | None = None
+) -> PyTree:
+    """Sets the last layer to zero. A few training images cannot undo the effect of a
+    random last layer.
+
+    **Arguments:**
+
+    - `network`: an `equinox.Module` whose last operation is an `equinox.nn.Linear`.
+    - `where`: selects that layer, as for [`eqdistill.linear.last_layer`][].
+
+    **Returns:**
+
+    The new network, whose outputs are all zero.
+
+    **Raises:**
+
+    A `TypeError` if the network has no such layer.
+
+    Source: equivalent to centring, i.e. subtracting the initial function, as in Loo et
+    al., *Efficient dataset distillation using random feature approximation*, 2022.
+    """
+    head = last_layer(network, where).head
+    zeros = jax.tree.map(jnp.zeros_like, head)
+    return jax.tree.map(
+        lambda x: zeros if x is head else x, network, is_leaf=lambda x: x is head
+    )
+
+
+def _check_layers(network: PyTree) -> None:
+    """Refuses a network with weights that `initialise` would leave unchanged."""
+
+    is_known = lambda x: isinstance(x, (*_WEIGHT_LAYERS, *_NORM_LAYERS, Frozen))
+    owns_arrays = lambda x: (
+        isinstance(x, eqx.Module) and any(map(eqx.is_inexact_array, vars(x).values()))
+    )
+    is_node = lambda x: is_known(x) or owns_arrays(x)
+    for path, node in jax.tree.flatten_with_path(network, is_leaf=is_node)[0]:
+        name = "array" if eqx.is_array(node) else type(node).__name__
+        if path:
+            name += f" at `{jax.tree_util.keystr(path, simple=True, separator='.')}`"
+        if not is_known(node) and (owns_arrays(node) or eqx.is_inexact_array(node)):
+            raise TypeError(
+                "`network` must have floating-point arrays only in linear, convolution "
+                f"and normalisation layers, which `initialise` can redraw; got {name}. "
+                "Draw its weights yourself, or hold it in a `Frozen`."
+            )
+        if isinstance(node, _WEIGHT_LAYERS):
+            kernel = () if isinstance(node, eqx.nn.Linear) else node.kernel_size
+            if node.weight.ndim != 2 + len(kernel):
+                raise TypeError(
+                    "`network` must not have layers with stacked weights; got "
+                    f"{name} with a weight of shape {node.weight.shape}."
+                )
