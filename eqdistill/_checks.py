@@ -1,3 +1,6 @@
+"""Checks of arguments whose types are right, but whose values are not."""
+
+import inspect
 import math
 from typing import Any
 
@@ -10,78 +13,11 @@ from ._classifier import Frozen, parameters
 from ._typechecking import describe
 
 
-def check_model(classifier: PyTree, image: jax.ShapeDtypeStruct) -> int:
-    """Checks that a classifier can be fitted, and applied to an image of this shape.
-
-    **Returns:**
-
-    The number of classes.
-
-    **Raises:**
-
-    A `TypeError` or `ValueError` that names `classifier` and what is wrong with it.
-    """
-    check_callable("classifier", classifier)
-    _refuse_state(classifier)
-    if not any(jax.tree.leaves(parameters(classifier))):
-        raise ValueError(
-            "`classifier` must have parameters to fit: floating-point arrays that are "
-            "not inside a `Frozen`. It has none."
-        )
-    return count_outputs("classifier", classifier, image)
-
-
-def name_kind(x: Any) -> str:
-    is_class = isinstance(x, type)
-    return f"the class {x.__name__} itself" if is_class else f"a {type(x).__name__}"
-
-
-def count_outputs(name: str, classifier: Any, image: jax.ShapeDtypeStruct) -> int:
-    """The number of a classifier's outputs for an image of this shape.
-
-    **Raises:**
-
-    A `ValueError` that names the classifier by `name`.
-    """
-    try:
-        logits = eqx.filter_eval_shape(eqx.nn.inference_mode(classifier), image)
-    except Exception as e:
-        raise ValueError(
-            f"`{name}` could not be applied to an image of shape {image.shape}: {e}"
-        ) from e
-    if not (
-        isinstance(logits, jax.ShapeDtypeStruct)
-        and logits.ndim == 1
-        and jnp.issubdtype(logits.dtype, jnp.floating)
-    ):
-        raise ValueError(
-            f"`{name}` must map one image to floating-point logits of shape (c,); "
-            f"for an image of shape {image.shape} it gave {logits}."
-        )
-    return logits.shape[0]
-
-
-def _refuse_state(classifier: PyTree) -> None:
-    """A fit cannot carry the running statistics of a layer along."""
-    is_node = lambda x: isinstance(x, Frozen | eqx.nn.StateIndex)
-    found, _ = jax.tree.flatten_with_path(classifier, is_leaf=is_node)
-    for path, node in found:
-        if isinstance(node, eqx.nn.StateIndex):
-            where = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise TypeError(
-                "`classifier` must not hold state, as batch normalisation does; got an "
-                f"`equinox.nn.StateIndex` at `{where}`. Use `equinox.nn.GroupNorm` or "
-                "`equinox.nn.LayerNorm`. A trained network with state may be used "
-                "inside a `Frozen`, as a module that holds the `equinox.nn.State`, too."
-            )
+_FRESH = " To build models, pass `eqdistill.Fresh(make)`."
 
 
 def check_at_least(least: float, **values: float | None) -> None:
-    """**Raises:**
-
-    A `ValueError` for a number below the least, or that is not finite. None is left
-    out.
-    """
+    """Checks that numbers are finite and at least `least`. Skips `None`."""
     for name, value in values.items():
         if value is not None and not least <= value < math.inf:
             wanted = f"at least {least}" if math.isfinite(value) else "finite"
@@ -89,69 +25,115 @@ def check_at_least(least: float, **values: float | None) -> None:
 
 
 def check_positive(**values: float | None) -> None:
-    """**Raises:**
-
-    A `ValueError` for a number that is not positive and finite. None is left out.
-    """
+    """Checks that numbers are positive and finite. Skips `None`."""
     for name, value in values.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"`{name}` must be positive and finite; got {value}.")
 
 
 def check_callable(name: str, x: Any) -> None:
-    """**Raises:**
-
-    A `TypeError` for what is no callable module.
-    """
+    """Checks that `x` is callable, and not a class."""
     if not callable(x) or isinstance(x, type):
         raise TypeError(
             f"`{name}` must be a callable `equinox.Module`, from one image to its "
-            f"logits; got {name_kind(x)}."
+            f"outputs; got {describe(x)}.{_FRESH if isinstance(x, type) else ''}"
         )
 
 
-def check_key(name: str, key: Any) -> None:
-    """Refuses what is neither `None` nor one new-style key, and says how to make one.
-
-    **Raises:**
-
-    A `TypeError`.
-    """
-    if key is None:
-        return
-    is_key = isinstance(key, jax.Array) and jnp.issubdtype(
-        key.dtype, jax.dtypes.prng_key
+def check_make(name: str, make: Any) -> None:
+    """Checks that `make(key=key)` is a valid call."""
+    got = describe(make)
+    if callable(make):
+        arguments = inspect.signature(make).parameters.values()
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        needed = [
+            f"`{x.name}`"
+            for x in arguments
+            if x.default is x.empty and x.kind not in variadic and x.name != "key"
+        ]
+        if needed and isinstance(make, eqx.Module):
+            got = f"an instance of {type(make).__qualname__}"
+        elif needed:
+            got += f", which also needs {', '.join(needed)}"
+        elif any(x.name == "key" or x.kind is x.VAR_KEYWORD for x in arguments):
+            return
+        else:
+            got += ", which has no `key`"
+    raise TypeError(
+        f"`{name}` must be a function of `key` alone that builds a network, such as "
+        f"`functools.partial(eqdistill.nn.ConvNet, (28, 28), 10)`; got {got}."
     )
-    if not is_key or key.shape != ():
-        raise TypeError(
-            f"`{name}` must be one key, as `jax.random.key(0)` makes it; got "
-            f"{describe(key)}."
+
+
+def check_model(model: PyTree, image: jax.ShapeDtypeStruct) -> int:
+    """Checks that a model can be fitted and applied to an image of this shape, and
+    returns the number of its outputs."""
+    check_callable("model", model)
+    is_node = lambda x: isinstance(x, Frozen | eqx.nn.StateIndex)
+    nodes, _ = jax.tree.flatten_with_path(model, is_leaf=is_node)
+    for path, node in nodes:
+        if isinstance(node, eqx.nn.StateIndex):
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise TypeError(
+                "`model` must not hold state, as a fit cannot update the running "
+                "statistics of batch normalisation; got an `equinox.nn.StateIndex` at "
+                f"`{where}`. Use `equinox.nn.GroupNorm` or `equinox.nn.LayerNorm`. A "
+                "trained network with state may be used inside a `Frozen`, in a module "
+                "that also holds its `equinox.nn.State`."
+            )
+    if not any(jax.tree.leaves(parameters(model))):
+        fix = "" if isinstance(model, eqx.Module) else _FRESH
+        raise ValueError(
+            "`model` must have parameters to fit, which are floating-point arrays "
+            f"outside any `Frozen`; got {describe(model)}, which has none.{fix}"
         )
+    return count_outputs("model", model, image)
+
+
+def count_outputs(name: str, model: Any, image: jax.ShapeDtypeStruct) -> int:
+    """Returns the number of a model's outputs for an image of this shape."""
+    try:
+        outputs = eqx.filter_eval_shape(eqx.nn.inference_mode(model), image)
+    except Exception as e:
+        reason = str(e).strip().partition("\n")[0] or type(e).__name__
+        raise ValueError(
+            f"`{name}` must take an image of shape {image.shape}; it raised: {reason}"
+        ) from e
+    is_array = isinstance(outputs, jax.ShapeDtypeStruct) and outputs.ndim == 1
+    if not is_array or not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise ValueError(
+            f"`{name}` must map one image to floating-point outputs of shape (c,); for "
+            f"an image of shape {image.shape} it returned {describe(outputs)}."
+        )
+    return outputs.shape[0]
 
 
 def array_difference(wanted: PyTree, got: PyTree) -> str | None:
-    """Where two trees of arrays differ in structure, shapes or dtypes, in words; or
-    `None` if they do not. Other leaves than arrays are a difference, too."""
-    found = [jax.tree.flatten_with_path(tree) for tree in (wanted, got)]
-    (wanted_leaves, wanted_structure), (got_leaves, got_structure) = found
-    a, b = (
-        {jax.tree_util.keystr(path): _describe(x) for path, x in leaves}
-        for leaves in (wanted_leaves, got_leaves)
-    )
+    """Describes where two pytrees of arrays differ in structure, shapes or dtypes, or
+    returns `None`. A leaf of `got` that is not an array is a difference."""
+    texts: list[dict[str, str]] = []
+    for tree, describe_other in ((wanted, lambda _: "an array"), (got, describe)):
+        texts.append({})
+        for path, x in jax.tree.leaves_with_path(tree):
+            text = describe_other(x)
+            if eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct):
+                text = describe(jax.ShapeDtypeStruct(x.shape, x.dtype))
+            texts[-1][f"`{jax.tree_util.keystr(path)}`: " if path else ""] = text
+    a, b = texts
     lines = [
-        f"`{path}`: {a.get(path, 'nothing')} wanted, {b.get(path, 'nothing')} got"
-        for path in {**a, **b}
-        if a.get(path) != b.get(path) or "no array" in b[path]
+        f"{name}{a.get(name, 'nothing')} wanted, {b.get(name, 'nothing')} got"
+        for name in {**a, **b}
+        if a.get(name) != b.get(name)
     ]
-    if not lines and wanted_structure != got_structure:
-        lines = [f"structure {wanted_structure} wanted, {got_structure} got"]
-    if not lines:
-        return None
+    structures = jax.tree.structure(wanted), jax.tree.structure(got)
+    if not lines and structures[0] != structures[1]:
+        lines = [f"structure {structures[0]} wanted, {structures[1]} got"]
     more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-    return "; ".join(lines[:3]) + more
+    return "; ".join(lines[:3]) + more or None
 
 
-def _describe(x: Any) -> str:
-    if eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct):
-        return f"{x.dtype} of shape {x.shape}"
-    return f"no array, but a {type(x).__name__}"
+# Until the branches that import these are merged.
+name_kind = describe
+
+
+def check_key(name: str, key: Any) -> None: ...

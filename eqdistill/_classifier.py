@@ -8,14 +8,15 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ._conversions import as_int
+from ._typechecking import describe
 
 
 class Frozen(eqx.Module):
     """Holds a module whose arrays are not parameters: they are neither fitted nor
     shrunk by the ridge. Calling a `Frozen` calls its module.
 
-    `jax.lax.stop_gradient` is no substitute, as the ridge would still shrink the
-    arrays.
+    `jax.lax.stop_gradient` is not a substitute, because the ridge would still shrink
+    the arrays.
 
     **Arguments:**
 
@@ -30,41 +31,40 @@ class Frozen(eqx.Module):
 
 @runtime_checkable
 class HasPenalised(Protocol):
-    """A module that leaves some of its parameters out of the ridge, such as an
-    intercept. It may stand anywhere in a classifier."""
+    """A module that excludes some of its parameters from the ridge, such as an
+    intercept. It may be any part of a model."""
 
     def penalised(self) -> PyTree[bool]:
         """**Returns:**
 
-        A pytree of bools with the structure of the module: the leaves that the ridge
-        is taken over.
+        A pytree of bools with the structure of the module, which are true for the
+        leaves that the ridge applies to.
         """
         ...
 
 
-def parameters(classifier: PyTree) -> PyTree[bool]:
-    """Says which leaves of a classifier are its parameters: every floating-point array
-    that is not inside an [`eqdistill.Frozen`][].
+def parameters(model: PyTree) -> PyTree[bool]:
+    """Selects the parameters of a model: every floating-point array that is not inside
+    an [`eqdistill.nn.Frozen`][].
 
     **Arguments:**
 
-    - `classifier`: any pytree.
+    - `model`: any pytree.
 
     **Returns:**
 
-    A pytree of bools with the structure of `classifier`, as `equinox.partition` takes
-    it.
+    A pytree of bools with the structure of `model`, as `equinox.partition` takes it.
     """
 
     def of_node(node):
         is_fitted = not isinstance(node, Frozen)
         return jax.tree.map(lambda x: is_fitted and eqx.is_inexact_array(x), node)
 
-    return jax.tree.map(of_node, classifier, is_leaf=lambda x: isinstance(x, Frozen))
+    return jax.tree.map(of_node, model, is_leaf=lambda x: isinstance(x, Frozen))
 
 
-def squared_norm(classifier: PyTree) -> Float[Array, ""]:
-    r"""The squared norm $\|w\|^2$ of the parameters that the ridge is taken over."""
+def squared_norm(model: PyTree) -> Float[Array, ""]:
+    r"""Returns the squared norm $\|w\|^2$ of the parameters in the ridge."""
 
     def of_node(node):
         mask = parameters(node)
@@ -74,19 +74,19 @@ def squared_norm(classifier: PyTree) -> Float[Array, ""]:
         return sum((jnp.sum(x**2) for x in leaves), start=0.0)
 
     is_node = lambda x: isinstance(x, Frozen | HasPenalised)
-    nodes = jax.tree.leaves(classifier, is_leaf=is_node)
+    nodes = jax.tree.leaves(model, is_leaf=is_node)
     return jnp.asarray(sum(map(of_node, nodes), start=0.0))
 
 
 class LinearClassifier(eqx.Module):
-    r"""A classifier that is linear in its parameters: fixed features of an image, and
-    a linear head on them, $x \mapsto W \phi(x) + b$.
+    r"""A model that is linear in its parameters: fixed features of an image, and a
+    linear head on them, $x \mapsto W \phi(x) + b$.
 
-    The inner problem of such a classifier is convex. The features are frozen: only the
-    head is fitted. The intercept $b$ is optional, and the ridge is not taken over it.
+    The inner problem of such a model is convex. The features are frozen: only the head
+    is fitted. The intercept $b$ is optional, and is not part of the ridge.
 
-    [`eqdistill.LogisticRegression`][] is the one whose features are the pixels, and
-    [`eqdistill.last_layer`][] makes one of a network.
+    [`eqdistill.linear.LogisticRegression`][] uses the pixels as its features, and
+    [`eqdistill.linear.last_layer`][] the layers of a network.
     """
 
     features: Frozen
@@ -111,24 +111,24 @@ class LinearClassifier(eqx.Module):
 
         **Returns:**
 
-        The outputs of the head, one for each class.
+        The outputs of the head.
 
         **Raises:**
 
-        A `ValueError` if the image does not have as many features as the head takes.
+        A `ValueError` if the features are not a vector of length `p`.
         """
         features = self.features(image)
         wanted = (self.head.in_features,)
         if jnp.shape(features) != wanted:
             raise ValueError(
-                f"`image` must have features of shape {wanted}, as the head of this "
-                f"`LinearClassifier` takes them; an image of shape {image.shape} has "
+                f"`image` must have features of shape {wanted} for the head of this "
+                f"`LinearClassifier`; got an image of shape {image.shape}, with "
                 f"features of shape {jnp.shape(features)}."
             )
         return self.head(features)
 
     def penalised(self) -> "LinearClassifier":
-        """The ridge is not taken over the intercept."""
+        """Excludes the intercept from the ridge."""
         everything = jax.tree.map(lambda _: True, self)
         if self.head.bias is None:
             return everything
@@ -136,38 +136,38 @@ class LinearClassifier(eqx.Module):
 
 
 class Pixels(eqx.Module):
-    """The features of logistic regression: the pixels of an image, in a row."""
+    """The features of logistic regression: the pixels of an image, as a vector."""
 
     def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, " p"]:
         return jnp.ravel(image)
 
 
-def takes_pixels(classifier: PyTree) -> bool:
-    """Whether a classifier is linear in the pixels of an image."""
-    return isinstance(classifier, LinearClassifier) and isinstance(
-        classifier.features.module, Pixels
+def takes_pixels(model: PyTree) -> bool:
+    """Returns whether a model is linear in the pixels of an image."""
+    return isinstance(model, LinearClassifier) and isinstance(
+        model.features.module, Pixels
     )
 
 
 def LogisticRegression(
     in_features: int, num_classes: int, *, use_intercept: bool = False, dtype=None
 ) -> LinearClassifier:
-    r"""Multiclass logistic regression, $x \mapsto W \mathrm{vec}(x) + b$: the
-    [`eqdistill.LinearClassifier`][] whose features are the pixels.
+    r"""Multiclass logistic regression, $x \mapsto W \mathrm{vec}(x) + b$: an
+    [`eqdistill.linear.LinearClassifier`][] whose features are the pixels.
 
     **Arguments:**
 
     - `in_features`: the number of pixels $p$ of one image, of any shape.
     - `num_classes`: the number of classes $c$.
-    - `use_intercept`: whether to add the intercept $b$, over which the ridge is not
-        taken. (Keyword only argument.)
+    - `use_intercept`: whether to add the intercept $b$, which is not part of the ridge.
+        (Keyword only argument.)
     - `dtype`: the dtype of the parameters. Defaults to JAX's default floating dtype.
         (Keyword only argument.)
 
     **Returns:**
 
-    A classifier whose parameters are zero. The inner problem is convex, so that its
-    solution does not depend on where a solver starts.
+    A model whose parameters are zero. The inner problem is convex, so its solution does
+    not depend on where a solver starts.
 
     **Raises:**
 
@@ -202,36 +202,40 @@ def _floating(dtype: Any) -> np.dtype:
 
 
 def last_layer(
-    network: PyTree,
-    where: Callable[[PyTree], eqx.nn.Linear] = lambda network: network.layers[-1],
+    network: PyTree, where: Callable[[PyTree], eqx.nn.Linear] | None = None
 ) -> LinearClassifier:
-    """Makes a linear classifier of a network: all layers but the last are frozen, and
-    the last one is the head.
+    """Makes a linear model of a network: all layers but the last are frozen, and the
+    last one is the head.
 
     **Arguments:**
 
-    - `network`: an `equinox.Module` whose last operation is an `equinox.nn.Linear`.
-    - `where`: picks that layer. The default suits an `equinox.nn.Sequential` and an
-        `equinox.nn.MLP`.
+    - `network`: an `equinox.Module` whose last operation is an `equinox.nn.Linear`: no
+        activation or softmax follows it.
+    - `where`: selects that layer, as in `equinox.tree_at`. Defaults to the last
+        `equinox.nn.Linear` of the network, in the order of its fields.
 
     **Returns:**
 
-    An [`eqdistill.LinearClassifier`][] that computes what the network computes.
+    An [`eqdistill.linear.LinearClassifier`][] with the outputs of the network.
 
     **Raises:**
 
-    A `TypeError` if `where` does not pick an `equinox.nn.Linear`.
+    A `TypeError` if `where` does not select an `equinox.nn.Linear`, or if there is none
+    outside an [`eqdistill.nn.Frozen`][].
     """
+    select = _last_linear if where is None else where
     try:
-        head = where(network)
-    except (AttributeError, LookupError, TypeError) as e:
-        raise TypeError(
-            "`where` must pick the last layer of `network`, an `equinox.nn.Linear`; of "
-            f"a {type(network).__name__} it raised a {type(e).__name__}."
-        ) from None
+        head = select(network)
+    except (AttributeError, LookupError, TypeError):
+        head = None
     if not isinstance(head, eqx.nn.Linear):
-        raise TypeError(
-            "`where` must pick the last layer of `network`, an `equinox.nn.Linear`; "
-            f"got a {type(head).__name__}."
-        )
-    return LinearClassifier(eqx.tree_at(where, network, eqx.nn.Identity()), head)
+        wanted = "`network` must end with" if where is None else "`where` must select"
+        got = describe(network if where is None else head)
+        raise TypeError(f"{wanted} an `equinox.nn.Linear`; got {got}.")
+    return LinearClassifier(eqx.tree_at(select, network, eqx.nn.Identity()), head)
+
+
+def _last_linear(network: PyTree) -> eqx.nn.Linear:
+    is_node = lambda x: isinstance(x, Frozen | eqx.nn.Linear)
+    nodes = jax.tree.leaves(network, is_leaf=is_node)
+    return [x for x in nodes if isinstance(x, eqx.nn.Linear)][-1]

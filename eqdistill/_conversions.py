@@ -1,5 +1,5 @@
-"""What users may give in the place of Python's numbers, and of arrays. For a compiled
-program Python's numbers are known, and NumPy's are traced."""
+"""Converters of arguments. Python's numbers are constants of a compiled program, but
+NumPy's would be traced."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,17 +23,6 @@ def as_int_or_none(x: int | None) -> int | None:
     return None if x is None else int(x)
 
 
-def as_ints(name: str, x: Sequence) -> tuple[int, ...]:
-    """**Raises:**
-
-    A `TypeError` that names the argument, if an item is no integer: beartype looks at
-    one of them only.
-    """
-    if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in x):
-        raise TypeError(f"`{name}` must be integers; got {describe(x)}.")
-    return tuple(int(i) for i in x)
-
-
 def as_float(x: float) -> float:
     return float(x)
 
@@ -42,27 +31,25 @@ def as_float_or_none(x: float | None) -> float | None:
     return None if x is None else float(x)
 
 
+def as_ints(name: str, x: Sequence) -> tuple[int, ...]:
+    """Converts all items. (Beartype checks only one of them.)"""
+    if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in x):
+        raise TypeError(f"`{name}` must be integers; got {describe(x)}.")
+    return tuple(int(i) for i in x)
+
+
 def as_array(name: str, x: ArrayOrList) -> Array | np.ndarray:
-    """**Returns:**
-
-    An array of JAX as it is, and all else as an array of NumPy, whose numbers are as
-    wide as they came.
-
-    **Raises:**
-
-    A `TypeError` or `ValueError` for what is no array of numbers, which names the
-    argument by `name`.
-    """
+    """Converts anything but a JAX array to a NumPy array, which keeps its precision."""
     if isinstance(x, jax.Array):
         return x
     try:
         array = np.asarray(x)
     except jax.errors.TracerArrayConversionError:
-        return jnp.asarray(x)  # A list of arrays that are traced.
+        return jnp.asarray(x)  # A list of traced arrays.
     except ValueError:
         raise ValueError(
-            f"`{name}` must be an array, or a list whose rows all have one shape; got "
-            f"{describe(x)}, whose rows differ."
+            f"`{name}` must be an array, or a list of rows of equal shape; got "
+            f"{describe(x)}, whose rows differ in shape."
         ) from None
     if array.dtype.kind in "OSUMmc":
         raise TypeError(f"`{name}` must be real numbers; got {describe(x)}.")
@@ -70,5 +57,5 @@ def as_array(name: str, x: ArrayOrList) -> Array | np.ndarray:
 
 
 def name_value(x: Any) -> str:
-    """A number as it is, and an array by its type and shape."""
+    """Like `describe`, but a scalar array is described by its value."""
     return str(x) if np.ndim(x) == 0 else describe(x)

@@ -12,10 +12,10 @@ _Array = TypeVar("_Array", bound=Array)
 
 
 def error_if(x: _Array, is_bad: Callable, message: str) -> _Array:
-    """As `equinox.error_if`, but raises a plain `ValueError` if nothing is traced.
+    """Like `equinox.error_if`, but raises a plain `ValueError` if `x` is not traced.
 
-    `is_bad` is given `x` if `x` is traced, and otherwise a NumPy array of its values,
-    so that nothing is compiled.
+    `is_bad` is applied to `x` if `x` is traced, and otherwise to a NumPy array of its
+    values, so that nothing is compiled.
     """
     if isinstance(x, jax.core.Tracer):
         return eqx.error_if(x, is_bad(x), message)

@@ -2,66 +2,30 @@ import abc
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ._conversions import as_array
-from ._error import error_if
-
-
-def cross_entropy(
-    logits: Float[Array, "n c"],
-    labels: Int[Array, " n"] | Float[Array, "n c"],
-) -> Float[Array, ""]:
-    r"""Mean cross-entropy of a classifier's logits $z$ against labels,
-
-    $$-\frac{1}{n} \sum_{i=1}^n \sum_{k=1}^c t_{ik} \log \mathrm{softmax}(z_i)_k.$$
-
-    **Arguments:**
-
-    - `logits`: the logits $z$ of the classifier, one row for each image.
-    - `labels`: either class indices, for which $t_i$ is one-hot, or the logits of soft
-        labels, for which $t_i$ is their softmax.
-
-    **Returns:**
-
-    The loss, in nats per image. The loss and its gradient are NaN if a class index is
-    not in $[0, c)$ and the labels are traced.
-
-    **Raises:**
-
-    A `ValueError` if a class index is not in $[0, c)$ and the labels are not traced.
-    """
-    num_classes = logits.shape[1]
-    if labels.ndim == 1 and isinstance(labels, jax.core.Tracer):
-        # Not an error from a callback: JAX keeps no program with one in its cache.
-        is_class = (labels >= 0) & (labels < num_classes)
-        logits = logits * jnp.where(is_class, 1, jnp.nan).astype(logits.dtype)[:, None]
-    elif labels.ndim == 1:
-        error_if(
-            labels,
-            lambda x: ((x < 0) | (x >= num_classes)).any(),
-            f"`labels` must be in [0, {num_classes}), the columns of `logits`; some "
-            "are not.",
-        )
-    return jnp.mean(cross_entropies(logits, labels))
 
 
 def cross_entropies(
     logits: Float[Array, "n c"],
     labels: Int[Array, " n"] | Float[Array, "n c"],
 ) -> Float[Array, " n"]:
-    """The terms of [`eqdistill.cross_entropy`][], one for each image."""
-    if labels.ndim == 1:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return optax.softmax_cross_entropy(logits, jax.nn.softmax(labels))
+    """The cross-entropy of each example. Labels in floating point are logits."""
+    if labels.ndim == 2:
+        return optax.softmax_cross_entropy(logits, jax.nn.softmax(labels))
+    # Don't use `eqx.error_if`: programs with callbacks are not cached.
+    is_class = (labels >= 0) & (labels < logits.shape[1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses * jnp.where(is_class, 1, jnp.nan).astype(logits.dtype)
 
 
 class AbstractLoss(eqx.Module):
-    """The loss of the inner problem. It belongs to the distilled set, as the images are
-    made for it."""
+    """A loss: of the inner problem, which belongs to the distilled set, or of real
+    data, which belongs to the objective."""
 
     @abc.abstractmethod
     def __call__(
@@ -71,30 +35,67 @@ class AbstractLoss(eqx.Module):
     ) -> Float[Array, ""]:
         """**Arguments:**
 
-        - `outputs`: the outputs of the classifier on the distilled images.
-        - `labels`: the labels of the distilled images.
+        - `outputs`: the outputs of the model, one row for each example.
+        - `labels`: the class indices, or the targets, of these examples.
 
         **Returns:**
 
-        The mean loss over the images, without the ridge.
+        The mean loss over the examples, without the ridge.
         """
 
-    @abc.abstractmethod
-    def to_logits(self, outputs: Float[Array, "..."]) -> Float[Array, "..."]:
-        """How the outputs of a fitted classifier are read on real images: a positive
-        multiple of them. For a linear classifier the same multiple of its head's arrays
-        is taken."""
+    def default_outer_loss(self) -> "AbstractLoss":
+        """**Returns:**
+
+        The loss that real data are scored with, if a model was fitted by this loss and
+        [`eqdistill.Bilevel`][] is given no other. By default, this loss itself.
+        """
+        return self
 
 
 class CrossEntropy(AbstractLoss):
-    """[`eqdistill.cross_entropy`][]: the outputs are logits, and labels in floating
-    point are the logits of soft labels."""
+    r"""The mean cross-entropy of the logits $z / T$ against labels,
+
+    $$-\frac{1}{n} \sum_{i=1}^n \sum_{k=1}^c t_{ik} \log \mathrm{softmax}(z_i / T)_k.$$
+
+    Class indices are one-hot $t_i$. Labels in floating point are the logits of soft
+    labels: $t_i$ is their softmax. The unit is nats per example.
+
+    **Attributes:**
+
+    - `log_temperature`: the logarithm of the temperature $T$, so that $T$ stays
+        positive when it is learned; or `None`, for a temperature of one.
+    """
+
+    log_temperature: Float[Array, ""] | None
+
+    def __init__(self, temperature: ArrayLike | None = None):
+        """**Arguments:**
+
+        - `temperature`: $T > 0$. Defaults to one, which is not learned. Only the outer
+            loss has a use for another: a fitted model adapts to any temperature.
+
+        **Raises:**
+
+        A `ValueError` if the temperature is not a positive and finite scalar.
+        """
+        if temperature is None:
+            self.log_temperature = None
+            return
+        temperature = np.asarray(as_array("temperature", temperature), np.float64)
+        if temperature.shape != () or not 0 < temperature < np.inf:
+            raise ValueError(
+                "`temperature` must be a positive and finite scalar; got "
+                f"{temperature}."
+            )
+        self.log_temperature = jnp.asarray(np.log(temperature), jnp.result_type(float))
 
     def __call__(self, outputs, labels):
-        return cross_entropy(outputs, labels)
-
-    def to_logits(self, outputs):
-        return outputs
+        """As [`eqdistill.AbstractLoss`][]. The loss and its gradient are NaN if a class
+        index is not in $[0, c)$.
+        """
+        if self.log_temperature is not None:
+            outputs = outputs * jnp.exp(-self.log_temperature).astype(outputs.dtype)
+        return jnp.mean(cross_entropies(outputs, labels))
 
 
 class SquaredError(AbstractLoss):
@@ -103,61 +104,27 @@ class SquaredError(AbstractLoss):
     $$\frac{1}{2n} \sum_{i=1}^n \|z_i - t_i\|^2.$$
 
     Labels in floating point are the targets. The target of a class index is its one-hot
-    vector less $1/c$, so that targets have a mean of zero. On real images $z / T$ are
-    the logits, with the temperature $T$.
+    vector less $1/c$, so that targets have a mean of zero.
 
     Source: Zhou et al., *Dataset distillation using neural feature regression* (FRePo),
     2022, for the centred targets.
-
-    **Attributes:**
-
-    - `log_temperature`: the logarithm of $T$, so that $T$ stays positive when it is
-        learned.
     """
 
-    log_temperature: Float[Array, ""]
-
-    def __init__(self, temperature: ArrayLike = 0.2):
-        """**Arguments:**
-
-        - `temperature`: $T > 0$. Targets differ by one between classes: the default
-            makes that a difference of five between logits.
-
-        **Raises:**
-
-        A `ValueError` if the temperature is not a positive and finite scalar.
-        """
-        temperature = jnp.asarray(
-            as_array("temperature", temperature), jnp.result_type(float)
-        )
-        if temperature.shape != ():
-            raise ValueError(
-                f"`temperature` must be a scalar; got shape {temperature.shape}."
-            )
-        self.log_temperature = jnp.log(
-            error_if(
-                temperature,
-                lambda x: ~((x > 0) & (x < jnp.inf)),
-                f"`temperature` must be positive and finite; got {temperature}.",
-            )
-        )
-
-    @property
-    def temperature(self) -> Float[Array, ""]:
-        return jnp.exp(self.log_temperature)
-
     def __call__(self, outputs, labels):
+        """As [`eqdistill.AbstractLoss`][]."""
         targets = self.targets(labels, outputs.shape[1]).astype(outputs.dtype)
         errors = outputs - targets
         return jnp.mean(jnp.sum(errors**2, axis=1)) / 2
 
-    def to_logits(self, outputs):
-        return outputs / self.temperature.astype(outputs.dtype)
+    def default_outer_loss(self):
+        """The cross-entropy at a temperature of 0.2. Targets differ by one between
+        classes: the temperature makes that a difference of five between logits."""
+        return CrossEntropy(0.2)
 
     def targets(
         self, labels: Int[Array, " n"] | Float[Array, "n c"], num_classes: int
     ) -> Float[Array, "n c"]:
-        """The targets that labels stand for."""
+        """The targets of labels, one row for each example."""
         if labels.ndim == 2:
             return labels
         return jax.nn.one_hot(labels, num_classes) - 1 / num_classes

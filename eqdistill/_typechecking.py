@@ -1,17 +1,17 @@
-"""The types of arguments: checked by beartype, and an error told in one line.
-
-This module is imported before the import hook is there, and is not checked itself."""
+"""Checks the types and shapes of arguments with beartype, and reports an error in one
+line. This module is imported before the import hook, and is not checked itself."""
 
 import functools
 import inspect
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, get_args, get_origin, TypeVar, Union
+from typing import Annotated, Any, get_args, get_origin, no_type_check, TypeVar, Union
 
 import jax
 import numpy as np
 from beartype import beartype, BeartypeConf, FrozenDict
+from beartype.door import is_bearable
 from beartype.roar import (
     BeartypeCallHintParamViolation,
     BeartypeCallHintReturnViolation,
@@ -21,40 +21,37 @@ from jaxtyping import AbstractArray, AnnotationError, ArrayLike, PRNGKeyArray
 
 
 _Fn = TypeVar("_Fn", bound=Callable)
-
-# NumPy's numbers are numbers, and bools are none.
-_IS_NUMBER: Any = Is[lambda x: not isinstance(x, bool)]
-_NUMBERS: dict = {
-    int: Annotated[int | np.integer, _IS_NUMBER],
-    float: Annotated[int | float | np.integer | np.floating, _IS_NUMBER],
-}
-_CONF = BeartypeConf(hint_overrides=FrozenDict(_NUMBERS))
-_WORDS = {
-    Any: "anything",
+_NEW_KEY, *_OLD_KEYS = get_args(PRNGKeyArray)
+_NOT_BOOL: Any = Is[lambda x: not isinstance(x, bool)]
+# NumPy's numbers are numbers, bools are not, and a key is made by `jax.random.key`.
+_OVERRIDES: Any = {
+    int: Annotated[int | np.integer, _NOT_BOOL],
+    float: Annotated[int | float | np.integer | np.floating, _NOT_BOOL],
+} | dict.fromkeys(_OLD_KEYS, _NEW_KEY)
+_CONF = BeartypeConf(hint_overrides=FrozenDict(_OVERRIDES))
+_WORDS: Any = {
     bool: "True or False",
     float: "a number",
     int: "an integer",
     str: "a string",
     type(None): "None",
 }
-# What stands for several types at once.
 _UNIONS = {
-    "an array, a list or a number": frozenset({*get_args(ArrayLike), list, tuple}),
-    "an array or a number": frozenset(get_args(ArrayLike)),
-    "one key, as `jax.random.key(0)` makes it": frozenset(get_args(PRNGKeyArray)),
+    "an array, a list or a number": {*get_args(ArrayLike), list, tuple},
+    "an array or a number": {*get_args(ArrayLike)},
+    "one key, such as `jax.random.key(0)`": {*get_args(PRNGKeyArray)},
 }
 
 
-# Jaxtyping makes a page of any error of a type checker, but for an `AnnotationError`,
-# which it raises as it is.
+# Jaxtyping turns any other exception of a type checker into a page of text.
 class ArgumentError(AnnotationError, TypeError):
-    """An argument, or a result, of the wrong type or shape."""
+    """An argument or a result has the wrong type or shape."""
 
 
 def typechecked(fn: _Fn) -> _Fn:
-    """As `beartype.beartype`, but NumPy's numbers are numbers, bools are none, and an
-    error is one line that names the argument, what came, and what was wanted."""
-    checked = beartype(fn, conf=_CONF)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    """Like `beartype.beartype`, but an error is one line that names the argument, what
+    came, and what was wanted."""
+    checked: Any = beartype(conf=_CONF)(fn)
     signature = inspect.signature(fn)
     name = fn.__qualname__.removesuffix(".__init__").removesuffix(".__call__")
 
@@ -63,95 +60,94 @@ def typechecked(fn: _Fn) -> _Fn:
         __tracebackhide__ = True
         try:
             return checked(*args, **kwargs)
-        except BeartypeCallHintParamViolation as e:
+        except BeartypeCallHintParamViolation:
             given = signature.bind(*args, **kwargs).arguments
-            message = _of_argument(name, signature, given, str(e))
-            raise ArgumentError(message) from None
+            message = _describe_violation(name, signature.parameters, given)
         except BeartypeCallHintReturnViolation:
-            # What jaxtyping has checked is its last argument.
-            result = next(reversed(kwargs.values()))
-            wanted = _wanted(signature.return_annotation)
-            raise ArgumentError(
-                f"`{name}` must return {wanted}; got {describe(result)}."
-            ) from None
+            # Jaxtyping passes the result as the last keyword argument.
+            result = describe(next(reversed(kwargs.values())))
+            wanted = _describe_hint(signature.return_annotation)
+            message = f"`{name}` must return {wanted}; got {result}."
+        raise ArgumentError(message)
 
     return wrapper  # pyright: ignore[reportReturnType]
 
 
-def _of_argument(
-    name: str, signature: inspect.Signature, given: Mapping[str, Any], text: str
+# Jaxtyping's import hook would forget the sizes of the axes here.
+@no_type_check
+def _describe_violation(
+    name: str, parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any]
 ) -> str:
-    from beartype.door import is_bearable  # Not needed unless there is an error.
-
-    # Beartype looks at one item of a list only, at random: it may find the bad one no
-    # more, but has named it.
-    named = re.search(r"parameter \*{0,2}(\w+)=", text)
-    bad = named[1] if named else ""
-    for argument, value in given.items():
-        parameter = signature.parameters[argument]
-        hint = parameter.annotation
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            hint = tuple[hint, ...]
-        if hint is not parameter.empty and not is_bearable(value, hint, conf=_CONF):
-            bad = argument
+    for bad, value in given.items():
+        hint = parameters[bad].annotation
+        if parameters[bad].kind is inspect.Parameter.VAR_POSITIONAL:
+            hint = Sequence[hint]
+        if _is_wrong(value, hint):
             break
-    if bad not in given:
-        return f"An argument of `{name}` is of the wrong type."
-    hint = signature.parameters[bad].annotation
-    shapes = []
-    if _is_shaped(hint) and isinstance(given[bad], jax.Array):
-        shapes = [
-            f"`{other}` has shape {value.shape}"
-            for other, value in given.items()
-            if other != bad
-            and isinstance(value, jax.Array)
-            and _is_shaped(signature.parameters[other].annotation)
-        ]
-    return (
-        f"`{bad}` of `{name}` must be {_wanted(hint)}; got {describe(given[bad])}"
-        f"{', where ' if shapes else ''}{' and '.join(shapes)}."
-    )
+    else:  # Beartype looks at one item of a nested sequence, chosen at random.
+        return f"An argument of `{name}` must have another type."
+    shapes = [
+        f"`{other}` has shape {x.shape}"
+        for other, x in given.items()
+        if other != bad and all(isinstance(a, jax.Array) and a.ndim for a in (x, value))
+    ]
+    where = f", where {' and '.join(shapes)}" if shapes else ""
+    wanted = _describe_hint(parameters[bad].annotation)
+    return f"`{bad}` of `{name}` must be {wanted}; got {describe(value)}{where}."
 
 
-def _is_shaped(hint: Any) -> bool:
-    options = get_args(hint) if _is_union(hint) else (hint,)
-    return any(isinstance(x, type) and issubclass(x, AbstractArray) for x in options)
+def _options(hint: Any) -> tuple:
+    is_union = get_origin(hint) in (Union, types.UnionType)
+    return get_args(hint) if is_union else (hint,)
 
 
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
+@no_type_check
+def _is_wrong(value: Any, hint: Any) -> bool:
+    is_list = lambda x: get_origin(x) is Sequence or get_args(x)[1:] == (...,)
+    items = [get_args(x)[0] for x in _options(hint) if is_list(x)]
+    if items and isinstance(value, list | tuple):
+        return any(all(_is_wrong(x, item) for item in items) for x in value)
+    return not is_bearable(value, hint, conf=_CONF)
 
 
-def _wanted(hint: Any) -> str:
-    """A type in words."""
-    if _is_union(hint):
-        options, words = dict.fromkeys(get_args(hint)), []
+def _describe_hint(hint: Any) -> str:
+    options, words = [*_options(hint)], []
+    if len(options) > 1:
         for union, members in _UNIONS.items():
-            if members <= options.keys():
+            if members <= {*options}:
                 words.append(union)
-                options = {x: None for x in options if x not in members}
-        return " or ".join(dict.fromkeys([*words, *map(_wanted, options)]))
-    if hint in _WORDS:
-        return _WORDS[hint]
-    text = hint.__qualname__ if isinstance(hint, type) else str(hint)
-    text = re.sub(r"Union\[[\w.]*Array, [^]]* complex[^]]*\]", "ArrayLike", text)
-    # Without the modules, which are not where users find a name.
-    return f"`{re.sub(r'[A-Za-z_][A-Za-z_0-9]*[.](?=[A-Za-z_])', '', text)}`"
+                options = [x for x in options if x not in members]
+        return " or ".join(dict.fromkeys([*words, *map(_describe_hint, options)]))
+    if get_origin(hint) in (Sequence, Mapping):
+        kind = get_origin(hint).__name__.lower()
+        return f"a {kind}, each item {_describe_hint(get_args(hint)[-1])}"
+    is_class = isinstance(hint, type)
+    text = hint.__qualname__ if is_class else str(hint)
+    # Without the modules, as the public names have others.
+    text = f"`{re.sub(r'[A-Za-z_][A-Za-z_0-9]*[.](?=[A-Za-z_])', '', text)}`"
+    if is_class and not issubclass(hint, AbstractArray):
+        text = _with_article(text)
+    return _WORDS.get(hint, text)
 
 
 def describe(x: Any) -> str:
-    """What came, in words: its type and shape, and no values."""
-    if isinstance(x, jax.Array | np.ndarray | np.generic):
-        library = "JAX" if isinstance(x, jax.Array) else "NumPy"
-        return f"a {library} array of {x.dtype} of shape {x.shape}"
-    if isinstance(x, type):
-        return f"the class {x.__qualname__} itself"
-    if x is None or isinstance(x, bool):
-        return str(x)
-    kind = type(x).__qualname__
-    if isinstance(x, Sequence | Mapping) and not isinstance(x, str):
+    """Describes a scalar by its value, an array by its dtype and shape, and any other
+    object by its type."""
+    if isinstance(x, bool | int | float | str | np.generic | None):
+        return repr(x)[:60]
+    if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        kinds = {np.ndarray: "a NumPy array", jax.ShapeDtypeStruct: "an array"}
+        return f"{kinds.get(type(x), 'a JAX array')} of {x.dtype} with shape {x.shape}"
+    if isinstance(x, type | types.FunctionType):
+        kind = "class" if isinstance(x, type) else "function"
+        return f"the {kind} `{x.__name__}` itself"
+    text = _with_article(type(x).__qualname__)
+    if isinstance(x, Sequence | Mapping):
         some = [*(x.values() if isinstance(x, Mapping) else x)][:100]
-        kinds = dict.fromkeys(type(item).__qualname__ for item in some)
-        of = f" of {', '.join([*kinds][:3])}" if kinds else ""
-        return f"a {kind} of length {len(x)}{of}"
-    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+        names = dict.fromkeys(type(item).__qualname__ for item in some)
+        text += f" of length {len(x)} ({', '.join([*names][:3])})"
+    return text.removesuffix(" ()")
+
+
+def _with_article(text: str) -> str:
+    return f"{'an' if text.lstrip('`_')[:1] in 'aeiouAEIOU' else 'a'} {text}"

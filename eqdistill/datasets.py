@@ -1,16 +1,89 @@
-"""Real datasets, as [`eqdistill.Dataset`][]s of `uint8` images."""
+"""Real datasets and their preprocessing."""
 
 import os
-import shutil
-import tempfile
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ._data._dataset import Dataset
 from ._data._image_folder import from_folder as from_folder
-from ._data._sources import Source, SOURCES
+from ._data._preprocessing import (
+    AbstractPreprocessing as AbstractPreprocessing,
+    Standardisation as Standardisation,
+    ZCA as ZCA,
+)
+from ._data._readers import read_cifar10, read_idx
+
+
+class _Source(NamedTuple):
+    """Where a dataset is published, and how its files are read. `registry` maps each
+    download to its hash, and `files` each unpacked file to its SHA-256."""
+
+    url: str
+    registry: dict[str, str]
+    files: Mapping[str, str | None]
+    read: Callable
+    system: Path | None = None
+
+
+_IDX: tuple[str, ...] = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def _idx_source(url: str, md5: list[str], sha256: list[str], **kwargs) -> _Source:
+    registry = {f"{f}.gz": f"md5:{h}" for f, h in zip(_IDX, md5, strict=True)}
+    files = dict(zip(_IDX, sha256, strict=True))
+    return _Source(url, registry, files, read_idx, **kwargs)
+
+
+_SOURCES = {
+    "mnist": _idx_source(
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        md5=[
+            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "d53e105ee54ea40749a09fcbcd1e9432",
+            "9fb629c4189551a2d022fa330f9573f3",
+            "ec29112dd5afa0611ce80d1b7f02629c",
+        ],
+        sha256=[
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        ],
+    ),
+    "fashion_mnist": _idx_source(
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        md5=[
+            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "25c81989df183df01b3e8a0aad5dffbe",
+            "bef4ecab320f06d8554ea6380940ec79",
+            "bb300cfdad3c16e7a12a480ee83cd310",
+        ],
+        sha256=[
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        ],
+        system=Path("/usr/share/datasets/fashion-mnist"),
+    ),
+    "cifar10": _Source(
+        "https://www.cs.toronto.edu/~kriz/",
+        {"cifar-10-binary.tar.gz": "md5:c32a1d4ab5d03f1284b67883e8d87530"},
+        dict.fromkeys(
+            [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+        ),
+        read_cifar10,
+    ),
+}
 
 
 def load(
@@ -26,162 +99,94 @@ def load(
     | `"digits"` | 8 x 8 handwritten digits, from scikit-learn | 10 | 1,347 | 450 |
 
     The files are the IDX files of MNIST and Fashion-MNIST, compressed by gzip or not,
-    and the six files of the binary version of CIFAR-10. The files are in `data_dir`; or
-    if that is not given, they are looked for in turn in the folder that the environment
-    variable `EQDISTILL_DATA_DIR` names; the folder that ships with this repository; the
-    system's folder (`/usr/share/datasets/fashion-mnist`, of Debian's
-    `dataset-fashion-mnist`); and the user's cache. In each they may lie in a folder of
-    the dataset's name, or directly; those of CIFAR-10 also in a folder
-    `cifar-10-batches-bin`. If they are in none, then they are downloaded to the cache
-    by `pooch`.
+    and the binary version of CIFAR-10, as one archive or as six files. They are looked
+    for in these folders, in order:
 
-    The SHA-256 of the IDX files is checked, wherever they come from. For CIFAR-10 only
-    the MD5 of the whole archive is published: this is checked before a downloaded
-    archive is unpacked. Of the six files themselves, the sizes are checked, the range
-    of the labels, and that each class has the same number of images.
+    1. `data_dir`, if given, and then nowhere else;
+    2. the folder in the environment variable `EQDISTILL_DATA_DIR`;
+    3. `examples/data` of this repository, which has MNIST;
+    4. `/usr/share/datasets/fashion-mnist`, from Debian's `dataset-fashion-mnist`;
+    5. the user's cache, to which `pooch` downloads missing files. If
+        `EQDISTILL_DATA_DIR` is set, it replaces this cache.
+
+    In each folder the files may be in a subfolder with the name of the dataset. Those
+    of CIFAR-10 may be in a subfolder `cifar-10-batches-bin`.
+
+    The SHA-256 of MNIST and Fashion-MNIST is always checked. For CIFAR-10 the MD5 of a
+    download is checked, and of local files the size and the number of labels.
 
     **Arguments:**
 
-    - `name`: one of the above.
-    - `data_dir`: the folder of the files. Defaults to the first of the above folders
-        that has them.
+    - `name`: one of the names above.
+    - `data_dir`: the folder of the files. By default, the folders above are searched.
 
     **Returns:**
 
-    The pair of the training and the test [`eqdistill.Dataset`][], with `uint8` images:
-    of shape `(height, width)` if they are grey, and `(3, height, width)` if they are
-    in colour.
+    The training and the test [`eqdistill.Dataset`][], with `uint8` images of shape
+    `(height, width)` if they are grey, or `(3, height, width)` if they are in colour.
 
     **Raises:**
 
-    - A `ValueError` if there is no dataset of that name, or if a file is truncated or
-        corrupt, or of another dataset.
-    - A `FileNotFoundError` if `data_dir` does not exist or has no such files, some but
-        not all of the files are in a folder, or none is anywhere and they cannot be
-        downloaded.
+    - A `ValueError` if there is no dataset of that name, or if a file is truncated,
+        corrupt, or from another dataset.
+    - A `FileNotFoundError` if `data_dir` lacks a file, or if the files are nowhere and
+        cannot be downloaded.
 
     Source: LeCun, Cortes and Burges, *MNIST*, 1998; Xiao et al., *Fashion-MNIST*, 2017;
     Krizhevsky, *Learning multiple layers of features from tiny images*, 2009.
     """
     if name == "digits":
         return _load_digits()
-    if name not in SOURCES:
-        known = ", ".join(repr(known) for known in (*SOURCES, "digits"))
+    if name not in _SOURCES:
+        known = ", ".join(repr(known) for known in (*_SOURCES, "digits"))
         raise ValueError(f"`name` must be one of {known}; got {name!r}.")
-    source = SOURCES[name]
-    if data_dir is None:
-        folders = _folders(name, source)
-    else:
-        folders = _in("`data_dir`", data_dir, name, source)
+    source = _SOURCES[name]
+    folders = list(_folders(name, source.system, data_dir))
     for folder in folders:
-        paths = _find(folder, source.format.files)
-        if paths is not None:
-            break
-    else:
-        if data_dir is not None:
-            wanted = ", ".join(names[0] for names in source.format.files.values())
-            raise FileNotFoundError(
-                f"`data_dir` must have the files of {name!r}, which are {wanted}; "
-                f"{str(data_dir)!r} has none of them."
-            )
-        paths = _download(name, source, folders)
-    return source.format.read(paths)
+        for files in (source.registry, source.files):
+            paths = [folder / file for file in files]
+            if all(path.is_file() for path in paths):
+                return source.read(paths, [*source.files.values()])
+    if data_dir is None:
+        return source.read(_download(name, folders), [*source.files.values()])
+    raise FileNotFoundError(
+        f"`data_dir` must be a folder with all files of {name!r}: "
+        f"{', '.join(source.files)}; got {str(data_dir)!r}."
+    )
 
 
-def _folders(name: str, source: Source) -> list[Path]:
-    """Where the files may be if no folder is given."""
-    folders = []
-    named = os.environ.get("EQDISTILL_DATA_DIR")
-    if named:
-        variable = "The environment variable `EQDISTILL_DATA_DIR`"
-        folders += _in(variable, named, name, source)
-    folders += _below(Path(__file__).parents[1] / "examples" / "data", name, source)
-    others = [folder for folder in (source.system, _cache(name)) if folder]
-    return folders + [f / sub for f in others for sub in source.format.subfolders]
+def _folders(name: str, system: Path | None, data_dir) -> Iterator[Path]:
+    shipped = Path(__file__).parents[1] / "examples" / "data"
+    roots = [os.environ.get("EQDISTILL_DATA_DIR"), shipped, system]
+    for root in roots if data_dir is None else [data_dir]:
+        for folder in (Path(root) / name, Path(root)) if root else ():
+            yield from (folder, folder / "cifar-10-batches-bin")
 
 
-def _in(
-    origin: str, folder: str | os.PathLike, name: str, source: Source
-) -> list[Path]:
-    """**Raises:**
-
-    A `FileNotFoundError` if there is no such folder.
-    """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(
-            f"{origin} must name a folder that exists; got {str(folder)!r}."
-        )
-    return _below(Path(folder), name, source)
-
-
-def _below(root: Path, name: str, source: Source) -> list[Path]:
-    return [f / sub for f in (root / name, root) for sub in source.format.subfolders]
-
-
-def _find(folder: Path, files: dict[str, tuple[str, ...]]) -> dict[str, Path] | None:
-    """The dataset's files, if they are all in a folder; nothing, if none is."""
-    found = {
-        file: folder / name
-        for file, names in files.items()
-        for name in names
-        if (folder / name).is_file()
-    }
-    if not found:
-        return None
-    missing = [names for file, names in files.items() if file not in found]
-    if missing:
-        wanted = ", ".join(" or ".join(names) for names in missing)
-        raise FileNotFoundError(
-            f"{folder} has {', '.join(found)}, but not {wanted}. Put all "
-            f"{len(files)} files there, or none."
-        )
-    return found
-
-
-def _cache(name: str) -> Path | None:
+def _download(name: str, folders: list[Path]) -> list[Path]:
+    """Downloads what the cache does not have. Pooch moves a file there only if its hash
+    is right."""
+    source = _SOURCES[name]
     try:
-        # Pooch imports the progress bar of notebooks, which warns without widgets.
+        # Pooch imports tqdm's progress bar for notebooks, which warns without widgets.
         with warnings.catch_warnings(action="ignore"):
             import pooch
-    except ImportError:
-        return None
-    return Path(pooch.os_cache("eqdistill")) / name
-
-
-def _download(name: str, source: Source, folders: list[Path]) -> dict[str, Path]:
-    files = source.format.files
-    absent = (
-        f"The files of {name!r} are in none of: "
-        f"{'; '.join(str(folder) for folder in folders)}"
-    )
-    advice = (
-        f"Put the files {', '.join(names[0] for names in files.values())} into a "
-        "folder, and name that by `data_dir` or the environment variable "
-        "`EQDISTILL_DATA_DIR`."
-    )
-    cache = _cache(name)
-    if cache is None:
-        raise FileNotFoundError(
-            f"{absent}. To download them, pip install 'eqdistill[data]'. {advice}"
+        cache = pooch.create(
+            pooch.os_cache("eqdistill"),
+            base_url=source.url,
+            env="EQDISTILL_DATA_DIR",
+            registry={f"{name}/{f}": known for f, known in source.registry.items()},
+            urls={f"{name}/{f}": source.url + f for f in source.registry},
         )
-    import pooch
-
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    # Nothing is put into the cache until all of it is there and has been checked.
-    with tempfile.TemporaryDirectory(dir=cache.parent) as folder:
-        for download in source.format.downloads:
-            url = f"{source.url}{download}"
-            try:
-                path = pooch.retrieve(url, None, fname=download, path=folder)
-            except Exception as e:
-                raise FileNotFoundError(
-                    f"{absent}; and {url} could not be downloaded ({e}). {advice}"
-                ) from e
-            source.format.accept(Path(path))
-        shutil.copytree(folder, cache, dirs_exist_ok=True)
-    paths = _find(cache, files)
-    assert paths is not None
-    return paths
+        return [Path(cache.fetch(file)) for file in cache.registry]
+    except (ImportError, OSError) as e:  # Pooch raises subclasses of `OSError`.
+        raise FileNotFoundError(
+            f"The files of {name!r} are in none of these folders: "
+            f"{', '.join(map(str, folders))}; and could not be downloaded from "
+            f"{source.url}: {e}. To download files, pip install 'eqdistill[data]'. To "
+            f"use your own, put {', '.join(source.registry)} into a folder, and pass "
+            "it as `data_dir`."
+        ) from e
 
 
 def _load_digits() -> tuple[Dataset, Dataset]:
@@ -193,9 +198,15 @@ def _load_digits() -> tuple[Dataset, Dataset]:
             "The dataset 'digits' needs scikit-learn: pip install 'eqdistill[data]'."
         ) from e
     pixels, labels = load_digits(return_X_y=True)
-    # From 0 to 16, as they come.
+    # The pixels are from 0 to 16.
     images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
     train, test = train_test_split(
         np.arange(len(labels)), test_size=450, stratify=labels, random_state=0
     )
     return Dataset(images[train], labels[train]), Dataset(images[test], labels[test])
+
+
+def _published_hashes(name: str) -> dict[str, str]:
+    """The SHA-256 of each unpacked file of a dataset, or `{}` if none are published."""
+    files = _SOURCES[name].files if name in _SOURCES else {}
+    return {file: known for file, known in files.items() if known is not None}

@@ -1,10 +1,6 @@
-"""Recipes by which distilled sets are evaluated on networks."""
+"""Recipes: how models are made and trained when a distilled set is evaluated."""
 
-from ._outer._recipe import (
-    evaluate as evaluate,
-    Evaluations as Evaluations,
-    Recipe as Recipe,
-)
+from ._outer._recipe import Recipe as Recipe
 from ._outer._recipes import (
     dc as dc,
     feature_regression as feature_regression,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 class AbstractAugmentation(eqx.Module):
     """A random change of one image, differentiable in the image.
 
-    [`eqdistill.augment`][] applies an augmentation to several images.
+    [`eqdistill.augment.augment`][] applies an augmentation to a batch.
     """
 
     @abc.abstractmethod
@@ -22,7 +22,7 @@ class AbstractAugmentation(eqx.Module):
 
         - `image`: one image, shape `(height, width)` or `(channels, height, width)`,
             floating point.
-        - `key`: a `jax.random.key` for the change. (Keyword only argument.)
+        - `key`: a `jax.random.key`. (Keyword only argument.)
 
         **Returns:**
 
@@ -31,7 +31,7 @@ class AbstractAugmentation(eqx.Module):
 
 
 class Compose(AbstractAugmentation):
-    """Several augmentations, one after the other."""
+    """Several augmentations, applied one after another."""
 
     augmentations: tuple[AbstractAugmentation, ...]
 
@@ -45,7 +45,7 @@ class Compose(AbstractAugmentation):
     def __call__(
         self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
     ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.AbstractAugmentation`][]."""
+        """As [`eqdistill.augment.AbstractAugmentation`][]."""
         keys = jr.split(key, len(self.augmentations))
         for augmentation, own_key in zip(self.augmentations, keys, strict=True):
             image = augmentation(image, key=own_key)
@@ -53,21 +53,23 @@ class Compose(AbstractAugmentation):
 
 
 class OneOf(AbstractAugmentation):
-    """One of several augmentations, drawn at random, all equally likely: for each
-    image anew, or for all images of a batch.
+    """One of several augmentations, drawn at random with equal probability, for each
+    image or for each batch.
 
     !!! Example
 
-        The augmentation of DSA and FRePo, of images of 32 x 32 pixels:
+        The augmentation of DSA and FRePo for images of 32 x 32 pixels:
 
         ```python
-        augmentation = eqd.OneOf(
-            eqd.ColourJitter(),
-            eqd.Crop(4),
-            eqd.Cutout(16),
-            eqd.Flip(),
-            eqd.Affine(scale=1.2),
-            eqd.Affine(rotation=15),
+        from eqdistill import augment
+
+        augmentation = augment.OneOf(
+            augment.ColourJitter(),
+            augment.Crop(4),
+            augment.Cutout(16),
+            augment.Flip(),
+            augment.Affine(scale=1.2),
+            augment.Affine(rotation=15),
             per_batch=True,
         )
         ```
@@ -83,27 +85,30 @@ class OneOf(AbstractAugmentation):
         """**Arguments:**
 
         - `augmentations`: the augmentations, at least one.
-        - `per_batch`: whether [`eqdistill.augment`][] draws one augmentation for all
-            images, whose random numbers differ from image to image. Several times
-            quicker. Inside of an augmentation of one's own there are no batches: the
-            draw is for each image. (Keyword only argument.)
+        - `per_batch`: whether [`eqdistill.augment.augment`][] draws one augmentation
+            for all images. Its random numbers still differ between images. This is
+            several times faster. A custom augmentation that calls a `OneOf` sees single
+            images, so the draw is then for each image. (Keyword only argument.)
 
         **Raises:**
 
-        A `ValueError` if there are none.
+        A `ValueError` if there are no augmentations.
         """
         if not augmentations:
-            raise ValueError("`augmentations` must be at least one; got none.")
+            raise ValueError("`augmentations` must have at least one; got none.")
         self.augmentations = augmentations
         self.per_batch = per_batch
 
     def __call__(
         self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
     ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.AbstractAugmentation`][]."""
-        # By default, `a` would be the last augmentation in each of them.
-        branches = [lambda x, key, a=a: a(x, key=key) for a in self.augmentations]
+        """As [`eqdistill.augment.AbstractAugmentation`][]."""
+        branches = [ft.partial(_call, a) for a in self.augmentations]
         return _one_of(branches, image, key)
+
+
+def _call(augmentation: AbstractAugmentation, image: Array, key: PRNGKeyArray):
+    return augmentation(image, key=key)
 
 
 def _one_of(branches: list[Callable], images: Array, key: PRNGKeyArray) -> Array:
@@ -117,18 +122,15 @@ def augment(
     images: Float[Array, "n *shape"],
     *,
     key: PRNGKeyArray,
-    siamese: bool = False,
 ) -> Float[Array, "n *shape"]:
-    r"""Several images, each of which is changed at random, $x_i' = A(x_i, k_i)$.
+    r"""Augments each image of a batch with its own random key, $x_i' = A(x_i, k_i)$.
 
     **Arguments:**
 
     - `augmentation`: the augmentation $A$.
     - `images`: shape `(n, *shape)`, floating point.
-    - `key`: a `jax.random.key`. (Keyword only argument.)
-    - `siamese`: whether all images are changed in the same way, by one key
-        $k_i = k$: then a second call with this key changes other images in the same
-        way, too. (Keyword only argument.)
+    - `key`: a `jax.random.key`, which is split into the $k_i$. (Keyword only
+        argument.)
 
     **Returns:**
 
@@ -137,37 +139,30 @@ def augment(
     **Raises:**
 
     A `ValueError` if the augmentation changes the shape or the dtype of an image.
-
-    Source: Zhao and Bilen, *Dataset Condensation with Differentiable Siamese
-    Augmentation*, 2021.
     """
-    if siamese:
-        changed = jax.vmap(lambda image: augmentation(image, key=key))(images)
-    else:
-        changed = _each(augmentation, images, key)
+    changed = _augment(augmentation, images, key)
     if not eqx.is_array(changed) or changed.shape != images.shape:
         got = jax.tree.map(lambda x: x.shape[1:], changed)
         raise ValueError(
-            "`augmentation` must keep the shape of an image, which is "
-            f"{images.shape[1:]}; that of a {type(augmentation).__name__} is {got}."
+            "`augmentation` must keep the shape of an image, "
+            f"{images.shape[1:]}; {type(augmentation).__name__} returned {got}."
         )
     if changed.dtype != images.dtype:
         raise ValueError(
-            f"`augmentation` must keep the dtype of an image, which is {images.dtype}; "
-            f"that of a {type(augmentation).__name__} is {changed.dtype}."
+            f"`augmentation` must keep the dtype of an image, {images.dtype}; "
+            f"{type(augmentation).__name__} returned {changed.dtype}."
         )
     return changed
 
 
-def _each(augmentation: AbstractAugmentation, images: Array, key: PRNGKeyArray):
-    """The images, each of which is changed by random numbers of its own."""
+def _augment(augmentation: AbstractAugmentation, images: Array, key: PRNGKeyArray):
     if isinstance(augmentation, Compose):
         keys = jr.split(key, len(augmentation.augmentations))
         for part, own_key in zip(augmentation.augmentations, keys, strict=True):
-            images = _each(part, images, own_key)
+            images = _augment(part, images, own_key)
         return images
     if isinstance(augmentation, OneOf) and augmentation.per_batch:
-        branches = [ft.partial(_each, a) for a in augmentation.augmentations]
+        branches = [ft.partial(_augment, a) for a in augmentation.augmentations]
         return _one_of(branches, images, key)
-    apply = lambda image, key: augmentation(image, key=key)
-    return jax.vmap(apply)(images, jr.split(key, len(images)))
+    keys = jr.split(key, len(images))
+    return jax.vmap(ft.partial(_call, augmentation))(images, keys)

@@ -12,12 +12,13 @@ from .._conversions import ArrayOrList, as_array, as_int
 
 
 class Dataset(eqx.Module):
-    r"""Labelled real images: the data that a distilled set is measured against.
+    r"""Labelled real images, from which a set is distilled, or on which it is
+    evaluated.
 
     **Attributes:**
 
     - `images`: shape `(N, *shape)`. Either `uint8` in 0 to 255, as on disk, or
-        floating point in whatever units the classifier expects.
+        floating point in any units.
     - `labels`: class indices in `[0, num_classes)`, shape `(N,)`.
     - `num_classes`: the number of classes $c$.
     - `class_names`: the name of each class, or `None` if the classes have no names.
@@ -38,23 +39,22 @@ class Dataset(eqx.Module):
     ):
         r"""**Arguments:**
 
-        - `images`: real images, shape `(N, *shape)`, `uint8` or floating point. An
-            array, or a list.
-        - `labels`: class indices, shape `(N,)`, any integer type.
-        - `num_classes`: the number of classes. Defaults to the number of names, or
-            without names to the largest label plus one: then each class must have an
-            image.
+        - `images`: an array or a list of shape `(N, *shape)`, `uint8` or floating
+            point.
+        - `labels`: class indices of any integer type, shape `(N,)`.
+        - `num_classes`: the number of classes. Defaults to the number of `class_names`.
+            Without either, it is the largest label plus one, and each class must have
+            an image.
         - `class_names`: one name for each class, or `None`. (Keyword only argument.)
 
         **Raises:**
 
-        A `ValueError` or `TypeError` if there are no images, if there is not one label
-        for each image, if the labels are not integers in `[0, num_classes)`, if a class
-        has no image and `num_classes` does not say that it is one, if there is not one
-        name for each class, or if any image is not finite in the precision that JAX
-        gives it.
+        A `ValueError` or `TypeError` if there are no images, if the labels are not one
+        integer in `[0, num_classes)` for each image, if a class has no image and
+        neither `num_classes` nor `class_names` is given, if the names are not different
+        or not one for each class, or if an image is not finite in JAX's precision.
         """
-        # Checked on the host: a dataset is made once, from concrete arrays.
+        # On the host, because a dataset is made once, from concrete arrays.
         images_ = np.asarray(as_array("images", images))
         labels_ = np.asarray(as_array("labels", labels))
         is_bytes = images_.dtype == np.uint8
@@ -64,7 +64,7 @@ class Dataset(eqx.Module):
             )
         if images_.ndim < 2 or images_.size == 0:
             raise ValueError(
-                "`images` must have shape (N, *shape) and hold at least one pixel; got "
+                "`images` must have shape (N, *shape) and at least one pixel; got "
                 f"shape {images_.shape}."
             )
         if not np.issubdtype(labels_.dtype, np.integer):
@@ -88,16 +88,14 @@ class Dataset(eqx.Module):
             )
         check_at_least(1, num_classes=num_classes)
         if num_classes > np.iinfo(np.int32).max:
-            raise ValueError(
-                f"`num_classes` must be a number of 31 bits; got {num_classes}."
-            )
+            raise ValueError(f"`num_classes` must be below 2^31; got {num_classes}.")
         if labels_.min() < 0 or labels_.max() >= num_classes:
             raise ValueError(
-                f"`labels` must be in [0, {num_classes}), as {given} says; got values "
-                f"from {labels_.min()} to {labels_.max()}."
+                f"`labels` must be in [0, {num_classes}), as set by {given}; got "
+                f"values from {labels_.min()} to {labels_.max()}."
             )
         if not is_bytes:
-            with np.errstate(over="ignore"):  # What is too large becomes infinite.
+            with np.errstate(over="ignore"):  # Infinite values are reported below.
                 images_ = images_.astype(jax.dtypes.canonicalize_dtype(images_.dtype))
         if not is_bytes and not np.isfinite(images_).all():
             raise ValueError(
@@ -120,16 +118,16 @@ class Dataset(eqx.Module):
     def split(
         self, fraction: float, *, key: PRNGKeyArray
     ) -> tuple["Dataset", "Dataset"]:
-        """Holds out a random part of the images, for early stopping and other choices.
+        """Holds out random images, for early stopping and other choices.
 
         **Arguments:**
 
         - `fraction`: the fraction of the images to hold out, between 0 and 1.
-        - `key`: a `jax.random.key` for their choice. (Keyword only argument.)
+        - `key`: a `jax.random.key`. (Keyword only argument.)
 
         **Returns:**
 
-        The images that are kept, and those held out, in random order.
+        The remaining images and the held-out images, both in random order.
 
         **Raises:**
 
@@ -140,50 +138,43 @@ class Dataset(eqx.Module):
         num_held_out = round(fraction * len(self))
         if not 0 < num_held_out < len(self):
             raise ValueError(
-                f"`fraction` must leave at least one of {len(self)} images on either "
-                f"side; got {fraction}."
+                f"`fraction` must give each part at least one of {len(self)} images; "
+                f"got {fraction}."
             )
         order = jr.permutation(key, len(self))
-        kept, held_out = (
-            Dataset(
-                self.images[part],
-                self.labels[part],
-                self.num_classes,
-                class_names=self.class_names,
-            )
-            for part in (order[num_held_out:], order[:num_held_out])
+        held_out, kept = order[:num_held_out], order[num_held_out:]
+        return (
+            self._with(self.images[kept], self.labels[kept]),
+            self._with(self.images[held_out], self.labels[held_out]),
         )
-        return kept, held_out
 
     def map(self, fn: Callable) -> "Dataset":
-        """The dataset whose images are $f(x_i)$, for the images $x_i$ of this one.
+        """Applies a function $f$ to each image $x_i$.
 
         **Arguments:**
 
-        - `fn`: a function $f$ from one image, in floating point as
-            [`Dataset.floating`][] gives it, to another image of any shape; such as an
-            [`eqdistill.AbstractPreprocessing`][].
+        - `fn`: a function $f$ from one image, in the units of
+            [`eqdistill.Dataset.floating`][], to an image of any shape; such as an
+            [`eqdistill.datasets.AbstractPreprocessing`][].
 
         **Returns:**
 
-        A `Dataset` with floating-point images, and the same labels.
+        A `Dataset` of the images $f(x_i)$, in floating point, with the same labels.
 
         **Raises:**
 
-        A `TypeError` or `ValueError` if the images that `fn` gives cannot be those of a
-        dataset.
+        A `TypeError` or `ValueError` if a dataset cannot have the images that `fn`
+        returns.
         """
-        # Chunk by chunk, not in one program: XLA's convolutions are slow in a loop.
+        # A loop in Python, because XLA's convolutions are slow in a `lax.map`.
         images = [
             np.asarray(_map_chunk(fn, self.images[i : i + 1000]))
             for i in range(0, len(self), 1000)
         ]
-        return Dataset(
-            np.concatenate(images),
-            self.labels,
-            self.num_classes,
-            class_names=self.class_names,
-        )
+        return self._with(np.concatenate(images), self.labels)
+
+    def _with(self, images: Array | np.ndarray, labels: Array) -> "Dataset":
+        return Dataset(images, labels, self.num_classes, class_names=self.class_names)
 
     def floating(self) -> Float[Array, "N *shape"]:
         """The images in floating point: `uint8` is scaled to the range 0 to 1."""
@@ -193,8 +184,7 @@ class Dataset(eqx.Module):
     def to_floating(
         images: Float[Array, "N *shape"] | UInt8[Array, "N *shape"],
     ) -> Float[Array, "N *shape"]:
-        """Some images of a dataset in floating point, as [`Dataset.floating`][] gives
-        all of them."""
+        """Converts some images of a dataset, as [`eqdistill.Dataset.floating`][]."""
         if images.dtype == jnp.uint8:
             return images.astype(jnp.result_type(float)) / 255
         return images
@@ -210,13 +200,13 @@ def _count(labels: np.ndarray) -> int:
 
     **Raises:**
 
-    A `ValueError` if the labels are not from 0, or leave one out.
+    A `ValueError` if a class between 0 and the largest label has no image.
     """
     found = np.unique(labels)
     if found[0] != 0 or found[-1] != len(found) - 1:
         raise ValueError(
-            "`labels` must be from 0 to the number of classes less one, each of them "
-            "at least once, unless `num_classes` is given; got "
-            f"{len(found)} different labels from {found[0]} to {found[-1]}."
+            "`labels` must have every class from 0 to the largest; got "
+            f"{len(found)} different labels from {found[0]} to {found[-1]}. Pass "
+            "`num_classes` if some classes have no image."
         )
     return len(found)

@@ -10,24 +10,25 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 from .._checks import check_at_least
 from .._conversions import ArrayOrList, as_array, name_value
 from .._error import error_if
-from .._losses import AbstractLoss, CrossEntropy
+from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from . import _initialisers
 from ._dataset import Dataset
+from ._parameterisation import AbstractParameterisation
 
 
-class DistilledSet(eqx.Module):
-    r"""A distilled set: synthetic images, their labels, and the inner problem that they
-    are made for. It is all that is needed to retrain.
+class DistilledSet(AbstractParameterisation):
+    r"""Synthetic images with their labels, the ridge and the loss: everything that is
+    needed to train a model on them.
 
     **Attributes:**
 
-    - `images`: the synthetic images $\theta$, in the units of the real images that the
-        classifier is meant for, and of any sign.
+    - `images`: the synthetic images $\theta$, in the units of the real images, with
+        pixels of any sign.
     - `labels`: class indices in $[0, c)$; or, in floating point, the logits of soft
         labels ([`eqdistill.CrossEntropy`][]) or targets ([`eqdistill.SquaredError`][]).
-    - `log_l2`: the logarithm of the ridge $\lambda$, so that it stays positive when it
-        is learned.
-    - `loss`: the loss of the inner problem.
+    - `log_l2`: the logarithm of the ridge $\lambda$, which keeps a learned ridge
+        positive.
+    - `loss`: the loss that models are trained with.
     """
 
     images: Float[Array, "n *shape"]
@@ -45,40 +46,39 @@ class DistilledSet(eqx.Module):
     ):
         r"""**Arguments:**
 
-        - `images`: shape `(n, *shape)`, floating point, finite. An array, or a list.
-        - `labels`: either integer class indices of shape `(n,)`, or floating-point
-            labels of shape `(n, c)`, which `loss` gives a meaning.
-        - `l2`: the ridge $\lambda > 0$. Logistic regression does well at 0.1. A network
-            takes 1e-3 or less: a larger ridge shrinks all of its weights to zero.
+        - `images`: an array or a list of shape `(n, *shape)`, floating point, finite.
+        - `labels`: integer class indices of shape `(n,)`; or labels of shape `(n, c)`
+            in floating point, which are interpreted by `loss`.
+        - `l2`: the ridge $\lambda > 0$. Logistic regression works well at 0.1. Networks
+            need 1e-3 or less, as a larger ridge shrinks all of their weights to zero.
             (Keyword only argument.)
-        - `loss`: the loss of the inner problem. (Keyword only argument.)
+        - `loss`: the loss that models are trained with. (Keyword only argument.)
 
         **Raises:**
 
-        A `TypeError` for images or labels of the wrong dtype, a `ValueError` for those
-        of the wrong shape, or for probabilities in the place of logits; and an error
-        (at run time, if the values are traced) if the images or soft labels are not
-        finite, a class index is negative, or `l2` is not positive and finite.
+        A `TypeError` if images or labels have the wrong dtype. A `ValueError` if they
+        have the wrong shape, or if soft labels are probabilities instead of logits. An
+        error, at run time for traced values, if images or soft labels are not finite, a
+        class index is negative, or `l2` is not positive and finite.
         """
         images = jnp.asarray(as_array("images", images))
         labels = as_array("labels", labels)
-        # Before they become narrower.
+        # Checked before JAX narrows them to 32 bits.
         is_wide = isinstance(labels, np.ndarray) and labels.dtype.kind in "iu"
         if is_wide and labels.size and labels.max() >= 2**31:
             raise ValueError(
-                "`labels` must be class indices of 31 bits; got values up to "
+                "`labels` must be class indices below 2^31; got values up to "
                 f"{labels.max()}."
             )
         labels = jnp.asarray(labels)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
-                "`images` must be floating point, since they are to be learned; got "
-                f"dtype {images.dtype}. Real images become so by "
-                "`Dataset.floating`."
+                "`images` must be floating point, because they are learned; got dtype "
+                f"{images.dtype}. `Dataset.floating` converts real images."
             )
         if images.ndim < 2 or images.size == 0:
             raise ValueError(
-                "`images` must have shape (n, *shape) and hold at least one pixel; got "
+                "`images` must have shape (n, *shape) and at least one pixel; got "
                 f"shape {images.shape}."
             )
         if jnp.issubdtype(labels.dtype, jnp.integer):
@@ -92,7 +92,7 @@ class DistilledSet(eqx.Module):
             )
         if labels.ndim != ndim or labels.shape[0] != images.shape[0]:
             raise ValueError(
-                f"`labels` of dtype {labels.dtype} must be {wanted} with "
+                f"`labels` of dtype {labels.dtype} must be {wanted}, where "
                 f"n = {images.shape[0]} as in `images`; got shape {labels.shape}."
             )
         l2 = jnp.asarray(as_array("l2", l2), images.dtype)
@@ -112,8 +112,8 @@ class DistilledSet(eqx.Module):
         if ndim == 2 and isinstance(loss, CrossEntropy) and _are_probabilities(labels):
             raise ValueError(
                 "`labels` in floating point must be logits for `CrossEntropy`; got "
-                "probabilities, which are at least 0 and have a sum of 1 in each row. "
-                "Take their logarithms, or class indices for one-hot rows."
+                "probabilities: each row is non-negative and sums to 1. Take their "
+                "logarithms, or replace one-hot rows by class indices."
             )
         self.log_l2 = jnp.log(
             error_if(
@@ -125,9 +125,41 @@ class DistilledSet(eqx.Module):
         self.loss = loss
 
     def decode(self) -> "DistilledSet":
-        """The distilled set itself. Other parameterisations of a distilled set, which
-        learn something else than its images, have a `decode` too."""
+        """**Returns:**
+
+        The distilled set itself.
+        """
         return self
+
+    def with_targets(self, num_classes: int) -> "DistilledSet":
+        r"""Replaces class indices $y$ by learnable targets $e_y - 1/c$ of
+        [`eqdistill.SquaredError`][].
+
+        **Arguments:**
+
+        - `num_classes`: the number of classes $c$.
+
+        **Returns:**
+
+        A `DistilledSet` with labels of shape `(n, c)` and the loss `SquaredError()`.
+
+        **Raises:**
+
+        A `ValueError` if the labels are not class indices in $[0, c)$.
+        """
+        if self.labels.ndim != 1:
+            raise ValueError(
+                "`with_targets` needs class indices as labels; got labels of shape "
+                f"{self.labels.shape} in floating point."
+            )
+        labels = error_if(
+            self.labels,
+            lambda x: (x >= num_classes).any(),
+            f"`num_classes` must be larger than every label; got {num_classes}.",
+        )
+        loss = SquaredError()
+        targets = loss.targets(labels, num_classes).astype(self.images.dtype)
+        return eqx.tree_at(lambda d: (d.labels, d.loss), self, (targets, loss))
 
     @classmethod
     def from_noise(
@@ -144,20 +176,20 @@ class DistilledSet(eqx.Module):
         **Arguments:**
 
         - `train`: the dataset to distil, for the shape of its images and its classes.
-        - `n`: the number of images. Their labels run through the classes in turn, so
-            that `n = m * num_classes` gives `m` images per class. Defaults to one
-            image per class.
-        - `l2`: the ridge $\lambda > 0$, as for [`eqdistill.DistilledSet`][]. (Keyword
+        - `n`: the number of images. Labels cycle through the classes, so that
+            `n = m * num_classes` gives `m` images per class. Defaults to one image per
+            class.
+        - `l2`: the ridge $\lambda > 0$, as in [`eqdistill.DistilledSet`][]. (Keyword
             only argument.)
-        - `scale`: the standard deviation $s > 0$. A convex inner problem does best from
-            weak noise: JAXopt's notebook takes one over the number of pixels of an
-            image. A network does best from noise as strong as its data, such as 0.3.
-            (Keyword only argument.)
-        - `key`: a `jax.random.key` for the noise. (Keyword only argument.)
+        - `scale`: the standard deviation $s > 0$. Linear models work best from weak
+            noise: JAXopt's notebook takes one over the number of pixels of an image.
+            Networks need noise as strong as the data, such as 0.3. (Keyword only
+            argument.)
+        - `key`: a `jax.random.key`. (Keyword only argument.)
 
         **Returns:**
 
-        A `DistilledSet` with hard labels.
+        A `DistilledSet` with class indices as labels.
 
         **Raises:**
 
@@ -182,19 +214,16 @@ class DistilledSet(eqx.Module):
     ) -> "DistilledSet":
         r"""Random real images of each class, without repeats.
 
-        **Arguments:**
-
-        - `train`: the dataset to distil.
-        - `n`, `l2`: as for [`eqdistill.DistilledSet.from_noise`][].
-        - `key`: a `jax.random.key` for the choice. (Keyword only argument.)
+        **Arguments:** as in [`eqdistill.DistilledSet.from_noise`][].
 
         **Returns:**
 
-        A `DistilledSet` with hard labels.
+        A `DistilledSet` with class indices as labels.
 
         **Raises:**
 
-        A `ValueError` if `n` asks for more images of a class than `train` has.
+        A `ValueError` if `n` is not positive, or if it requires more images of a class
+        than `train` has.
 
         Source: the baseline of random real images in Wang et al., *Dataset
         Distillation*, 2018.
@@ -213,19 +242,7 @@ class DistilledSet(eqx.Module):
         r"""The mean of each class; with several images per class, the means of random
         disjoint parts of the class, equal in size to within one image.
 
-        **Arguments:**
-
-        - `train`: the dataset to distil.
-        - `n`, `l2`: as for [`eqdistill.DistilledSet.from_noise`][].
-        - `key`: a `jax.random.key` for the parts. (Keyword only argument.)
-
-        **Returns:**
-
-        A `DistilledSet` with hard labels.
-
-        **Raises:**
-
-        A `ValueError` if `n` asks for more images of a class than `train` has.
+        Arguments, result and errors are as for [`eqdistill.DistilledSet.from_real`][].
         """
         return cls._by_class(train, n, l2, _initialisers.class_means, key)
 
@@ -238,24 +255,11 @@ class DistilledSet(eqx.Module):
         l2: ArrayLike,
         key: PRNGKeyArray,
     ) -> "DistilledSet":
-        r"""The centroids of each class by k-means, from one start that is drawn by
-        k-means++, of at most 30 iterations. With one image per class it is the class
-        mean.
+        r"""The centroids of each class by k-means, from one start by k-means++ and with
+        at most 30 iterations. A single image per class is the class mean.
 
-        **Arguments:**
-
-        - `train`: the dataset to distil.
-        - `n`, `l2`: as for [`eqdistill.DistilledSet.from_noise`][].
-        - `key`: a `jax.random.key` for the start. (Keyword only argument.)
-
-        **Returns:**
-
-        A `DistilledSet` with hard labels.
-
-        **Raises:**
-
-        A `ValueError` if `n` asks for more images of a class than `train` has.
-        An `ImportError` without scikit-learn, which is in `eqdistill[data]`.
+        Arguments, result and errors are as for [`eqdistill.DistilledSet.from_real`][].
+        Raises an `ImportError` without scikit-learn, which is in `eqdistill[data]`.
 
         Source: the k-means baseline of Wang et al., *Dataset Distillation*, 2018; Lloyd
         1982.
@@ -271,27 +275,15 @@ class DistilledSet(eqx.Module):
         l2: ArrayLike,
         key: PRNGKeyArray,
     ) -> "DistilledSet":
-        r"""Real images of each class, chosen by greedy herding in pixel space: the
-        next is the one that brings the mean of those chosen nearest to the class mean
-        $\mu$, without repeats,
+        r"""Real images of each class, chosen by greedy herding in pixel space: each
+        image brings the mean of the chosen images as close as possible to the class
+        mean $\mu$, without repeats,
 
         $$x_{i} = \arg\min_x \left\| \mu - \frac{1}{i} \Big(x + \sum_{j<i} x_j\Big)
         \right\|.$$
 
-        **Arguments:**
-
-        - `train`: the dataset to distil.
-        - `n`, `l2`: as for [`eqdistill.DistilledSet.from_noise`][].
-        - `key`: not used, as there is nothing random in this. It is here so that all
-            constructors are called alike. (Keyword only argument.)
-
-        **Returns:**
-
-        A `DistilledSet` with hard labels.
-
-        **Raises:**
-
-        A `ValueError` if `n` asks for more images of a class than `train` has.
+        Arguments, result and errors are as for [`eqdistill.DistilledSet.from_real`][].
+        The choice is deterministic, so `key` has no effect.
 
         Source: Welling, *Herding dynamical weights to learn*, 2009; in this greedy
         form, Rebuffi et al., *iCaRL*, 2017, Algorithm 4.
@@ -319,7 +311,7 @@ class DistilledSet(eqx.Module):
 
 
 def _are_probabilities(labels: Array) -> bool:
-    """Whether labels that are not traced can be nothing else."""
+    """Whether labels are concrete, and every row is a probability distribution."""
     if isinstance(labels, jax.core.Tracer):
         return False
     rows = np.asarray(labels, np.float64)

@@ -11,17 +11,16 @@ from ._augmentation import AbstractAugmentation
 
 
 class Affine(AbstractAugmentation):
-    r"""A random scaling, rotation and shift about the centre $m$ of the image,
+    r"""A random scaling, rotation and shift around the centre $m$ of the image,
 
     $$x'(u) = x(m + s \odot R_\alpha (u - m) + t),$$
 
-    with bilinear interpolation at the pixel $u$. Outside of the image, $x$ is zero.
-    The rotation $R_\alpha$, the factors $s$ of the two axes and the shift $t$ are
-    uniform.
+    with bilinear interpolation at each pixel $u$. The image $x$ is zero outside its
+    borders. The angle $\alpha$, the factors $s$ of the two axes and the shift $t$ have
+    uniform distributions.
 
-    Source: the rotation and the scaling of differentiable siamese augmentation, Zhao
-    and Bilen, *Dataset Condensation with Differentiable Siamese Augmentation*, 2021:
-    `Affine(rotation=15)` and `Affine(scale=1.2)`.
+    Source: Zhao and Bilen, *Dataset Condensation with Differentiable Siamese
+    Augmentation*, 2021, use `Affine(rotation=15)` and `Affine(scale=1.2)`.
     """
 
     shift: float = eqx.field(converter=as_float)
@@ -44,10 +43,9 @@ class Affine(AbstractAugmentation):
 
         **Raises:**
 
-        A `ValueError` for an argument that is out of its range.
+        A `ValueError` if an argument is out of its range.
         """
-        check_at_least(0, shift=shift)
-        check_at_least(0, rotation=rotation)
+        check_at_least(0, shift=shift, rotation=rotation)
         check_at_least(1, scale=scale)
         self.shift = shift
         self.rotation = rotation
@@ -56,7 +54,7 @@ class Affine(AbstractAugmentation):
     def __call__(
         self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
     ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.AbstractAugmentation`][]."""
+        """As [`eqdistill.augment.AbstractAugmentation`][]."""
         keys = jr.split(key, 3)
         draw = lambda key, shape, low, high: jr.uniform(
             key, shape, image.dtype, low, high
@@ -68,7 +66,7 @@ class Affine(AbstractAugmentation):
         middle = (height - 1) / 2, (width - 1) / 2
         y, x = jnp.indices((height, width), image.dtype)
         y, x = y - middle[0], x - middle[1]
-        # Without a matrix product, which some accelerators round to 10 bits.
+        # Not a matrix product, because some accelerators round these to 10 bits.
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         rows = middle[0] + scale[0] * (cos * y - sin * x) + shift[0]
         columns = middle[1] + scale[1] * (sin * y + cos * x) + shift[1]
@@ -77,10 +75,10 @@ class Affine(AbstractAugmentation):
 
 
 class Crop(AbstractAugmentation):
-    """A random crop, of the size of the image, of the image padded with zeros.
+    """Pads the image with zeros, and crops it to its size at a random position.
 
-    Source: He et al., *Deep Residual Learning*, 2016; differentiable siamese
-    augmentation, Zhao and Bilen 2021, pads by an eighth of the image.
+    Source: He et al., *Deep Residual Learning*, 2016; Zhao and Bilen 2021 pad by an
+    eighth of the image.
     """
 
     padding: int = eqx.field(converter=as_int)
@@ -88,7 +86,7 @@ class Crop(AbstractAugmentation):
     def __init__(self, padding: int):
         """**Arguments:**
 
-        - `padding`: the number of pixels that are added to each side, at least 0.
+        - `padding`: the number of pixels to add on each side, at least 0.
 
         **Raises:**
 
@@ -100,7 +98,7 @@ class Crop(AbstractAugmentation):
     def __call__(
         self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
     ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.AbstractAugmentation`][]."""
+        """As [`eqdistill.augment.AbstractAugmentation`][]."""
         channels = image.ndim - 2
         widths = [(0, 0)] * channels + [(self.padding, self.padding)] * 2
         first = jr.randint(key, (2,), 0, 2 * self.padding + 1)
@@ -109,9 +107,9 @@ class Crop(AbstractAugmentation):
 
 
 class Flip(AbstractAugmentation):
-    """A reflection of the image from left to right, with some probability.
+    """Reflects the image from left to right, with a given probability.
 
-    Source: differentiable siamese augmentation, Zhao and Bilen 2021.
+    Source: Zhao and Bilen 2021.
     """
 
     probability: float = eqx.field(converter=as_float)
@@ -132,18 +130,17 @@ class Flip(AbstractAugmentation):
     def __call__(
         self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
     ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.AbstractAugmentation`][]."""
+        """As [`eqdistill.augment.AbstractAugmentation`][]."""
         is_flipped = jr.uniform(key, (), image.dtype) < self.probability
         return jnp.where(is_flipped, image[..., ::-1], image)
 
 
 class Cutout(AbstractAugmentation):
-    """Zeros in a square with a random centre in the image. Near an edge of the image,
-    only a part of the square lies in the image.
+    """Sets a square with a random centre in the image to zero. Near an edge, part of
+    the square is outside the image.
 
     Source: DeVries and Taylor, *Improved Regularization of Convolutional Neural
-    Networks with Cutout*, 2017; differentiable siamese augmentation, Zhao and Bilen
-    2021, cuts half of the side of the image.
+    Networks with Cutout*, 2017; Zhao and Bilen 2021 take half of the side of the image.
     """
 
     size: int = eqx.field(converter=as_int)
@@ -163,7 +160,7 @@ class Cutout(AbstractAugmentation):
     def __call__(
         self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
     ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.AbstractAugmentation`][]."""
+        """As [`eqdistill.augment.AbstractAugmentation`][]."""
         height, width = image.shape[-2:]
         centre = jr.randint(key, (2,), 0, jnp.array([height, width]))
         y, x = jnp.indices((height, width)) - (centre - self.size // 2)[:, None, None]
@@ -178,10 +175,10 @@ class ColourJitter(AbstractAugmentation):
     x \leftarrow \bar x + k (x - \bar x),$$
 
     with the mean $\bar x_c$ of the channels of each pixel and the mean $\bar x$ of the
-    image. The numbers $b$, $s$ and $k$ are uniform. A grey image has no saturation.
+    image. The numbers $b$, $s$ and $k$ have uniform distributions. The saturation of
+    grey images does not change.
 
-    Source: the colour jitter of differentiable siamese augmentation, Zhao and Bilen
-    2021, whose strengths are the defaults.
+    Source: Zhao and Bilen 2021, whose strengths are the defaults.
     """
 
     brightness: float = eqx.field(converter=as_float)
@@ -203,11 +200,11 @@ class ColourJitter(AbstractAugmentation):
 
         **Raises:**
 
-        A `ValueError` for an argument that is negative.
+        A `ValueError` if an argument is negative.
         """
-        check_at_least(0, brightness=brightness)
-        check_at_least(0, saturation=saturation)
-        check_at_least(0, contrast=contrast)
+        check_at_least(
+            0, brightness=brightness, saturation=saturation, contrast=contrast
+        )
         self.brightness = brightness
         self.saturation = saturation
         self.contrast = contrast
@@ -215,7 +212,7 @@ class ColourJitter(AbstractAugmentation):
     def __call__(
         self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
     ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.AbstractAugmentation`][]."""
+        """As [`eqdistill.augment.AbstractAugmentation`][]."""
         draws = jr.uniform(key, (3,), image.dtype, -1, 1)
         image = image + self.brightness * draws[0]
         if image.ndim > 2:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
-# Pillow's names of the kinds of pixels in these formats, but for grey of 16 bits.
+# Pillow's pixel modes in these formats, except for 16-bit grey.
 _GREY = ("1", "L", "LA")
 _COLOUR = ("P", "RGB", "RGBA", "RGBX", "CMYK")
-# How many images a thread reads at a time.
+# The number of images that a thread reads at a time.
 _CHUNK = 64
 
 
@@ -27,37 +27,36 @@ def from_folder(
 ) -> Dataset:
     """Loads a folder that has one folder of images for each class.
 
-    The classes are the folders in the order of their names, and the images of a class
-    the files in the order of theirs. Files beside the folders of the classes are not
-    read, and neither is anything whose name begins with a dot.
+    Classes are ordered by the names of their folders, and the images of a class by the
+    names of the files. Files outside the class folders are ignored, and so is
+    everything whose name begins with a dot.
 
-    Images are PNG, JPEG, GIF (the first frame), BMP or WebP, and are read as they are
-    stored: a rotation in their metadata is not applied. An image of one channel, with
-    or without transparency, is grey. Any other becomes RGB of 8 bits, and so does each
-    image with a palette, and each GIF. Transparent pixels are laid on black.
+    Images may be PNG, JPEG, GIF (the first frame is read), BMP or WebP. A rotation in
+    their metadata is not applied. Images with one channel, with or without
+    transparency, are grey. All others, including GIFs and images with a palette, become
+    8-bit RGB. Transparent pixels get a black background.
 
     **Arguments:**
 
     - `path`: the folder.
-    - `size`: the `(height, width)` to which all images are resized, by Pillow's bicubic
-        filter with antialiasing, whatever their aspect ratio. Defaults to the size that
-        all of the images have. (Keyword only argument.)
+    - `size`: the `(height, width)` to resize all images to, by Pillow's bicubic filter
+        with antialiasing, without keeping the aspect ratio. By default, images are not
+        resized. (Keyword only argument.)
 
     **Returns:**
 
     An [`eqdistill.Dataset`][] of `uint8` images, of shape `(height, width)` if they are
-    grey, and `(3, height, width)` if they are in colour. Its `class_names` are the
-    names of the folders.
+    grey, or `(3, height, width)` if they are in colour. Its `class_names` are the names
+    of the folders.
 
     **Raises:**
 
     - A `FileNotFoundError` if `path` is not a folder.
-    - A `ValueError` if `size` is not positive; if there is no folder of a class, or one
-        without images; if the images are of several sizes and `size` is not given, or
-        are partly grey and partly in colour; or if anything in the folder of a class
-        is not an image, is a grey image of more than 8 bits, has more pixels than
-        Pillow considers safe (`PIL.Image.MAX_IMAGE_PIXELS`), or is a link that leads
-        out of `path`.
+    - A `ValueError` if `size` is not positive; if there is no class folder, or one has
+        no images; if images differ in size and `size` is not given; if some are grey
+        and some are in colour; or if anything in a class folder is not an image, is a
+        grey image of more than 8 bits, has more pixels than Pillow considers safe
+        (`PIL.Image.MAX_IMAGE_PIXELS`), or is a link to outside `path`.
     - An `ImportError` without Pillow.
     """
     try:
@@ -75,7 +74,7 @@ def from_folder(
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"`path` must name a folder that exists; got {str(path)!r}."
+            f"`path` must be an existing folder; got {str(path)!r}."
         )
     folders = [entry for entry in _entries(root, root) if entry.is_dir()]
     if not folders:
@@ -88,7 +87,7 @@ def from_folder(
         entries = list(_entries(folder, root))
         if not entries:
             raise ValueError(
-                f"`path` must have images of each class; {folder} has none."
+                f"`path` must have images of each class; {folder} is empty."
             )
         files += entries
         labels += [label] * len(entries)
@@ -100,7 +99,7 @@ def from_folder(
 
 
 def _entries(folder: Path, root: Path) -> Iterator[Path]:
-    """What is in a folder, by name, if the name does not begin with a dot."""
+    """The entries of a folder in the order of their names, without hidden ones."""
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
     for entry in sorted(visible, key=lambda entry: entry.name):
@@ -109,14 +108,14 @@ def _entries(folder: Path, root: Path) -> Iterator[Path]:
             target = Path(os.path.realpath(path))
             if not target.is_relative_to(os.path.realpath(root)):
                 raise ValueError(
-                    f"`path` must have no links that lead out of it; {path} leads to "
-                    f"{target}."
+                    f"`path` must not have links to outside the folder; {path} links "
+                    f"to {target}."
                 )
         yield path
 
 
 def _read_all(files: list[Path], size: tuple[int, ...] | None) -> np.ndarray:
-    """All images in one array, colours last."""
+    """All images in one array, with channels last."""
     first = _read(files[0], size)
     images = np.empty((len(files), *first.shape), np.uint8)
 
@@ -127,10 +126,10 @@ def _read_all(files: list[Path], size: tuple[int, ...] | None) -> np.ndarray:
                 raise _differ(files[0], first, files[i], image)
             images[i] = image
 
-    # Pillow decodes outside of Python's lock.
+    # Pillow releases the GIL when it decodes.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for _ in pool.map(fill, range(0, len(files), _CHUNK)):
-            pass  # Raises the first error.
+            pass  # Iterating raises the first error.
     return images
 
 
@@ -141,13 +140,13 @@ def _differ(
         kinds = {2: "grey", 3: "in colour"}
         return ValueError(
             "The images in `path` must be either all grey or all in colour; "
-            f"{file} is {kinds[image.ndim]}, and {other} {kinds[found.ndim]}."
+            f"{file} is {kinds[image.ndim]}, and {other} is {kinds[found.ndim]}."
         )
     (height, width), (other_height, other_width) = image.shape[:2], found.shape[:2]
     return ValueError(
-        "The images in `path` must be of one size, or resized by `size=(height, "
-        f"width)`; {file} is {height} x {width}, and {other} is {other_height} x "
-        f"{other_width}."
+        f"The images in `path` must have the same size; {file} is {height} x {width}, "
+        f"and {other} is {other_height} x {other_width}. Pass `size=(height, width)` "
+        "to resize them."
     )
 
 
@@ -155,18 +154,18 @@ def _read(file: Path, size: tuple[int, ...] | None) -> np.ndarray:
     """One image, of shape `(height, width)` or `(height, width, 3)`."""
     from PIL import Image
 
-    if not file.is_file():  # To open a pipe would wait for ever.
+    if not file.is_file():  # Opening a pipe would block.
         raise _not_an_image(file, "not a file")
     try:
         with Image.open(file, formats=_FORMATS) as image:
-            # Pillow raises an error only for twice as many, and first warns.
+            # Pillow itself warns, and raises only at twice this number.
             most = Image.MAX_IMAGE_PIXELS
             if most is not None and image.width * image.height > most:
                 raise Image.DecompressionBombError(
-                    f"{image.width * image.height} pixels, where {most} are safe"
+                    f"{image.width * image.height} pixels; the limit is {most}"
                 )
             return _to_array(image, size)
-    # What Pillow raises for a file that is truncated, corrupt, or of another kind.
+    # Pillow raises these for truncated, corrupt and unknown files.
     except (
         OSError,
         SyntaxError,
@@ -179,8 +178,8 @@ def _read(file: Path, size: tuple[int, ...] | None) -> np.ndarray:
 
 def _not_an_image(file: Path, found: str) -> ValueError:
     return ValueError(
-        "`path` must have nothing but images in the folder of a class: PNG, JPEG, GIF, "
-        f"BMP or WebP, which can be read; {file} is not ({found})."
+        "`path` must have only readable PNG, JPEG, GIF, BMP or WebP images in each "
+        f"class folder; {file} is not one ({found})."
     )
 
 
@@ -189,10 +188,9 @@ def _to_array(image: "Image", size: tuple[int, ...] | None) -> np.ndarray:
 
     if image.mode not in _GREY + _COLOUR:
         raise ValueError(
-            f"its pixels are of Pillow's mode {image.mode!r}, where 8 bits for each "
-            "channel were wanted"
+            f"Pillow's mode {image.mode!r}, which is not 8 bits per channel"
         )
-    # Whether the palette of a GIF is grey is up to the program that has written it.
+    # Whether a GIF is grey depends on the program that wrote it.
     mode = "L" if image.mode in _GREY and image.format != "GIF" else "RGB"
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, "black")

@@ -1,6 +1,7 @@
-"""Ways to represent the images of one class by a few images. Each function takes the
-images `x` of one class as rows, and returns `k` rows. The functions run once, on the
-host, and are therefore in NumPy.
+"""Functions that represent the images of one class by a few images.
+
+Each takes the images `x` of one class as rows, and returns `k` rows. They run once, on
+the host, so they are in NumPy.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,12 @@ def by_class(
     choose: Callable,
     key: PRNGKeyArray,
 ) -> Float[np.ndarray, "n *shape"]:
-    """The images for `labels`: those of each class by `choose(x, k, rng)`, from all the
-    real images of that class.
+    """Makes the images for `labels`, those of each class by `choose(x, k, rng)` from
+    the real images of that class.
 
     **Raises:**
 
-    A `ValueError` if a class has fewer real images than are asked for.
+    A `ValueError` if a class has fewer real images than are needed.
     """
     counts = np.bincount(np.asarray(train.labels), minlength=train.num_classes)
     wanted = np.bincount(labels, minlength=train.num_classes)
@@ -31,8 +32,8 @@ def by_class(
     if len(short) > 0:
         class_ = short[0]
         raise ValueError(
-            f"`n` = {len(labels)} asks for {wanted[class_]} images of class {class_}; "
-            f"`train` has {counts[class_]}, and must have as many."
+            f"`n` = {len(labels)} requires {wanted[class_]} images of class {class_}; "
+            f"`train` has {counts[class_]}."
         )
     rng = np.random.default_rng(np.asarray(jr.bits(key, (4,))))
     real = np.asarray(train.floating()).reshape(len(train), -1)
@@ -71,7 +72,7 @@ def kmeans(
             "'eqdistill[data]'."
         ) from e
     seed = int(rng.integers(2**32))
-    # Restarts, or more iterations, change the inertia of MNIST by a thousandth.
+    # More restarts or iterations change the inertia of MNIST by a thousandth.
     solver = KMeans(
         k,
         n_init=1,  # pyright: ignore[reportArgumentType]
@@ -84,17 +85,17 @@ def kmeans(
 def herding(
     x: Float[np.ndarray, "m p"], k: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "k p"]:
-    """Chooses one image after the other: each time the image that brings the mean of
-    the chosen images nearest to the mean of all."""
+    """Images chosen one by one, each to bring the mean of the chosen images as close as
+    possible to the mean of all images."""
     del rng
-    deviations = x - x.mean(axis=0, dtype=np.float64)
-    squares = np.sum(deviations**2, axis=1)
+    centred = x - x.mean(axis=0, dtype=np.float64)
+    squares = np.sum(centred**2, axis=1)
     total = np.zeros(x.shape[1])
     chosen = []
     for _ in range(k):
-        # |total + deviation|^2, less what is the same for all images.
-        distances = squares + 2 * deviations @ total
+        # |total + x|^2, without the term that is the same for all x.
+        distances = squares + 2 * centred @ total
         distances[chosen] = np.inf
         chosen.append(int(np.argmin(distances)))
-        total += deviations[chosen[-1]]
+        total += centred[chosen[-1]]
     return x[chosen]

@@ -5,20 +5,21 @@ import jax
 
 from .._conversions import as_ints
 from ._distilled_set import DistilledSet
+from ._parameterisation import AbstractParameterisation
 from ._pictures import height_and_width
 
 
-class Packed(eqx.Module):
-    r"""Several small images in the room of one: what is learned are images of
-    $h / f \times w / f$ pixels, which `decode` enlarges to $h \times w$ by bilinear
-    interpolation. The bytes of one image have room for $f^2$ of the small ones.
+class Packed(AbstractParameterisation):
+    r"""Stores $f^2$ downsampled images in the space of one. Images of $h / f \times
+    w / f$ pixels are learned, and `decode` enlarges them to $h \times w$ by bilinear
+    interpolation.
 
     !!! Example
 
         ```python
-        real = eqd.DistilledSet.from_real(train, 40, l2=1e-3, key=jr.key(0))
+        real = eqd.DistilledSet.from_real(train, 40, l2=1e-3, key=jax.random.key(0))
         start = eqd.Packed.from_distilled(real, 2)  # as many pixels as ten images
-        result = eqd.distill(start, classifier, train, learn=(True, False))
+        result = eqd.distill(start, model, train, learn=lambda s: s.small.images)
         result.start.small  # the small images
         result.distilled  # forty images of the size of real ones
         ```
@@ -39,7 +40,7 @@ class Packed(eqx.Module):
 
         **Raises:**
 
-        A `ValueError` if `shape` is not a multiple of that of a small image.
+        A `ValueError` if `shape` is not that of a small image, enlarged by an integer.
         """
         shape = as_ints("shape", shape)
         least = small.images.shape[1:]
@@ -48,14 +49,14 @@ class Packed(eqx.Module):
         if shape != (*least[:-2], factor * height, factor * width):
             raise ValueError(
                 "`shape` must be that of a small image with its height and width "
-                f"multiplied by one number; got {shape} for {least}."
+                f"multiplied by one integer; got {shape} for {least}."
             )
         self.small = small
         self.shape = shape
 
     @classmethod
     def from_distilled(cls, distilled: DistilledSet, factor: int = 2) -> "Packed":
-        """Makes the images of a distilled set small: a pixel becomes the mean of a
+        """Downsamples the images of a distilled set: each pixel becomes the mean of a
         square of pixels.
 
         **Arguments:**
@@ -81,7 +82,10 @@ class Packed(eqx.Module):
         return cls(eqx.tree_at(lambda d: d.images, distilled, images), shape[1:])
 
     def decode(self) -> DistilledSet:
-        """The distilled set, with images of the size of real ones."""
+        """**Returns:**
+
+        The distilled set, with images of the size of real ones.
+        """
         shape = (len(self.small), *self.shape)
         images = jax.image.resize(self.small.images, shape, "bilinear")
         return eqx.tree_at(lambda d: d.images, self.small, images)

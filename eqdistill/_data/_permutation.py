@@ -13,16 +13,16 @@ def batch_at(
     *,
     key: PRNGKeyArray,
 ) -> Int[Array, " size"]:
-    """The images of a batch that are drawn at a step: at random, without replacement,
-    until there are fewer left than a batch; then all over again in another order. A
-    function of the key and the step."""
+    """The indices of the batch at a step. Each epoch draws batches without replacement
+    in a new random order, and drops what is left at its end. A function of the key and
+    the step only."""
     epoch, batch = jnp.divmod(step, num_images // size)
     place = batch * size + jnp.arange(size)
     return _permute(place, num_images, half_bits, jr.fold_in(key, epoch))
 
 
 def half_bits(num_images: int) -> int:
-    """Half of the number of bits, rounded up, of the number of any image."""
+    """Half of the number of bits of an image's index, rounded up."""
     return max(1, -(-(num_images - 1).bit_length() // 2))
 
 
@@ -32,12 +32,12 @@ def _permute(
     half_bits: int | Int[Array, ""],
     key: PRNGKeyArray,
 ) -> Int[Array, " size"]:
-    """Where a random permutation of all images takes some places.
+    """Applies a random permutation of all images to some of their indices.
 
-    A Feistel network permutes the numbers of an even number of bits. Numbers that are
-    no image are permuted again, until all are: at most four times as many numbers as
-    images make that quick. `jax.random.permutation` would sort all of the images in
-    each step, which takes 47 ms for 60,000.
+    A Feistel network permutes the integers of an even number of bits, of which there
+    are at most four times as many as images. Indices that are out of range are permuted
+    again. `jax.random.permutation` would sort all images in each step, which takes
+    47 ms for 60,000.
 
     Source: Black and Rogaway, *Ciphers with arbitrary finite domains*, 2002.
     """
@@ -54,10 +54,10 @@ def _permute(
             left, right = right, left ^ ((mixed ^ (mixed >> 16)) & mask)
         return (left << half) | right
 
-    is_no_image = lambda x: x >= num_images
+    is_out_of_range = lambda x: x >= num_images
     found = jax.lax.while_loop(
-        lambda x: jnp.any(is_no_image(x)),
-        lambda x: jnp.where(is_no_image(x), once(x), x),
+        lambda x: jnp.any(is_out_of_range(x)),
+        lambda x: jnp.where(is_out_of_range(x), once(x), x),
         once(place.astype(jnp.uint32)),
     )
     return found.astype(place.dtype)

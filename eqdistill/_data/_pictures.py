@@ -2,7 +2,7 @@ import numpy as np
 
 
 def to_pictures(images: np.ndarray) -> np.ndarray:
-    """Images as Pillow and Matplotlib take them.
+    """Arranges images as Pillow and Matplotlib expect them.
 
     **Arguments:**
 
@@ -10,8 +10,8 @@ def to_pictures(images: np.ndarray) -> np.ndarray:
 
     **Returns:**
 
-    The images in shape `(n, height, width)` if they are grey, and
-    `(n, height, width, 3)` if they are in colour.
+    Grey images in shape `(n, height, width)`, or colour images in shape
+    `(n, height, width, 3)`.
 
     **Raises:**
 
@@ -29,7 +29,7 @@ def to_pictures(images: np.ndarray) -> np.ndarray:
     elif len(large) == 2:
         return images.reshape(n, *large)
     raise ValueError(
-        "`distilled` must have grey images of shape (height, width), but for axes of "
+        "`distilled` must have grey images of shape (height, width), up to axes of "
         "size 1, or colour images of shape (height, width, 3) or (3, height, width); "
         f"got {tuple(shape)}."
     )
@@ -38,7 +38,7 @@ def to_pictures(images: np.ndarray) -> np.ndarray:
 def height_and_width(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """**Raises:**
 
-    A `ValueError` if the images of the argument `name` are no pictures.
+    A `ValueError` if the argument `name` does not have images, channels first.
     """
     is_channels_last = len(shape) == 3 and shape[2] in (1, 3) and shape[0] > 3
     if len(shape) not in (2, 3) or is_channels_last:

@@ -17,7 +17,7 @@ from ._dataset import Dataset
 class AbstractPreprocessing(eqx.Module):
     """An invertible map of one image, fitted to real images.
 
-    [`eqdistill.Dataset.map`][] applies such a map to all images of a dataset.
+    [`eqdistill.Dataset.map`][] applies it to all images of a dataset.
     """
 
     @abc.abstractmethod
@@ -44,14 +44,14 @@ class AbstractPreprocessing(eqx.Module):
 
 
 class Standardisation(AbstractPreprocessing):
-    r"""Images of mean zero and deviation one in each channel $c$,
+    r"""Gives each channel $c$ mean zero and standard deviation one,
 
     $$z_c = (x_c - \mu_c) / \sigma_c.$$
 
     **Attributes:**
 
     - `mean`, `deviation`: $\mu$ and $\sigma$, shape `(channels, 1, 1)`. Images with
-        fewer axes have one channel, and as many axes of size 1.
+        fewer than three axes have one channel; all axes of $\mu$ then have size 1.
     """
 
     mean: Float[Array, "*ones"]
@@ -65,11 +65,11 @@ class Standardisation(AbstractPreprocessing):
 
         **Returns:**
 
-        The standardisation by the mean and the deviation of these images.
+        The standardisation by the mean and the standard deviation of these images.
 
         **Raises:**
 
-        A `ValueError` if a channel is the same throughout.
+        A `ValueError` if a channel is constant.
         """
         axes = (0, 2, 3) if len(train.shape) == 3 else tuple(range(train.images.ndim))
 
@@ -78,26 +78,26 @@ class Standardisation(AbstractPreprocessing):
 
         mean = _mean_of_chunks(train, mean_over)
         variance = _mean_of_chunks(train, lambda x: mean_over((x - mean) ** 2))
-        # Of a constant, in single precision, rounding is left.
+        # In float32, a constant channel has rounding-level variance.
         if not (variance > 1e-12 * (1 + mean**2)).all():
             raise ValueError(
-                "`train` must have channels that vary; got channels of the variances "
+                "`train` must have channels that vary; got channels with variances "
                 f"{variance.ravel()}."
             )
         return cls(_to_device(mean), _to_device(np.sqrt(variance)))
 
     def __call__(self, image):
-        """As [`eqdistill.AbstractPreprocessing`][].
+        """As [`eqdistill.datasets.AbstractPreprocessing`][].
 
         **Raises:**
 
-        A `ValueError` if the image has other channels than the real images had.
+        A `ValueError` if the image does not have the channels of the real images.
         """
         self._check(image)
         return (image - self.mean) / self.deviation
 
     def inverse(self, image):
-        """As [`eqdistill.AbstractPreprocessing`][], and as a call."""
+        """As [`eqdistill.datasets.AbstractPreprocessing`][]; raises as a call does."""
         self._check(image)
         return self.mean + self.deviation * image
 
@@ -114,24 +114,25 @@ class Standardisation(AbstractPreprocessing):
 
 
 class ZCA(AbstractPreprocessing):
-    r"""Regularised whitening that stays near the image,
+    r"""Regularised whitening with a symmetric matrix, which changes the image as
+    little as possible,
 
     $$z = W (x - \mu), \qquad W = U \Big(\Lambda + \rho \frac{\mathrm{tr}\, \Lambda}{p}
     I\Big)^{-1/2} U^\top,$$
 
-    with the covariance $U \Lambda U^\top$ of the $p$ pixels and channels about their
-    mean $\mu$.
+    with the mean $\mu$ and the covariance $U \Lambda U^\top$ of the $p$ pixels and
+    channels.
 
     **Attributes:**
 
-    - `mean`: $\mu$, of the shape of an image.
+    - `mean`: $\mu$, in the shape of an image.
     - `whitening`: the matrix $W$, shape `(p, p)`.
     - `regularisation`: $\rho$.
 
     Source: Coates and Ng, *Learning Feature Representations with K-means*, 2012. The
-    regularisation relative to the mean eigenvalue is that of Nguyen et al., *Dataset
-    Distillation with Infinitely Wide Convolutional Networks*, 2021. They divide each
-    image by its norm before, which has no inverse.
+    regularisation relative to the mean eigenvalue is from Nguyen et al., *Dataset
+    Distillation with Infinitely Wide Convolutional Networks*, 2021. They first divide
+    each image by its norm, which is not invertible.
     """
 
     mean: Float[Array, "*shape"]
@@ -153,8 +154,8 @@ class ZCA(AbstractPreprocessing):
 
         **Raises:**
 
-        A `ValueError` if `regularisation` is negative, or too small for a covariance
-        that is singular.
+        A `ValueError` if `regularisation` is negative, or too small for a singular
+        covariance.
         """
         if not 0 <= regularisation < np.inf:
             raise ValueError(
@@ -166,25 +167,25 @@ class ZCA(AbstractPreprocessing):
         covariance = _mean_of_chunks(
             train, lambda x: np.asarray(_moments(rows((x - mean).astype(x.dtype))))
         )
-        # On one thread: several are slower, and go on spinning afterwards.
+        # One thread: several are slower, and keep spinning afterwards.
         with threadpool_limits(limits=1, user_api="blas"):
             eigenvalues, vectors = scipy.linalg.eigh(covariance, driver="evd")
             eigenvalues = eigenvalues + regularisation * np.mean(eigenvalues)
             rounding = 10 * np.finfo(jnp.result_type(float)).eps
             if not eigenvalues[0] > rounding * eigenvalues[-1]:
                 raise ValueError(
-                    "`regularisation` must be larger, as the covariance of the images "
-                    f"of `train` is singular; got {regularisation}."
+                    "`regularisation` must be larger, because the covariance of "
+                    f"`train` is singular; got {regularisation}."
                 )
             whitening = (vectors / np.sqrt(eigenvalues)) @ vectors.T
         return cls(_to_device(mean), _to_device(whitening), regularisation)
 
     def __call__(self, image):
-        """As [`eqdistill.AbstractPreprocessing`][].
+        """As [`eqdistill.datasets.AbstractPreprocessing`][].
 
         **Raises:**
 
-        A `ValueError` if the image is not of the shape of the real images.
+        A `ValueError` if the image does not have the shape of the real images.
         """
         if image.shape != self.mean.shape:
             raise ValueError(
@@ -195,13 +196,13 @@ class ZCA(AbstractPreprocessing):
         return whitened.reshape(image.shape)
 
     def inverse(self, image):
-        """As [`eqdistill.AbstractPreprocessing`][]."""
-        # A solve, so that one matrix of p x p is all that is kept.
+        """As [`eqdistill.datasets.AbstractPreprocessing`][]."""
+        # Solve, so that only one matrix of p x p is stored.
         centred = jax.scipy.linalg.solve(self.whitening, image.ravel(), assume_a="pos")
         return self.mean + centred.reshape(image.shape)
 
 
-# By default, some accelerators round what they multiply to 10 bits.
+# By default, some accelerators round factors to 10 bits.
 _product = functools.partial(jnp.matmul, precision="highest")
 
 
@@ -211,8 +212,8 @@ def _moments(rows: Float[Array, "rows p"]) -> Float[Array, "p p"]:
 
 
 def _mean_of_chunks(train: Dataset, mean: Callable) -> np.ndarray:
-    """The mean over all images of what `mean` gives for some of them, in double
-    precision."""
+    """The mean over all images, in double precision. `mean` returns the mean over the
+    images of one chunk."""
     total = np.zeros(())
     for first in range(0, len(train), 1000):
         chunk = np.asarray(Dataset.to_floating(train.images[first : first + 1000]))

@@ -1,27 +1,23 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
-from .._checks import (
-    array_difference,
-    check_model,
-    check_key,
-    count_outputs,
-)
+from .._checks import array_difference, check_model, count_outputs
 from .._data._distilled_set import DistilledSet
-from .._error import error_if
 from ._auto_solver import AutoSolver
-from ._inner_solver import AbstractDrawingSolver, AbstractInnerSolver, Fitted
+from ._inner_solver import AbstractInnerSolver, Fitted
 
 
 NOT_CONVERGED = "the inner solver did not converge"
 COLLAPSED = (
-    "the fit has collapsed: the model gives every distilled image the same "
-    "logits, and nothing can be learned from it. The ridge is too large for this "
-    "network, or the images are too weak: try `l2=1e-3` or less, and images as strong "
-    "as the data, such as noise with `scale=0.3`"
+    "the fit has collapsed: the model gives every distilled image the same outputs, and "
+    "nothing can be learned from it. The ridge is too large for this model, or the "
+    "images are too weak: try `l2=1e-3` or less, and images as strong as the data, such "
+    "as noise with `scale=0.3`"
 )
 
 
@@ -40,15 +36,13 @@ def fit(
     **Arguments:**
 
     - `distilled`: the distilled set.
-    - `model`: an `equinox.Module` from one image, of shape `(*shape,)`, to its
-        logits, of shape `(c,)`. Its [`eqdistill.parameters`][] are fitted. Or `None`,
-        for an [`eqdistill.AbstractDrawingSolver`][], such as [`eqdistill.Pool`][].
+    - `model`: an `equinox.Module` from one example, of shape `(*shape,)`, to its
+        outputs, of shape `(c,)`. Its [`eqdistill.nn.parameters`][] are fitted.
     - `inner`: how to fit it.
-    - `key`: a `jax.random.key`, for a solver that draws random numbers. (Keyword only
-        argument.)
-    - `throw`: what to do if the fit does not converge, or collapses. If `True` then an
-        error is raised; if `False` then `converged` and `collapsed` of the result tell.
-        (Keyword only argument.)
+    - `key`: a `jax.random.key`, for solvers that draw random numbers. Defaults to
+        `jax.random.key(0)`. (Keyword only argument.)
+    - `throw`: whether to raise an error if the fit does not converge, or collapses. If
+        `False`, see `converged` and `collapsed` of the result. (Keyword only argument.)
 
     **Returns:**
 
@@ -57,25 +51,23 @@ def fit(
     **Raises:**
 
     - A `TypeError` or `ValueError` if the model cannot be applied to the distilled
-        images, holds state, or has an output that is not a vector of logits; or if the
-        labels are not of its classes.
+        images, holds state, or does not return a vector; or if the labels are not of
+        its classes.
     - A `TypeError` if the inner solver does not return what
-        [`eqdistill.AbstractInnerSolver`][] says.
-    - A `RuntimeError` as `throw` says.
+        [`eqdistill.AbstractInnerSolver`][] promises.
+    - A `RuntimeError` if the fit fails and `throw` is true.
     """
-    check_key("key", key)
-    distilled = check_inner(distilled, model, inner)
-    fitted = _fit(distilled, model, inner, key)
+    check_fit(distilled, model)
+    fitted = _fit(distilled, model, inner, jr.key(0) if key is None else key)
     if throw:
-        # Outside of the compiled program: JAX's persistent compilation cache does not
-        # keep a program that may raise an error.
+        # Outside the compiled program: programs with callbacks are not cached.
         fitted = _throw(fitted, fitted.collapsed, f"No fit: {COLLAPSED}.")
         fitted = _throw(
             fitted,
             ~fitted.converged,
-            f"No fit: {NOT_CONVERGED}. Give it more steps or a looser tolerance, or "
-            "raise `l2`; a training run that diverged needs a smaller step size. "
-            "`fit(..., throw=False)` tells the gradient norm.",
+            f"No fit: {NOT_CONVERGED}. Allow more steps or a looser tolerance, or raise "
+            "`l2`; a training run that diverged needs a smaller step size. "
+            "`fit(..., throw=False)` returns the gradient norm.",
         )
     return fitted
 
@@ -85,16 +77,16 @@ def _throw(fitted: Fitted, is_bad: Bool[Array, ""], message: str) -> Fitted:
         if is_bad:
             raise RuntimeError(message)
         return fitted
-    # Equinox passes no keys through.
+    # `eqx.error_if` does not accept keys.
     arrays, rest = eqx.partition(fitted, eqx.is_inexact_array)
     return eqx.combine(eqx.error_if(arrays, is_bad, message), rest)
 
 
 @eqx.filter_jit
 def _fit(distilled, model, inner, key) -> Fitted:
-    init_key, solver_key = (None, None) if key is None else jax.random.split(key)
+    init_key, solver_key = jr.split(key)
     state = inner.init(distilled, model, key=init_key)
-    fitted, _ = solve(distilled, model, inner, state, key=solver_key)
+    fitted, _ = solve(distilled, model, inner, state, solver_key)
     return fitted
 
 
@@ -103,14 +95,13 @@ def solve(
     model: PyTree,
     inner: AbstractInnerSolver,
     state: PyTree,
-    *,
-    key: PRNGKeyArray | None,
+    key: PRNGKeyArray,
 ) -> tuple[Fitted, PyTree]:
     """Calls an inner solver, and checks what it returns.
 
     **Raises:**
 
-    A `TypeError` if that is not as [`eqdistill.AbstractInnerSolver`][] says.
+    A `TypeError` if that is not what [`eqdistill.AbstractInnerSolver`][] promises.
     """
     name = type(inner).__name__
     found = inner(distilled, model, state, key=key)
@@ -132,64 +123,43 @@ def solve(
             f"and dtypes of the state that it was given; `{name}` did not: "
             f"{difference}."
         )
-    count_outputs(
-        f"{name}(...)[0].model", fitted.model, image_struct(distilled)
-    )
-    # A norm that overflows or is NaN is no sign of a solution.
+    count_outputs(f"{name}(...)[0].model", fitted.model, image_struct(distilled))
+    # A norm that overflows or is NaN does not indicate a solution.
     is_finite = jnp.isfinite(fitted.gradient_norm)
     fitted = eqx.tree_at(lambda f: f.converged, fitted, fitted.converged & is_finite)
     return fitted, new_state
 
 
-def image_struct(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
-
-
-def check_inner(
-    distilled: DistilledSet, model: PyTree, inner: AbstractInnerSolver
-) -> DistilledSet:
-    """Checks that a model can be fitted to a distilled set.
+def check_fit(distilled: DistilledSet, model: PyTree) -> int:
+    """Checks that a model can be fitted to a distilled set. Traced labels are not
+    checked.
 
     **Returns:**
 
-    The distilled set, which carries the check of its labels if they are traced.
+    The number of outputs of the model.
 
     **Raises:**
 
     A `TypeError` or `ValueError` that names the argument at fault.
     """
-    name = type(inner).__name__
-    draws = isinstance(inner, AbstractDrawingSolver)
-    if model is None and not draws:
-        raise TypeError(f"`model` must be given with `{name}`; got None.")
-    if model is not None and draws:
-        raise TypeError(
-            f"`model` must be None with `{name}`, which draws models of its "
-            f"own; got a {type(model).__name__}."
-        )
-    num_classes = count_classes(distilled, model, inner)
-    fitted = f"`{name}`" if draws else "`model`"
+    num_outputs = check_model(model, image_struct(distilled))
     labels = distilled.labels
     if labels.ndim == 2:
-        if labels.shape[1] != num_classes:
+        if labels.shape[1] != num_outputs:
             raise ValueError(
-                f"`distilled.labels` must have a column for each of the {num_classes} "
-                f"classes of {fitted}; got shape {labels.shape}."
+                f"`distilled.labels` must have a column for each of the {num_outputs} "
+                f"outputs of `model`; got shape {labels.shape}."
             )
-        return distilled
-    labels = error_if(
-        labels,
-        lambda x: ((x < 0) | (x >= num_classes)).any(),
-        f"`distilled.labels` must be in [0, {num_classes}), the classes of {fitted}; "
-        "some are not.",
-    )
-    return eqx.tree_at(lambda d: d.labels, distilled, labels)
+    elif not isinstance(labels, Tracer):
+        values = np.asarray(labels)
+        low, high = values.min(), values.max()
+        if low < 0 or high >= num_outputs:
+            raise ValueError(
+                f"`distilled.labels` must be in [0, {num_outputs}), as `model` has "
+                f"{num_outputs} outputs; got values from {low} to {high}."
+            )
+    return num_outputs
 
 
-def count_classes(
-    distilled: DistilledSet, model: PyTree, inner: AbstractInnerSolver
-) -> int:
-    """The number of classes of the model that is fitted."""
-    if isinstance(inner, AbstractDrawingSolver):
-        return inner.num_classes
-    return check_model(model, image_struct(distilled))
+def image_struct(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)

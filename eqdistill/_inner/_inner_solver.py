@@ -28,16 +28,17 @@ def inner_loss(
         loss $\ell$.
     - `model`: a map from one image to its outputs.
     - `key`: a `jax.random.key` for a model with dropout, which is called with a
-        `key` of its own for each image. Defaults to none. (Keyword only argument.)
+        different `key` for each image. By default, it is called without. (Keyword only
+        argument.)
 
     **Returns:**
 
     The mean loss on the distilled images plus the ridge. The ridge is taken over
-    [`eqdistill.parameters`][], less those that a module's `penalised` leaves out.
+    [`eqdistill.nn.parameters`][], except those that a module's `penalised` leaves out.
 
     **Raises:**
 
-    A `TypeError` if the model is no callable module.
+    A `TypeError` if the model is not a callable module.
 
     Source: the code of JAXopt's dataset-distillation notebook. (The formula in the
     notebook has no factor of one half.)
@@ -70,18 +71,18 @@ def stop_gradient(tree: PyTree) -> PyTree:
 
 
 class Fitted(eqx.Module):
-    r"""A model fitted to a distilled set.
+    """A model fitted to a distilled set.
 
     **Attributes:**
 
     - `model`: the fitted model, differentiable in the distilled set.
-    - `converged`: whether the model is a solution: for an argmin, a stationary
-        point of the inner loss.
+    - `converged`: whether the model is a solution: for an argmin, a stationary point of
+        the inner loss.
     - `gradient_norm`: the Euclidean norm of the gradient of the inner loss in the
         parameters: the inner residual, which is zero at an exact argmin.
     - `collapsed`: whether the fit has shrunk a network to one that gives every
-        distilled image the same logits. Nothing can be learned from such a fit.
-    - `stats`: what else the solver has to say, such as the number of its `"steps"`.
+        distilled image the same outputs. Nothing can be learned from such a fit.
+    - `stats`: other statistics of the solver, such as the number of its `"steps"`.
     """
 
     model: PyTree
@@ -94,27 +95,24 @@ class Fitted(eqx.Module):
 class AbstractInnerSolver(eqx.Module, Generic[State]):
     """How a model is fitted to a distilled set, and how the fit is differentiated.
 
-    This is the one place in which systems of dataset distillation differ.
-
-    A solver may carry a state from one outer step to the next, such as a warm start or
-    a pool of networks, and may draw random numbers.
+    A solver may carry a state from one outer step to the next, such as a warm start,
+    and may draw random numbers.
     """
 
     @abc.abstractmethod
     def init(
-        self, distilled: DistilledSet, model: PyTree, *, key: PRNGKeyArray | None
+        self, distilled: DistilledSet, model: PyTree, *, key: PRNGKeyArray
     ) -> State:
         """Makes the state for the first fit.
 
         **Arguments:**
 
         - `distilled`, `model`: as for a call.
-        - `key`: a `jax.random.key`, or `None` if the caller gave none. A solver that
-            draws random numbers raises an error then. (Keyword only argument.)
+        - `key`: a `jax.random.key`. (Keyword only argument.)
 
         **Returns:**
 
-        A pytree of arrays only. `None` is a state of no arrays.
+        A pytree of arrays. `None` is a state without arrays.
         """
 
     @abc.abstractmethod
@@ -124,34 +122,22 @@ class AbstractInnerSolver(eqx.Module, Generic[State]):
         model: PyTree,
         state: State,
         *,
-        key: PRNGKeyArray | None,
+        key: PRNGKeyArray,
     ) -> tuple[Fitted, State]:
         """Fits the model to the distilled set.
 
         **Arguments:**
 
         - `distilled`: the distilled set.
-        - `model`: the model whose parameters are to be fitted. A solver that
-            needs a start may start at the parameters it has.
-        - `state`: the state from the fit before.
-        - `key`: as for `init`; another one for each fit. (Keyword only argument.)
+        - `model`: the model whose parameters are fitted. A solver that needs a start
+            may start at the parameters that the model has.
+        - `state`: the state from the previous fit.
+        - `key`: a `jax.random.key`, different for each fit. (Keyword only argument.)
 
         **Returns:**
 
         The [`eqdistill.Fitted`][], whose `model` may be differentiated in every
         floating-point array of `distilled` and of the solver itself; and the state for
-        the next fit, of the same structure, shapes and dtypes. A fit that failed is
-        returned too: `converged` tells.
+        the next fit, with the same structure, shapes and dtypes. Failed fits are
+        returned with `converged=False`.
         """
-
-
-class AbstractDrawingSolver(AbstractInnerSolver[State]):
-    """An inner solver that draws the models that it fits, such as a pool of
-    networks: it is given `None` for the model, and must be given a `key`.
-
-    **Attributes:**
-
-    - `num_classes`: the number of classes of the models.
-    """
-
-    num_classes: eqx.AbstractVar[int]

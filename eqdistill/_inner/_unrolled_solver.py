@@ -218,7 +218,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
         def loss(params):
             model = eqx.combine(params, static)
-            if not _has_dropout(model):
+            if not has_dropout(model):
                 return inner_loss(batch, eqx.nn.inference_mode(model))
             return inner_loss(batch, model, key=jr.fold_in(dropout_key, step))
 
@@ -269,7 +269,7 @@ def log_positive(name: str, value: ArrayOrList) -> Float[Array, "..."]:
     )
 
 
-def _has_dropout(model: PyTree) -> bool:
+def has_dropout(model: PyTree) -> bool:
     is_dropout = lambda x: isinstance(x, eqx.nn.Dropout)
     nodes = jax.tree.leaves(model, is_leaf=is_dropout)
     return any(is_dropout(x) and not x.inference for x in nodes)

@@ -1,54 +1,46 @@
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
-
-from ._distillation import Distillation
-from ._outer_loss import decode
 
 
 def averaged(
     optimiser: optax.GradientTransformation, decay: float
 ) -> optax.GradientTransformationExtraArgs:
-    r"""An optimiser that keeps the exponential average of what it has trained. After
-    the update number $t$, with the decay $\beta$, the average is
+    r"""An optimiser that keeps the exponential moving average of what it trains. After
+    update number $t$, with decay $\beta$, the average is
 
     $$\bar\theta_t = \frac{1 - \beta}{1 - \beta^t} \sum_{s=1}^t \beta^{t-s} \theta_s,$$
 
-    of weights that add up to one.
-
-    The updates stay as they are. [`eqdistill.average_of`][] takes the average out of a
-    result.
+    whose weights add up to one. The updates themselves do not change.
+    [`eqdistill.Distillation.average`][] returns the average of a result.
 
     !!! Example
 
         ```python
         optimiser = eqd.averaged(optax.adam(0.02), decay=0.99)
         result = eqd.distill(start, model, train, optimiser=optimiser)
-        average = eqd.average_of(result)
-        evaluation = eqd.evaluate(average.distilled, model, test)
+        evaluation = eqd.evaluate(result.average().distilled, model, test)
         ```
 
     **Arguments:**
 
-    - `optimiser`: any Optax optimiser. [`eqdistill.whitened`][] belongs inside, and
-        `averaged` outermost.
+    - `optimiser`: any Optax optimiser. [`eqdistill.linear.whitened`][] belongs inside,
+        and `averaged` outermost.
     - `decay`: $\beta$, between 0 and 1.
 
     **Returns:**
 
-    An Optax optimiser, whose state holds the average too.
+    An Optax optimiser, whose state also holds the average.
 
     **Raises:**
 
     A `ValueError` if `decay` is out of its range.
 
     Source: Polyak and Juditsky, *Acceleration of Stochastic Approximation by
-    Averaging*, 1992; with the correction of the bias as in Kingma and Ba, *Adam*, 2015.
+    Averaging*, 1992; with the bias correction of Kingma and Ba, *Adam*, 2015.
     """
     if not 0 < decay < 1:
         raise ValueError(f"`decay` must be between 0 and 1; got {decay}.")
@@ -72,33 +64,19 @@ def averaged(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def average_of(result: Distillation) -> Distillation:
-    """The result of a distillation with the average in the place of what was learned.
-
-    **Arguments:**
-
-    - `result`: of [`eqdistill.distill`][] with an optimiser that is
-        [`eqdistill.averaged`][].
-
-    **Returns:**
-
-    The same result, but `distilled`, `start` and `inner` are the averages. With its
-    `state` the run goes on as with that of `result`.
+def average_of(state: PyTree) -> PyTree:
+    """The average in the state of an optimiser.
 
     **Raises:**
 
-    A `ValueError` if the optimiser was not `averaged`.
+    A `ValueError` if the optimiser is not `averaged`.
     """
-    state = result.state.optimiser_state
     if not isinstance(state, _State):
         raise ValueError(
-            "`result` must be of an optimiser that is `eqdistill.averaged`; the state "
-            f"of its optimiser is a {type(state).__name__}."
+            "The optimiser must be wrapped by `eqdistill.averaged` to have an average; "
+            f"its state is a {type(state).__name__}."
         )
-    start, inner = eqx.combine(state.average, (result.start, result.inner))
-    return dataclasses.replace(
-        result, distilled=decode(start), start=start, inner=inner
-    )
+    return state.average
 
 
 class _State(NamedTuple):

@@ -2,23 +2,21 @@ import abc
 import io
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import check_at_least
 from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
-from ._data import AbstractData, as_data
-from ._distill_state import DistillState
+from ._data import AbstractData
 from ._distillation import History
-from ._outer_loss import check_data, decode, loss_of
-from ._problem import Problem
+from ._problem import DistillState, Problem
 
 
 Own = TypeVar("Own")
@@ -27,12 +25,11 @@ Own = TypeVar("Own")
 class AbstractCallback(eqx.Module, Generic[Own]):
     """Watches a distillation, and may stop it.
 
-    A callback has a state of its own, which it is given and returns. The states at the
-    end of the run are the `callbacks` of the [`eqdistill.Distillation`][]. With
-    [`eqdistill.Checkpoints`][] a state survives the end of the program if it consists
-    of numbers, strings, arrays, and lists, tuples and dicts of these; and of modules
-    that are in the same place of the first state. Functions, files and real data in it
-    are taken from a new first state.
+    A callback has a state, which it receives and returns. The last states are the
+    `callbacks` of the [`eqdistill.Distillation`][]. [`eqdistill.Checkpoints`][] keep the
+    arrays in a state, which therefore have the same structure, shapes and dtypes
+    throughout. Other leaves, such as an open file, are made by `init` again when a run
+    resumes.
 
     **Attributes:**
 
@@ -46,14 +43,13 @@ class AbstractCallback(eqx.Module, Generic[Own]):
     def init(self, problem: Problem, state: DistillState, steps: int) -> Own:
         """**Arguments:**
 
-        - `problem`: all that stays fixed.
-        - `state`: the state that the run begins with, and began with if it goes on
-            from a checkpoint.
+        - `problem`: everything that stays fixed in the run.
+        - `state`: the state at the start of the run, even when resuming.
         - `steps`: the number of the step at which the run ends.
 
         **Returns:**
 
-        The first state of the callback.
+        The first state of the callback, any pytree.
         """
 
     @abc.abstractmethod
@@ -62,20 +58,20 @@ class AbstractCallback(eqx.Module, Generic[Own]):
     ) -> tuple[Own, bool]:
         """**Arguments:**
 
-        - `problem`: all that stays fixed. `problem.distilled(state)` is the distilled
-            set.
+        - `problem`: everything that stays fixed. `problem.distilled(state)` is the
+            distilled set.
         - `state`: the state after the last step: a copy, which may be kept.
-        - `history`: what was measured in all steps so far.
+        - `history`: the metrics of all steps so far.
         - `own`: the state of the callback.
 
         **Returns:**
 
-        The new state of the callback, and whether the run is to stop.
+        The new state of the callback, and whether the run should stop.
         """
 
     @abc.abstractmethod
     def close(self, own: Own) -> None:
-        """Is called once at the end, also after an error.
+        """Called once at the end, also after an error.
 
         **Arguments:**
 
@@ -83,11 +79,53 @@ class AbstractCallback(eqx.Module, Generic[Own]):
         """
 
 
+class Snapshot(eqx.Module):
+    """Everything that a run needs to continue.
+
+    **Attributes:**
+
+    - `state`: the state after the last step.
+    - `history`: the metrics of all steps so far, under their names.
+    - `callbacks`: the arrays in the states of the callbacks.
+    - `has_stopped`: whether a callback has stopped the run.
+    """
+
+    state: DistillState
+    history: dict[str, Float[np.ndarray, " steps"]]
+    callbacks: tuple[PyTree, ...]
+    has_stopped: bool
+
+
+class AbstractCheckpoints(eqx.Module):
+    """Keeps snapshots of a run, from which the run can continue.
+
+    **Attributes:**
+
+    - `every`: a snapshot is saved after each step whose number is a multiple of this,
+        and after the last step.
+    """
+
+    every: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def open(self, problem: Problem, state: DistillState) -> Any:
+        """**Arguments:**
+
+        - `problem`: everything that stays fixed in the run.
+        - `state`: the state at the start of the run.
+
+        **Returns:**
+
+        An object with the methods `restore(template)`, which returns the newest
+        readable [`Snapshot`][] or `None`, `save(snapshot)` and `close()`.
+        """
+
+
 class ProgressBar(AbstractCallback["_Bar"]):
-    """Shows a progress bar, with the outer loss of the last step. The speed that it
-    shows leaves out the time for compiling. Where the standard error is no terminal, as
-    in a log file, there is a line for each tenth of the run. Needs `tqdm`, of
-    `eqdistill[progress]`.
+    """Shows a progress bar with the loss of the last step, and before the first step
+    that it is being compiled. The displayed speed does not include the time for
+    compiling. If the standard error is not a terminal, such as in a log file, it prints
+    a line for each tenth of the run. Needs `tqdm`, which is in `eqdistill[progress]`.
     """
 
     every: int = eqx.field(default=10, converter=as_int)
@@ -108,7 +146,7 @@ class ProgressBar(AbstractCallback["_Bar"]):
             raise ImportError(
                 "`ProgressBar` needs tqdm: pip install 'eqdistill[progress]'."
             ) from e
-        # The bar of a notebook is no text, and its standard error no terminal.
+        # A notebook's bar is not text, and its standard error is not a terminal.
         in_lines = not issubclass(tqdm, tqdm_notebook) and not sys.stderr.isatty()
         bar = tqdm(
             total=steps,
@@ -116,6 +154,10 @@ class ProgressBar(AbstractCallback["_Bar"]):
             unit="step",
             file=io.StringIO() if in_lines else None,
         )
+        if in_lines:
+            print("Compiling the first step...", file=sys.stderr, flush=True)
+        else:
+            bar.set_description("compiling the first step")
         return _Bar(bar, in_lines)
 
     def __call__(self, problem, state, history, own):
@@ -128,7 +170,7 @@ class ProgressBar(AbstractCallback["_Bar"]):
 
 
 class _Bar:
-    """A bar of tqdm, or lines of the same words."""
+    """A bar of tqdm, or lines with the same text."""
 
     def __init__(self, bar: Any, in_lines: bool):
         self.bar = bar
@@ -136,15 +178,15 @@ class _Bar:
         self._is_first = True
 
     def __reduce__(self):
-        # A bar cannot be sent to another process. What arrives there shows nothing.
+        # A bar cannot be sent to another process, where it shows nothing.
         return type(self), (None, False)
 
     def show(self, step: int, loss: float | None) -> None:
         bar = self.bar
         tenth = 10 * bar.n // bar.total
         if self._is_first:
-            # The first steps were waited for until they were compiled. The clock starts
-            # after them.
+            # The clock starts when the first steps are compiled.
+            bar.set_description("", refresh=False)
             bar.initial = bar.n = bar.last_print_n = step
             bar.start_t = bar.last_print_t = time.time()
             self._is_first = False
@@ -157,67 +199,29 @@ class _Bar:
             print(bar, file=sys.stderr, flush=True)
 
 
-class Log(AbstractCallback[None]):
-    """Writes a line after each `every` steps, with what the last one measured."""
-
-    write: Callable[[str], Any]
-    every: int = eqx.field(converter=as_int)
-
-    def __init__(self, write: Callable[[str], Any] = print, *, every: int = 10):
-        """**Arguments:**
-
-        - `write`: takes the line, such as `print` or the `info` of a `logging.Logger`.
-        - `every`: as for [`eqdistill.AbstractCallback`][]. (Keyword only argument.)
-
-        **Raises:**
-
-        A `ValueError` if `every` is less than 1.
-        """
-        check_at_least(1, every=every)
-        self.write = write
-        self.every = every
-
-    def init(self, problem, state, steps):
-        del problem, state, steps
-        return None
-
-    def __call__(self, problem, state, history, own):
-        del problem
-        if len(history) > 0:
-            self.write(
-                f"step {int(state.step)}: loss {history.loss[-1]:.5g}, gradient norm "
-                f"{history.gradient_norm[-1]:.3g}, inner residual "
-                f"{history.inner_residual[-1]:.3g}"
-            )
-        return own, False
-
-    def close(self, own):
-        del own
-
-
-class Best(eqx.Module):
+class _Best(eqx.Module):
     """The state of [`eqdistill.EarlyStopping`][].
 
     **Attributes:**
 
-    - `distilled`: the distilled set with the least loss on the held-out data.
+    - `distilled`: the distilled set with the smallest loss on the held-out data.
     - `step`: the number of steps after which it was found.
-    - `steps`, `losses`: after how many steps the held-out loss was taken, and what it
-        was, in nats per image. The first entry is that of the start. A loss is NaN if
-        the fit did not converge.
-    - `data`: the held-out data, laid out once.
+    - `loss`: its loss on the held-out data.
+    - `checks`: the number of checks since then.
+    - `layout`: returns the held-out data, as the objective sees them.
     """
 
     distilled: DistilledSet
-    step: int
-    steps: tuple[int, ...]
-    losses: Float[np.ndarray, " checks"]
-    data: AbstractData
+    step: Int[Array, ""]
+    loss: Float[Array, ""]
+    checks: Int[Array, ""]
+    layout: Any
 
 
-class EarlyStopping(AbstractCallback[Best]):
-    """Stops when the distilled set gets no better on held-out data, and keeps the best
-    one: `result.callbacks[i].distilled`, with a [`eqdistill.Best`][] for a state.
+class EarlyStopping(AbstractCallback[_Best]):
+    """Stops when the distilled set no longer improves on held-out data, and keeps the
+    best one: its state, `result.callbacks[i]`, has the fields `distilled`, `step` and
+    `loss`.
 
     !!! Example
 
@@ -238,13 +242,10 @@ class EarlyStopping(AbstractCallback[Best]):
     ):
         """**Arguments:**
 
-        - `data`: real data that are not in the training data: see
-            [`eqdistill.Dataset.split`][].
-        - `every`: the held-out loss is taken after each such number of steps. (Keyword
-            only argument.)
-        - `patience`: the run stops after this many held-out losses in a row that are no
-            better than the best. A loss that is not finite is no better. (Keyword only
-            argument.)
+        - `data`: held-out real data, which the run does not train on.
+        - `every`: as for [`eqdistill.AbstractCallback`][]. (Keyword only argument.)
+        - `patience`: the run stops after this number of checks without improvement.
+            (Keyword only argument.)
 
         **Raises:**
 
@@ -258,53 +259,48 @@ class EarlyStopping(AbstractCallback[Best]):
     def init(self, problem, state, steps):
         """**Raises:**
 
-        A `ValueError` if the held-out data do not suit the problem, or if the loss on
-        them is not finite at the start.
+        A `ValueError` if the loss on the held-out data is not finite at the start.
         """
         del steps
-        distilled = problem.distilled(state)
-        check_data("data", self.data, distilled, problem.model, problem.inner)
-        data = as_data(self.data, problem.model)
-        loss = _loss_on(data, problem, state)
-        if not np.isfinite(loss):
+        data = self.data
+        if isinstance(data, Dataset):
+            data = problem.objective.layout(data)
+        # A function, so that the data are not in a checkpoint.
+        layout = lambda: data
+        loss = _held_out_loss(problem, state, data)
+        if not jnp.isfinite(loss):
             raise ValueError(
                 "The loss on the held-out `data` must be finite at the start; it is "
                 f"{loss}."
             )
-        step = int(state.step)
-        losses = np.array([loss], np.float32)
-        return Best(distilled, step, (step,), losses, data)
+        distilled = problem.distilled(state)
+        return _Best(distilled, state.step, loss, jnp.array(0), layout)
 
     def __call__(self, problem, state, history, own):
         del history
-        step = int(state.step)
-        loss = _loss_on(own.data, problem, state)
-        is_better = loss < np.nanmin(own.losses)
-        own = Best(
-            problem.distilled(state) if is_better else own.distilled,
-            step if is_better else own.step,
-            (*own.steps, step),
-            np.append(own.losses, np.float32(loss)),
-            own.data,
-        )
-        since_best = len(own.steps) - 1 - own.steps.index(own.step)
-        return own, since_best >= self.patience
+        loss = _held_out_loss(problem, state, own.layout())
+        if loss < own.loss:
+            distilled = problem.distilled(state)
+            own = _Best(distilled, state.step, loss, jnp.array(0), own.layout)
+        else:
+            own = eqx.tree_at(lambda best: best.checks, own, own.checks + 1)
+        return own, bool(own.checks >= self.patience)
 
     def close(self, own):
         del own
 
 
-def _loss_on(data: AbstractData, problem: Problem, state: DistillState) -> float:
-    start, inner = problem.pair(state)
-    args = (start, problem.model, data, inner, state.inner_state)
-    return float(_loss(*args, state.step, state.key))
-
-
 @eqx.filter_jit
-def _loss(start, model, data, inner, inner_state, step, key):
-    distilled = decode(start)
-    loss, outcome = loss_of(
-        distilled, model, data, inner, inner_state, step=step, key=key
+def _held_out_loss(problem: Problem, state: DistillState, data: AbstractData) -> Array:
+    """The loss of the objective. It is NaN if the objective fails."""
+    start, objective = problem.pair(state)
+    loss, outcome = objective(
+        start.decode(),
+        data,
+        state.objective_state,
+        step=state.step,
+        key=state.key,
     )
-    fitted = outcome.fitted
-    return jnp.where(fitted.converged & ~fitted.collapsed, loss, jnp.nan)
+    return jax.lax.convert_element_type(
+        jnp.where(outcome.failure > 0, jnp.nan, loss), jnp.result_type(float)
+    )

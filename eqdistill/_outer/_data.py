@@ -1,181 +1,193 @@
 import abc
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import array_difference, check_model
-from .._classifier import Frozen, LinearClassifier, takes_pixels
+from .._checks import check_positive
 from .._data._dataset import Dataset
-from ._linear_layout import LinearLayout
-from ._mean_loss import AbstractLayout, mean_loss
-from ._rows import Rows
+from .._losses import AbstractLoss
+from ._mean import mean_over_examples
 
 
 class AbstractData(eqx.Module):
-    """Real data as an outer step sees them. They are made once, outside of any compiled
-    program, and used in many steps.
-
-    **Attributes:**
-
-    - `shape`: the shape of one image.
-    - `num_classes`: the number of classes $c$.
-    """
-
-    shape: eqx.AbstractVar[tuple[int, ...]]
-    num_classes: eqx.AbstractVar[int]
+    """Real data as an outer step sees them: an argument of the compiled step."""
 
     @abc.abstractmethod
-    def loss(
-        self, model: PyTree, step: Int[Array, ""], *, key: PRNGKeyArray | None
-    ) -> Float[Array, ""]:
-        """**Arguments:**
+    def mean(
+        self, fn: Callable, model: PyTree, step: Int[Array, ""], *, key: PRNGKeyArray
+    ) -> PyTree[Array]:
+        """The mean over the real examples of a step, $\\frac{1}{N} \\sum_{i=1}^N
+        f(m, x_i, y_i)$.
 
-        - `model`: a fitted model, from one image to its logits.
+        **Arguments:**
+
+        - `fn`: a function `fn(model, x, y)` of one example $x$ and its label $y$, that
+            returns an array or a tree of arrays. It closes over no traced arrays:
+            everything that is differentiated is in `model`.
+        - `model`: any pytree.
         - `step`: the number of the outer step, from 0.
-        - `key`: the same `jax.random.key` in all steps of a run, or `None` if the run
-            has none. (Keyword only argument.)
+        - `key`: a `jax.random.key`, the same in all steps of a run. (Keyword only
+            argument.)
 
         **Returns:**
 
-        The mean cross-entropy on the real images of this step, in nats per image,
-        differentiable in the model.
+        The mean, with the structure that `fn` returns, differentiable in `model`.
         """
 
 
-class AbstractFeatureData(AbstractData):
-    """Real data that hold the features of a linear model, computed once, in the
-    place of images.
+class Cached(eqx.Module):
+    """A part of a model whose outputs on the real examples are computed only once.
 
-    **Attributes:**
+    [`eqdistill.FullBatch`][] and [`eqdistill.Batches`][] evaluate it for all examples
+    if it is among their `cached`. An outer step then reads these outputs instead of
+    computing them. On other inputs, such as distilled images, it is computed as usual.
 
-    - `features`: what the features were computed by, or `None` if images are held.
+    !!! Example
+
+        ```python
+        backbone = eqd.Cached(network_without_its_last_layer, "backbone")
+        head = eqd.linear.LogisticRegression(512, 10).head
+        model = eqd.linear.LinearClassifier(backbone, head)
+        data = eqd.Batches(train, 1000, cached=[backbone])
+        result = eqd.distill(start, model, data)
+        ```
     """
 
-    features: eqx.AbstractVar[Frozen | None]
+    features: Callable
+    name: str = eqx.field(static=True)
 
-
-class FullBatch(AbstractFeatureData):
-    """All of the real images in each outer step.
-
-    For an [`eqdistill.LinearClassifier`][] the features of the images are computed
-    once, here, and laid out such that features which are mostly zero cost little. This
-    holds the features in memory, in floating point.
-    """
-
-    layout: AbstractLayout
-    features: Frozen | None
-    shape: tuple[int, ...] = eqx.field(static=True)
-    num_classes: int = eqx.field(static=True)
-
-    def __init__(self, dataset: Dataset, model: PyTree = None):
+    def __init__(self, features: Callable, name: str):
         """**Arguments:**
 
-        - `dataset`: the real images.
-        - `model`: the model to be fitted, whose features are used if it is
-            linear. Defaults to a layout that suits any model.
+        - `features`: any module from one example to an array.
+        - `name`: identifies this part. Different parts need different names.
+        """
+        self.features = eqx.nn.inference_mode(features)
+        self.name = name
+
+    def __call__(self, x: Any, *, key: PRNGKeyArray | None = None) -> Any:
+        """**Arguments:**
+
+        - `x`: one example.
+        - `key`: ignored. (Keyword only argument.)
+
+        **Returns:**
+
+        The outputs of `features`.
+        """
+        del key
+        return self.features(x)
+
+
+class FullBatch(AbstractData):
+    """All real examples in each outer step.
+
+    They are processed in chunks, whose activations take at most `chunk_bytes` bytes:
+    the activations of one example are counted in the traced derivative of the model.
+    """
+
+    images: Array
+    labels: Int[Array, " N"]
+    cached: dict[str, Array]
+    sources: tuple[Cached, ...]
+    num_classes: int = eqx.field(static=True)
+    chunk_bytes: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        cached: Sequence[Cached] = (),
+        chunk_bytes: int = 2**26,
+    ):
+        """**Arguments:**
+
+        - `dataset`: the real data.
+        - `cached`: the parts of models whose outputs are computed once, here, and kept
+            in memory. (Keyword only argument.)
+        - `chunk_bytes`: the memory for the activations of a chunk, in bytes. (Keyword
+            only argument.)
 
         **Raises:**
 
-        A `TypeError` or `ValueError` if `model` is not one, cannot be applied to
-        the images, or has features that are not finite.
+        A `ValueError` if two parts have the same name, or an output is not finite.
         """
-        check_seen(dataset, model)
-        self.shape = dataset.shape
+        check_positive(chunk_bytes=chunk_bytes)
+        self.images = dataset.images
+        self.labels = dataset.labels
+        self.cached = compute_cached(dataset, cached)
+        self.sources = tuple(cached)
         self.num_classes = dataset.num_classes
-        if isinstance(model, LinearClassifier):
-            self.features = model.features
-            self.layout = LinearLayout(
-                _rows(dataset, model), np.asarray(dataset.labels)
-            )
-        else:
-            self.features = None
-            self.layout = Rows(dataset.images, dataset.labels)
+        self.chunk_bytes = int(chunk_bytes)
 
-    def loss(self, model, step, *, key):
-        """As [`eqdistill.AbstractData`][].
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image."""
+        return self.images.shape[1:]
 
-        **Raises:**
-
-        A `ValueError` if the data were made for a linear model with other features
-        than this one. The values of arrays that are traced are not compared.
-        """
+    def mean(self, fn, model, step, *, key):
+        """As [`eqdistill.AbstractData`][]."""
         del step, key
-        return mean_loss(check_features(self, model), self.layout)
+        examples = self.images, self.labels, self.cached
+        return mean_over_examples(of_example, (fn, model), examples, self.chunk_bytes)
 
 
-def check_seen(dataset: Dataset, model: PyTree) -> None:
+def of_example(model: PyTree, example: tuple) -> PyTree:
+    """`fn(model, x, y)`, with the cached outputs in their places."""
+    (fn, model), (image, label, cached) = model, example
+    is_known = lambda node: isinstance(node, Cached) and node.name in cached
+    model = jax.tree.map(
+        lambda node: _Constant(cached[node.name]) if is_known(node) else node,
+        model,
+        is_leaf=is_known,
+    )
+    return fn(model, Dataset.to_floating(image), label)
+
+
+class _Constant(eqx.Module):
+    value: Array
+
+    def __call__(self, x, *, key=None):
+        del x, key
+        return self.value
+
+
+def example_loss(
+    model: tuple[AbstractLoss, PyTree], x: Array, y: Array
+) -> Float[Array, ""]:
+    """The loss of a network on one example: the function that [`eqdistill.Bilevel`][]
+    takes the mean of. Data may recognise it, and take a faster way."""
+    loss, network = model
+    return loss(network(x)[None], y[None])
+
+
+def compute_cached(dataset: Dataset, cached: Sequence[Cached]) -> dict[str, Array]:
+    names = [part.name for part in cached]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"`cached` must have parts with different names; got {names}."
+        )
+    return {part.name: dataset.map(part.features).images for part in cached}
+
+
+def check_cached(objective: PyTree, data: PyTree) -> None:
     """**Raises:**
 
-    A `TypeError` or `ValueError` that names the model that data are made with, if
-    it cannot be applied to them.
+    A `ValueError` if the data hold the outputs of another module than the one of the
+    same name in the objective.
     """
-    if model is not None:
-        dtype = jax.eval_shape(Dataset.to_floating, dataset.images).dtype
-        check_model(model, jax.ShapeDtypeStruct(dataset.shape, dtype))
-
-
-def check_features(data: AbstractFeatureData, model: PyTree) -> PyTree:
-    """**Returns:**
-
-    What is applied to the rows of the real data: the head of a linear model, or
-    the model.
-
-    **Raises:**
-
-    A `ValueError` if the data were made for a linear model with other features.
-    """
-    if data.features is None:
-        return model
-    is_linear = isinstance(model, LinearClassifier)
-    if not is_linear or not _are_alike(model.features, data.features):
-        name = type(data).__name__
-        raise ValueError(
-            f"`model` must have the features that this `{name}` was made with. "
-            f"Make the `{name}` without a model: then it suits any."
-        )
-    return model.head
-
-
-def as_data(data: Dataset | AbstractData, model: PyTree) -> AbstractData:
-    """Real data as an outer step sees them: by default, all of them in each step."""
-    return FullBatch(data, model) if isinstance(data, Dataset) else data
-
-
-def features_of(dataset: Dataset, model: LinearClassifier) -> Dataset:
-    """The features of all real images, in the place of the images.
-
-    **Raises:**
-
-    A `ValueError` if they are not finite.
-    """
-    try:
-        return dataset.map(model.features)
-    except ValueError as e:
-        raise ValueError(
-            "`model` must have features of the real images that are finite "
-            f"vectors of floating point: {e}"
-        ) from e
-
-
-def _rows(dataset: Dataset, model: LinearClassifier) -> np.ndarray:
-    """The features of all real images, one row for each."""
-    if not takes_pixels(model):  # Pixels stay bytes: the layout converts them.
-        dataset = features_of(dataset, model)
-    return np.asarray(dataset.images).reshape(len(dataset), -1)
-
-
-def _are_alike(features: Frozen, others: Frozen) -> bool:
-    """Whether two modules are the same, as far as a trace can tell."""
-    mine, theirs = (eqx.partition(x, eqx.is_array) for x in (features, others))
-    if array_difference(mine[0], theirs[0]) is not None:
-        return False
-    pairs = zip(jax.tree.leaves(mine[0]), jax.tree.leaves(theirs[0]), strict=True)
-    is_traced = lambda x: isinstance(x, Tracer)
-    return bool(eqx.tree_equal(mine[1], theirs[1])) and all(
-        x is y or is_traced(x) or is_traced(y) or bool(jnp.all(x == y))
-        for x, y in pairs
-    )
+    is_cached = lambda node: isinstance(node, Cached)
+    find = lambda tree: [
+        node for node in jax.tree.leaves(tree, is_leaf=is_cached) if is_cached(node)
+    ]
+    known = {node.name: node for node in find(data)}
+    for node in find(objective):
+        other = known.get(node.name, node)
+        if node is not other and not eqx.tree_equal(node, other):
+            raise ValueError(
+                f"`cached` of the data must hold the modules of the objective; the "
+                f"module named {node.name!r} is another one."
+            )

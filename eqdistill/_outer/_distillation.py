@@ -1,31 +1,38 @@
-from collections.abc import Sequence
+import dataclasses
 
 import equinox as eqx
-import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
 from .._data._distilled_set import DistilledSet
-from .._inner._inner_solver import AbstractInnerSolver
-from ._distill_state import DistillState, Status
-from ._outer_loss import decode
-from ._problem import names, Problem
+from .._data._parameterisation import AbstractParameterisation
+from ._averaging import average_of
+from ._objective import AbstractObjective
+from ._problem import DistillState, learned_names, Problem
 
 
 class History(eqx.Module):
-    """What was measured at each step of the outer loop, before its update.
+    """The metrics of each outer step, before its update.
 
     **Attributes:**
 
-    - `loss`: the outer loss, in nats per image: on the batch of the step, with batches.
-    - `gradient_norm`: the Euclidean norm of the hypergradient over all that is
+    - `loss`: the loss of the objective: on the batch of the step, with batches.
+    - `gradient_norm`: the Euclidean norm of its gradient over everything that is
         learned.
-    - `inner_residual`: the `gradient_norm` of the [`eqdistill.Fitted`][] of the step.
+    - `metrics`: the metrics of the objective, under their names: for
+        [`eqdistill.Bilevel`][], the `"inner_residual"`.
     """
 
     loss: Float[np.ndarray, " steps"]
     gradient_norm: Float[np.ndarray, " steps"]
-    inner_residual: Float[np.ndarray, " steps"]
+    metrics: dict[str, Float[np.ndarray, " steps"]]
+
+    @classmethod
+    def of(cls, columns: dict[str, np.ndarray]) -> "History":
+        columns = dict(columns)
+        empty = np.zeros(0, np.float32)
+        loss, norm = (columns.pop(x, empty) for x in ("loss", "gradient_norm"))
+        return cls(loss, norm, columns)
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -36,36 +43,59 @@ class Distillation(eqx.Module):
 
     **Attributes:**
 
-    - `distilled`: the distilled set after the last update. The best one by held-out
+    - `distilled`: the distilled set after the last update. The best one on held-out
         data is in the state of [`eqdistill.EarlyStopping`][], in `callbacks`.
-    - `start`, `inner`: the two arguments of the same names, as they have been learned.
-    - `history`: what was measured at each step of this call, and of the calls from
-        whose checkpoints it went on.
-    - `converged`: whether the norm of the hypergradient reached the tolerance.
-    - `learned`: the names of what was learned, such as `"images"` and `"log_l2"`.
-    - `state`: the last state, with which [`eqdistill.distill`][] goes on.
-    - `callbacks`: the last states of the callbacks, and `None` for
+    - `start`, `objective`: the arguments of these names, with what was learned.
+    - `history`: the metrics of each step of this call, and of the calls whose
+        checkpoints it continued.
+    - `learned`: the names of the learned arrays, such as `"images"` and `"log_l2"`.
+    - `state`: the last state, from which [`eqdistill.distill`][] can continue.
+    - `callbacks`: the last states of the callbacks; `None` for
         [`eqdistill.Checkpoints`][].
     """
 
     distilled: DistilledSet
-    start: PyTree
-    inner: AbstractInnerSolver
+    start: AbstractParameterisation
+    objective: AbstractObjective
     history: History
-    converged: bool
     learned: tuple[str, ...]
     state: DistillState
     callbacks: tuple[PyTree, ...]
 
+    def average(self) -> "Distillation":
+        """**Returns:**
+
+        The same result with the moving average of the learned arrays instead of their
+        last values. Runs continue from its `state` as from the `state` of this result.
+
+        **Raises:**
+
+        A `ValueError` if the optimiser was not wrapped by [`eqdistill.averaged`][].
+        """
+        average = average_of(self.state.optimiser_state)
+        start, objective = eqx.combine(average, (self.start, self.objective))
+        return dataclasses.replace(
+            self, distilled=start.decode(), start=start, objective=objective
+        )
+
+    def __repr__(self) -> str:
+        steps = int(self.state.step)
+        loss = f", loss {self.history.loss[-1]:.4g}" if len(self.history) else ""
+        shape = tuple(self.distilled.images.shape)
+        return (
+            f"<Distillation: {steps} steps{loss}; images of shape {shape}; learned "
+            f"{', '.join(self.learned)}>"
+        )
+
 
 class DistillationError(RuntimeError):
-    """Raised when a distillation cannot go on.
+    """Raised when a distillation cannot continue.
 
     **Attributes:**
 
-    - `distillation`: an [`eqdistill.Distillation`][] with the last good distilled set:
-        the last one from which a step found the outer loss and its gradient finite, and
-        the inner solver converged; or else the one that the run began with.
+    - `distillation`: the result so far, with the last good distilled set: the last one
+        from which a step found everything finite and the objective without failure, or
+        the one that the run started with.
     """
 
     distillation: Distillation
@@ -79,13 +109,10 @@ class DistillationError(RuntimeError):
         return type(self), (str(self), self.distillation)
 
 
-NO_ROWS = np.zeros((0, 3), np.float32)
-
-
 def to_result(
     problem: Problem,
     state: DistillState,
-    rows: Float[np.ndarray, "steps 3"],
+    columns: dict[str, np.ndarray],
     callbacks: tuple[PyTree, ...] = (),
     *,
     has_failed: bool = False,
@@ -94,21 +121,13 @@ def to_result(
     good arrays."""
     if has_failed:
         state = eqx.tree_at(lambda s: s.learned, state, state.last_good)
-    start, inner = problem.pair(state)
+    start, objective = problem.pair(state)
     return Distillation(
-        distilled=decode(start),
+        distilled=start.decode(),
         start=start,
-        inner=inner,
-        history=History(*rows.T),
-        converged=int(state.status) == Status.CONVERGED,
-        learned=names(problem.learn),
+        objective=objective,
+        history=History.of(columns),
+        learned=learned_names(problem.learn),
         state=state,
         callbacks=callbacks,
     )
-
-
-def to_rows(
-    rows: Sequence[jax.Array | np.ndarray], length: int
-) -> Float[np.ndarray, "steps 3"]:
-    """Fetches what steps have measured. Steps after the end of the run are left out."""
-    return np.stack(jax.device_get(rows[:length])) if length else NO_ROWS

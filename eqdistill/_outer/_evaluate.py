@@ -1,75 +1,191 @@
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+import jax.random as jr
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray, PyTree
 
+from .._checks import check_at_least
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
-from .._inner._auto_solver import AutoSolver
-from .._inner._fit import fit
+from .._inner._fit import check_fit, fit
 from .._inner._inner_solver import AbstractInnerSolver, Fitted
-from .._losses import cross_entropy
-from ._outer_loss import as_logits, check_data
+from .._models._models import AbstractModels, Fixed
+from .._typechecking import describe
+from ._recipe import Recipe
 
 
 class Evaluation(eqx.Module):
-    """How well a model does on real data, when it is fitted to a distilled set.
+    """How well models do on real data after training on distilled sets. It is printed
+    as `95.7% ± 0.4% (5 models)`: the mean accuracy and its standard deviation.
 
     **Attributes:**
 
-    - `loss`: the mean cross-entropy, in nats per image.
-    - `accuracy`: the fraction of images that are classified right, from 0 to 1.
-    - `fitted`: the model, as [`eqdistill.fit`][] returned it.
+    - `accuracies`: the fraction of the examples that each model classifies correctly,
+        from 0 to 1, with one row for each distilled set.
+    - `losses`: the mean loss of each model on the real data, per example.
+    - `recipe`: how the models were made and trained.
+    - `fitted`: the last model of the last set, as [`eqdistill.fit`][] returned it.
+    - `key`: the key that the models were made with.
     """
 
-    loss: Float[Array, ""]
-    accuracy: Float[Array, ""]
+    accuracies: Float[np.ndarray, "sets models"]
+    losses: Float[np.ndarray, "sets models"]
+    recipe: Recipe
     fitted: Fitted
+    key: PRNGKeyArray
+
+    @property
+    def accuracy(self) -> float:
+        """The mean accuracy over sets and models."""
+        return float(np.mean(self.accuracies))
+
+    @property
+    def loss(self) -> float:
+        """The mean loss over sets and models."""
+        return float(np.mean(self.losses))
+
+    @property
+    def std_models(self) -> float:
+        """The sample standard deviation (`ddof=1`) of the accuracy over the models of
+        one set, pooled over sets. NaN for one model."""
+        return _pooled_std(self.accuracies)
+
+    @property
+    def std_sets(self) -> float:
+        """The sample standard deviation (`ddof=1`) over sets of the mean accuracy on
+        one set. NaN for one set."""
+        return _pooled_std(np.mean(self.accuracies, axis=1)[None])
+
+    def __repr__(self) -> str:
+        sets, models = self.accuracies.shape
+        words = f"{self.accuracy:.1%}"
+        if sets == 1:
+            return words + f" ± {self.std_models:.1%} ({models} models)" * (models > 1)
+        parts = [f" ± {self.std_models:.1%} over {models} models"] * (models > 1)
+        return words + ",".join([*parts, f" ± {self.std_sets:.1%} over {sets} sets"])
+
+
+def _pooled_std(rows: Float[np.ndarray, "rows columns"]) -> float:
+    if rows.shape[1] < 2:
+        return float("nan")
+    return float(np.sqrt(np.mean(np.var(rows, axis=1, ddof=1))))
 
 
 def evaluate(
-    distilled: DistilledSet,
-    model: PyTree,
+    distilled: DistilledSet | Sequence[DistilledSet],
+    recipe: Recipe | AbstractModels | PyTree,
     test: Dataset,
-    inner: AbstractInnerSolver = AutoSolver(),
     *,
+    inner: AbstractInnerSolver | None = None,
+    num_models: int | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Evaluation:
-    """Fits a model to a distilled set from scratch, and measures it on real data.
+    r"""Trains models on a distilled set and measures their accuracy on real data,
+
+    $$\frac{1}{N} \sum_{i=1}^N \left[\arg\max_k w^\star(\theta)(x_i)_k = y_i\right].$$
+
+    Nothing is chosen by the accuracy on `test`. To choose between recipes or distilled
+    sets, evaluate on held-out training data.
+
+    !!! Example
+
+        ```python
+        make = functools.partial(eqd.nn.ConvNet, test.shape, test.num_classes)
+        recipe = eqd.recipes.feature_regression(make)
+        print(eqd.evaluate(distilled, recipe, test))  # 95.7% ± 0.4% (5 models)
+        ```
 
     **Arguments:**
 
-    - `distilled`: the distilled set.
-    - `model`: as for [`eqdistill.fit`][]. It need not be the one that the set was
-        distilled with.
+    - `distilled`: a distilled set, or several, such as the sets of several seeds.
+    - `recipe`: a recipe, such as [`eqdistill.recipes.dc`][] returns; a source of
+        models, such as [`eqdistill.Fresh`][]; or a model.
     - `test`: the real data.
-    - `inner`: how to fit the model.
-    - `key`: as for [`eqdistill.fit`][]. (Keyword only argument.)
+
+    All other arguments are keyword only.
+
+    - `inner`: how to train models that come without a recipe. Defaults to
+        [`eqdistill.AutoSolver`][].
+    - `num_models`: the number of models for each set. Defaults to 1 if `recipe` is a
+        model, and to 5 otherwise.
+    - `key`: a `jax.random.key`; defaults to `jax.random.key(0)`. Model `i` is drawn and
+        trained with the same keys for all sets.
 
     **Returns:**
 
-    An [`eqdistill.Evaluation`][].
+    An [`eqdistill.Evaluation`][]. Its loss on real data is the `default_outer_loss` of
+    the loss that the models are trained with. A NaN output is a wrong classification.
 
     **Raises:**
 
-    As [`eqdistill.fit`][], and as [`eqdistill.outer_loss`][] for the data.
+    - A `TypeError` or `ValueError` if `recipe` is none of these; if both a recipe and
+        `inner` are given; if there are no sets or no models; if the labels do not suit
+        the recipe; or if the real images have another shape than the distilled images,
+        or more classes than a model has outputs.
+    - Everything that [`eqdistill.fit`][] raises.
     """
-    check_data("test", test, distilled, model, inner)
-    fitted = fit(distilled, model, inner, key=key)
-    reader = as_logits(eqx.nn.inference_mode(fitted.model), distilled.loss)
-    loss, accuracy = _measure(reader, test)
-    return Evaluation(loss, accuracy, fitted)
+    check_at_least(1, num_models=num_models)
+    sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
+    if not sets:
+        raise ValueError("`distilled` must hold at least one distilled set; got none.")
+    recipe = _as_recipe(recipe, inner)
+    if num_models is None:
+        num_models = 1 if isinstance(recipe.models, Fixed) else 5
+    key = jr.key(0) if key is None else key
+    accuracies, losses = np.empty((2, len(sets), num_models))
+    for i, one in enumerate(sets):
+        if one.images.shape[1:] != test.shape:
+            raise ValueError(
+                "`test` and `distilled` must have images of one shape; got "
+                f"{test.shape} and {one.images.shape[1:]}."
+            )
+        prepared = recipe.prepare(one, test.num_classes)
+        for j in range(num_models):
+            draw_key, fit_key, init_key = jr.split(jr.fold_in(key, j), 3)
+            model = _draw(recipe.models, prepared, init_key, draw_key)
+            num_outputs = check_fit(prepared, model)
+            if num_outputs < test.num_classes:
+                raise ValueError(
+                    "`recipe` must have models with an output for each of the "
+                    f"{test.num_classes} classes of `test`; got {num_outputs} outputs."
+                )
+            fitted = fit(prepared, model, recipe.inner, key=fit_key)
+            accuracies[i, j], losses[i, j] = _measure(fitted.model, prepared, test)
+    return Evaluation(accuracies, losses, recipe, fitted, key)  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def _as_recipe(recipe: PyTree, inner: AbstractInnerSolver | None) -> Recipe:
+    if not isinstance(recipe, eqx.Module):
+        raise TypeError(
+            "`recipe` must be a `Recipe`, such as `eqdistill.recipes.dc(make)`; a "
+            "source of models, such as `eqdistill.Fresh(make)`; or an `equinox.Module` "
+            f"that is a model; got {describe(recipe)}."
+        )
+    if not isinstance(recipe, Recipe):
+        return Recipe(recipe) if inner is None else Recipe(recipe, inner)
+    if inner is not None:
+        raise ValueError(
+            "`inner` must be left out with a `Recipe`, which has an inner solver; got "
+            f"{describe(inner)}."
+        )
+    return recipe
+
+
+@eqx.filter_jit  # Otherwise each layer of a network compiles several programs.
+def _draw(models, distilled, init_key, draw_key):
+    return models.draw(models.init(distilled, key=init_key), key=draw_key)
 
 
 @eqx.filter_jit
-def _measure(reader, test):
-    # In batches, so that a network's activations on all the data need not fit in
-    # memory at once; and in small ones, so that on a CPU they fit in the cache. XLA's
-    # convolutions are slow in a loop only backwards.
-    images, labels = test.images, test.labels
-    of_image = lambda image: reader(Dataset.to_floating(image))
-    logits = jax.lax.map(of_image, images, batch_size=100)
-    # The greatest of logits with a NaN would be the first.
-    is_finite = jnp.isfinite(logits).all(axis=1)
-    correct = (jnp.argmax(logits, axis=1) == labels) & is_finite
-    return cross_entropy(logits, labels), jnp.mean(correct.astype(logits.dtype))
+def _measure(model, distilled, test):
+    model, loss = eqx.nn.inference_mode(model), distilled.loss.default_outer_loss()
+    # The batches bound the memory, and are small so that a network's activations fit
+    # in a CPU's cache. Only the backward pass of XLA's convolutions is slow in a loop.
+    of_image = lambda image: model(Dataset.to_floating(image))
+    outputs = jax.lax.map(of_image, test.images, batch_size=100)
+    is_number = ~jnp.isnan(outputs).any(axis=1)
+    correct = (jnp.argmax(outputs, axis=1) == test.labels) & is_number
+    return jnp.mean(correct), loss(outputs, test.labels)

@@ -10,22 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ._mean_loss import AbstractLayout
-from ._rows import count_chunks
 
 
-class LinearLayout(AbstractLayout):
-    r"""Features of images for a linear head, in which rare features are multiplied only
-    for the images that have them.
+class LinearLayout(eqx.Module):
+    r"""Features of images, stored so that mostly-constant features are cheap for a
+    linear head.
 
-    The background, which is the least value of each feature, is subtracted. The
-    features are sorted by how often they differ from it, and the images by the rarest
-    feature in which they differ. A chunk of the sorted images then needs only the
-    features up to the rarest one in the chunk. For MNIST these are 450 of 784 pixels an
-    image.
+    The background, which is the smallest value of each feature, is subtracted. The
+    features are sorted by how often they differ from the background, and the images by
+    the rarest feature in which they differ. A chunk of the sorted images then needs
+    only the features up to the rarest one in the chunk: for MNIST, on average 450 of
+    784 pixels.
 
-    A chunk lies in memory by features. A CPU multiplies it fastest in this form, both
-    for the logits $W X$ and for the gradient $R X^\top$.
+    The features are the first axis of a chunk: a CPU is fastest at both products, the
+    logits $W X$ and the gradient $R X^\top$, in this form.
     """
 
     chunks: tuple["_Chunk", ...]
@@ -36,14 +34,14 @@ class LinearLayout(AbstractLayout):
 
     def __init__(self, features: np.ndarray, labels: np.ndarray):
         """`features` has shape `(N, p)`. Bytes are scaled to the range 0 to 1."""
-        # On the host: the shapes of the chunks depend on the values.
+        # NumPy, since the shapes of the chunks depend on the values.
         is_bytes = features.dtype == np.uint8
         dtype = np.dtype(jnp.result_type(float)) if is_bytes else features.dtype
         scale = dtype.type(255 if is_bytes else 1)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             background, is_constant = _background(features, pool)
             order = _by_frequency(features, background, is_constant)
-            # In 256 levels, since bytes are quick to compare.
+            # 256 levels, since bytes are fast to compare.
             levels = np.linspace(0, 255, len(order)).astype(np.uint8)
             rarest = _rarest(features, background, order, levels, pool)
             num_varying = max(int(np.sum(~is_constant)), 1)
@@ -52,7 +50,7 @@ class LinearLayout(AbstractLayout):
                 last = np.searchsorted(levels, rarest[rows[-1]], side="right")
                 columns = order[: min(int(last), num_varying)]
                 chunk = _cut(features, rows, columns, background, scale, chunk_size)
-                # Labels of no class where a chunk is not full.
+                # A label of -1 marks the unused end of a chunk.
                 classes = np.full(chunk_size, -1, labels.dtype)
                 classes[: len(rows)] = labels[rows]
                 return chunk, classes
@@ -62,7 +60,7 @@ class LinearLayout(AbstractLayout):
             cuts = range(chunk_size, len(features), chunk_size)
             chunks = list(pool.map(cut, np.split(by_rarity, cuts)))
         floating = np.divide(background, scale, dtype=dtype)
-        # All at once: `jnp.asarray` would compile a program for each shape.
+        # In one call: `jnp.asarray` would compile a program for each shape.
         chunks, self.order, self.rank, self.background = jax.device_put(
             (
                 chunks,
@@ -74,13 +72,16 @@ class LinearLayout(AbstractLayout):
         self.chunks = tuple(_Chunk(*chunk) for chunk in chunks)
         self.num_images = len(features)
 
-    def value(self, model):
-        losses, _ = self._by_chunk(model)
+    def value(self, head: eqx.nn.Linear) -> Float[Array, ""]:
+        """The mean cross-entropy of the head's outputs."""
+        losses, _ = self._by_chunk(head)
         return _sum(losses) / self.num_images
 
-    def value_and_grad(self, moving, fixed):
-        model = eqx.combine(moving, fixed)
-        losses, residuals = self._by_chunk(model)
+    def value_and_grad(
+        self, head: eqx.nn.Linear
+    ) -> tuple[Float[Array, ""], eqx.nn.Linear]:
+        """The mean cross-entropy, and its gradient in the head."""
+        losses, residuals = self._by_chunk(head)
         products = [
             _multiply_back(chunk.features, residual)
             for chunk, residual in zip(self.chunks, residuals, strict=True)
@@ -94,16 +95,12 @@ class LinearLayout(AbstractLayout):
         bias = _with_last_class(_sum(jnp.sum(x, axis=1) for x in residuals))
         if self.background is not None:
             weight = weight + jnp.outer(self.background, bias)
-        gradient = eqx.tree_at(lambda head: head.weight, model, weight.T)
-        if model.bias is not None:
+        gradient = eqx.tree_at(lambda head: head.weight, head, weight.T)
+        if head.bias is not None:
             gradient = eqx.tree_at(lambda head: head.bias, gradient, bias)
         gradient = jax.tree.map(
-            lambda x, old: (x / self.num_images).astype(old.dtype), gradient, model
+            lambda x, old: (x / self.num_images).astype(old.dtype), gradient, head
         )
-        is_fixed = jax.tree.map(
-            lambda x: x is None, moving, is_leaf=lambda x: x is None
-        )
-        gradient, _ = eqx.partition(gradient, jax.tree.map(lambda x: not x, is_fixed))
         return _sum(losses) / self.num_images, gradient
 
     def _by_chunk(self, head: eqx.nn.Linear):
@@ -126,17 +123,17 @@ class LinearLayout(AbstractLayout):
         return losses, residuals
 
 
-# More chunks are no quicker to multiply, but slower to compile, as there is no loop.
+# The chunks are not in a loop: more of them take longer to compile, and gain nothing.
 _MOST_CHUNKS = 8
-# A CPU multiplies this many numbers at once.
+# The number of float32 in a vector register.
 _LANES = 16
-# The number of images that the host takes at once.
+# The number of images in a block of NumPy operations.
 _AT_ONCE = 1024
 
 
 class _Chunk(eqx.Module):
-    """The first `q` of the sorted features of `m` images, less the background. Images
-    of label -1 only fill the chunk up."""
+    """The first `q` of the sorted features of `m` images, minus the background. Images
+    with label -1 are padding."""
 
     features: Float[Array, "q m"]
     labels: Int[Array, " m"]
@@ -156,7 +153,7 @@ _multiply_back = jax.custom_batching.custom_vmap(_product)
 @_multiply_back.def_vmap
 def _(axis_size, is_batched, features, residual):
     if is_batched == [False, True]:
-        # Many models are one model of many classes, which is padded less.
+        # Many heads are one head with many classes, which needs less padding.
         together = residual.reshape(-1, residual.shape[2])
         product = _multiply_back(features, together)
         product = product.reshape(len(features), axis_size, -1)
@@ -168,8 +165,8 @@ def _(axis_size, is_batched, features, residual):
 # Traced once for all chunks.
 @jax.jit
 def _loss_and_residual(logits: Float[Array, "k m"], labels: Int[Array, " m"]):
-    """The sum of the cross-entropies, and its gradient in the logits. There is one more
-    class after these, whose logit is zero."""
+    """The sum of the cross-entropies, and its gradient in the logits. The logit of the
+    last class, which is not among them, is zero."""
     largest = jnp.max(logits, axis=0, initial=0)
     exponentials = jnp.exp(logits - largest)
     total = jnp.sum(exponentials, axis=0) + jnp.exp(-largest)
@@ -181,7 +178,7 @@ def _loss_and_residual(logits: Float[Array, "k m"], labels: Int[Array, " m"]):
 
 
 def _with_last_class(gradient: Float[Array, "*p k"]) -> Float[Array, "*p c"]:
-    """Adds the gradient of the last class, with which all classes sum to zero."""
+    """Appends the gradient of the last class: over all classes it sums to zero."""
     last = -jnp.sum(gradient, axis=-1, keepdims=True)
     return jnp.concatenate([gradient, last], axis=-1)
 
@@ -199,7 +196,7 @@ def _blocks(features: np.ndarray) -> list[np.ndarray]:
 
 
 def _background(features: np.ndarray, pool: Executor) -> tuple[np.ndarray, np.ndarray]:
-    """The least value of each feature, and whether it is the only one."""
+    """The smallest value of each feature, and whether the feature is constant."""
     extrema = pool.map(lambda x: (x.min(axis=0), x.max(axis=0)), _blocks(features))
     minima, maxima = zip(*extrema, strict=True)
     background = np.min(minima, axis=0)
@@ -209,8 +206,8 @@ def _background(features: np.ndarray, pool: Executor) -> tuple[np.ndarray, np.nd
 def _by_frequency(
     features: np.ndarray, background: np.ndarray, is_constant: np.ndarray
 ) -> np.ndarray:
-    """The features, from the one that most often differs from the background to those
-    that never do."""
+    """The indices of the features, sorted by how often they differ from the
+    background. Constant features come last."""
     some = features[:: -(-len(features) // 4096)]
     frequency = np.mean(some != background, axis=0)
     return np.argsort(is_constant - frequency, kind="stable")
@@ -223,7 +220,7 @@ def _rarest(
     levels: np.ndarray,
     pool: Executor,
 ) -> np.ndarray:
-    """For each image, the level of the rarest feature in which it differs from the
+    """The level of the rarest feature in which each image differs from the
     background."""
     rarity = np.empty_like(levels)
     rarity[order] = levels
@@ -236,8 +233,8 @@ def _rarest(
 
 
 def _chunk_size(features: np.ndarray) -> int:
-    num_chunks = count_chunks(*features.shape, chunk_bytes=2**23)
-    size = -(-len(features) // min(num_chunks, _MOST_CHUNKS))
+    num_chunks = min(-(-4 * features.size // 2**23), _MOST_CHUNKS, len(features))
+    size = -(-len(features) // num_chunks)
     return size + -size % _LANES
 
 
@@ -249,11 +246,11 @@ def _cut(
     scale: np.floating,
     chunk_size: int,
 ) -> np.ndarray:
-    """Some features of some images, less the background, by features. It is zero where
-    there are fewer images than `chunk_size`."""
+    """Some features of some images, minus the background, padded with zeros to
+    `chunk_size` images."""
     chunk = _aligned((len(columns), chunk_size), scale.dtype)
     chunk[:, len(rows) :] = 0
-    # As many images at a time as a cache holds, since they are transposed.
+    # Blocks that fit into the cache, since they are transposed.
     for i in range(0, len(rows), 512):
         some = features[rows[i : i + 512]].T[columns]
         if background.any():
@@ -263,7 +260,7 @@ def _cut(
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that JAX need not copy."""
+    """An uninitialised array with the alignment that lets JAX use it without a copy."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64

@@ -6,56 +6,77 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from ._distill_state import DistillState
-from ._problem import Problem
+from ._data import AbstractData
+from ._problem import DistillState, Problem
+
+
+class Record(eqx.Module):
+    """The metrics of a step, in one array."""
+
+    values: Float[Array, " metrics"]
+    names: tuple[str, ...] = eqx.field(static=True)
 
 
 class CompiledStep:
     """The step of a problem, compiled, on a state that is donated to each step.
 
-    The trees of the problem and of the state are flattened once: to flatten modules in
-    each step would take longer than many a step does.
+    The trees are flattened once: flattening modules in each step would take longer than
+    many steps do.
     """
 
-    def __init__(self, problem: Problem, state: DistillState, *, is_batched: bool):
-        """`is_batched` says whether `state` is one of many runs, under `jax.vmap`."""
-        leaves, structure = jax.tree.flatten(problem)
-        self._arrays = [x for x in leaves if eqx.is_array(x)]
-        others = tuple(None if eqx.is_array(x) else x for x in leaves)
-        state_leaves, state_structure = jax.tree.flatten(state)
-        self._static = _Static(structure, others, state_structure, is_batched)
-        self._leaves = copy(state_leaves)
+    def __init__(self, problem: Problem, state: DistillState):
+        self._problem = _flatten(problem)
+        structure, leaves = _flatten(state)
+        self._state_structure = structure
+        self._leaves = copy_arrays(leaves)
+        self._data = None
 
-    def __call__(self) -> Float[Array, "*starts 3"]:
-        """Takes a step, and returns what it measured: the fields of a `Metrics`."""
-        self._leaves, row = _step(self._static, self._leaves, self._arrays)
-        return row
+    def __call__(self, data: AbstractData) -> Record:
+        """Takes a step, and returns its metrics."""
+        if self._data is None or self._data[0] is not data:
+            self._data = data, _flatten(data)
+        (problem, problem_arrays), (layout, data_arrays) = self._problem, self._data[1]
+        self._leaves, record = _step(
+            (problem, self._state_structure, layout),
+            self._leaves,
+            problem_arrays,
+            data_arrays,
+        )
+        return record
 
     def state(self) -> DistillState:
         """A copy of the state after the last step."""
-        return jax.tree.unflatten(self._static.state_structure, copy(self._leaves))
+        return _unflatten(self._state_structure, copy_arrays(self._leaves))
 
 
-def copy(tree: PyTree) -> PyTree:
+def copy_arrays(tree: PyTree) -> PyTree:
     """Arrays that may be donated, or that outlive a loop that donates."""
     # Unlike `jnp.copy`, this compiles nothing.
     return jax.device_put(tree, may_alias=False)
 
 
-class _Static(NamedTuple):
+class _Structure(NamedTuple):
     structure: Any
     others: tuple[Any, ...]
-    state_structure: Any
-    is_batched: bool
+
+
+def _flatten(tree: PyTree) -> tuple[_Structure, list[Array]]:
+    leaves, structure = jax.tree.flatten(tree)
+    others = tuple(None if eqx.is_array(x) else x for x in leaves)
+    return _Structure(structure, others), [x for x in leaves if eqx.is_array(x)]
+
+
+def _unflatten(structure: _Structure, arrays: list[Array]) -> PyTree:
+    remaining = iter(arrays)
+    leaves = [next(remaining) if x is None else x for x in structure.others]
+    return jax.tree.unflatten(structure.structure, leaves)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _step(static, state_leaves, arrays):
-    remaining = iter(arrays)
-    leaves = [next(remaining) if x is None else x for x in static.others]
-    problem = jax.tree.unflatten(static.structure, leaves)
-    state = jax.tree.unflatten(static.state_structure, state_leaves)
-    step = jax.vmap(problem.step) if static.is_batched else problem.step
-    new_state, metrics = step(state)
-    fields = [x.astype(jnp.result_type(float)) for x in jax.tree.leaves(metrics)]
-    return jax.tree.leaves(new_state), jnp.stack(fields, axis=-1)
+def _step(structures, state_arrays, problem_arrays, data_arrays):
+    problem, state, data = map(
+        _unflatten, structures, (problem_arrays, state_arrays, data_arrays)
+    )
+    new_state, metrics = problem.step(state, data)
+    values = [x.astype(jnp.result_type(float)) for x in metrics.values()]
+    return jax.tree.leaves(new_state), Record(jnp.stack(values), tuple(metrics))

@@ -1,26 +1,71 @@
-import functools
+import enum
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
+import jax.random as jr
 import optax
-from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import array_difference, check_key
-from .._conversions import as_float
-from .._data._dataset import Dataset
+from .._checks import array_difference
 from .._data._distilled_set import DistilledSet
-from .._inner._auto_solver import AutoSolver
-from .._inner._fit import check_inner
-from .._inner._inner_solver import AbstractInnerSolver
-from ._data import AbstractData, AbstractFeatureData, as_data, check_features
-from ._distill_state import DistillState, Metrics, Status
-from ._outer_loss import check_data, decode, loss_of, split_key
+from .._data._parameterisation import AbstractParameterisation
+from ._data import AbstractData
+from ._objective import AbstractObjective
+
+
+class Status(enum.IntEnum):
+    """Whether a run continues, or why it has stopped. `FAILED` plus `i` stands for the
+    reason of index `i` among the `failures` of the objective."""
+
+    RUNNING = 0
+    UPDATE_NOT_FINITE = 1
+    GRADIENT_NOT_FINITE = 2
+    LOSS_NOT_FINITE = 3
+    FAILED = 4
+
+
+REASONS = (
+    "",
+    "the updated distilled set is not finite",
+    "the gradient of the loss is not finite",
+    "the outer loss is not finite",
+)
+
+
+class DistillState(eqx.Module):
+    """Everything that changes in a run, or differs between runs of one problem. It
+    holds arrays only: a checkpoint of a run is its leaves.
+
+    **Attributes:**
+
+    - `learned`: the learned arrays of the pair of `start` and `objective`.
+    - `rest`: the other arrays of `start`.
+    - `last_good`: the learned arrays of the step before. `learned` has proved good only
+        after a step from it.
+    - `optimiser_state`, `objective_state`: the states of the optimiser and of the
+        objective.
+    - `key`: the key of the run.
+    - `step`: the number of steps taken.
+    - `status`: 0 while the run continues; otherwise the reason why it has stopped.
+    """
+
+    learned: PyTree
+    rest: PyTree
+    last_good: PyTree
+    optimiser_state: PyTree
+    objective_state: PyTree
+    key: PRNGKeyArray
+    step: Int[Array, ""]
+    status: Int[Array, ""]
+
+
+Metrics = dict[str, Float[Array, ""]]
 
 
 class Problem(eqx.Module):
-    """All that stays fixed over a distillation, and its step.
+    """Everything that stays fixed in a run, and its step.
 
     [`eqdistill.distill`][] is a loop around `step`, which is pure: `equinox.filter_jit`
     and `jax.vmap` work as for any function.
@@ -28,111 +73,118 @@ class Problem(eqx.Module):
     !!! Example
 
         ```python
-        problem = eqd.Problem(start, model, train, optimiser=optax.adam(0.02))
-        state = problem.init()
+        problem = eqd.Problem(start, objective, optimiser=optax.adam(0.02))
+        data = objective.layout(train)
+        state = problem.init(key=jr.key(0))
         step = eqx.filter_jit(problem.step)
         for _ in range(50):
-            state, metrics = step(state)
+            state, metrics = step(state, data)
         distilled = problem.distilled(state)
         ```
 
-    **Attributes:** as the arguments of [`eqdistill.distill`][]. `learn` is a tree of
-    bools with the structure of the pair `(start, inner)`.
+        Many seeds at once:
+
+        ```python
+        states = eqx.filter_vmap(problem.init)(starts, key=jr.split(jr.key(0), 32))
+        step = eqx.filter_jit(eqx.filter_vmap(problem.step, in_axes=(0, None)))
+        states, metrics = step(states, data)
+        ```
+
+    **Attributes:** the arguments of [`eqdistill.distill`][]. `learn` is a pair of trees
+    of bools, with the structures of `start` and of `objective`.
     """
 
-    start: PyTree
-    model: PyTree
-    data: AbstractData
-    inner: AbstractInnerSolver
+    start: AbstractParameterisation
+    objective: AbstractObjective
     optimiser: optax.GradientTransformation
-    learn: PyTree[bool]
-    tolerance: float = eqx.field(converter=as_float)
+    learn: tuple[PyTree[bool], PyTree[bool]]
 
     def __init__(
         self,
-        start: PyTree,
-        model: PyTree,
-        data: Dataset | AbstractData,
-        inner: AbstractInnerSolver = AutoSolver(),
+        start: AbstractParameterisation,
+        objective: AbstractObjective,
         *,
         optimiser: optax.GradientTransformation,
-        learn: PyTree[bool] | None = None,
-        tolerance: float = 0.0,
+        learn: Callable = lambda start: start.images,
+        learn_objective: Callable = lambda objective: (),
     ):
         """**Arguments:** as for [`eqdistill.distill`][].
 
         **Raises:**
 
-        A `TypeError` or `ValueError` for an argument that is not as it should be.
+        A `TypeError` or `ValueError` for an argument that does not fit the others.
         """
-        distilled = check_inner(decode(start), model, inner)
-        check_data("train", data, distilled, model, inner)
-        if not tolerance >= 0:
-            raise ValueError(f"`tolerance` must not be negative; got {tolerance}.")
-        if not isinstance(optimiser, optax.GradientTransformation):
-            raise TypeError(
-                "`optimiser` must be an Optax optimiser, an "
-                f"`optax.GradientTransformation`; got a {type(optimiser).__name__}."
-            )
         self.start = start
-        self.model = model
-        self.data = as_data(data, model)
-        if isinstance(self.data, AbstractFeatureData):
-            # Here the values of arrays can be compared, too.
-            check_features(self.data, model)
-        self.inner = inner
+        self.objective = objective
         self.optimiser = optimiser
-        self.learn = _learn(start, inner, learn)
-        self.tolerance = tolerance
+        self.learn = (
+            _learned("learn", start, learn),
+            _learned("learn_objective", objective, learn_objective),
+        )
+        if not any(jax.tree.leaves(self.learn)):
+            raise ValueError(
+                "`learn` or `learn_objective` must pick at least one floating-point "
+                "array; they pick none."
+            )
+        distilled = start.decode()
+        # Labels are concrete here, and can be checked.
+        init = lambda key: objective.init(distilled, key=key)
+        state = eqx.filter_eval_shape(init, jr.key(0))
+        difference = array_difference(state, state)
+        if difference is not None:
+            raise TypeError(
+                f"`objective.init` must return arrays only; {type(objective).__name__} "
+                f"did not: {difference}."
+            )
 
-    def init(self, *, key: PRNGKeyArray | None = None) -> DistillState:
+    def init(
+        self, start: AbstractParameterisation | None = None, *, key: PRNGKeyArray
+    ) -> DistillState:
         """**Arguments:**
 
-        - `key`: a `jax.random.key`, for data in batches and inner solvers that draw
-            random numbers. (Keyword only argument.)
+        - `start`: what to start with instead of the `start` of the problem, with the
+            same structure, shapes and dtypes. Defaults to that `start`.
+        - `key`: a `jax.random.key` for all random numbers of the run. (Keyword only
+            argument.)
 
         **Returns:**
 
-        The state to begin with. Its arrays are copies.
+        The first state. Its arrays are copies.
         """
-        check_key("key", key)
-        arrays = eqx.filter((self.start, self.inner), eqx.is_array)
-        return self._init_from(arrays, key)
-
-    def _init_from(self, arrays: PyTree, key: PRNGKeyArray | None) -> DistillState:
-        """The state to begin with, from a pair of arrays in the place of those of
-        `start` and `inner`."""
+        arrays = eqx.filter(self.start if start is None else start, eqx.is_array)
         return _init(self, arrays, key)
 
-    def step(self, state: DistillState) -> tuple[DistillState, Metrics]:
-        """One step of the optimiser along the hypergradient.
+    def step(
+        self, state: DistillState, data: AbstractData
+    ) -> tuple[DistillState, Metrics]:
+        """One step of the optimiser along the gradient of the objective.
 
         **Arguments:**
 
-        - `state`: the state before.
+        - `state`: the current state.
+        - `data`: the real data of this step.
 
         **Returns:**
 
-        The state after the step, and what was measured in it. A step from a state that
-        has ended leaves it as it is.
+        The next state; and the metrics of the step, before its update: `"loss"`,
+        `"gradient_norm"` and the metrics of the objective. If the step fails, or the
+        state has stopped before, the state stays the same, except for its `status`.
         """
 
         def loss_fn(learned):
-            start, inner = self._pair(learned, state.fixed)
-            return loss_of(
-                decode(start),
-                self.model,
-                self.data,
-                inner,
-                state.inner_state,
+            start, objective = self._pair(learned, state.rest)
+            return objective(
+                start.decode(),
+                data,
+                state.objective_state,
                 step=state.step,
                 key=state.key,
             )
 
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, outcome), gradient = value_and_grad(state.learned)
-        # Here, and not once for all: the function that Optax makes is a new one each
-        # time, and what holds it would be compiled anew.
+        # Wrap it here: Optax returns a new function on every call, and storing it would
+        # trigger recompilation.
         optimiser = optax.with_extra_args_support(self.optimiser)
         updates, optimiser_state = optimiser.update(
             gradient,
@@ -145,88 +197,78 @@ class Problem(eqx.Module):
         updated = eqx.apply_updates(state.learned, updates)
         gradient_norm = optax.tree.norm(gradient)
 
-        # The last of these that holds is the one that is reported.
+        # The last condition that holds is the one that is reported.
         status = jnp.array(int(Status.RUNNING))
-        for pred, found in (
+        for holds, reason in (
             (~_all_finite(updated), Status.UPDATE_NOT_FINITE),
-            # A network that died gives zeros, and the next one need not have.
-            (
-                (self.tolerance > 0) & (gradient_norm <= self.tolerance),
-                Status.CONVERGED,
-            ),
             (~jnp.isfinite(gradient_norm), Status.GRADIENT_NOT_FINITE),
             (~jnp.isfinite(loss), Status.LOSS_NOT_FINITE),
-            (~outcome.fitted.converged, Status.INNER_FAILED),
-            (outcome.fitted.collapsed, Status.COLLAPSED),
+            (outcome.failure > 0, Status.FAILED - 1 + outcome.failure),
         ):
-            status = jnp.where(pred, int(found), status)
-        goes_on = status == Status.RUNNING
-        is_good = goes_on | (status == Status.CONVERGED)
-        is_good = is_good | (status == Status.UPDATE_NOT_FINITE)
+            status = jnp.where(holds, reason, status)
         new_state = DistillState(
-            learned=optax.tree.where(goes_on, updated, state.learned),
-            fixed=state.fixed,
-            last_good=optax.tree.where(is_good, state.learned, state.last_good),
-            # An update that is not made must not be in an average either.
-            optimiser_state=jax.tree.map(
-                functools.partial(_keep, goes_on),
-                optimiser_state,
-                state.optimiser_state,
-            ),
-            inner_state=outcome.state,
+            learned=updated,
+            rest=state.rest,
+            last_good=state.learned,
+            optimiser_state=optimiser_state,
+            objective_state=outcome.state,
             key=state.key,
-            step=state.step + is_good,
-            status=status,
+            step=state.step + 1,
+            status=state.status,
         )
         was_running = state.status == Status.RUNNING
+        continues = was_running & (status == Status.RUNNING)
         new_state = jax.tree.map(
-            lambda new, old: old if new is old else _keep(was_running, new, old),
+            lambda new, old: new if new is old else _where(continues, new, old),
             new_state,
             state,
         )
-        metrics = Metrics(loss, gradient_norm, outcome.fitted.gradient_norm)
+        # A step that was good, but for its update, proves its own start good.
+        is_good = was_running & (status == Status.UPDATE_NOT_FINITE)
+        last_good = optax.tree.where(is_good, state.learned, new_state.last_good)
+        status = jnp.where(was_running, status, state.status)
+        new_state = eqx.tree_at(
+            lambda s: (s.last_good, s.status), new_state, (last_good, status)
+        )
+        metrics = {"loss": loss, "gradient_norm": gradient_norm, **outcome.metrics}
         return new_state, metrics
 
-    def pair(self, state: DistillState) -> tuple[PyTree, AbstractInnerSolver]:
+    def pair(
+        self, state: DistillState
+    ) -> tuple[AbstractParameterisation, AbstractObjective]:
         """**Returns:**
 
-        `start` and `inner` as they have been learned.
+        `start` and `objective` with the learned arrays of a state.
         """
-        return self._pair(state.learned, state.fixed)
+        return self._pair(state.learned, state.rest)
 
     def distilled(self, state: DistillState) -> DistilledSet:
         """**Returns:**
 
-        The distilled set as it has been learned.
+        The distilled set of a state.
         """
-        return decode(self.pair(state)[0])
+        return self.pair(state)[0].decode()
 
-    def _pair(self, learned: PyTree, fixed: PyTree):
-        static = eqx.filter((self.start, self.inner), eqx.is_array, inverse=True)
-        return eqx.combine(learned, fixed, static)
+    def _pair(self, learned: PyTree, rest: PyTree):
+        static = eqx.filter(self.start, eqx.is_array, inverse=True)
+        fixed = eqx.filter(self.objective, self.learn[1], inverse=True)
+        return eqx.combine(learned[0], rest, static), eqx.combine(learned[1], fixed)
 
 
 @eqx.filter_jit
-def _init(problem: Problem, arrays: PyTree, key: PRNGKeyArray | None) -> DistillState:
+def _init(problem: Problem, arrays: PyTree, key: PRNGKeyArray) -> DistillState:
     """Compiled as one program. Its results are copies: a loop that donates the state
-    would otherwise delete the arrays of the user."""
-    arrays = jax.tree.map(_strongly_typed, arrays)
-    learned, fixed = eqx.partition(arrays, problem.learn)
-    start, inner = problem._pair(learned, fixed)
-    _, init_key, _ = split_key(key)
-    inner_state = inner.init(decode(start), problem.model, key=init_key)
-    difference = array_difference(inner_state, inner_state)
-    if difference is not None:
-        raise TypeError(
-            f"`inner.init` must give a state of arrays only; `{type(inner).__name__}` "
-            f"did not: {difference}."
-        )
+    would otherwise delete the user's arrays."""
+    of_start, rest = eqx.partition(arrays, problem.learn[0])
+    learned = of_start, eqx.filter(problem.objective, problem.learn[1])
+    learned, rest = jax.tree.map(_strongly_typed, (learned, rest))
+    start, objective = problem._pair(learned, rest)
     state = DistillState(
         learned=learned,
-        fixed=fixed,
+        rest=rest,
         last_good=learned,
         optimiser_state=problem.optimiser.init(learned),
-        inner_state=inner_state,
+        objective_state=objective.init(start.decode(), key=key),
         key=key,
         step=jnp.array(0),
         status=jnp.array(int(Status.RUNNING)),
@@ -239,56 +281,48 @@ def _strongly_typed(x: Array) -> Array:
     return jax.lax.convert_element_type(x, x.dtype)
 
 
-def _keep(is_new: Bool[Array, ""], new: Array, old: Array) -> Array:
-    if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
-        return jnp.where(is_new, new, old)
-    return jnp.where(is_new, jax.lax.convert_element_type(new, old.dtype), old)
+def _where(is_new: Bool[Array, ""], new: Array, old: Array) -> Array:
+    if not jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+        new = jax.lax.convert_element_type(new, old.dtype)
+    return jnp.where(is_new, new, old)
 
 
-def _learn(
-    start: PyTree, inner: AbstractInnerSolver, learn: PyTree[bool] | None
-) -> PyTree[bool]:
-    """What is learned, as bools with the structure of `(start, inner)`."""
-    pair = (start, inner)
-    if learn is None:
-        if not hasattr(start, "images"):
-            raise ValueError(
-                "`learn` must say what is learned of a start that has no `images`, "
-                f"such as this {type(start).__name__}."
-            )
-        nothing = jax.tree.map(lambda _: False, start)
-        learn = (eqx.tree_at(lambda s: s.images, nothing, True), False)
+def _learned(name: str, tree: PyTree, where: Callable) -> PyTree[bool]:
+    """Which leaves of a tree are learned: the floating-point arrays that `where`
+    picks.
+
+    **Raises:**
+
+    A `ValueError` if `where` does not pick parts of the tree, or picks no
+    floating-point array.
+    """
+    nothing = jax.tree.map(lambda _: False, tree)
     try:
-        if not all(isinstance(x, bool | np.bool_) for x in jax.tree.leaves(learn)):
-            raise ValueError
-        learn = jax.tree.map(
-            lambda on, part: jax.tree.map(
-                lambda x: on and eqx.is_inexact_array(x), part
-            ),
-            learn,
-            pair,
-        )
-    except (TypeError, ValueError) as e:
+        parts = where(tree)
+        is_array = jax.tree.map(eqx.is_inexact_array, parts)
+        if isinstance(parts, tuple) and parts == ():
+            return nothing
+        picked = eqx.tree_at(where, nothing, is_array)
+    except (AttributeError, LookupError, TypeError, ValueError) as e:
         raise ValueError(
-            "`learn` must be bools with the structure of the pair `(start, inner)`, or "
-            f"a prefix of it, such as `(True, False)`; got {learn}."
+            f"`{name}` must be a function that picks parts of its argument, such as "
+            f"`lambda s: (s.images, s.log_l2)`; on a {type(tree).__name__} it raised: {e}"
         ) from e
-    if not any(jax.tree.leaves(learn)):
+    if not any(jax.tree.leaves(picked)):
         raise ValueError(
-            "`learn` must pick at least one floating-point array of the pair `(start, "
-            "inner)`; it picks none."
+            f"`{name}` must pick floating-point arrays of a {type(tree).__name__}; it "
+            "picks none."
         )
-    return learn
+    return picked
 
 
-def names(learn: PyTree[bool]) -> tuple[str, ...]:
-    """The names of what is learned: of the arrays of `start` as they are, and of
-    `inner` behind `inner.`"""
-    start, inner = learn
+def learned_names(learn: tuple[PyTree[bool], PyTree[bool]]) -> tuple[str, ...]:
+    """The names of the learned arrays: those of `objective` begin with
+    `objective.`."""
     found = []
-    for prefix, part in (("", start), ("inner.", inner)):
-        for path, on in jax.tree.flatten_with_path(part)[0]:
-            if on:
+    for prefix, tree in zip(("", "objective."), learn, strict=True):
+        for path, is_learned in jax.tree.leaves_with_path(tree):
+            if is_learned:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 found.append(prefix + name)
     return tuple(found)

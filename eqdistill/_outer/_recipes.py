@@ -1,49 +1,42 @@
 import functools as ft
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
+import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float
+import optax
+from jaxtyping import PRNGKeyArray, PyTree
 
-from .._conversions import as_array, as_float, as_int, as_int_or_none
+from .._checks import check_make
+from .._conversions import ArrayOrList, as_array
 from .._data._augmentation import OneOf
 from .._data._image_augmentations import Affine, Crop, Flip
 from .._inner._feature_regression import FeatureRegression
+from .._inner._inner_solver import AbstractInnerSolver
 from .._inner._unrolled_solver import UnrolledSolver
-from .._nn._networks import ConvNet, LeNet
-from ._recipe import Recipe
-from ._recipe_parts import (
-    as_by_lecun,
-    as_distilled,
-    as_it_is,
-    by_step,
-    check_updates,
-    drops_at_half,
-    from_zero,
-    from_zero_by_lecun,
-    MOST_UPDATES,
-    warms_up,
-    with_hard_labels,
-    with_seed,
-    with_targets,
-)
+from .._models._models import Fresh
+from ..nn import initialise, lecun, zero_head
+from ._recipe import Recipe, relabel, unchanged
+
+
+MOST_UPDATES = 100_000
 
 
 def dc(
-    network: Callable = ConvNet, *, updates: int = 300, augment: bool = False
+    make: Callable[..., PyTree], *, updates: int = 300, augment: bool = False
 ) -> Recipe:
-    """The recipe of dataset condensation: cross-entropy on hard labels, and stochastic
-    gradient descent at a rate of 0.01, a tenth of that in the second half of the steps,
-    with a momentum of 0.9 and a weight decay of 5e-4. All images are in each step.
+    """The recipe of dataset condensation: cross-entropy on hard labels, by stochastic
+    gradient descent on all distilled images. The learning rate is 0.01, and 0.001 in
+    the second half of the steps. The momentum is 0.9 and the weight decay 5e-4.
 
     **Arguments:**
 
-    - `network`: makes a network from the shape of an image, the number of classes and a
-        `key`. The default is the paper's for colour images. The paper pads grey images
-        of 28 x 28: `functools.partial(eqdistill.nn.ConvNet, size=32)`.
-    - `updates`: the number of steps. (Keyword only argument.)
-    - `augment`: whether each image is cropped, scaled or rotated at random in each
-        step. The paper's code does so for MNIST, with 1,000 updates. (Keyword only
-        argument.)
+    - `make`: a function `make(*, key)` that builds a model. The paper's network is
+        `functools.partial(eqdistill.nn.ConvNet, shape, num_classes)`, with `size=32`
+        for greyscale images of 28 x 28.
+    - `updates`: the number of steps, from 2 to 100,000. (Keyword only argument.)
+    - `augment`: whether to crop, scale or rotate each image at random in each step. The
+        paper's code does for MNIST, with 1,000 updates. (Keyword only argument.)
 
     **Returns:**
 
@@ -51,236 +44,222 @@ def dc(
 
     **Raises:**
 
-    A `ValueError` if `updates` is not from 2 to 100,000.
+    A `TypeError` if `make` is a model, or needs other arguments than `key`; a
+    `ValueError` if `updates` is out of range. When the recipe is used, a `ValueError`
+    if the labels are not class indices.
 
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021.
     """
-    updates = check_updates(updates)
-    inner = UnrolledSolver(
-        drops_at_half(updates),
-        {"learning_rate": 0.01},
-        updates,
-        augmentation=OneOf(Crop(4), Affine(scale=1.2), Affine(rotation=45))
-        if augment
-        else None,
-    )
-    settings = (("updates", updates), ("augment", augment))
-    prepare = ft.partial(with_hard_labels, "dc", 5e-4)
-    return Recipe("dc", settings, network, as_it_is, prepare, inner)
+    one_of = OneOf(Crop(4), Affine(scale=1.2), Affine(rotation=45))
+    inner = _training(_sgd, 0.01, updates, augmentation=one_of if augment else None)
+    settings = {"updates": int(updates), "augment": augment}
+    return _recipe("dc", settings, make, ft.partial(relabel, True, 5e-4), inner)
 
 
 def frepo(
-    network: Callable = ft.partial(ConvNet, widths=(128, 256, 512), norm=None),
-    *,
-    updates: int = 1000,
-    augment: bool = False,
+    make: Callable[..., PyTree], *, updates: int = 1000, augment: bool = False
 ) -> Recipe:
-    """The recipe of neural feature regression: squared error on centred targets, and
-    Adam at a rate of 3e-4, which warms up over 500 steps and then decays by a cosine to
-    a hundredth. The weights are drawn as by LeCun et al. All images are in each step.
+    """The recipe of neural feature regression: squared error on centred targets, from
+    LeCun's initial weights, by Adam on all distilled images. The learning rate rises to
+    3e-4 over 500 steps, or half of the steps if that is less. It then decays by a
+    cosine to a hundredth.
 
-    Learned targets are taken as they are. Logits of soft labels become probabilities
-    less $1/c$.
+    Learned targets are used as they are. Soft labels become their probabilities minus
+    $1/c$.
 
-    **Arguments:** as for [`eqdistill.recipes.dc`][], but for
+    **Arguments:** as for [`eqdistill.recipes.dc`][], except
 
-    - `network`: makes an [`eqdistill.nn.Network`][], whose weights are drawn anew.
-    - `updates`: the number of steps, of which the first half warm up, or the first 500.
-    - `augment`: whether each image is flipped from left to right at random in each
-        step, as is fit for photographs. (Keyword only argument.)
-
-    **Returns:**
-
-    An [`eqdistill.recipes.Recipe`][].
-
-    **Raises:**
-
-    A `ValueError` as [`eqdistill.recipes.dc`][].
+    - `make`: the weights are redrawn by [`eqdistill.nn.initialise`][], which raises an
+        error if it can't. The paper's network is `functools.partial(
+        eqdistill.nn.ConvNet, shape, num_classes, widths=(128, 256, 512), norm=None)`.
+    - `augment`: whether to flip each image from left to right at random in each step.
 
     Source: Zhou, Nezhadarya and Ba, *Dataset distillation using neural feature
     regression*, 2022.
     """
-    updates = check_updates(updates)
-    inner = UnrolledSolver(
-        warms_up(min(500, updates // 2), updates),
-        {"learning_rate": 3e-4},
-        updates,
-        augmentation=Flip() if augment else None,
-    )
-    settings = (("updates", updates), ("augment", augment))
-    return Recipe("frepo", settings, network, as_by_lecun, with_targets, inner)
+    optimiser = ft.partial(_adam, min(500, updates // 2))
+    flip = Flip() if augment else None
+    inner = _training(optimiser, 3e-4, updates, augmentation=flip)
+    settings = {"updates": int(updates), "augment": augment}
+    prepare = ft.partial(relabel, False, 0.0)
+    return _recipe("frepo", settings, make, prepare, inner, redraw=True)
 
 
-def zero_start(network: Callable = ConvNet, *, updates: int = 500) -> Recipe:
-    """This package's recipe: squared error on centred targets, as in
-    [`eqdistill.recipes.frepo`][], of a network whose last layer starts at zero; and
-    Adam at a rate of 1e-3, which decays by a cosine to a hundredth.
+def zero_start(make: Callable[..., PyTree], *, updates: int = 500) -> Recipe:
+    """This package's recipe for training all layers: squared error on centred targets,
+    as in [`eqdistill.recipes.frepo`][], with a last layer that starts at zero. Few
+    images cannot undo the effect of a random one. The training is by Adam, with a
+    learning rate that decays by a cosine from 1e-3 to a hundredth.
 
-    With few images, the function that a random last layer starts with is never
-    unlearned.
-
-    **Arguments:** as for [`eqdistill.recipes.dc`][], but `network` makes an
-    [`eqdistill.nn.Network`][], whose last layer is set to zero.
-
-    **Returns:**
-
-    An [`eqdistill.recipes.Recipe`][].
-
-    **Raises:**
-
-    A `ValueError` as [`eqdistill.recipes.dc`][].
+    **Arguments:** as for [`eqdistill.recipes.dc`][]. The last layer of the models is
+    found and set to zero by [`eqdistill.nn.zero_head`][].
     """
-    updates = check_updates(updates)
-    inner = UnrolledSolver(warms_up(0, updates), {"learning_rate": 1e-3}, updates)
-    settings = (("updates", updates),)
-    return Recipe("zero_start", settings, network, from_zero, with_targets, inner)
+    inner = _training(_adam, 1e-3, updates)
+    settings, prepare = {"updates": int(updates)}, ft.partial(relabel, False, 0.0)
+    return _recipe("zero_start", settings, make, prepare, inner, zero=True)
 
 
-def feature_regression(network: Callable = ConvNet, *, updates: int = 100) -> Recipe:
-    """This package's recipe for images that were distilled with a
-    [`eqdistill.Pool`][]: a short training by squared error on centred targets, as in
-    [`eqdistill.recipes.frepo`][], after which the last layer is fitted anew, in closed
-    form. Weights are drawn as by LeCun et al., and the last layer starts at zero. The
-    training is by Adam at a rate of 3e-4, which decays by a cosine to a hundredth. The
-    fit is ridge regression on the features before the last layer, without an intercept,
-    at a ridge of 1e-3 that is relative to the features, as in
-    [`eqdistill.RelativeRidge`][].
+def feature_regression(make: Callable[..., PyTree], *, updates: int = 100) -> Recipe:
+    """This package's recipe for images that were distilled with an
+    [`eqdistill.Pool`][]: a short training by squared error on centred targets, after
+    which the last layer is fitted as in the distillation. The training is as in
+    [`eqdistill.recipes.zero_start`][], but from LeCun's initial weights and with a
+    learning rate of 3e-4. Then ridge regression on the features replaces the last
+    layer, without an intercept. Its ridge is 1e-3, relative to the features as in
+    [`eqdistill.linear.RelativeRidge`][].
 
-    The last layer is fitted as it was in the distillation.
-
-    **Arguments:** as for [`eqdistill.recipes.dc`][], but `network` makes an
-    [`eqdistill.nn.Network`][], whose weights are drawn anew.
-
-    **Returns:**
-
-    An [`eqdistill.recipes.Recipe`][].
-
-    **Raises:**
-
-    A `ValueError` as [`eqdistill.recipes.dc`][].
+    **Arguments:** as for [`eqdistill.recipes.dc`][]. The weights of the models are
+    changed by [`eqdistill.nn.initialise`][] and [`eqdistill.nn.zero_head`][].
     """
-    updates = check_updates(updates)
-    training = UnrolledSolver(warms_up(0, updates), {"learning_rate": 3e-4}, updates)
-    return Recipe(
-        "feature_regression",
-        (("updates", updates),),
-        network,
-        from_zero_by_lecun,
-        ft.partial(with_targets, weight_decay=1e-3),
-        FeatureRegression(training),
-    )
+    inner = FeatureRegression(_training(_adam, 3e-4, updates))
+    settings, prepare = {"updates": int(updates)}, ft.partial(relabel, False, 1e-3)
+    name = "feature_regression"
+    return _recipe(name, settings, make, prepare, inner, redraw=True, zero=True)
 
 
 def supervised(
-    network: Callable = ConvNet, *, updates: int = 1000, batch_size: int = 128
+    make: Callable[..., PyTree], *, updates: int = 1000, batch_size: int = 128
 ) -> Recipe:
-    """The ordinary training on real data, to compare with: cross-entropy on hard
-    labels, and Adam at a rate of 1e-3, which decays by a cosine to a hundredth, in
-    batches. The distilled set is to be all of the real images.
+    """Ordinary training on real data, for comparison: cross-entropy on hard labels, by
+    Adam on batches. The learning rate decays by a cosine from 1e-3 to a hundredth. Pass
+    all real images as the distilled set.
 
-    **Arguments:** as for [`eqdistill.recipes.dc`][], but for
+    **Arguments:** as for [`eqdistill.recipes.dc`][], and
 
-    - `batch_size`: the number of images in a step. (Keyword only argument.)
-
-    **Returns:**
-
-    An [`eqdistill.recipes.Recipe`][].
-
-    **Raises:**
-
-    A `ValueError` as [`eqdistill.recipes.dc`][], or if `batch_size` is less than 1; and
-    when used, if there are fewer images than in a batch.
+    - `batch_size`: the number of images in a step, from 1 to their total number.
     """
-    updates = check_updates(updates)
-    inner = UnrolledSolver(
-        warms_up(0, updates), {"learning_rate": 1e-3}, updates, batch_size=batch_size
-    )
-    settings = (("updates", updates), ("batch_size", as_int(batch_size)))
-    prepare = ft.partial(with_hard_labels, "supervised", 0.0)
-    return Recipe("supervised", settings, network, as_it_is, prepare, inner)
+    inner = _training(_adam, 1e-3, updates, batch_size=batch_size)
+    settings = {"updates": int(updates), "batch_size": int(batch_size)}
+    return _recipe("supervised", settings, make, ft.partial(relabel, True, 0.0), inner)
 
 
 def learned_rates(
-    network: Callable = LeNet,
+    make: Callable[..., PyTree],
     *,
-    learning_rates: Sequence[float]
-    | Float[Array, " steps"]
-    | Float[np.ndarray, " steps"],
+    learning_rates: ArrayOrList,
     batch_size: int,
     momentum: float = 0.0,
     adam: bool = False,
     seed: int | None = None,
 ) -> Recipe:
-    r"""The recipe of a training run that was distilled with its step sizes: gradient
-    descent, or Adam, on batches of the distilled images in their order, with a step
-    size for each step. The loss, the labels and the ridge are those of the distilled
-    set. `inner` of this recipe can be distilled through, and its step sizes learned.
+    r"""The recipe for a training run whose step sizes were distilled with the images:
+    gradient descent or Adam, with one step size for each step, on batches of the
+    distilled images in order. The loss, labels and ridge are those of the distilled
+    set.
 
     !!! Example
 
         ```python
-        solver = result.inner  # An `UnrolledSolver` whose step sizes were learned.
+        solver = result.objective.inner  # an `UnrolledSolver` with learned step sizes
         rates = jnp.exp(solver.log_hyperparameters["learning_rate"])
-        recipe = eqd.recipes.learned_rates(
-            learning_rates=rates, batch_size=10
-        )
+        recipe = eqd.recipes.learned_rates(make, learning_rates=rates, batch_size=10)
         ```
 
-    **Arguments:**
+    **Arguments:** as for [`eqdistill.recipes.dc`][], except
 
-    - `network`: as for [`eqdistill.recipes.dc`][].
-
-    All other arguments are keyword only.
-
-    - `learning_rates`: the step size of each step.
-    - `batch_size`: the number of distilled images in a step.
-    - `momentum`: the momentum, which is $\beta_1$ of Adam.
-    - `adam`: whether the steps are those of Adam, with an `eps_root` of 1e-8, without
-        which Adam has no derivative where a gradient is zero.
-    - `seed`: the seed of known initial parameters, for which the set was distilled:
-        each network is `network(shape, num_classes, key=jax.random.key(seed))`.
-        Defaults to fresh networks.
+    - `learning_rates`: the step size of each step: 1 to 100,000 positive numbers.
+    - `batch_size`: the number of distilled images in a step, at least 1.
+    - `momentum`: the momentum, in [0, 1); $\beta_1$ for Adam.
+    - `adam`: whether to use Adam. Its `eps_root` is 1e-8, so that the steps have a
+        derivative where a gradient is zero.
+    - `seed`: the seed of the known initial weights that the set was distilled for: each
+        model is `make(key=jax.random.key(seed))`. Defaults to fresh models.
 
     **Returns:**
 
-    An [`eqdistill.recipes.Recipe`][].
-
-    **Raises:**
-
-    A `ValueError` if there are no step sizes, or more than 100,000, or if one is not
-    positive and finite; if `batch_size` is less than 1, or if `momentum` is not in
-    [0, 1).
+    An [`eqdistill.recipes.Recipe`][]. You can also distil with its `inner`, and learn
+    the step sizes.
 
     Source: Wang et al., *Dataset distillation*, 2018, Algorithm 1.
     """
-    if isinstance(learning_rates, Sequence):
-        learning_rates = list(learning_rates)
-    array = np.asarray(as_array("learning_rates", learning_rates), np.float64)
-    rates = tuple(array.tolist()) if array.ndim == 1 else ()
-    if not 1 <= len(rates) <= MOST_UPDATES:
+    rates = np.asarray(as_array("learning_rates", learning_rates), np.float64)
+    if rates.ndim != 1 or not 1 <= len(rates) <= MOST_UPDATES:
         raise ValueError(
-            f"`learning_rates` must be from 1 to {MOST_UPDATES:,}; got {len(rates)}."
+            f"`learning_rates` must be a list of 1 to {MOST_UPDATES:,} step sizes; got "
+            f"shape {rates.shape}."
         )
-    if not all(0 < rate < float("inf") for rate in rates):
+    if not ((rates > 0) & (rates < np.inf)).all():
         raise ValueError("`learning_rates` must be positive and finite; some are not.")
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` must be in [0, 1); got {momentum}.")
-    batch_size, momentum = as_int(batch_size), as_float(momentum)
-    seed = as_int_or_none(seed)
+    settings = {
+        "learning_rates": tuple(rates.tolist()),
+        "batch_size": int(batch_size),
+        "momentum": float(momentum),
+        "adam": adam,
+        "seed": None if seed is None else int(seed),
+    }
     inner = UnrolledSolver(
-        by_step(momentum, adam),
-        {"learning_rate": np.array(rates)},
+        _one_rate_per_step(float(momentum), adam),
+        {"learning_rate": rates},
         len(rates),
         batch_size=batch_size,
         shuffle=False,
     )
-    settings = (
-        ("learning_rates", rates),
-        ("batch_size", batch_size),
-        ("momentum", momentum),
-        ("adam", adam),
-        ("seed", seed),
-    )
-    if seed is not None:
-        network = with_seed(network, seed)
-    return Recipe("learned_rates", settings, network, as_it_is, as_distilled, inner)
+    return _recipe("learned_rates", settings, make, unchanged, inner)
+
+
+def _recipe(
+    name: str,
+    settings: dict[str, Any],
+    make: Callable[..., PyTree],
+    prepare: Callable,
+    inner: AbstractInnerSolver,
+    *,
+    redraw: bool = False,
+    zero: bool = False,
+) -> Recipe:
+    check_make("make", make)
+    models = Fresh(ft.partial(_make, make, redraw, zero, settings.get("seed")))
+    return Recipe(models, inner, prepare, name, tuple(settings.items()))
+
+
+def _make(
+    make: Callable, redraw: bool, zero: bool, seed: int | None, *, key: PRNGKeyArray
+) -> PyTree:
+    make_key, redraw_key = jr.split(key)
+    model = make(key=make_key if seed is None else jr.key(seed))
+    if redraw:
+        model = initialise(model, lecun, key=redraw_key)
+    return zero_head(model) if zero else model
+
+
+def _training(
+    optimiser: Callable, rate: float, updates: int, **kwargs: Any
+) -> UnrolledSolver:
+    if not 2 <= updates <= MOST_UPDATES:
+        raise ValueError(
+            f"`updates` must be from 2 to {MOST_UPDATES:,}; got {updates}."
+        )
+    make = optimiser(updates=int(updates))
+    return UnrolledSolver(make, {"learning_rate": rate}, updates, **kwargs)
+
+
+# The optimisers are cached because a new function would trigger recompilation.
+@ft.cache
+def _sgd(updates: int) -> Callable:
+    def make(learning_rate):
+        schedule = optax.piecewise_constant_schedule(learning_rate, {updates // 2: 0.1})
+        return optax.sgd(schedule, momentum=0.9)
+
+    return make
+
+
+@ft.cache
+def _adam(warm_up: int = 0, *, updates: int) -> Callable:
+    start = 0.0 if warm_up > 0 else 1.0
+    # Optax needs concrete numbers, so the learning rate multiplies the schedule.
+    factor = optax.warmup_cosine_decay_schedule(start, 1.0, warm_up, updates, 0.01)
+    return lambda learning_rate: optax.adam(lambda step: learning_rate * factor(step))
+
+
+@ft.cache
+def _one_rate_per_step(momentum: float, adam: bool) -> Callable:
+    def make(learning_rate):
+        schedule = lambda step: learning_rate[step]
+        if adam:
+            return optax.adam(schedule, b1=momentum, eps_root=1e-8)
+        # `None`, so that without momentum the optimiser has no state.
+        return optax.sgd(schedule, momentum=momentum or None)
+
+    return make

@@ -1,0 +1,126 @@
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import PyTree
+
+from .._classifier import takes_pixels
+from .._inner._auto_solver import AutoSolver
+from .._inner._fit import check_fit, COLLAPSED, NOT_CONVERGED, solve
+from .._inner._inner_solver import AbstractInnerSolver, stop_gradient
+from .._data._distilled_set import DistilledSet
+from .._losses import AbstractLoss
+from .._models._models import AbstractModels, as_models, Fixed
+from ._data import AbstractData, example_loss, FullBatch
+from ._objective import AbstractObjective, Outcome
+from ._sorted_pixels import SortedPixels
+
+
+class Bilevel(AbstractObjective[PyTree]):
+    r"""The loss on real data of a model that is fitted to the distilled set,
+
+    $$F(\theta) = \frac{1}{N} \sum_{i=1}^N \ell(w^\star(\theta)(x_i), y_i), \qquad
+    w^\star(\theta) = \arg\min_w f(w; \theta) + \frac{\lambda}{2} \|w\|^2.$$
+
+    Its gradient in $\theta$ is the hypergradient.
+
+    !!! Example
+
+        ```python
+        objective = eqd.Bilevel(eqd.Pool(make), loss=eqd.CrossEntropy(0.2))
+        result = eqd.distill(start, objective, eqd.Batches(train, 128))
+        ```
+
+    Source: the bilevel problem is that of JAXopt's dataset-distillation notebook; its
+    gradient by implicit differentiation, Pedregosa 2016, equation (2).
+    """
+
+    failures: ClassVar[tuple[str, ...]] = (NOT_CONVERGED, COLLAPSED)
+    models: AbstractModels
+    inner: AbstractInnerSolver
+    loss: AbstractLoss | None
+
+    def __init__(
+        self,
+        model: PyTree,
+        inner: AbstractInnerSolver = AutoSolver(),
+        loss: AbstractLoss | None = None,
+    ):
+        """**Arguments:**
+
+        - `model`: the model that is fitted: an `equinox.Module` from one example to its
+            outputs, of shape `(c,)`. Or an [`eqdistill.AbstractModels`][], such as
+            [`eqdistill.Pool`][], which provides a model in each step.
+        - `inner`: how the model is fitted.
+        - `loss`: the outer loss $\\ell$. Defaults to the cross-entropy: of the outputs
+            if the distilled set has it as its loss, and of five times the outputs if
+            that is the squared error, whose targets differ by one between classes.
+
+        **Raises:**
+
+        A `TypeError` if `model` is a class or a function. Write `Fresh(make)` or
+        `Pool(make)` for a function that builds networks.
+        """
+        self.models = as_models(model)
+        self.inner = inner
+        self.loss = loss
+
+    def init(self, distilled, *, key):
+        """As [`eqdistill.AbstractObjective`][].
+
+        **Raises:**
+
+        A `TypeError` or `ValueError` as [`eqdistill.fit`][].
+        """
+        models_key, draw_key, inner_key = jr.split(key, 3)
+        models = self.models.init(distilled, key=models_key)
+        model = self.models.draw(models, key=draw_key)
+        check_fit(distilled, model)
+        return models, self.inner.init(distilled, model, key=inner_key)
+
+    def __call__(self, distilled, data, state, *, step, key):
+        """As [`eqdistill.AbstractObjective`][].
+
+        **Raises:**
+
+        A `ValueError` if the data have images of another shape than the distilled set,
+        or more classes than the model has outputs.
+        """
+        data_key, models_key, inner_key = jr.split(key, 3)
+        models_key, inner_key = (
+            jr.fold_in(own_key, step) for own_key in (models_key, inner_key)
+        )
+        models, inner_state = state
+        model = self.models.draw(models, key=models_key)
+        _check_data(data, distilled, check_fit(distilled, model))
+        fitted, inner_state = solve(distilled, model, self.inner, inner_state, inner_key)
+        loss = distilled.loss.default_outer_loss() if self.loss is None else self.loss
+        network = eqx.nn.inference_mode(fitted.model)
+        value = data.mean(example_loss, (loss, network), step, key=data_key)
+        models = self.models.update(models, stop_gradient(distilled), key=models_key)
+        failure = jnp.where(fitted.collapsed, 2, jnp.where(fitted.converged, 0, 1))
+        metrics = {"inner_residual": fitted.gradient_norm}
+        return value, Outcome((models, inner_state), failure, metrics)
+
+    def layout(self, dataset):
+        """As [`eqdistill.AbstractObjective`][]. For logistic regression the pixels are
+        sorted, so that pixels that are mostly background cost little."""
+        is_linear = isinstance(self.models, Fixed) and takes_pixels(self.models.model)
+        return SortedPixels(dataset) if is_linear else FullBatch(dataset)
+
+
+def _check_data(data: AbstractData, distilled: DistilledSet, num_outputs: int) -> None:
+    shape = distilled.images.shape[1:]
+    found = getattr(data, "shape", shape)
+    if found != shape:
+        raise ValueError(
+            f"`data` must have images of the shape of the distilled images, {shape}; "
+            f"got {found}."
+        )
+    num_classes = getattr(data, "num_classes", 0)
+    if num_outputs < num_classes:
+        raise ValueError(
+            f"`model` must have an output for each of the {num_classes} classes of "
+            f"`data`; it has {num_outputs}."
+        )

@@ -1,0 +1,99 @@
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import PyTree
+
+from .._conversions import as_ints
+from ._objective import AbstractObjective, Outcome
+
+
+class InTurn(AbstractObjective[tuple[PyTree, ...]]):
+    """Several objectives for one distilled set: one of them in each outer step, on the
+    same data.
+
+    !!! Example
+
+        Three backbones, and a pool in one step of five:
+
+        ```python
+        objective = eqd.InTurn(
+            *(eqd.Bilevel(backbone) for backbone in backbones),
+            eqd.Bilevel(eqd.Pool(make)),
+            order=[0, 1, 2, 0, 3, 1, 2, 0, 1, 3, 2, 0, 1, 2, 3],
+        )
+        ```
+    """
+
+    objectives: tuple[AbstractObjective, ...]
+    order: tuple[int, ...] = eqx.field(static=True)
+    failures: tuple[str, ...] = eqx.field(static=True)
+
+    def __init__(
+        self, *objectives: AbstractObjective, order: Sequence[int] | None = None
+    ):
+        """**Arguments:**
+
+        - `objectives`: at least one objective.
+        - `order`: the indices of the objectives of successive steps, repeated for as
+            long as the run takes. Defaults to each objective once. (Keyword only
+            argument.)
+
+        **Raises:**
+
+        A `ValueError` if there is no objective, or if `order` does not hold the index of
+        each objective.
+        """
+        if not objectives:
+            raise ValueError("`objectives` must be at least one; got none.")
+        indices = range(len(objectives))
+        self.order = tuple(indices) if order is None else as_ints("order", order)
+        if set(self.order) != set(indices):
+            raise ValueError(
+                f"`order` must hold each index from 0 to {len(objectives) - 1}, and no "
+                f"other; got {self.order}."
+            )
+        self.objectives = objectives
+        self.failures = sum((x.failures for x in objectives), ())
+
+    def init(self, distilled, *, key):
+        """As [`eqdistill.AbstractObjective`][]."""
+        keys = jr.split(key, len(self.objectives))
+        return tuple(
+            objective.init(distilled, key=own_key)
+            for objective, own_key in zip(self.objectives, keys, strict=True)
+        )
+
+    def __call__(self, distilled, data, state, *, step, key):
+        """As [`eqdistill.AbstractObjective`][]. The metrics of other objectives than
+        that of the step are NaN."""
+
+        def take_turn(i, distilled):
+            loss, outcome = self.objectives[i](
+                distilled, data, state[i], step=step, key=jr.fold_in(key, i)
+            )
+            before = sum(len(x.failures) for x in self.objectives[:i])
+            failure = jnp.where(outcome.failure > 0, before + outcome.failure, 0)
+            new_state = (*state[:i], outcome.state, *state[i + 1 :])
+            return loss, Outcome(new_state, failure, outcome.metrics)
+
+        # The branches must return the same metrics.
+        shapes = [
+            jax.eval_shape(lambda i=i: take_turn(i, distilled)[1].metrics)
+            for i in range(len(self.objectives))
+        ]
+        absent = {name: jnp.array(jnp.nan, x.dtype) for s in shapes for name, x in s.items()}
+
+        def branch(i):
+            def call(distilled):
+                loss, outcome = take_turn(i, distilled)
+                metrics = {**absent, **outcome.metrics}
+                return loss, Outcome(outcome.state, outcome.failure, metrics)
+
+            return call
+
+        branches = [branch(i) for i in range(len(self.objectives))]
+        turn = jnp.array(self.order)[step % len(self.order)]
+        return jax.lax.switch(turn, branches, distilled)

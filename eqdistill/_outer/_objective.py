@@ -1,0 +1,88 @@
+import abc
+from typing import Generic, TypeVar
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .._data._dataset import Dataset
+from .._data._distilled_set import DistilledSet
+from ._data import AbstractData, FullBatch
+
+
+State = TypeVar("State")
+
+
+class Outcome(eqx.Module, Generic[State]):
+    """What an objective returns beside its loss.
+
+    **Attributes:**
+
+    - `state`: the state for the next step.
+    - `failure`: 0 if the step went well; otherwise 1 plus the index of the reason among
+        the `failures` of the objective.
+    - `metrics`: numbers for the history, each under a name.
+    """
+
+    state: State
+    failure: Int[Array, ""]
+    metrics: dict[str, Float[Array, ""]]
+
+
+class AbstractObjective(eqx.Module, Generic[State]):
+    """What is minimised over the distilled set.
+
+    **Attributes:**
+
+    - `failures`: the reasons to stop a run, in words.
+    """
+
+    failures: eqx.AbstractVar[tuple[str, ...]]
+
+    @abc.abstractmethod
+    def init(self, distilled: DistilledSet, *, key: PRNGKeyArray) -> State:
+        """**Arguments:**
+
+        - `distilled`: the distilled set at the start of the run.
+        - `key`: a `jax.random.key`. (Keyword only argument.)
+
+        **Returns:**
+
+        The first state, a pytree of arrays. `None` is a state without arrays.
+        """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        distilled: DistilledSet,
+        data: AbstractData,
+        state: State,
+        *,
+        step: Int[Array, ""],
+        key: PRNGKeyArray,
+    ) -> tuple[Float[Array, ""], Outcome[State]]:
+        """**Arguments:**
+
+        - `distilled`: the distilled set.
+        - `data`: the real data of this step.
+        - `state`: the current state.
+        - `step`: the number of the outer step, from 0. (Keyword only argument.)
+        - `key`: a `jax.random.key`, the same in all steps of a run: fold the step in
+            where each step needs new random numbers. (Keyword only argument.)
+
+        **Returns:**
+
+        The loss, differentiable in the floating-point arrays of `distilled` and of the
+        objective itself; and the [`eqdistill.Outcome`][].
+        """
+
+    def layout(self, dataset: Dataset) -> AbstractData:
+        """**Arguments:**
+
+        - `dataset`: all the real data.
+
+        **Returns:**
+
+        The data in the form that suits this objective best. By default, an
+        [`eqdistill.FullBatch`][].
+        """
+        return FullBatch(dataset)

@@ -1,0 +1,66 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from .._classifier import takes_pixels
+from .._data._dataset import Dataset
+from .._losses import CrossEntropy
+from ._data import AbstractData, example_loss, FullBatch
+from ._linear_layout import LinearLayout
+
+
+class SortedPixels(AbstractData):
+    """A full batch with a fast path: the cross-entropy of a model that is linear in the
+    pixels, by a [`LinearLayout`][]. Anything else is computed as by a full batch."""
+
+    full_batch: FullBatch
+    sorted_pixels: LinearLayout
+
+    def __init__(self, dataset: Dataset):
+        self.full_batch = FullBatch(dataset)
+        rows = np.asarray(dataset.images).reshape(len(dataset), -1)
+        self.sorted_pixels = LinearLayout(rows, np.asarray(dataset.labels))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.full_batch.shape
+
+    @property
+    def num_classes(self) -> int:
+        return self.full_batch.num_classes
+
+    def mean(self, fn, model, step, *, key):
+        """As [`eqdistill.AbstractData`][]."""
+        if fn is example_loss:
+            loss, network = model
+            if type(loss) is CrossEntropy and takes_pixels(network):
+                head = network.head
+                if loss.log_temperature is not None:
+                    scale = jnp.exp(-loss.log_temperature)
+                    head = jax.tree.map(lambda x: x * scale.astype(x.dtype), head)
+                return _mean_cross_entropy(head, self.sorted_pixels)
+        return self.full_batch.mean(fn, model, step, key=key)
+
+
+@eqx.filter_custom_jvp
+def _mean_cross_entropy(head: eqx.nn.Linear, pixels: LinearLayout) -> Float[Array, ""]:
+    return pixels.value(head)
+
+
+@_mean_cross_entropy.def_jvp
+def _(primals, tangents):
+    # The gradient is computed with the value, while the pixels are in the cache.
+    head, pixels = primals
+    head_dot, pixels_dot = tangents
+    if jax.tree.leaves(pixels_dot):
+        raise NotImplementedError("The outer loss cannot be differentiated in data.")
+    loss, gradient = pixels.value_and_grad(head)
+    has_tangent = jax.tree.map(
+        lambda dot: dot is not None, head_dot, is_leaf=lambda x: x is None
+    )
+    gradient = eqx.filter(gradient, has_tangent)
+    dot = optax.tree.cast_like(head_dot, gradient)
+    return loss, jnp.asarray(optax.tree.vdot(gradient, dot), loss.dtype)
