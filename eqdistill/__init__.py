@@ -2,12 +2,16 @@
 
 from importlib.metadata import version as _version
 
+from jaxtyping import install_import_hook as _install_import_hook
+
+# Imports third-party packages before the hook, which would compile them again: that
+# takes twice as long.
 from . import _typechecking
 
 
 # Every argument's type and shape is checked at run time, for users too: a silent
 # broadcast is the one bug that a distilled set cannot show.
-with _typechecking.import_hook():
+with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     from . import (
         adjoints as adjoints,
         augment as augment,

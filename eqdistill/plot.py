@@ -1,8 +1,8 @@
-"""Pictures of distilled sets and of their training. Needs `eqdistill[plot]`.
+"""Plots of distilled sets and of training runs. Needs `eqdistill[plot]`.
 
-Each function returns a `matplotlib.figure.Figure`, and touches no global state of
-Matplotlib: save it by `figure.savefig("name.png")`. Jupyter shows the figure if it is
-the value of a cell. With `ax` the functions draw into axes of yours.
+Each function returns a `matplotlib.figure.Figure` without touching Matplotlib's global
+state. Save it with `figure.savefig("name.png")`. Jupyter displays it as the value of a
+cell. Pass `ax` to draw into your own axes.
 """
 
 import math
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The most images that each have a title. More of them are drawn as one mosaic.
-_MOST_WITH_TITLES = 50
-# The most images in a row of a mosaic.
-_MOST_COLUMNS = 50
-# The most steps that are drawn as one line.
-_MOST_STEPS = 500
+# More images than this are drawn as a mosaic.
+_MAX_WITH_TITLES = 50
+# The default number of columns of a mosaic.
+_MOSAIC_COLUMNS = 50
+# More steps than this are drawn with their medians.
+_MAX_STEPS = 500
 
 
 def images(
@@ -38,41 +38,39 @@ def images(
     columns: int | None = None,
     ax: "Axes | None" = None,
 ) -> "Figure":
-    r"""Draws the images of a distilled set on one scale, which they share.
+    r"""Draws the images of a distilled set on a common scale.
 
-    Grey images are drawn on a symmetric scale: ink is positive, white is negative, and
-    mid-grey is zero. Colours are drawn by one affine map of all values,
-    $(v - v_\min) / (v_\max - v_\min)$, where $v_\min$ and $v_\max$ are the smallest and
-    the largest value of any image and channel: no value is cut off, and real images
-    look as they are.
+    Grey images have a symmetric scale: positive is black, negative is white, and zero
+    is mid-grey. Colour images are mapped by $(v - v_\min) / (v_\max - v_\min)$, where
+    the minimum and the maximum are over all images and channels.
 
-    Up to 50 images are drawn each under its label. More of them, and any number in axes
-    of yours, are drawn as a mosaic: the images of a class side by side, with the class
-    on the left.
+    Up to 50 images are drawn with their labels as titles. More images, or any number if
+    `ax` is given, are drawn as a mosaic, with the images of each class side by side and
+    the class on the left.
 
     **Arguments:**
 
-    - `distilled`: a distilled set of grey images, of shape `(height, width)` but for
-        axes of size 1, or of colour images, of shape `(3, height, width)` or
+    - `distilled`: a distilled set of grey images of shape `(height, width)`, up to axes
+        of size 1, or of colour images of shape `(3, height, width)` or
         `(height, width, 3)`.
-    - `columns`: the most images in a row. Defaults to 5, and in a mosaic to 50, so that
-        a class of at most 50 images has one row. (Keyword only argument.)
-    - `ax`: the axes to draw into, of any figure. Defaults to a new figure, in which
-        grey images have a colour bar. (Keyword only argument.)
+    - `columns`: the largest number of images in a row. Defaults to 5, or to 50 in a
+        mosaic. (Keyword only argument.)
+    - `ax`: the axes to draw into. Defaults to a new figure, which has a colour bar for
+        grey images. (Keyword only argument.)
 
     **Returns:**
 
-    The figure. Soft labels are drawn as the most likely class, and its probability if
-    each image has a label.
+    The figure. Soft labels are shown as the most likely class, with its probability in
+    titles.
 
     **Raises:**
 
-    A `ValueError` if the images are of another shape, or `columns` is not positive; a
-    `TypeError` if `ax` are not axes.
+    A `ValueError` if the images have another shape, or `columns` is not positive. A
+    `TypeError` if `ax` is not a Matplotlib `Axes`.
     """
     check_at_least(1, columns=columns)
     pictures = to_pictures(np.asarray(distilled.images, np.float32))
-    tiny = np.finfo(np.float32).tiny  # Not zero, if all pixels are the same.
+    tiny = np.finfo(np.float32).tiny  # Avoids 0 / 0 if all pixels are equal.
     if pictures.ndim == 4:
         low, high = float(pictures.min()), float(pictures.max())
         pictures = (pictures - low) / max(high - low, tiny)
@@ -80,8 +78,8 @@ def images(
     else:
         limit = max(float(np.abs(pictures).max()), tiny)
         scale = {"cmap": "gray_r", "vmin": -limit, "vmax": limit}
-    if ax is not None or len(pictures) > _MOST_WITH_TITLES:
-        mosaic = _Mosaic(pictures, _classes(distilled), columns or _MOST_COLUMNS)
+    if ax is not None or len(pictures) > _MAX_WITH_TITLES:
+        mosaic = _Mosaic(pictures, _classes(distilled), columns or _MOSAIC_COLUMNS)
         if ax is not None:
             _check_ax(ax)
             mosaic.draw(ax, scale)
@@ -93,7 +91,7 @@ def images(
 def _with_titles(
     pictures: np.ndarray, titles: list[str], columns: int, scale: dict
 ) -> "Figure":
-    """Each picture in axes of its own."""
+    """Draws each picture in its own axes."""
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     figure = _figure(1.2 * columns + (0.6 if scale else 0), 1.35 * rows)
@@ -109,7 +107,7 @@ def _with_titles(
 
 
 class _Mosaic:
-    """All pictures in one: Matplotlib needs two seconds for fifty axes."""
+    """Draws all pictures as one, because Matplotlib takes seconds for many axes."""
 
     def __init__(self, pictures: np.ndarray, classes: np.ndarray, columns: int):
         _, height, width, *channels = pictures.shape
@@ -117,12 +115,12 @@ class _Mosaic:
         most = max(len(indices) for indices in members.values())
         columns = min(columns, most)
         gap = math.ceil(width / 14)
-        # A class has several rows if one does not hold it, and then a gap below them.
+        # A class with more images than columns has several rows, and a gap below them.
         rows = math.ceil(most / columns)
         class_height = rows * (height + gap) + (height // 4 if rows > 1 else 0)
-        # On the left of its images there is room for the class.
+        # One column is left for the label.
         class_width = (columns + 1) * (width + gap)
-        # Many classes of few images stand side by side.
+        # Blocks of classes stand side by side until the mosaic is wider than high.
         beside = next(
             k
             for k in range(1, len(members) + 1)
@@ -131,7 +129,7 @@ class _Mosaic:
         )
         below = math.ceil(len(members) / beside)
         shape = (below * class_height, beside * class_width)
-        # What is not a number is not drawn, and white are all three colours.
+        # Empty space is white: NaN for a colour map, 1 for RGB.
         self.canvas = np.full(
             (*shape, *channels), 1 if channels else np.nan, np.float32
         )
@@ -155,8 +153,8 @@ class _Mosaic:
 
 def _with_mosaic(mosaic: _Mosaic, scale: dict) -> "Figure":
     height, width = mosaic.canvas.shape[:2]
-    # A quarter of an inch for each image, if the figure then has no more than 16; and a
-    # dot for each pixel, up to 600 an inch.
+    # A quarter of an inch per image, but at most 16 inches in all; and at least one dot
+    # per pixel, up to 600 dpi.
     inches = min(0.25, 16 / (max(height, width) / mosaic.picture_width))
     inches /= mosaic.picture_width
     figure = _figure(
@@ -183,42 +181,42 @@ def _add_bar(figure: "Figure", axes: Sequence["Axes"]) -> None:
 def history(
     history: History, *, ax: "Sequence[Axes] | np.ndarray | None" = None
 ) -> "Figure":
-    """Draws the outer loss, and the norms of the hypergradient and of the inner
-    residual, against the step.
+    """Draws the outer loss on the left, and the norm of its gradient and all metrics on
+    the right, against the step.
 
-    The steps of a long run are noisy, as batches differ: of more than 500 steps, pale
-    lines show each step, and dark ones the median of each hundredth of the run.
+    For more than 500 steps, pale lines show the noisy values of each step, and dark
+    lines the medians over each hundredth of the run.
 
     **Arguments:**
 
-    - `history`: the `history` of a [`eqdistill.Distillation`][].
-    - `ax`: the two axes to draw into, of any figure. Defaults to a new figure. (Keyword
-        only argument.)
+    - `history`: the `history` of the result of [`eqdistill.distill`][].
+    - `ax`: the two axes to draw into. Defaults to a new figure. (Keyword only
+        argument.)
 
     **Returns:**
 
-    The figure, of two panels.
+    The figure, with two panels.
 
     **Raises:**
 
-    A `ValueError` or `TypeError` if `ax` are not two axes.
+    A `ValueError` or `TypeError` if `ax` is not two Matplotlib `Axes`.
     """
     if ax is None:
         ax = tuple(_figure(7.0, 2.6).subplots(1, 2))
     else:
         ax = tuple(np.ravel(np.asarray(ax, object)))
         if len(ax) != 2:
-            raise ValueError(f"`ax` must be two Matplotlib axes; got {len(ax)}.")
+            raise ValueError(f"`ax` must be two Matplotlib `Axes`; got {len(ax)}.")
         for axis in ax:
             _check_ax(axis)
     left, right = ax
     _draw_series(left, history.loss, "black", None)
-    left.set_ylabel("outer loss (nats per image)")
+    left.set_ylabel("outer loss")
     right.set_yscale("log")
-    _draw_series(right, history.gradient_norm, "black", "hypergradient")
-    _draw_series(right, history.inner_residual, "tab:orange", "inner residual")
-    right.set_ylabel("norm")
-    # Above the lines, which may be anywhere.
+    _draw_series(right, history.gradient_norm, "black", "gradient norm")
+    for i, (name, values) in enumerate(history.metrics.items(), 1):
+        _draw_series(right, values, f"C{i}", name.replace("_", " "))
+    # Above the axes, where no line can be.
     right.legend(
         frameon=False,
         fontsize=8,
@@ -234,7 +232,7 @@ def history(
 
 
 def _draw_series(axis: "Axes", values: np.ndarray, color: str, label: str | None):
-    if len(values) <= _MOST_STEPS:
+    if len(values) <= _MAX_STEPS:
         axis.plot(values, color=color, label=label)
         return
     axis.plot(values, color=color, alpha=0.25, linewidth=0.4)
@@ -258,7 +256,7 @@ def _check_ax(ax: Any) -> None:
     from matplotlib.axes import Axes
 
     if not isinstance(ax, Axes):
-        raise TypeError(f"`ax` must be Matplotlib axes; got a {type(ax).__name__}.")
+        raise TypeError(f"`ax` must be Matplotlib `Axes`; got a {type(ax).__name__}.")
 
 
 def _figure_of(ax: "Axes") -> "Figure":
@@ -268,7 +266,7 @@ def _figure_of(ax: "Axes") -> "Figure":
 
 
 def _classes(distilled: DistilledSet) -> np.ndarray:
-    """The class of each image: for soft labels and targets, the largest."""
+    """The class of each image, which is the largest entry of soft labels or targets."""
     labels = np.asarray(distilled.labels)
     return labels if labels.ndim == 1 else labels.argmax(axis=1)
 

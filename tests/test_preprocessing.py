@@ -1,15 +1,15 @@
-"""Standardisation and whitening, fitted to real images."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sklearn.decomposition
 
 import eqdistill as eqd
+from eqdistill.datasets import Standardisation, ZCA
 
 
 RNG = np.random.default_rng(0)
-# Neighbours are alike, as in pictures; more images than a chunk holds.
+# Neighbouring pixels are correlated, and there are more images than fit into a chunk.
 BYTES = np.clip(
     100 + 20 * RNG.normal(size=(1100, 3, 4, 5)).cumsum(-1) + [[[[1]], [[9]], [[30]]]],
     0,
@@ -21,7 +21,7 @@ GREY = eqd.Dataset(BYTES[:, 0], np.arange(1100) % 3)
 
 @pytest.mark.parametrize("train", [COLOUR, GREY], ids=["colour", "grey"])
 def test_standardisation(train):
-    standardisation = eqd.Standardisation.fit(train)
+    standardisation = Standardisation.fit(train)
     images = np.asarray(train.images, np.float64) / 255
     axes = (0, 2, 3) if images.ndim == 4 else None
     np.testing.assert_allclose(standardisation.mean.ravel(), images.mean(axes), 1e-6)
@@ -37,13 +37,13 @@ def test_standardisation(train):
     np.testing.assert_allclose(back.images, images, atol=1e-6)
 
 
-def test_zca_is_that_of_numpy(x64):
-    zca = eqd.ZCA.fit(COLOUR, regularisation=0.1)
+def test_zca_against_numpy(x64):
+    zca = ZCA.fit(COLOUR, regularisation=0.1)
     rows = np.asarray(COLOUR.floating()).reshape(1100, -1)
     covariance = np.cov(rows.T, bias=True)
     p = rows.shape[1]
     regularised = covariance + 0.1 * np.trace(covariance) / p * np.eye(p)
-    # The inverse square root, symmetric and positive definite, is unique.
+    # The symmetric positive definite inverse square root is unique.
     whitening = np.asarray(zca.whitening)
     np.testing.assert_allclose(whitening, whitening.T, atol=1e-10)
     assert np.linalg.eigvalsh(whitening)[0] > 0
@@ -53,22 +53,20 @@ def test_zca_is_that_of_numpy(x64):
     whitened = COLOUR.map(zca)
     wanted = (rows - rows.mean(0)) @ whitening
     np.testing.assert_allclose(whitened.images, wanted.reshape(BYTES.shape), atol=1e-10)
-    np.testing.assert_allclose(
-        whitened.map(zca.inverse).images, COLOUR.floating(), atol=1e-10
-    )
+    back = whitened.map(zca.inverse)
+    np.testing.assert_allclose(back.images, COLOUR.floating(), atol=1e-10)
 
 
-def test_zca_without_regularisation_is_that_of_scikit_learn(x64):
-    decomposition = pytest.importorskip("sklearn.decomposition")
+def test_zca_without_regularisation_against_scikit_learn(x64):
     rows = np.asarray(GREY.floating()).reshape(1100, -1)
-    pca = decomposition.PCA(whiten=True, svd_solver="full").fit(rows)
+    pca = sklearn.decomposition.PCA(whiten=True, svd_solver="full").fit(rows)
     wanted = pca.transform(rows) @ pca.components_ * np.sqrt(1100 / 1099)
-    whitened = GREY.map(eqd.ZCA.fit(GREY, regularisation=0)).images
+    whitened = GREY.map(ZCA.fit(GREY, regularisation=0)).images
     np.testing.assert_allclose(whitened.reshape(1100, -1), wanted, atol=1e-8)
 
 
-def test_zca_in_single_precision():
-    zca = eqd.ZCA.fit(COLOUR)
+def test_zca_in_float32():
+    zca = ZCA.fit(COLOUR)
     assert zca.whitening.dtype == jnp.float32
     image = COLOUR.floating()[0]
     back = jax.jit(lambda image: zca.inverse(zca(image)))(image)
@@ -84,27 +82,18 @@ def test_map_may_change_the_shape():
         GREY.map(lambda image: image / 0)
 
 
-def test_bad_input():
+def test_bad_arguments():
     constant = eqd.Dataset(np.ones((4, 2, 2, 2), np.float32), np.arange(4))
-    with pytest.raises(
-        ValueError, match=r"`train` must have channels that vary.*0. 0."
-    ):
-        eqd.Standardisation.fit(constant)
-    with pytest.raises(ValueError, match=r"`regularisation` must be larger.*got 0\.1"):
-        eqd.ZCA.fit(constant)
+    with pytest.raises(ValueError, match=r"`train` must have channels that vary.*0\. "):
+        Standardisation.fit(constant)
     few = eqd.Dataset(BYTES[:20], np.arange(20))
-    with pytest.raises(ValueError, match=r"`regularisation` must be larger.*got 0\."):
-        eqd.ZCA.fit(few, regularisation=0)
+    for train, regularisation in ((constant, 0.1), (few, 0.0)):
+        match = rf"`regularisation` must be larger.*got {regularisation}"
+        with pytest.raises(ValueError, match=match):
+            ZCA.fit(train, regularisation=regularisation)
     with pytest.raises(ValueError, match="`regularisation` must be finite and not neg"):
-        eqd.ZCA.fit(few, regularisation=-0.1)
-
-
-def test_images_of_other_channels_are_refused():
-    rng = np.random.default_rng(0)
-    grey = eqd.Dataset(rng.normal(size=(9, 4, 4)), np.arange(9) % 3)
-    colour = eqd.Dataset(rng.normal(size=(9, 3, 4, 4)), np.arange(9) % 3)
-    for kind in (eqd.Standardisation, eqd.ZCA):
-        for one, other in ((grey, colour), (colour, grey)):
-            preprocessing = kind.fit(one)
+        ZCA.fit(few, regularisation=-0.1)
+    for fit in (Standardisation.fit, ZCA.fit):
+        for one, other in ((GREY, COLOUR), (COLOUR, GREY)):
             with pytest.raises(ValueError, match="`image` must have the"):
-                other.map(preprocessing)
+                other.map(fit(one))

@@ -1,9 +1,8 @@
-"""Recipes: what they do, written out by hand, and what they say."""
+"""Evaluation and recipes, against scikit-learn and plain loops over Optax's steps."""
 
 import functools
 import math
-import subprocess
-import sys
+import statistics
 
 import equinox as eqx
 import jax
@@ -12,17 +11,62 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+import sklearn.linear_model
+import sklearn.metrics
+from hypothesis import given, settings, strategies as st
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
+from eqdistill._outer._evaluate import Evaluation
 
 from .conftest import subset
 
 
-# Without normalisation: the bias before one has a gradient of zero, and Adam divides by
-# its rounding.
-SMALL = functools.partial(nn.ConvNet, widths=(4, 6), norm=None)
-STEPS = 10
+# Without normalisation: the bias before a normalisation has a gradient of zero, and
+# Adam divides its rounding error by itself.
+make = functools.partial(nn.ConvNet, (8, 8), 10, widths=(4, 6), norm=None)
+draw = lambda recipe: recipe.models.draw(None, key=jr.key(1))
+# The arguments of each recipe.
+RATES = {"learning_rates": (0.03, 0.01, 0.02), "batch_size": 5}
+ALL = {
+    "dc": {"updates": 10, "augment": True},
+    "frepo": {"updates": 10, "augment": True},
+    "zero_start": {"updates": 10},
+    "feature_regression": {"updates": 10},
+    "supervised": {"updates": 10, "batch_size": 5},
+    "learned_rates": RATES | {"momentum": 0.8, "adam": True, "seed": 4},
+}
+
+
+def sequential(*, key):
+    first, last = jr.split(key)
+    hidden = [eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(64, 16, key=first)]
+    norm = [eqx.nn.LayerNorm(16), eqx.nn.Lambda(jax.nn.relu)]
+    return eqx.nn.Sequential([*hidden, *norm, eqx.nn.Linear(16, 10, key=last)])
+
+
+class WithDropout(eqx.Module):
+    hidden: eqx.nn.Linear
+    dropout: eqx.nn.Dropout
+    out: eqx.nn.Linear
+
+    def __init__(self, *, key):
+        first, last = jr.split(key)
+        self.hidden = eqx.nn.Linear(64, 16, key=first)
+        self.dropout = eqx.nn.Dropout(0.5)
+        self.out = eqx.nn.Linear(16, 10, key=last)
+
+    def __call__(self, image, *, key=None):
+        hidden = jax.nn.relu(self.hidden(image.reshape(-1)))
+        return self.out(self.dropout(hidden, key=key))
+
+
+class Untrained(eqd.AbstractInnerSolver[None]):
+    def init(self, distilled, model, *, key):
+        return None
+
+    def __call__(self, distilled, model, state, *, key):
+        return eqd.Fitted(model, jnp.array(True), jnp.array(0.0)), None
 
 
 @pytest.fixture(scope="module")
@@ -30,258 +74,245 @@ def real(digits):
     return eqd.DistilledSet.from_real(digits[0], l2=0.1, key=jr.key(0))
 
 
-def weights_by_hand(recipe, network, distilled, targets, rate):
-    """Ten steps in plain JAX. `rate` gives the learning rate of a step."""
-    params, static = eqx.partition(network, eqx.is_inexact_array)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-
-    def loss(params):
-        z = jax.vmap(eqx.combine(params, static))(distilled.images)
-        if recipe != "dc":
-            return 0.5 * jnp.mean(jnp.sum((z - targets) ** 2, axis=1))
-        log_p = z - jax.scipy.special.logsumexp(z, axis=1, keepdims=True)
-        squares = sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
-        return -jnp.mean(jnp.sum(targets * log_p, axis=1)) + 2.5e-4 * squares
-
-    def adam(m, v, t):
-        m, v = m / (1 - 0.9 ** (t + 1)), v / (1 - 0.999 ** (t + 1))
-        return m / (jnp.sqrt(v) + 1e-8)
-
-    @jax.jit
-    def step(params, m, v, t, rate):
-        g = jax.grad(loss)(params)
-        if recipe == "dc":
-            update = m = jax.tree.map(lambda m, g: 0.9 * m + g, m, g)
-        else:
-            m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
-            v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, v, g)
-            update = jax.tree.map(lambda m, v: adam(m, v, t), m, v)
-        return jax.tree.map(lambda w, u: w - rate * u, params, update), m, v
-
-    m, v = zeros, zeros
-    for t in range(STEPS):
-        params, m, v = step(params, m, v, float(t), rate(t))
-    return params
+@pytest.mark.parametrize("loss", [eqd.CrossEntropy(), eqd.SquaredError()])
+def test_linear_model_is_as_by_scikit_learn(real, digits, loss):
+    x, x_test = (np.reshape(d, (-1, 64)) for d in (real.images, digits[1].floating()))
+    y, y_test = real.labels, digits[1].labels
+    if isinstance(loss, eqd.CrossEntropy):
+        # `C` is the inverse of the ridge, for a sum over the ten images.
+        reference = sklearn.linear_model.LogisticRegression(
+            C=1 / (10 * 0.1), fit_intercept=False, tol=1e-6, max_iter=1000
+        )
+        logits = reference.fit(x, y).decision_function(x_test)
+    else:
+        reference = sklearn.linear_model.Ridge(alpha=10 * 0.1, fit_intercept=False)
+        logits = reference.fit(x, np.eye(10)[y] - 0.1).predict(x_test) / 0.2
+    distilled = eqd.DistilledSet(real.images, y, l2=0.1, loss=loss)
+    got = eqd.evaluate(distilled, eqd.linear.LogisticRegression(64, 10), digits[1])
+    assert got.accuracies.shape == got.losses.shape == (1, 1)
+    wanted = sklearn.metrics.accuracy_score(y_test, logits.argmax(axis=1))
+    np.testing.assert_allclose(got.accuracy, wanted, atol=1.5 / len(y_test))
+    wanted = sklearn.metrics.log_loss(y_test, jax.nn.softmax(logits))
+    np.testing.assert_allclose(got.loss, wanted, rtol=1e-3)
 
 
-def cosine(peak, warm_up):
-    def rate(t):
-        if t < warm_up:
-            return peak * t / warm_up
-        share = (t - warm_up) / (STEPS - warm_up)
-        return peak * (0.99 * 0.5 * (1 + math.cos(math.pi * share)) + 0.01)
+@pytest.mark.parametrize("own", [sequential, WithDropout])
+def test_own_models(real, digits, own):
+    train, test = subset(digits[0], 200), subset(digits[1], 200)
+    start = eqd.DistilledSet(train.floating(), train.labels, l2=1e-3)
+    adam = eqd.UnrolledSolver(optax.adam, {"learning_rate": 0.01}, steps=100)
+    found = eqd.evaluate(start, eqd.Fresh(own), test, inner=adam, num_models=2)
+    assert found.accuracy > 0.7
+    assert found.std_models > 0
+    outputs = jax.vmap(eqx.nn.inference_mode(found.fitted.model))(test.floating())
+    wanted = sklearn.metrics.accuracy_score(test.labels, outputs.argmax(axis=1))
+    np.testing.assert_allclose(found.accuracies[0, 1], wanted, atol=1e-6)
+    # A plain model starts from its own parameters.
+    model = own(key=jr.key(0))
+    found = eqd.evaluate(start, model, test, inner=Untrained())
+    assert eqx.tree_equal(found.fitted.model, model)
+    for recipe in (recipes.dc, recipes.zero_start, recipes.feature_regression):
+        assert eqd.evaluate(real, recipe(own, updates=2), test, num_models=1).loss > 0
 
-    return rate
+
+def test_output_of_nan_is_wrong():
+    class Model(eqx.Module):
+        weight: jax.Array
+
+        def __call__(self, image):
+            return jnp.where(image > 2, jnp.nan, self.weight * image)
+
+    test = eqd.Dataset(np.array([[2.0, 1.0], [3.0, 1.0], [1.0, 2.0]]), [0, 0, 1], 2)
+    start = eqd.DistilledSet(jnp.ones((2, 2)), jnp.arange(2), l2=0.1)
+    found = eqd.evaluate(start, Model(jnp.array(1.0)), test, inner=Untrained())
+    assert repr(found) == str(found) == "66.7%"
 
 
-RATES = {
-    "dc": lambda t: 0.01 if t < STEPS // 2 else 0.001,
-    "frepo": cosine(3e-4, STEPS // 2),
-    "zero_start": cosine(1e-3, 0),
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**32 - 1))
+def test_statistics(num_sets, num_models, seed):
+    rows = np.random.default_rng(seed).random((num_sets, num_models))
+    recipe = recipes.Recipe(eqx.nn.Identity())
+    fitted = eqd.Fitted(recipe.models, jnp.array(True), jnp.array(0.0))
+    found = Evaluation(rows, 2 * rows, recipe, fitted, jr.key(0))
+    means = [statistics.mean(row) for row in rows.tolist()]
+    np.testing.assert_allclose(found.accuracy, statistics.mean(means))
+    np.testing.assert_allclose(found.loss, 2 * found.accuracy)
+    models = sets = math.nan
+    if num_models > 1:
+        pooled = statistics.mean(statistics.variance(row) for row in rows.tolist())
+        models = math.sqrt(pooled)
+    if num_sets > 1:
+        sets = statistics.stdev(means)
+    np.testing.assert_allclose([found.std_models, found.std_sets], [models, sets])
+    a, b, c = (f"{x:.1%}" for x in (found.accuracy, models, sets))
+    words = {
+        (False, False): a,
+        (False, True): f"{a} ± {b} ({num_models} models)",
+        (True, False): f"{a} ± {c} over {num_sets} sets",
+        (True, True): f"{a} ± {b} over {num_models} models, ± {c} over {num_sets} sets",
+    }
+    assert repr(found) == words[num_sets > 1, num_models > 1]
+
+
+def train(network, optimiser, losses):
+    state = optimiser.init(eqx.filter(network, eqx.is_inexact_array))
+    for loss in losses:
+        gradient = eqx.filter_jit(eqx.filter_grad(loss))(network)
+        updates, state = optimiser.update(gradient, state)
+        network = eqx.apply_updates(network, updates)
+    return network
+
+
+def cosine(peak, warm_up=0):
+    decay = lambda t: 0.99 * 0.5 * (1 + jnp.cos(jnp.pi * t / (10 - warm_up))) + 0.01
+    rise = lambda t: t / max(warm_up, 1)
+    return lambda t: peak * jnp.where(t < warm_up, rise(t), decay(t - warm_up))
+
+
+def assert_close(got, wanted, rtol=1e-4, atol=2e-5):
+    got, wanted = (jax.tree.leaves(eqx.filter(x, eqx.is_array)) for x in (got, wanted))
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+OPTIMISERS = {
+    "dc": optax.sgd(lambda t: jnp.where(t < 5, 0.01, 0.001), momentum=0.9),
+    "frepo": optax.adam(cosine(3e-4, 5)),
+    "zero_start": optax.adam(cosine(1e-3)),
+    "feature_regression": optax.adam(cosine(3e-4)),
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "dc",
-        pytest.param("frepo", marks=pytest.mark.slow),
-        pytest.param("zero_start", marks=pytest.mark.slow),
-    ],
-)
-def test_training_is_as_by_hand(real, digits, name):
-    recipe = getattr(recipes, name)(SMALL, updates=STEPS)
-    network = recipe.make((8, 8), 10, key=jr.key(1))
-    one_hot = np.eye(10)[np.asarray(real.labels)]
-    targets = one_hot if name == "dc" else one_hot - 0.1
-    wanted = weights_by_hand(name, network, real, targets, RATES[name])
-    prepared = recipe.prepare(real, 10)
-    fitted = eqd.fit(prepared, network, recipe.inner)
-    got = eqx.filter(fitted.model, eqx.is_inexact_array)
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
-
-
-def test_last_layer_is_fitted_anew_to_the_features(real):
-    recipe = recipes.feature_regression(SMALL, updates=STEPS)
-    network = recipe.make((8, 8), 10, key=jr.key(1))
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_training_is_as_by_hand(real, name):
+    recipe = getattr(recipes, name)(make, updates=10)
     targets = np.eye(10)[np.asarray(real.labels)] - 0.1
-    found = eqd.fit(recipe.prepare(real, 10), network, recipe.inner).model
 
-    params = weights_by_hand("frepo", network, real, targets, cosine(3e-4, 0))
-    trained = eqx.combine(params, network)
-    features = jax.vmap(eqd.last_layer(trained).features)(real.images)
-    features = np.asarray(features, np.float64)
+    def loss(network):
+        z = jax.vmap(network)(real.images)
+        if name != "dc":
+            return 0.5 * jnp.mean(jnp.sum((z - targets) ** 2, axis=1))
+        weights = jax.tree.leaves(eqx.filter(network, eqx.is_inexact_array))
+        decay = 2.5e-4 * sum(jnp.sum(x**2) for x in weights)
+        return decay - jnp.mean(jnp.sum((targets + 0.1) * jax.nn.log_softmax(z), 1))
+
+    wanted = train(draw(recipe), OPTIMISERS[name], 10 * [loss])
+    got = eqd.fit(recipe.prepare(real, 10), draw(recipe), recipe.inner).model
+    if name != "feature_regression":
+        return assert_close(got, wanted)
+    features = jax.vmap(eqd.linear.last_layer(wanted).features)(real.images)
     # The ridge is 1e-3 for features whose mean squared norm is the number of images.
-    n = len(features)
-    features *= n / np.linalg.norm(features)
-    kernel = features @ features.T
-    wanted = kernel @ np.linalg.solve(kernel + n * 1e-3 * np.eye(n), targets)
-    got = jax.vmap(found)(real.images)
-    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+    features = np.asarray(features, np.float64) * 10 / np.linalg.norm(features)
+    ridge = sklearn.linear_model.Ridge(alpha=10 * 1e-3, fit_intercept=False)
+    wanted = ridge.fit(features, targets).predict(features)
+    assert_close(jax.vmap(got)(real.images), jnp.array(wanted), 1e-3, 1e-3)
 
 
-@pytest.mark.parametrize("adam", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_learned_rates_are_one_for_each_step(real, adam):
-    rates = [0.03, 0.01, 0.02]
-    recipe = recipes.learned_rates(
-        SMALL, learning_rates=rates, batch_size=5, momentum=0.8, adam=adam, seed=4
-    )
-    network = recipe.make((8, 8), 10, key=jr.key(1))
-    assert eqx.tree_equal(network, SMALL((8, 8), 10, key=jr.key(4)))
+@pytest.mark.parametrize("adam", [True, False])
+def test_learned_rates_are_used_in_turn(real, adam):
+    recipe = recipes.learned_rates(make, **ALL["learned_rates"] | {"adam": adam})
+    network = draw(recipe)
+    assert eqx.tree_equal(network, make(key=jr.key(4)))
+    schedule = lambda step: jnp.array(RATES["learning_rates"])[step]
+    by_adam = optax.adam(schedule, b1=0.8, eps_root=1e-8)
+    optimiser = by_adam if adam else optax.sgd(schedule, momentum=0.8)
+    halves = [
+        eqd.DistilledSet(real.images[x], real.labels[x], l2=0.1)
+        for x in (slice(5), slice(5, 10), slice(5))
+    ]
+    losses = [functools.partial(eqd.inner_loss, half) for half in halves]
     got = eqd.fit(recipe.prepare(real, 10), network, recipe.inner).model
-
-    schedule = lambda step: jnp.array(rates)[step]
-    optimiser = (
-        optax.adam(schedule, b1=0.8, eps_root=1e-8)
-        if adam
-        else optax.sgd(schedule, momentum=0.8)
-    )
-    state = optimiser.init(eqx.filter(network, eqx.is_inexact_array))
-    for step in range(3):
-        batch = slice(5 * (step % 2), 5 * (step % 2) + 5)
-        half = eqd.DistilledSet(real.images[batch], real.labels[batch], l2=0.1)
-        gradient = eqx.filter_grad(lambda x, half=half: eqd.inner_loss(half, x))(
-            network
-        )
-        updates, state = optimiser.update(gradient, state)
-        network = eqx.apply_updates(network, updates)
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(network), strict=True):
-        if eqx.is_array(x):
-            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    assert_close(got, train(network, optimiser, losses))
 
 
-def test_networks_are_drawn_as_the_recipe_says():
-    make = lambda recipe: recipe(SMALL).make((8, 8), 10, key=jr.key(0)).layers
-    first, last = 1, -1
-    assert make(recipes.dc)[first].bias.any()  # PyTorch draws biases too.
-    assert make(recipes.dc)[last].weight.any()
-    assert not make(recipes.frepo)[first].bias.any()
-    assert make(recipes.frepo)[last].weight.any()
-    assert make(recipes.zero_start)[first].bias.any()
-    assert not make(recipes.zero_start)[last].weight.any()
-    assert not make(recipes.feature_regression)[first].bias.any()
-    assert not make(recipes.feature_regression)[last].weight.any()
-    wide = eqx.filter_eval_shape(recipes.frepo().make, (28, 28), 10, key=jr.key(0))
-    assert dict(wide.settings)["widths"] == (128, 256, 512)
+@pytest.mark.parametrize("name", ALL)
+def test_settings_rebuild_a_recipe(real, name):
+    recipe = getattr(recipes, name)(make, **ALL[name])
+    again = getattr(recipes, recipe.name)(make, **dict(recipe.settings))
+    assert dict(recipe.settings) == ALL[name]
+    assert eqx.tree_equal(recipe.inner, again.inner)
+    assert eqx.tree_equal(draw(recipe), draw(again))
+    assert eqx.tree_equal(recipe.prepare(real, 10), again.prepare(real, 10))
 
 
-def test_what_labels_stand_for(real):
-    soft = eqd.DistilledSet(real.images, 2 * jnp.eye(10), l2=0.1)
-    learned = eqd.DistilledSet(
-        real.images, 2 * jnp.eye(10), l2=0.1, loss=eqd.SquaredError()
-    )
-    prepare = recipes.frepo(SMALL).prepare
-    np.testing.assert_allclose(
-        prepare(soft, 10).labels, jax.nn.softmax(2 * jnp.eye(10)) - 0.1, rtol=1e-6
-    )
-    np.testing.assert_array_equal(prepare(learned, 10).labels, learned.labels)
+def test_models_are_drawn_as_the_recipe_says():
+    # The first bias and the last weight: LeCun's biases are zero, PyTorch's are not.
+    zeros = {"dc": [], "frepo": [0], "zero_start": [1], "feature_regression": [0, 1]}
+    for name, wanted in zeros.items():
+        layers = draw(getattr(recipes, name)(make)).layers
+        arrays = layers[1].bias, layers[-1].weight
+        assert [i for i in (0, 1) if not arrays[i].any()] == wanted
+
+
+def test_labels_become_targets(real):
+    logits = 2 * jnp.eye(10)
+    soft = eqd.DistilledSet(real.images, logits, l2=0.1)
+    learned = eqd.DistilledSet(real.images, logits, l2=0.1, loss=eqd.SquaredError())
+    prepare = recipes.frepo(make).prepare
+    assert_close(prepare(soft, 10).labels, jax.nn.softmax(logits) - 0.1)
+    assert_close(prepare(learned, 10).labels, logits, 0, 0)
     assert prepare(soft, 10).l2 == 0
-    np.testing.assert_allclose(recipes.dc(SMALL).prepare(real, 10).l2, 5e-4, rtol=1e-6)
+    assert_close(recipes.dc(make).prepare(real, 10).l2, jnp.array(5e-4))
 
 
-def test_deviations_are_what_they_say():
-    found = recipes.Evaluations(np.array([[0.5, 0.7], [0.8, 0.8]]))
-    np.testing.assert_allclose(found.mean, 0.7)
-    # Variances of 0.02 and 0 on the two sets, whose means are 0.6 and 0.8.
-    np.testing.assert_allclose(found.deviation_of_networks, np.sqrt(0.01))
-    np.testing.assert_allclose(found.deviation_of_sets, np.sqrt(0.02))
-    one = recipes.Evaluations(np.array([[0.5]]))
-    assert math.isnan(one.deviation_of_networks)
-    assert math.isnan(one.deviation_of_sets)
-
-
-def test_scores_are_those_of_the_paper():
+def test_scores_are_as_in_the_paper():
     score = recipes.label_robust_score
     best = score(hard_label_recovery=-1.0, improvement_over_random=1.0)
     worst = score(hard_label_recovery=1.0, improvement_over_random=-1.0)
     np.testing.assert_allclose([best, worst], [1.0, 0.0])
     # alpha is 0.5 * 0.3 - 0.5 * 0.1.
-    got = score(hard_label_recovery=0.1, improvement_over_random=0.3)
-    wanted = (math.exp(0.1) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
-    np.testing.assert_allclose(got, wanted)
-    got = recipes.augmentation_robust_score(
+    labels = score(hard_label_recovery=0.1, improvement_over_random=0.3)
+    augmentation = recipes.augmentation_robust_score(
         improvement_with=0.0, improvement_without=0.4, weight=0.75
     )
-    np.testing.assert_allclose(got, wanted)
+    wanted = (math.exp(0.1) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
+    np.testing.assert_allclose([labels, augmentation], wanted)
     with pytest.raises(ValueError, match="`hard_label_recovery` must be from -1 to 1"):
         score(hard_label_recovery=37.0, improvement_over_random=0.0)
 
 
-def test_networks_differ_and_are_the_same_for_all_sets(real, digits):
-    test = subset(digits[1], 200)
-    recipe = recipes.zero_start(SMALL, updates=STEPS)
-    run = lambda sets: recipes.evaluate(
-        sets, recipe, test, num_networks=3, key=jr.key(0)
-    )
-    found = run([real, real])
-    assert found.accuracies.shape == (2, 3)
+def test_models_differ_and_are_the_same_for_all_sets(real, digits):
+    recipe = recipes.zero_start(make, updates=10)
+    found = eqd.evaluate([real, real], recipe, digits[1])
+    assert found.accuracies.shape == (2, 5)
     np.testing.assert_array_equal(*found.accuracies)
-    assert found.deviation_of_networks > 0
-    assert found.deviation_of_sets == 0
-    np.testing.assert_array_equal(run(real).accuracies, found.accuracies[:1])
+    assert found.std_models > 0
+    one = eqd.evaluate(real, recipe, digits[1], num_models=2, key=jr.key(0))
+    np.testing.assert_array_equal(one.accuracies, found.accuracies[:1, :2])
 
 
 @pytest.mark.slow
 def test_ordinary_training_on_real_data(digits):
     train, test = digits
     real = eqd.DistilledSet(train.floating(), train.labels, l2=1.0)
-    recipe = recipes.supervised(functools.partial(nn.ConvNet, widths=(8, 16)))
-    found = recipes.evaluate(real, recipe, test, num_networks=1, key=jr.key(0))
-    assert found.mean > 0.97
-
-
-SCRIPT = """
-import functools, jax.random as jr, eqdistill as eqd
-train, test = eqd.datasets.load("digits")
-real = eqd.DistilledSet.from_real(train, l2=0.1, key=jr.key(0))
-recipe = eqd.recipes.dc(functools.partial(eqd.nn.ConvNet, widths=(4,)), updates=20)
-found = eqd.recipes.evaluate(real, recipe, test, num_networks=2, key=jr.key(0))
-print(found.accuracies.tobytes().hex())
-"""
-
-
-@pytest.mark.slow
-def test_same_seed_same_figures_in_two_processes():
-    run = lambda: (
-        subprocess.run(
-            [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
-        ).stdout
-    )
-    assert run() == run() != ""
+    own = functools.partial(nn.ConvNet, (8, 8), 10, widths=(8, 16))
+    found = eqd.evaluate(real, recipes.supervised(own), test, num_models=1)
+    assert found.accuracy > 0.97
 
 
 def test_bad_input(real, digits):
     test = subset(digits[1], 20)
-    evaluate = functools.partial(recipes.evaluate, num_networks=1, key=jr.key(0))
-    dc = recipes.dc(SMALL, updates=2)
+    dc = recipes.dc(make, updates=2)
     soft = eqd.DistilledSet(real.images, 4 * jnp.eye(10), l2=0.1)
-    with pytest.raises(ValueError, match=r"must have hard labels.*`dc`.*\(10, 10\)"):
-        evaluate(soft, dc, test)
-    with pytest.raises(ValueError, match="`num_networks` must be at least 1; got 0"):
-        recipes.evaluate(real, dc, test, num_networks=0, key=jr.key(0))
-    with pytest.raises(ValueError, match="`distilled` must hold at least one"):
-        evaluate([], dc, test)
-    other = eqd.DistilledSet(jnp.ones((10, 9, 9)), jnp.arange(10), l2=0.1)
-    with pytest.raises(ValueError, match=r"`test` and `distilled`.*\(8, 8\).*\(9, 9\)"):
-        evaluate(other, dc, test)
-    for recipe in (
-        recipes.dc,
-        recipes.frepo,
-        recipes.zero_start,
-        recipes.feature_regression,
-        recipes.supervised,
-    ):
+    small = eqd.DistilledSet(jnp.ones((10, 9, 9)), jnp.arange(10), l2=0.1)
+    nine = eqd.linear.LogisticRegression(64, 9)
+    for match, distilled, recipe, keywords in [
+        (r"class indices.*\(10, 10\)", soft, dc, {}),
+        ("`num_models` must be at least 1; got 0", real, dc, {"num_models": 0}),
+        ("`distilled` must hold at least one", [], dc, {}),
+        (r"`test` and `distilled`.*\(8, 8\).*\(9, 9\)", small, dc, {}),
+        ("10 classes of `test`; got 9", real, nine, {}),
+        ("`inner` must be left out", real, dc, {"inner": Untrained()}),
+        (r"`recipe` must be a `Recipe`.*Fresh\(make\)", real, make, {}),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=match):
+            eqd.evaluate(distilled, recipe, test, **keywords)
+    for name in ALL.keys() - {"learned_rates"}:
         with pytest.raises(ValueError, match=r"`updates` must be from 2 to.*got 1"):
-            recipe(SMALL, updates=1)
-
-    def with_batch_norm(shape, num_classes, *, key):
-        layers = [
-            eqx.nn.Lambda(jnp.ravel),
-            eqx.nn.BatchNorm(64, "batch", mode="batch"),
-            eqx.nn.Linear(64, 10, key=key),
-        ]
-        return eqx.nn.Sequential(layers)
-
-    with pytest.raises(TypeError, match="`model` must not hold state"):
-        evaluate(real, recipes.dc(with_batch_norm, updates=2), test)
+            getattr(recipes, name)(make, updates=1)
+    with pytest.raises(TypeError, match="`make` must be a function of `key`"):
+        recipes.dc(sequential(key=jr.key(0)))
+    for rates in ([], [[0.1]], [0.1, -0.1]):
+        with pytest.raises(ValueError, match="`learning_rates` must be"):
+            recipes.learned_rates(make, learning_rates=rates, batch_size=5)

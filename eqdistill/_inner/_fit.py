@@ -123,7 +123,7 @@ def solve(
             f"and dtypes of the state that it was given; `{name}` did not: "
             f"{difference}."
         )
-    count_outputs(f"{name}(...)[0].model", fitted.model, _image_struct(distilled))
+    count_outputs(f"{name}(...)[0].model", fitted.model, image_struct(distilled))
     # A norm that overflows or is NaN does not indicate a solution.
     is_finite = jnp.isfinite(fitted.gradient_norm)
     fitted = eqx.tree_at(lambda f: f.converged, fitted, fitted.converged & is_finite)
@@ -142,7 +142,7 @@ def check_fit(distilled: DistilledSet, model: PyTree) -> int:
 
     A `TypeError` or `ValueError` that names the argument at fault.
     """
-    num_outputs = check_model(model, _image_struct(distilled))
+    num_outputs = check_model(model, image_struct(distilled))
     labels = distilled.labels
     if labels.ndim == 2:
         if labels.shape[1] != num_outputs:
@@ -151,7 +151,8 @@ def check_fit(distilled: DistilledSet, model: PyTree) -> int:
                 f"outputs of `model`; got shape {labels.shape}."
             )
     elif not isinstance(labels, Tracer):
-        low, high = np.min(labels), np.max(labels)
+        values = np.asarray(labels)
+        low, high = values.min(), values.max()
         if low < 0 or high >= num_outputs:
             raise ValueError(
                 f"`distilled.labels` must be in [0, {num_outputs}), as `model` has "
@@ -160,5 +161,5 @@ def check_fit(distilled: DistilledSet, model: PyTree) -> int:
     return num_outputs
 
 
-def _image_struct(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
+def image_struct(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)

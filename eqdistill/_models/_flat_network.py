@@ -17,7 +17,7 @@ from .._classifier import last_layer, LinearClassifier
 
 
 # The parameters of a network in a row, and its other arrays, mostly none.
-Flat = tuple[Float[Array, " parameters"], PyTree]
+Flat = tuple[Float[Array, "..."], PyTree]
 
 
 @dataclasses.dataclass(frozen=True)

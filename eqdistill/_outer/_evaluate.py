@@ -161,8 +161,8 @@ def _as_recipe(recipe: PyTree, inner: AbstractInnerSolver | None) -> Recipe:
     if not isinstance(recipe, eqx.Module):
         raise TypeError(
             "`recipe` must be a `Recipe`, such as `eqdistill.recipes.dc(make)`; a "
-            "source of models, such as `eqdistill.Fresh(make)`; or a model, which is an "
-            f"`equinox.Module`; got {describe(recipe)}."
+            "source of models, such as `eqdistill.Fresh(make)`; or an `equinox.Module` "
+            f"that is a model; got {describe(recipe)}."
         )
     if not isinstance(recipe, Recipe):
         return Recipe(recipe) if inner is None else Recipe(recipe, inner)

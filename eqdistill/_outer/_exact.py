@@ -11,8 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._classifier import takes_pixels
 from .._data._distilled_set import DistilledSet
-from .._inner._auto_solver import AutoSolver
-from .._inner._fit import check_inner
+from .._inner._fit import check_fit
 from .._losses import CrossEntropy
 from .._softmax import label_residual
 
@@ -23,63 +22,60 @@ def distill_exactly(
     *,
     l2: float | None = None,
 ) -> DistilledSet:
-    r"""Finds a distilled set whose inner problem has a given linear model as its
-    solution: a fit to the set from scratch has the weights $W$ and the intercept $b$ of
-    that model. It needs no real data and no outer loop.
+    r"""Constructs a distilled set from which training recovers a given linear model,
+    with weights $W$ and intercept $b$. It needs no real data and no outer loop.
 
-    The inner problem is convex. $W$ and $b$ are therefore its solution if and only if
+    The inner problem is convex, so $W$ and $b$ are its solution if and only if
 
     $$\theta^\top A = n \lambda W, \qquad 1^\top A = 0, \qquad
     A = T - \mathrm{softmax}(\theta W + 1 b^\top),$$
 
-    with the probabilities $T$ of the labels, and without the second equation if there
-    is no intercept. The part of the images in the span of $W$ is found from these
-    equations by the Levenberg-Marquardt method in double precision. The rest is that of
-    `start`, less what would change $\theta^\top A$. The more images there are, the
-    more do they resemble those of `start`.
+    where $T$ are the probabilities of the labels. Without an intercept, the second
+    equation is dropped. The Levenberg-Marquardt method solves these equations, in
+    double precision, for the component of the images in the span of $W$. The
+    orthogonal component is taken from `start`, after removing what would change
+    $\theta^\top A$. The more images there are, the closer they stay to `start`.
 
     !!! Example
 
         ```python
         start = eqd.DistilledSet.from_real(train, l2=0.1, key=jr.key(0))
-        exact = eqd.distill_exactly(start, model)
+        exact = eqd.linear.distill_exactly(start, model)
         eqd.fit(exact, model).model  # has the weights of `model`
         ```
 
     **Arguments:**
 
-    - `start`: gives the part of the images outside the span of $W$, and the labels.
-        Class indices are kept. The logits of soft labels change together with the
-        images.
-    - `model`: the model that the fit is to equal: an
-        [`eqdistill.LogisticRegression`][]. Only differences between classes have an
-        effect: the weights of the fit have a mean of zero over the classes.
+    - `start`: provides the labels, and the images outside the span of $W$. Class
+        indices are kept. The logits of soft labels are solved for with the images.
+    - `model`: the [`eqdistill.linear.LogisticRegression`][] to recover, up to a
+        constant: fitted weights have mean zero over the classes.
     - `l2`: the ridge $\lambda$. Defaults to the largest of $\bar\lambda / 2,
-        \bar\lambda / 4, \dots, \bar\lambda / 256$ with which a solution is found: the
-        larger the ridge, the better conditioned is the fit. (Keyword only argument.)
+        \bar\lambda / 4, \dots, \bar\lambda / 256$ that has a solution, because a larger
+        ridge makes the fit better conditioned. (Keyword only argument.)
 
     **Returns:**
 
-    The [`eqdistill.DistilledSet`][], in the dtype of `start`. In double precision the
-    weights of the fit to it are off by less than a millionth of their norm; in single
-    precision, by what the rounding of the images makes of it.
+    The [`eqdistill.DistilledSet`][], in the dtype of `start`. In double precision, the
+    relative error of the recovered weights is below a millionth. In single precision,
+    it is dominated by rounding of the images.
 
     **Raises:**
 
-    A `TypeError` if the model is not an [`eqdistill.LogisticRegression`][], or the
-    loss is not [`eqdistill.CrossEntropy`][]. A `ValueError` that says why if there is
-    no solution:
+    A `TypeError` if the model is not an [`eqdistill.linear.LogisticRegression`][], or
+    the loss of `start` is not [`eqdistill.CrossEntropy`][]. A `ValueError` with the
+    reason if there is no solution:
 
-    - if there are fewer images than $\mathrm{rank}(W)$ (with `c` classes mostly $c -
-        1$), or than $\mathrm{rank}(W) + 1$ with an intercept;
-    - with an intercept, if a class has no image among hard labels;
-    - if the ridge is above $\bar\lambda = W_0((c - 1) / e) / \|W\|^2$, with Lambert's
-        function $W_0$, at which there are no such images, whatever their labels;
-    - or if none was found.
+    - if there are fewer images than $\mathrm{rank}(W)$, which is mostly $c - 1$, or
+        fewer than $\mathrm{rank}(W) + 1$ with an intercept;
+    - with an intercept and class indices, if a class has no image;
+    - if the ridge is above $\bar\lambda = W_0((c - 1) / e) / \|W\|^2$, where $W_0$ is
+        Lambert's function: no images and labels solve the equations;
+    - or if no solution was found.
 
-    Source: `docs/mathematics.md`, which has the proofs. For ridge regression in place
-    of the softmax, Chen et al., *Provable and Efficient Dataset Distillation for Kernel
-    Ridge Regression*, 2024.
+    Source: `docs/mathematics.md` has the proofs. For ridge regression instead of the
+    softmax, Chen et al., *Provable and Efficient Dataset Distillation for Kernel Ridge
+    Regression*, 2024.
     """
     if not takes_pixels(model):
         raise TypeError(
@@ -88,20 +84,19 @@ def distill_exactly(
         )
     if not isinstance(start.loss, CrossEntropy):
         raise TypeError(
-            "`start` must have `CrossEntropy` as its loss; got "
+            "`start` must have the loss `CrossEntropy`; got "
             f"`{type(start.loss).__name__}`."
         )
-    check_inner(start, model, AutoSolver())
-    # Double precision whatever the caller's: in single, the fit would be off by its
-    # condition number times a rounding error of every step here.
+    check_fit(start, model)
+    # In single precision, every rounding error would be multiplied by the condition
+    # number of the fit.
     with jax.enable_x64(True):
         target = _Target.of(model.head)
         _check_solvable(start, target)
         if l2 is not None and not 0 < l2 <= target.max_l2:
             raise ValueError(
-                f"`l2` must be positive and at most {target.max_l2:.4g}, above which "
-                "no images and labels have the weights of `model` as their fit; "
-                f"got {l2:.4g}."
+                f"`l2` must be positive and at most {target.max_l2:.4g}, the largest "
+                f"ridge with which `model` can be recovered; got {l2:.4g}."
             )
         pixels = jnp.asarray(start.images, float).reshape(len(start), -1)
         hard = start.labels.ndim == 1
@@ -118,10 +113,9 @@ def distill_exactly(
             if hard:
                 advice += " or soft labels"
             raise ValueError(
-                "No images were found, starting from `start`, that have `model` "
-                f"as their fit. The last ones tried, at l2 = {ridge:.2g}, leave a "
-                f"relative residual of {error:.1g} in the equations; 1e-9 is wanted. "
-                f"Try {advice}."
+                "No images were found from which training recovers `model`. The last "
+                f"attempt, at l2 = {ridge:.2g}, has a relative residual of "
+                f"{error:.1g} instead of 1e-9. Try {advice}."
             )
         images, found = np.asarray(images), np.asarray(found)
     dtype = start.images.dtype
@@ -130,9 +124,9 @@ def distill_exactly(
 
 
 class _Target(eqx.Module):
-    r"""A model with the centred weights $W = Q S H_{:r}$, of rank $r$: an
-    orthonormal `basis` $Q$, the singular values $S$, and all contrasts $H$ between
-    classes, of which the first $r$ span the rows of $W$."""
+    r"""A model with centred weights $W = Q S H_{:r}$ of rank $r$: an orthonormal
+    `basis` $Q$, the singular values $S$, and the contrasts $H$ between classes, of
+    which the first $r$ span the rows of $W$."""
 
     basis: Float[Array, "p r"]
     singular_values: Float[Array, " r"]
@@ -160,8 +154,7 @@ class _Target(eqx.Module):
         rank = int(np.sum(s > rounding * np.linalg.norm(weights)))
         if rank == 0:
             raise ValueError(
-                "`model` must have weights that differ between classes; all of "
-                "them are equal."
+                "`model` must have weights that differ between classes; all are equal."
             )
         return _Target(
             jnp.asarray(q[:, :rank]),
@@ -182,8 +175,8 @@ class _Target(eqx.Module):
     def start(
         self, labels: Int[Array, " n"] | Float[Array, "n c"]
     ) -> Float[Array, "n r"]:
-        """The coordinates of images to which the model gives the frequencies of
-        the labels: there the equation of the intercept holds."""
+        """The coordinates of images for which the model predicts the frequencies of the
+        labels, so that the equation of the intercept holds."""
         r = len(self.singular_values)
         if self.intercept is None:
             return jnp.zeros((len(labels), r))
@@ -204,21 +197,18 @@ def _check_solvable(start: DistilledSet, target: _Target) -> None:
     rank = len(target.singular_values)
     has_intercept = target.intercept is not None
     if len(start) < rank + has_intercept:
-        rank_of = f"the weights of `model` have rank {rank} over the classes"
-        if has_intercept:
-            rank_of += ", and its intercept takes one image more"
+        intercept = ", and one more for its intercept" if has_intercept else ""
         raise ValueError(
-            f"`start` must have at least {rank + has_intercept} images, since "
-            f"{rank_of}; got {len(start)}."
+            f"`start` must have at least {rank + has_intercept} images, one for each "
+            f"rank of the weights of `model`{intercept}; got {len(start)}."
         )
     num_classes = target.contrasts.shape[1]
     if has_intercept and start.labels.ndim == 1:
         missing = np.setdiff1d(np.arange(num_classes), start.labels)
         if len(missing) > 0:
             raise ValueError(
-                "`start` must have an image of every class, or soft labels, since "
-                "`model` has an intercept: fitted to no image of class "
-                f"{missing[0]}, its logit would fall without end."
+                "`start` must have an image of every class, or soft labels, because "
+                f"`model` has an intercept; got no image of class {missing[0]}."
             )
 
 
@@ -231,7 +221,7 @@ def _solve(
 ) -> tuple[
     Float[Array, "n p"], Int[Array, " n"] | Float[Array, "n c"], Float[Array, ""]
 ]:
-    """The images and labels, and the largest relative residual of the equations."""
+    """Returns the images, the labels, and the largest relative residual."""
     s = target.singular_values
     num_contrasts = len(target.contrasts)
     scale = len(images) * l2
@@ -245,7 +235,7 @@ def _solve(
     def equations(unknowns, _):
         a = residuals(unknowns)
         weights = unknowns[0].T @ a @ target.contrasts.T / scale - wanted
-        # Relative to the least singular value: the fit is to be right in every one.
+        # Relative to the smallest singular value, so that all of them are recovered.
         return weights / s[-1], None if target.intercept is None else jnp.sum(a, 0)
 
     solution = optx.least_squares(
@@ -262,8 +252,8 @@ def _solve(
     coordinates, logits = solution.value
     error = optax.tree.norm(equations(solution.value, None), ord=jnp.inf)
 
-    # Outside the span of W, the images must not add to the weights: they are made
-    # orthogonal to the residuals.
+    # Outside the span of W, the images must not contribute to the weights. This makes
+    # them orthogonal to the residuals.
     outside = images - target.coordinates(images) @ target.basis.T
     left, sizes, _ = jnp.linalg.svd(residuals(solution.value), full_matrices=False)
     left = jnp.where(sizes > 1e-10 * sizes[0], left, 0)

@@ -3,6 +3,7 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.scipy.sparse.linalg
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -10,21 +11,20 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._classifier import takes_pixels
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
+from .._data._parameterisation import AbstractParameterisation
 from .._inner._argmin_solver import ArgminSolver
 from .._inner._auto_solver import AutoSolver
-from .._inner._inner_solver import (
-    AbstractDrawingSolver,
-    AbstractInnerSolver,
-    Fitted,
-)
+from .._inner._fit import fit
+from .._inner._inner_solver import AbstractInnerSolver, Fitted
 from .._inner._unrolled_solver import UnrolledSolver
-from .._losses import cross_entropy, CrossEntropy
+from .._losses import CrossEntropy
+from .._models._models import AbstractModels
 from .._softmax import label_residual, softmax_change
-from ._outer_loss import outer_loss
+from ._data import example_loss, FullBatch
 
 
 class HypergradientError(eqx.Module):
-    """How exact a hypergradient is.
+    """How accurate a hypergradient is.
 
     **Attributes:**
 
@@ -32,7 +32,7 @@ class HypergradientError(eqx.Module):
         `start`.
     - `error`: its Euclidean distance to the hypergradient of the reference.
     - `bound`: a bound on its Euclidean distance to the exact hypergradient. It is
-        infinite for problems of which no bound is known.
+        infinite for problems without a known bound.
     - `inner_residual`: the `gradient_norm` of the [`eqdistill.Fitted`][].
     """
 
@@ -43,7 +43,7 @@ class HypergradientError(eqx.Module):
 
 
 def hypergradient_error(
-    start: PyTree,
+    start: AbstractParameterisation,
     model: PyTree,
     data: Dataset,
     inner: AbstractInnerSolver = AutoSolver(),
@@ -51,52 +51,51 @@ def hypergradient_error(
     reference: AbstractInnerSolver | None = None,
     key: PRNGKeyArray | None = None,
 ) -> HypergradientError:
-    """Measures how exact a hypergradient is: by its distance to that of a reference in
-    double precision, and by an a posteriori bound where one is known.
+    """Measures how accurate a hypergradient is: by its distance to a reference in
+    double precision, and by an a posteriori bound where one is known. The outer loss is
+    the default of [`eqdistill.Bilevel`][].
 
-    A bound is known for [`eqdistill.LogisticRegression`][] without an intercept, with
-    cross-entropy. It is a pessimistic one, as it divides by the ridge twice: at small
+    A bound is known for [`eqdistill.linear.LogisticRegression`][] without an intercept,
+    with cross-entropy. It is pessimistic, as it divides by the ridge twice: at small
     ridges it may exceed the hypergradient itself.
 
     **Arguments:**
 
-    - `start`, `model`, `inner`: as for [`eqdistill.outer_loss`][].
+    - `start`, `model`, `inner`: as for [`eqdistill.Bilevel`][]. The model is fixed.
     - `data`: the real data.
-    - `reference`: how to fit the model for the reference. Defaults to `inner`,
-        whose tolerances, if they are the defaults, are finer in double precision:
-        without its `window`, if it is an [`eqdistill.UnrolledSolver`][], and with the
-        default adjoint, if it is an [`eqdistill.ArgminSolver`][]. (Keyword only
-        argument.)
-    - `key`: as for [`eqdistill.outer_loss`][]. (Keyword only argument.)
+    - `reference`: how to fit the model for the reference. Defaults to `inner`, whose
+        default tolerances are finer in double precision: without its `window` if it is
+        an [`eqdistill.UnrolledSolver`][], and with the default adjoint if it is an
+        [`eqdistill.ArgminSolver`][]. (Keyword only argument.)
+    - `key`: as for [`eqdistill.fit`][]. (Keyword only argument.)
 
     **Returns:**
 
-    An [`eqdistill.HypergradientError`][].
+    A [`eqdistill.linear.HypergradientError`][].
 
     **Raises:**
 
-    As [`eqdistill.outer_loss`][]; a `ValueError` if the fit of the reference does not
-    converge; and a `TypeError` for a solver that draws models, as it draws others
-    in double precision.
+    As [`eqdistill.fit`][]; a `ValueError` if the fit of the reference does not
+    converge; and a `TypeError` for a source of models, which would draw other models in
+    double precision.
 
     Source: Blondel et al., *Efficient and modular implicit differentiation*, 2022,
     Theorem 1, and Pedregosa, *Hyperparameter optimization with approximate gradient*,
     2016, Theorem 1, for the bound; `docs/mathematics.md` for its proof.
     """
-    for name, solver in (("inner", inner), ("reference", reference)):
-        if isinstance(solver, AbstractDrawingSolver):
-            raise TypeError(
-                f"`{name}` must fit the `model` that is given; got a "
-                f"`{type(solver).__name__}`, which draws others in double precision."
-            )
+    if isinstance(model, AbstractModels):
+        raise TypeError(
+            f"`model` must be one model; got a `{type(model).__name__}`, which draws "
+            "other models in double precision."
+        )
     gradient, fitted = _hypergradient(start, model, data, inner, key)
     with jax.enable_x64(True):
         real = Dataset(_to_double(data.floating()), data.labels, data.num_classes)
-        double_start, double_classifier, gradient, at = map(
+        double_start, double_model, gradient, at = map(
             _to_double, (start, model, gradient, fitted.model)
         )
         reference = _to_double(_exact(inner) if reference is None else reference)
-        args = (double_start, double_classifier, real, reference, key)
+        args = (double_start, double_model, real, reference, key)
         wanted, reference_fit = _hypergradient(*args)
         if not reference_fit.converged:
             raise ValueError(
@@ -118,12 +117,22 @@ def hypergradient_error(
         )
 
 
-@eqx.filter_jit
 def _hypergradient(start, model, data, inner, key) -> tuple[PyTree, Fitted]:
-    gradient, outcome = eqx.filter_grad(outer_loss, has_aux=True)(
-        start, model, data, inner, key=key
-    )
-    return gradient, outcome.fitted
+    key = jr.key(0) if key is None else key
+    return _compiled_hypergradient(start, model, FullBatch(data), inner, key)
+
+
+@eqx.filter_jit
+def _compiled_hypergradient(start, model, data, inner, key) -> tuple[PyTree, Fitted]:
+    def loss(start):
+        distilled = start.decode()
+        fitted = fit(distilled, model, inner, key=key, throw=False)
+        network = eqx.nn.inference_mode(fitted.model)
+        outer_loss = distilled.loss.default_outer_loss()
+        value = data.mean(example_loss, (outer_loss, network), jnp.array(0), key=key)
+        return value, fitted
+
+    return eqx.filter_grad(loss, has_aux=True)(start)
 
 
 def _exact(inner: AbstractInnerSolver) -> AbstractInnerSolver:
@@ -161,7 +170,8 @@ def _bound(
     def hessian(u):
         return images.T @ softmax_change(logits, images @ u) / n + l2 * u
 
-    v = jax.grad(lambda weights: cross_entropy(real @ weights, data.labels))(weights)
+    loss = CrossEntropy()
+    v = jax.grad(lambda weights: loss(real @ weights, data.labels))(weights)
     u, _ = jax.scipy.sparse.linalg.cg(hessian, v, tol=1e-12, maxiter=1000)
     a, q = label_residual(logits, distilled.labels), images @ u
     change = softmax_change(logits, q)

@@ -43,7 +43,7 @@ def augmentation_robust_score(
 ) -> float:
     r"""DD-Ranking's augmentation-robust score, which removes the effect of augmentation
     from an accuracy: as [`eqdistill.recipes.label_robust_score`][], with
-    $\alpha = w \, \mathrm{IOR}_{\mathrm{aug}} + (1 - w) \, \mathrm{IOR}_{\mathrm{none}}$.
+    $\alpha = w \, \mathrm{IOR}_\mathrm{aug} + (1 - w) \, \mathrm{IOR}_\mathrm{none}$.
 
     **Arguments:** (Keyword only.)
 

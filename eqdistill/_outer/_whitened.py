@@ -20,28 +20,29 @@ def whitened(
     damping: float = 0.01,
     scale: float = 2.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Lets an optimiser work in coordinates in which the real images are white: for
-    images $\theta$ of $p$ pixels, in $\theta L / s$ with
+    r"""Lets an optimiser work in coordinates in which the real images are white. Images
+    $\theta$ of $p$ pixels have the coordinates $\theta L / s$, where
 
     $$L L^\top = C + \delta \, \mathrm{tr}(C) \, I, \qquad
     C = \frac{1}{m} \sum_{i=1}^m x_i x_i^\top.$$
 
-    For a linear model, the Hessian of the outer loss acts on pixels nearly as a
-    multiple of $C$ does. In these coordinates it is far better conditioned, and L-BFGS
-    takes a half to a quarter of the steps. $C$ is taken over at most 1,024 of the real
-    images, evenly spaced in their order.
+    For a linear model, the Hessian of the outer loss is roughly a multiple of $C$. It
+    is far better conditioned in these coordinates, which cuts the number of steps of
+    L-BFGS to between a half and a quarter. $C$ is estimated from at most 1,024 evenly
+    spaced real images.
 
     !!! warning
 
-        L-BFGS without a line search may diverge from a start at which the loss is not
-        nearly convex. It diverges from ten real images of MNIST, and not from noise or
-        the means of classes. Use `optax.lbfgs()` without `whitened` from real images.
+        L-BFGS without a line search may diverge from a start at which the loss is far
+        from convex. On MNIST it diverges from ten real images, but not from noise or
+        class means. From real images, use `optax.lbfgs()` without `whitened`.
 
     !!! Example
 
         ```python
         optimiser = optax.lbfgs(learning_rate=1.0, linesearch=None)
-        eqd.distill(start, model, train, optimiser=eqd.whitened(optimiser, train))
+        optimiser = eqd.linear.whitened(optimiser, train)
+        eqd.distill(start, model, train, optimiser=optimiser)
         ```
 
     **Arguments:**
@@ -49,21 +50,20 @@ def whitened(
     - `optimiser`: any Optax optimiser.
     - `train`: the real data.
     - `damping`: $\delta > 0$. (Keyword only argument.)
-    - `scale`: $s > 0$. The first step of L-BFGS has a length of at most one in the
-        coordinates, and of at most $s$ in the images. The default saves a step or two
-        for ridges around 0.1. Steps of Adam are $s$ times as long as its learning rate
-        says, and steps of gradient descent $s^2$ times. (Keyword only argument.)
+    - `scale`: $s > 0$. The first step of L-BFGS has length at most one in these
+        coordinates. The default saves a step or two for ridges around 0.1. The learning
+        rate of Adam is effectively multiplied by $s$, and that of gradient descent by
+        $s^2$. (Keyword only argument.)
 
     **Returns:**
 
-    An Optax optimiser for the `images` of a distilled set, and for all else that is
-    learned with them, which is only divided by $s$. It holds two matrices of
-    $p \times p$.
+    An Optax optimiser for the `images` of a distilled set. All other learned arrays are
+    only divided by $s$. Its state has two matrices of $p \times p$.
 
     **Raises:**
 
-    A `ValueError` if `damping` or `scale` is not positive, or if what is to be trained
-    has no `images` of the shape of `train`.
+    A `ValueError` if `damping` or `scale` is not positive, or if the learned arrays
+    include no `images` with the shape of those of `train`.
 
     Source: LeCun et al., *Efficient BackProp*, 1998, for the principle.
     """
@@ -78,8 +78,8 @@ def whitened(
 
     def update(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         if params is None:
-            raise ValueError("`whitened` must be given `params` with each update.")
-        # From the state: those of the closure would be constants of the program.
+            raise ValueError("`whitened` needs `params` in each update.")
+        # From the state, because arrays in the closure would be compiled as constants.
         coordinates = state.coordinates
         if "grad" in extra_args:
             extra_args["grad"] = coordinates.of_gradient(extra_args["grad"])
@@ -98,7 +98,7 @@ def whitened(
 
 
 class _Coordinates(eqx.Module):
-    """Images times `factor`, all else divided by `scale`."""
+    """Multiplies images by `factor`, and divides other arrays by `scale`."""
 
     factor: Float[Array, "p p"]
     inverse: Float[Array, "p p"]
@@ -107,8 +107,8 @@ class _Coordinates(eqx.Module):
 
     @staticmethod
     def of_data(train: Dataset, damping: float, scale: float) -> "_Coordinates":
-        # On the host, where nothing is compiled; and on one thread, since those of
-        # OpenBLAS go on spinning after it has returned.
+        # On the host, to compile nothing, and on one thread, because OpenBLAS's threads
+        # keep spinning afterwards.
         some = np.asarray(train.images)[:: -(-len(train) // 1024)]
         dtype = jnp.result_type(float)
         images = some.reshape(len(some), -1).astype(dtype)
@@ -116,11 +116,10 @@ class _Coordinates(eqx.Module):
             images /= 255
         with threadpool_limits(limits=1, user_api="blas"):
             moments = images.T @ images / len(images)
-            # Images that are zero throughout leave the coordinates as they are.
-            diagonal = damping * np.trace(moments) or 1.0
+            diagonal = damping * np.trace(moments) or 1.0  # If all images are zero.
             moments[np.diag_indices_from(moments)] += diagonal
             factor = scipy.linalg.cholesky(moments, lower=True)
-            # Well conditioned by the damping: products with it are quicker than solves.
+            # It is well conditioned, and products are faster than solves.
             (invert,) = scipy.linalg.get_lapack_funcs(["trtri"], [factor])
             inverse, _ = invert(factor, lower=True)
         factor, inverse = jax.device_put((factor / scale, inverse * scale))
@@ -138,10 +137,10 @@ class _Coordinates(eqx.Module):
     def _multiply(
         self, tree: PyTree, matrix: Float[Array, "p p"], scale: float
     ) -> PyTree:
-        """The images in the tree times the matrix, and all else times the scale.
+        """Multiplies the images in the tree by the matrix, and the rest by the scale.
 
-        Images are what is called so, and not what has their shape: soft labels may
-        have it too.
+        Images are recognised by their name, because soft labels may have the same
+        shape.
         """
 
         def is_images(path: tuple, x: Array) -> bool:
@@ -155,10 +154,13 @@ class _Coordinates(eqx.Module):
 
         found, _ = jax.tree.flatten_with_path(tree)
         if not any(is_images(*leaf) for leaf in found):
-            shapes = {jax.tree_util.keystr(path): x.shape for path, x in found}
+            shapes = {
+                jax.tree_util.keystr(path, simple=True, separator="."): x.shape
+                for path, x in found
+            }
             raise ValueError(
-                f"`whitened` must be given `images` of shape {self.shape}, as in "
-                f"`train`, to train; got {shapes}."
+                f"`whitened` needs learned `images` of shape {self.shape}, as in "
+                f"`train`; got {shapes}."
             )
         return jax.tree.map_with_path(product, tree)
 
