@@ -95,7 +95,7 @@ case(eqd.CrossEntropy, temperature=0)
 
 case(eqd.fit, fit, model=WRONG_MODEL, inner=eqd.linear.SpanSolver, key=jr.PRNGKey(0))
 case(eqd.inner_loss, fit, model=Plain)
-case(eqd.Fitted, fit | {"converged": FLAG, "gradient_norm": SCALAR}, "model",
+case(eqd.Fitted, {"model": MODEL, "converged": FLAG, "gradient_norm": SCALAR}, "model",
      converged=True)
 case(eqd.ArgminSolver, max_steps=0, tolerance=-1)
 case(eqd.UnrolledSolver, {"make": optax.sgd, "hyperparameters": {"learning_rate": 0.1},
