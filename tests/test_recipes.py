@@ -46,19 +46,14 @@ def sequential(*, key):
 
 
 class WithDropout(eqx.Module):
-    hidden: eqx.nn.Linear
     dropout: eqx.nn.Dropout
-    out: eqx.nn.Linear
+    network: eqx.nn.Sequential
 
     def __init__(self, *, key):
-        first, last = jr.split(key)
-        self.hidden = eqx.nn.Linear(64, 16, key=first)
-        self.dropout = eqx.nn.Dropout(0.5)
-        self.out = eqx.nn.Linear(16, 10, key=last)
+        self.dropout, self.network = eqx.nn.Dropout(0.2), sequential(key=key)
 
     def __call__(self, image, *, key=None):
-        hidden = jax.nn.relu(self.hidden(image.reshape(-1)))
-        return self.out(self.dropout(hidden, key=key))
+        return self.network(self.dropout(image, key=key))
 
 
 class Untrained(eqd.AbstractInnerSolver[None]):
@@ -96,8 +91,11 @@ def test_linear_model_is_as_by_scikit_learn(real, digits, loss):
     np.testing.assert_allclose(got.loss, wanted, rtol=1e-3)
 
 
-@pytest.mark.parametrize("own", [sequential, WithDropout])
-def test_own_models(real, digits, own):
+@pytest.mark.parametrize(
+    ("own", "recipe"),
+    [(sequential, recipes.zero_start), (WithDropout, recipes.feature_regression)],
+)
+def test_own_models(real, digits, own, recipe):
     train, test = subset(digits[0], 200), subset(digits[1], 200)
     start = eqd.DistilledSet(train.floating(), train.labels, l2=1e-3)
     adam = eqd.UnrolledSolver(optax.adam, {"learning_rate": 0.01}, steps=100)
@@ -111,8 +109,8 @@ def test_own_models(real, digits, own):
     model = own(key=jr.key(0))
     found = eqd.evaluate(start, model, test, inner=Untrained())
     assert eqx.tree_equal(found.fitted.model, model)
-    for recipe in (recipes.dc, recipes.zero_start, recipes.feature_regression):
-        assert eqd.evaluate(real, recipe(own, updates=2), test, num_models=1).loss > 0
+    # One real image of each class is enough to beat chance.
+    assert eqd.evaluate(real, recipe(own), test, num_models=1).accuracy > 0.2
 
 
 def test_output_of_nan_is_wrong():
@@ -140,19 +138,16 @@ def test_statistics(num_sets, num_models, seed):
     np.testing.assert_allclose(found.loss, 2 * found.accuracy)
     models = sets = math.nan
     if num_models > 1:
-        pooled = statistics.mean(statistics.variance(row) for row in rows.tolist())
-        models = math.sqrt(pooled)
+        models = math.sqrt(statistics.mean(map(statistics.variance, rows.tolist())))
     if num_sets > 1:
         sets = statistics.stdev(means)
     np.testing.assert_allclose([found.std_models, found.std_sets], [models, sets])
-    a, b, c = (f"{x:.1%}" for x in (found.accuracy, models, sets))
-    words = {
-        (False, False): a,
-        (False, True): f"{a} ± {b} ({num_models} models)",
-        (True, False): f"{a} ± {c} over {num_sets} sets",
-        (True, True): f"{a} ± {b} over {num_models} models, ± {c} over {num_sets} sets",
-    }
-    assert repr(found) == words[num_sets > 1, num_models > 1]
+    over_models = f" ± {models:.1%} over {num_models} models" if num_models > 1 else ""
+    over_sets = f" ± {sets:.1%} over {num_sets} sets" if num_sets > 1 else ""
+    words = f"{found.accuracy:.1%}" + ",".join(filter(None, [over_models, over_sets]))
+    if num_sets == 1 and num_models > 1:
+        words = f"{found.accuracy:.1%} ± {models:.1%} ({num_models} models)"
+    assert repr(found) == words
 
 
 def train(network, optimiser, losses):
@@ -177,14 +172,19 @@ def assert_close(got, wanted, rtol=1e-4, atol=2e-5):
 
 
 OPTIMISERS = {
-    "dc": optax.sgd(lambda t: jnp.where(t < 5, 0.01, 0.001), momentum=0.9),
+    "dc": optax.sgd(lambda t: jnp.where(jnp.less(t, 5), 0.01, 0.001), momentum=0.9),
     "frepo": optax.adam(cosine(3e-4, 5)),
     "zero_start": optax.adam(cosine(1e-3)),
     "feature_regression": optax.adam(cosine(3e-4)),
 }
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+slow = lambda x: pytest.param(x, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "name", ["dc", "feature_regression", slow("frepo"), slow("zero_start")]
+)
 def test_training_is_as_by_hand(real, name):
     recipe = getattr(recipes, name)(make, updates=10)
     targets = np.eye(10)[np.asarray(real.labels)] - 0.1
@@ -209,7 +209,7 @@ def test_training_is_as_by_hand(real, name):
     assert_close(jax.vmap(got)(real.images), jnp.array(wanted), 1e-3, 1e-3)
 
 
-@pytest.mark.parametrize("adam", [True, False])
+@pytest.mark.parametrize("adam", [True, slow(False)])
 def test_learned_rates_are_used_in_turn(real, adam):
     recipe = recipes.learned_rates(make, **ALL["learned_rates"] | {"adam": adam})
     network = draw(recipe)
@@ -217,11 +217,9 @@ def test_learned_rates_are_used_in_turn(real, adam):
     schedule = lambda step: jnp.array(RATES["learning_rates"])[step]
     by_adam = optax.adam(schedule, b1=0.8, eps_root=1e-8)
     optimiser = by_adam if adam else optax.sgd(schedule, momentum=0.8)
-    halves = [
-        eqd.DistilledSet(real.images[x], real.labels[x], l2=0.1)
-        for x in (slice(5), slice(5, 10), slice(5))
-    ]
-    losses = [functools.partial(eqd.inner_loss, half) for half in halves]
+    rows = lambda x: eqd.DistilledSet(real.images[x], real.labels[x], l2=0.1)
+    batches = [slice(5), slice(5, 10), slice(5)]
+    losses = [functools.partial(eqd.inner_loss, rows(x)) for x in batches]
     got = eqd.fit(recipe.prepare(real, 10), network, recipe.inner).model
     assert_close(got, train(network, optimiser, losses))
 
@@ -296,13 +294,14 @@ def test_bad_input(real, digits):
     dc = recipes.dc(make, updates=2)
     soft = eqd.DistilledSet(real.images, 4 * jnp.eye(10), l2=0.1)
     small = eqd.DistilledSet(jnp.ones((10, 9, 9)), jnp.arange(10), l2=0.1)
-    nine = eqd.linear.LogisticRegression(64, 9)
+    nine = eqd.DistilledSet(real.images[:9], real.labels[:9], l2=0.1)
+    linear = eqd.linear.LogisticRegression(64, 9)
     for match, distilled, recipe, keywords in [
         (r"class indices.*\(10, 10\)", soft, dc, {}),
         ("`num_models` must be at least 1; got 0", real, dc, {"num_models": 0}),
         ("`distilled` must hold at least one", [], dc, {}),
         (r"`test` and `distilled`.*\(8, 8\).*\(9, 9\)", small, dc, {}),
-        ("10 classes of `test`; got 9", real, nine, {}),
+        ("10 classes of `test`; got 9", nine, linear, {}),
         ("`inner` must be left out", real, dc, {"inner": Untrained()}),
         (r"`recipe` must be a `Recipe`.*Fresh\(make\)", real, make, {}),
     ]:

@@ -1,4 +1,4 @@
-"""The only module that imports Matplotlib, which is an optional dependency."""
+"""In its own module, so that `eqdistill` can be imported without Matplotlib."""
 
 import io
 

@@ -7,10 +7,10 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
-from .._checks import check_at_least, check_model
+from .._checks import check_at_least
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
-from .._inner._fit import fit, image_struct
+from .._inner._fit import check_fit, fit
 from .._inner._inner_solver import AbstractInnerSolver, Fitted
 from .._models._models import AbstractModels, Fixed
 from .._typechecking import describe
@@ -146,7 +146,7 @@ def evaluate(
         for j in range(num_models):
             draw_key, fit_key, init_key = jr.split(jr.fold_in(key, j), 3)
             model = _draw(recipe.models, prepared, init_key, draw_key)
-            num_outputs = check_model(model, image_struct(prepared))
+            num_outputs = check_fit(prepared, model)
             if num_outputs < test.num_classes:
                 raise ValueError(
                     "`recipe` must have models with an output for each of the "
@@ -154,7 +154,7 @@ def evaluate(
                 )
             fitted = fit(prepared, model, recipe.inner, key=fit_key)
             accuracies[i, j], losses[i, j] = _measure(fitted.model, prepared, test)
-    return Evaluation(accuracies, losses, recipe, fitted, key)  # pyright: ignore
+    return Evaluation(accuracies, losses, recipe, fitted, key)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def _as_recipe(recipe: PyTree, inner: AbstractInnerSolver | None) -> Recipe:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
 from .._inner._inner_solver import AbstractInnerSolver
-from .._losses import AbstractLoss, CrossEntropy, SquaredError
+from .._losses import CrossEntropy, SquaredError
 from .._models._models import AbstractModels, as_models
 
 
@@ -46,39 +46,29 @@ class Recipe(eqx.Module):
 
     models: AbstractModels = eqx.field(converter=as_models)
     inner: AbstractInnerSolver = AutoSolver()
-    prepare: Callable[[DistilledSet, int], DistilledSet] = eqx.field(
-        static=True, default=unchanged
-    )
+    prepare: Callable[..., DistilledSet] = eqx.field(static=True, default=unchanged)
     name: str = eqx.field(static=True, default="custom")
     settings: tuple[tuple[str, Any], ...] = eqx.field(static=True, default=())
 
 
-def with_hard_labels(
-    weight_decay: float, distilled: DistilledSet, num_classes: int
+def relabel(
+    hard: bool, weight_decay: float, distilled: DistilledSet, num_classes: int
 ) -> DistilledSet:
-    del num_classes
-    if distilled.labels.ndim != 1:
+    """Replaces the loss by cross-entropy on hard labels, or by squared error on
+    targets. Soft labels become targets."""
+    labels = distilled.labels
+    if hard and labels.ndim != 1:
         raise ValueError(
             "`distilled` must have class indices as labels for this recipe; got "
-            f"{distilled.labels.dtype} labels of shape {distilled.labels.shape}. For "
-            "soft labels or targets, use a recipe such as `feature_regression`."
+            f"{labels.dtype} labels of shape {labels.shape}. For soft labels or "
+            "targets, use a recipe such as `recipes.feature_regression`."
         )
-    return _replace(distilled, CrossEntropy(), weight_decay)
-
-
-def with_targets(
-    weight_decay: float, distilled: DistilledSet, num_classes: int
-) -> DistilledSet:
-    is_soft = distilled.labels.ndim == 2
-    if is_soft and isinstance(distilled.loss, CrossEntropy):
-        targets = jax.nn.softmax(distilled.labels) - 1 / num_classes
-        distilled = eqx.tree_at(lambda d: d.labels, distilled, targets)
-    return _replace(distilled, SquaredError(), weight_decay)
-
-
-def _replace(
-    distilled: DistilledSet, loss: AbstractLoss, weight_decay: float
-) -> DistilledSet:
+    if labels.ndim == 2 and isinstance(distilled.loss, CrossEntropy):
+        labels = jax.nn.softmax(labels) - 1 / num_classes
     # Without weight decay, the logarithm of the ridge is minus infinity.
     log_l2 = jnp.log(jnp.asarray(weight_decay, distilled.images.dtype))
-    return eqx.tree_at(lambda d: (d.loss, d.log_l2), distilled, (loss, log_l2))
+    return eqx.tree_at(
+        lambda d: (d.labels, d.loss, d.log_l2),
+        distilled,
+        (labels, CrossEntropy() if hard else SquaredError(), log_l2),
+    )

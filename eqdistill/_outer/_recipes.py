@@ -15,8 +15,8 @@ from .._inner._feature_regression import FeatureRegression
 from .._inner._inner_solver import AbstractInnerSolver
 from .._inner._unrolled_solver import UnrolledSolver
 from .._models._models import Fresh
-from .._nn._network import initialise, lecun, zero_head
-from ._recipe import Recipe, unchanged, with_hard_labels, with_targets
+from ..nn import initialise, lecun, zero_head
+from ._recipe import Recipe, relabel, unchanged
 
 
 MOST_UPDATES = 100_000
@@ -50,12 +50,10 @@ def dc(
 
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021.
     """
-    augmentation = OneOf(Crop(4), Affine(scale=1.2), Affine(rotation=45))
-    inner = _training(
-        _sgd, 0.01, updates, augmentation=augmentation if augment else None
-    )
-    prepare = ft.partial(with_hard_labels, 5e-4)
-    return _recipe("dc", make, prepare, inner, updates=int(updates), augment=augment)
+    one_of = OneOf(Crop(4), Affine(scale=1.2), Affine(rotation=45))
+    inner = _training(_sgd, 0.01, updates, augmentation=one_of if augment else None)
+    settings = {"updates": int(updates), "augment": augment}
+    return _recipe("dc", settings, make, ft.partial(relabel, True, 5e-4), inner)
 
 
 def frepo(
@@ -80,12 +78,11 @@ def frepo(
     regression*, 2022.
     """
     optimiser = ft.partial(_adam, min(500, updates // 2))
-    augmentation = Flip() if augment else None
-    inner = _training(optimiser, 3e-4, updates, augmentation=augmentation)
-    prepare, own = ft.partial(with_targets, 0.0), {"augment": augment}
-    return _recipe(
-        "frepo", make, prepare, inner, redraw=True, updates=int(updates), **own
-    )
+    flip = Flip() if augment else None
+    inner = _training(optimiser, 3e-4, updates, augmentation=flip)
+    settings = {"updates": int(updates), "augment": augment}
+    prepare = ft.partial(relabel, False, 0.0)
+    return _recipe("frepo", settings, make, prepare, inner, redraw=True)
 
 
 def zero_start(make: Callable[..., PyTree], *, updates: int = 500) -> Recipe:
@@ -97,8 +94,9 @@ def zero_start(make: Callable[..., PyTree], *, updates: int = 500) -> Recipe:
     **Arguments:** as for [`eqdistill.recipes.dc`][]. The last layer of the models is
     found and set to zero by [`eqdistill.nn.zero_head`][].
     """
-    inner, prepare = _training(_adam, 1e-3, updates), ft.partial(with_targets, 0.0)
-    return _recipe("zero_start", make, prepare, inner, zero=True, updates=int(updates))
+    inner = _training(_adam, 1e-3, updates)
+    settings, prepare = {"updates": int(updates)}, ft.partial(relabel, False, 0.0)
+    return _recipe("zero_start", settings, make, prepare, inner, zero=True)
 
 
 def feature_regression(make: Callable[..., PyTree], *, updates: int = 100) -> Recipe:
@@ -114,10 +112,9 @@ def feature_regression(make: Callable[..., PyTree], *, updates: int = 100) -> Re
     changed by [`eqdistill.nn.initialise`][] and [`eqdistill.nn.zero_head`][].
     """
     inner = FeatureRegression(_training(_adam, 3e-4, updates))
-    prepare, changes = ft.partial(with_targets, 1e-3), {"redraw": True, "zero": True}
-    return _recipe(
-        "feature_regression", make, prepare, inner, **changes, updates=int(updates)
-    )
+    settings, prepare = {"updates": int(updates)}, ft.partial(relabel, False, 1e-3)
+    name = "feature_regression"
+    return _recipe(name, settings, make, prepare, inner, redraw=True, zero=True)
 
 
 def supervised(
@@ -131,10 +128,9 @@ def supervised(
 
     - `batch_size`: the number of images in a step, from 1 to their total number.
     """
-    own = {"updates": int(updates), "batch_size": int(batch_size)}
     inner = _training(_adam, 1e-3, updates, batch_size=batch_size)
-    prepare = ft.partial(with_hard_labels, 0.0)
-    return _recipe("supervised", make, prepare, inner, **own)
+    settings = {"updates": int(updates), "batch_size": int(batch_size)}
+    return _recipe("supervised", settings, make, ft.partial(relabel, True, 0.0), inner)
 
 
 def learned_rates(
@@ -200,17 +196,18 @@ def learned_rates(
         batch_size=batch_size,
         shuffle=False,
     )
-    return _recipe("learned_rates", make, unchanged, inner, **settings)
+    return _recipe("learned_rates", settings, make, unchanged, inner)
 
 
 def _recipe(
     name: str,
+    settings: dict[str, Any],
     make: Callable[..., PyTree],
     prepare: Callable,
     inner: AbstractInnerSolver,
+    *,
     redraw: bool = False,
     zero: bool = False,
-    **settings: Any,
 ) -> Recipe:
     check_make("make", make)
     models = Fresh(ft.partial(_make, make, redraw, zero, settings.get("seed")))

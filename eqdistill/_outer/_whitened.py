@@ -37,6 +37,9 @@ def whitened(
         from convex. On MNIST it diverges from ten real images, but not from noise or
         class means. From real images, use `optax.lbfgs()` without `whitened`.
 
+        A line search stores its last gradient in these coordinates, so
+        `optax.value_and_grad_from_state` must not be used.
+
     !!! Example
 
         ```python
