@@ -126,6 +126,11 @@ case(eqd.ProgressBar, every=0)
 case(eqd.evaluate, {"distilled": HARD, "recipe": MODEL, "test": DATA}, distilled=[],
      recipe=eqd.recipes.dc, test=OTHER_DATA, num_models=0)
 
+case(eqd.Checkpoints, {"directory": "x"}, every=0, keep=0)
+case(eqd.export, {"folder": "x", "distilled": HARD}, class_names=["a/b", "c", "d"])
+case(eqd.load, {"path": "x"}, path="no such file")
+case(eqd.save, {"path": FOLDER / "x.safetensors", "result": HARD}, path="x.npz")
+
 case(eqd.linear.LinearClassifier, {"features": jnp.ravel, "head": MODEL.head})
 case(MODEL, {"image": image["image"]}, image=jnp.ones((2, 2)))
 case(eqd.linear.LogisticRegression, {"in_features": 9, "num_classes": 3}, in_features=0,
