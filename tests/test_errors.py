@@ -226,7 +226,7 @@ case(eqd.plot.history, {"history": HISTORY}, ax=[1, 2])
 # These take no arguments, or any; or users derive from them.
 NOTHING_TO_REFUSE = {
     *("AutoSolver", "SquaredError", "RidgeSolver", "LinearisedSolver", "DirectAdjoint"),
-    *("Frozen", "HasPenalised", "parameters", "quick_convolutions"),
+    *("Frozen", "HasPenalised", "parameters", "fast_convolutions"),
     # Equinox's pools and JAX's initialisers.
     *("average_pool", "max_pool", "he", "lecun"),
 }
