@@ -52,6 +52,16 @@ def small_perceptron(digits):
     return start, network, train
 
 
+@pytest.fixture(scope="session")
+def logistic(digits):
+    """A start, an objective with a quick inner solver, and real data: the problem of
+    most tests of the outer loop, which share its programs."""
+    train = subset(digits[0], 200)
+    start = eqd.DistilledSet.from_noise(train, l2=0.05, scale=0.02, key=jr.key(0))
+    model = eqd.linear.LogisticRegression(64, 10)
+    return start, eqd.Bilevel(model, OneStep()), train
+
+
 class MLP(eqx.Module):
     mlp: eqx.nn.MLP
 
@@ -163,6 +173,14 @@ def check_gradient(start, objective, dataset, *, rtol=1e-6, **kwargs):
         slope = (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5
         wanted = np.vdot(leaf, direction)
         np.testing.assert_allclose(slope, wanted, rtol=rtol, atol=1e-9)
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jr.key_data(x), jr.key_data(y)
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
 
 
 def small_noise(train: eqd.Dataset, n: int | None = None, *, l2=0.1, seed=0):
