@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, PyTree
 from .._checks import name_kind
 from .._classifier import LinearClassifier
 from .._data._distilled_set import DistilledSet
-from .._losses import AbstractLoss
+from .._losses import AbstractLoss, CrossEntropy
 
 
 def check_linear(
@@ -36,6 +36,12 @@ def check_loss(solver: str, distilled: DistilledSet, loss: type[AbstractLoss]) -
             f"`distilled.loss` must be `{loss.__name__}` for `{solver}`; got "
             f"`{type(distilled.loss).__name__}`."
         )
+    if isinstance(distilled.loss, CrossEntropy):
+        if distilled.loss.log_temperature is not None:
+            raise ValueError(
+                f"`distilled.loss` must have no temperature for `{solver}`. Give the "
+                "outer loss one, `Bilevel(model, loss=CrossEntropy(0.2))`."
+            )
 
 
 def with_head(
