@@ -1,4 +1,13 @@
+"""Files that hold a distilled set and everything needed to check its accuracy.
+
+A file is in the safetensors format. Its metadata is one JSON text.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -6,61 +15,70 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import PRNGKeyArray, PyTree
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import PRNGKeyArray
 
-from .._classifier import LinearClassifier
+from .._checks import count_outputs
 from .._data._distilled_set import DistilledSet
+from .._data._parameterisation import AbstractParameterisation
 from .._data._preprocessing import AbstractPreprocessing
-from .._inner._inner_solver import AbstractInnerSolver
-from .._outer._outer_loss import decode
-from .._outer._recipe import Recipe
-from ._metadata import check, header_bytes, MAX_BYTES, read_header
-from ._recipe_format import build_recipe
-from ._tensors import build_classifier, build_inner, read_tensors
+from .._outer._distillation import Distillation
+from .._outer._evaluate import Evaluation
+from ..datasets import _published_hashes
+from ..recipes import Recipe
+from ._table import (
+    check,
+    Content,
+    decode,
+    encode,
+    is_same_recipe,
+    MAX_BYTES,
+    NotInTable,
+    register,
+    TABLE,
+    to_words,
+)
+
+
+_MAX_HEADER_BYTES = 2**20
+_PACKAGES = ("eqdistill", "jax", "jaxlib", "equinox", "optimistix", "lineax", "optax")
 
 
 class Artifact(eqx.Module):
-    """A distilled set as it was published: what [`eqdistill.load`][] returns.
+    """A published distilled set, as [`eqdistill.load`][] returns it.
 
     **Attributes:**
 
     - `distilled`: the distilled set.
-    - `start`: the parameterisation that it is decoded from, such as an
+    - `start`: the parameterisation that it was decoded from, such as an
         [`eqdistill.Packed`][]; or the distilled set itself.
-    - `model`: the model to fit to it, not fitted; or `None` if it is not an
-        [`eqdistill.LogisticRegression`][], and cannot be built from a file.
-    - `inner`: how to fit it; or `None` if it is not a solver of this package with plain
-        numbers for its settings.
-    - `recipe`: the recipe of the claim; or `None` if the claim is that of `model`,
-        or the recipe or its network is not of this package.
-    - `is_by_recipe`: whether the claim is that of a recipe, and not of `model`.
-    - `classifier_description`, `inner_description`: the same in words.
-    - `accuracy`: the accuracy on the test split that is claimed, from 0 to 1, or
-        `None`. With a recipe, the mean over networks.
-    - `deviation`: the standard deviation over networks that is claimed, or `None`.
-    - `fits`: the number of networks.
-    - `key`: the key of the networks, or `None`.
-    - `preprocessing`: what was done to the real images first, or `None`.
+    - `recipe`: the recipe that the accuracy was measured with, or `None` if it cannot
+        be rebuilt from the file.
+    - `recipe_description`: the recipe in words, or `None` if the file claims no
+        accuracy.
+    - `accuracy`: the claimed mean accuracy on the test split, from 0 to 1; or `None`.
+    - `std`: the claimed standard deviation over models, or `None`.
+    - `num_models`: the number of models that were trained. Zero without a claim.
+    - `key`: the key of the models, or `None`.
+    - `preprocessing`: the preprocessing of the real images, or `None`.
     - `dataset`: the name of the dataset that was distilled, or `None`.
-    - `sha256`: the SHA-256 of each of the dataset's files, if it has any.
-    - `learned`: the names of what was learned, such as `"images"` and `"log_l2"`; or
-        `None` if that is not known.
+    - `sha256`: the published SHA-256 of each file of the dataset.
+    - `learned`: the names of the learned arrays, such as `"images"`; or `None` if they
+        are not known.
     - `seed`: the seed of the run, or `None`.
-    - `x64`: whether JAX's double precision was enabled.
-    - `versions`: the version of each package that took part.
+    - `x64`: whether JAX used double precision by default.
+    - `versions`: the version of each package involved.
     """
 
     distilled: DistilledSet
-    start: PyTree
-    model: LinearClassifier | None
-    inner: AbstractInnerSolver | None
+    start: AbstractParameterisation
     recipe: Recipe | None
-    is_by_recipe: bool
-    classifier_description: str
-    inner_description: str
+    recipe_description: str | None
     accuracy: float | None
-    deviation: float | None
-    fits: int
+    std: float | None
+    num_models: int
     key: PRNGKeyArray | None
     preprocessing: AbstractPreprocessing | None
     dataset: str | None
@@ -71,12 +89,151 @@ class Artifact(eqx.Module):
     versions: dict[str, str]
 
 
+def _build(start, key, generator, **values) -> Artifact:
+    num_models, std = values["num_models"], values["std"]
+    is_consistent = (values["accuracy"] is None) == (num_models == 0)
+    is_consistent &= (std is None) == (num_models <= 1)
+    check(is_consistent, f"its accuracy must be of its {num_models} models")
+    words = jnp.asarray(key, jnp.uint32)
+    values["key"] = jr.wrap_key_data(words, impl=generator) if num_models else None
+    distilled = start.decode()
+    is_finite = np.isfinite(np.asarray(distilled.images)).all()
+    check(is_finite, "its decoded images must be finite; some pixels are not")
+    if values["preprocessing"] is not None:
+        image = _image(distilled)
+        shape = eqx.filter_eval_shape(values["preprocessing"].inverse, image).shape
+        check(shape == image.shape, "its preprocessing must be for its images")
+    texts = (*(values["learned"] or ()), *values["versions"].values())
+    check(all(type(x) is str for x in texts), "its names and versions must be text")
+    return Artifact(distilled, start, None, None, **values)
+
+
+def _read(x: Artifact) -> dict[str, Any]:
+    if x.key is None:
+        return vars(x) | {"key": (), "generator": ""}
+    key = tuple(np.asarray(jr.key_data(x.key)).tolist())
+    return vars(x) | {"key": key, "generator": str(jr.key_impl(x.key))}
+
+
+def _image(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
+
+
+register(
+    Artifact,
+    {
+        **dict.fromkeys(("start", "preprocessing", "generator", "dataset"), Any),
+        **dict.fromkeys(("sha256", "learned", "x64", "versions"), Any),
+        **dict.fromkeys(("accuracy", "std"), (0.0, 1.0)),
+        "num_models": (0, 1000),
+        "key": (0, 2**32 - 1),
+        "seed": (-(2**63), 2**63 - 1),
+    },
+    build=_build,
+    read=_read,
+    nbytes=lambda start, **_: 8 * eqx.filter_eval_shape(start.decode).images.size,
+)
+
+
+def save(
+    path: str | os.PathLike,
+    result: Distillation | AbstractParameterisation,
+    evaluation: Evaluation | None = None,
+    *,
+    preprocessing: AbstractPreprocessing | None = None,
+    dataset: str | None = None,
+    seed: int | None = None,
+) -> None:
+    """Saves a distilled set to a file, with everything that others need to check it:
+    the accuracy and the recipe it was measured with, the dataset and its hashes, and
+    the versions of the packages.
+
+    The file holds arrays and text, but no code. It is in the safetensors format.
+
+    **Arguments:**
+
+    - `path`: a file name that ends in `.safetensors`. An existing file is replaced
+        once the new one is completely written.
+    - `result`: the result of [`eqdistill.distill`][], which includes the names of the
+        learned arrays; or a distilled set, or an [`eqdistill.Packed`][]. Of a
+        parameterisation that is not registered, the decoded images are stored.
+    - `evaluation`: the result of [`eqdistill.evaluate`][] on the test split, for one
+        set. The file claims its accuracy, and stores its recipe. The recipe can be
+        rebuilt if it is one of `eqdistill.recipes` with a network of `eqdistill.nn`, or
+        if its models are networks of `eqdistill.nn` or logistic regression, and its
+        inner solver is a solver of this package other than
+        [`eqdistill.UnrolledSolver`][], with default settings except numbers. Any other
+        recipe is stored as a description. By default the file claims no accuracy.
+
+    All other arguments are keyword only.
+
+    - `preprocessing`: the preprocessing that was applied to the real images, such as
+        an [`eqdistill.datasets.Standardisation`][]. The distilled images are in its
+        units.
+    - `dataset`: the name of the dataset, as in [`eqdistill.datasets.load`][].
+    - `seed`: the seed of the run.
+
+    **Raises:**
+
+    - A `ValueError` if `path` does not end in `.safetensors`; if `evaluation` is of
+        several sets; if the loss or the preprocessing is not registered; or if a value
+        is not finite or out of range.
+    - A `FileNotFoundError` if the folder does not exist.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"`path` must end in '.safetensors'; got {str(path)!r}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"`path` must be in a folder that exists; got {str(path)!r}."
+        )
+    is_result = isinstance(result, Distillation)
+    start = result.start if is_result else result
+    if type(start).__name__ not in TABLE:
+        start = start.decode()
+    evaluated = evaluation is not None
+    num_models = evaluation.accuracies.shape[1] if evaluated else 0
+    try:
+        check(
+            not evaluated or len(evaluation.accuracies) == 1,
+            "`evaluation` must be of one distilled set",
+        )
+        artifact = Artifact(
+            distilled=start.decode(),
+            start=start,
+            recipe=evaluation.recipe if evaluated else None,
+            recipe_description=None,
+            accuracy=evaluation.accuracy if evaluated else None,
+            std=evaluation.std_models if num_models > 1 else None,
+            num_models=num_models,
+            key=evaluation.key if evaluated else None,
+            preprocessing=preprocessing,
+            dataset=dataset,
+            sha256={} if dataset is None else _published_hashes(dataset),
+            learned=result.learned if is_result else None,
+            seed=None if seed is None else int(seed),
+            x64=jnp.result_type(float) == jnp.float64,
+            versions={x: importlib.metadata.version(x) for x in _PACKAGES},
+        )
+        data = _to_bytes(artifact)
+    except Exception as e:
+        raise _refusal("save", path, e) from e
+    # Write into a temporary folder, so that the file gets the usual permissions.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+
 def load(path: str | os.PathLike) -> Artifact:
     """Loads a distilled set from a file that [`eqdistill.save`][] wrote.
 
-    Safe for files from strangers: everything in the file is checked, nothing in it is
-    executed or imported, and what is built of it takes no more room than its size
-    allows: 16 times as much and 16 MiB, for the decoded images and for the model.
+    Files from strangers are safe to load: everything in the file is checked, and
+    nothing in it is executed or imported. At most 16 times the size of the file and
+    16 MiB are allocated for the decoded images and the model.
 
     **Arguments:**
 
@@ -84,24 +241,15 @@ def load(path: str | os.PathLike) -> Artifact:
 
     **Returns:**
 
-    An [`eqdistill.Artifact`][]. Double precision is kept if JAX has it enabled, and
-    otherwise becomes single precision.
+    An [`eqdistill.Artifact`][]. Double precision becomes single precision unless JAX
+    has double precision enabled.
 
     **Raises:**
 
     - A `FileNotFoundError` if there is no such file.
-    - A `ValueError`, which names the file and what is wrong with it, if it is not as
-        [`eqdistill.save`][] writes it.
+    - A `ValueError`, which names the file and the cause, if [`eqdistill.save`][] could
+        not have written it.
     """
-    return _load(path, in_its_precision=False)
-
-
-def load_in_its_precision(path: str | os.PathLike) -> Artifact:
-    """As [`eqdistill.load`][], in the precision that JAX had when the file was made."""
-    return _load(path, in_its_precision=True)
-
-
-def _load(path: str | os.PathLike, in_its_precision: bool) -> Artifact:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
@@ -110,70 +258,91 @@ def _load(path: str | os.PathLike, in_its_precision: bool) -> Artifact:
     try:
         # Devices and pipes may have no end.
         check(path.is_file(), "it is not a regular file")
+        size = path.stat().st_size
+        check(size <= MAX_BYTES, f"it has {size} bytes, more than {MAX_BYTES}")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            check(
-                size <= MAX_BYTES,
-                f"it must have at most {MAX_BYTES} bytes, and has {size}",
-            )
-            start = file.read(8)
-            header_bytes(start, size)
-            data = start + file.read(size - len(start))
-        header, metadata = read_header(data)
-        now = jnp.result_type(float) == jnp.float64
-        with jax.enable_x64(metadata["x64"] if in_its_precision else now):
-            return build(data, header, metadata)
-    except ValueError as e:
-        raise ValueError(f"Cannot load {path}: {shorten(e)}.") from e
+            return _from_bytes(file.read(size))
+    except Exception as e:  # A hostile file may cause any.
+        raise _refusal("load", path, e) from e
 
 
-def build(data: bytes, header: dict[str, Any], metadata: dict[str, Any]) -> Artifact:
-    """Builds an artifact from the bytes of a file.
+def _refusal(verb: str, path: Path, e: Exception) -> ValueError:
+    # Hostile files may make the reason long.
+    reason = str(e).strip().rstrip(".") or type(e).__name__
+    reason = reason if len(reason) <= 500 else f"{reason[:500]} ..."
+    return ValueError(f"Cannot {verb} {path}: {reason}.")
 
-    **Raises:**
 
-    A `ValueError` with the reason, as a clause.
-    """
-    start, preprocessing = read_tensors(data, header, metadata)
-    distilled = decode(start)
-    is_finite = bool(jnp.isfinite(distilled.images).all())
-    check(is_finite, "its images must be finite; some pixels are not")
-    accuracy, dataset = metadata["accuracy"], metadata["dataset"]
-    return Artifact(
-        distilled=distilled,
-        start=start,
-        model=build_classifier(metadata["model"], distilled, data),
-        inner=build_inner(metadata["inner"]),
-        recipe=build_recipe(metadata["model"]),
-        is_by_recipe=metadata["model"]["type"] == "Recipe",
-        classifier_description=_in_words(metadata["model"]),
-        inner_description=_in_words(metadata["inner"]),
-        accuracy=None if accuracy is None else float(accuracy["value"]),
-        deviation=None if accuracy is None else accuracy["deviation"],
-        fits=1 if accuracy is None else accuracy["fits"],
-        key=None
-        if accuracy is None or accuracy["key"] is None
-        else jr.wrap_key_data(jnp.asarray(accuracy["key"], jnp.uint32)),
-        preprocessing=preprocessing,
-        dataset=None if dataset is None else dataset["name"],
-        sha256={} if dataset is None else dataset["sha256"],
-        learned=None if metadata["learned"] is None else tuple(metadata["learned"]),
-        seed=metadata["seed"],
-        x64=metadata["x64"],
-        versions=metadata["versions"],
+def _to_bytes(artifact: Artifact) -> bytes:
+    """The content of a file from which the artifact can be loaded."""
+    recipe = artifact.recipe
+    try:
+        data, loaded = _write(artifact, recipe)
+        is_rebuilt = recipe is None or is_same_recipe(loaded.recipe, recipe)
+    except ValueError:
+        is_rebuilt = False
+    if not is_rebuilt:
+        words = None if recipe is None else " ".join(eqx.tree_pformat(recipe).split())
+        data, loaded = _write(artifact, words)
+    for name in ("start", "preprocessing"):
+        is_same = eqx.tree_equal(getattr(loaded, name), getattr(artifact, name))
+        check(is_same, f"its {name} has fields that are not registered")
+    return data
+
+
+def _write(artifact: Artifact, recipe: Recipe | str | None) -> tuple[bytes, Artifact]:
+    tensors: dict[str, np.ndarray] = {}
+    parts = {"artifact": artifact, "recipe": recipe}
+    texts = {name: json.dumps(encode(x, name, tensors)) for name, x in parts.items()}
+    data = safetensors.numpy.save(tensors, texts)
+    return data, _from_bytes(data)
+
+
+def _from_bytes(data: bytes) -> Artifact:
+    length = int.from_bytes(data[:8], "little")
+    check(
+        length <= min(_MAX_HEADER_BYTES, len(data) - 8),
+        f"it is truncated or not a safetensors file: it has {len(data)} bytes, but its "
+        f"header has {length}, where at most {_MAX_HEADER_BYTES} are allowed",
     )
+    header = _json(data[8 : 8 + length], "header")
+    raw = header.get("__metadata__") if type(header) is dict else None
+    names = {"artifact", "recipe"}
+    check(type(raw) is dict and raw.keys() == names, f"its metadata must be {names}")
+    content = Content(safetensors.numpy.load(data), len(data))
+    artifact = decode(_json(raw["artifact"], "artifact"), "artifact", content)
+    check(isinstance(artifact, Artifact), "its `artifact` must be an `Artifact`")
+    recipe, words = _decode_recipe(_json(raw["recipe"], "recipe"), artifact, content)
+    check(not content.tensors, f"it has other tensors: {sorted(content.tensors)}")
+    return dataclasses.replace(artifact, recipe=recipe, recipe_description=words)
 
 
-def _in_words(description: dict[str, Any] | None) -> str:
-    if description is None:
-        return "none"
-    if "text" in description:
-        return description["text"]
-    fields = (f"{k}={v!r}" for k, v in description.items() if k != "type")
-    return f"{description['type']}({', '.join(fields)})"
+def _decode_recipe(
+    raw: Any, artifact: Artifact, content: Content
+) -> tuple[Recipe | None, str | None]:
+    """A recipe and its description. One that cannot be rebuilt is stored as text."""
+    if raw is None or type(raw) is str:
+        return None, raw
+    try:
+        recipe = decode(raw, "recipe", content)
+    except NotInTable:
+        return None, to_words(raw)
+    check(isinstance(recipe, Recipe), "its `recipe` must be a `Recipe`")
+    distilled, models = artifact.distilled, recipe.models
+    draw = lambda key: models.draw(models.init(distilled, key=key), key=key)
+    model = eqx.filter_eval_shape(draw, jr.key(0))
+    outputs = count_outputs("recipe", model, _image(distilled))
+    content.reserve("labels", 8 * len(distilled.images) * outputs)
+    return recipe, to_words(raw)
 
 
-def shorten(e: ValueError) -> str:
-    """The reason of a refusal, without most of what a hostile file makes it quote."""
-    reason = str(e).rstrip(".")
-    return reason if len(reason) <= 500 else f"{reason[:500]} ..."
+def _json(data: str | bytes, name: str) -> Any:
+    def without_duplicates(pairs):
+        result = dict(pairs)
+        check(len(result) == len(pairs), "it has a duplicate key")
+        return result
+
+    try:
+        return json.loads(data, object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"its {name} is not valid JSON ({e})") from e

@@ -1,0 +1,368 @@
+"""The table of what a file can rebuild: one entry for each class or function.
+
+An object becomes a JSON object `{"class": name, field: value, ...}`. Its arrays are
+stored next to the JSON, each under the path of its field.
+"""
+
+import functools as ft
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array
+
+from .. import nn, recipes
+from .._classifier import LogisticRegression, takes_pixels
+from .._data._distilled_set import DistilledSet
+from .._data._packed import Packed
+from .._data._preprocessing import Standardisation, ZCA
+from .._inner._argmin_solver import ArgminSolver
+from .._inner._auto_solver import AutoSolver
+from .._inner._relative_ridge import RelativeRidge
+from .._inner._ridge_solver import RidgeSolver
+from .._inner._span_solver import SpanSolver
+from .._losses import CrossEntropy, SquaredError
+from .._models._models import Fixed, Fresh
+from ..recipes import Recipe
+
+
+MAX_BYTES = 2**30
+_MAX_DEPTH = 8
+_ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh")
+_LAYERS = ("instance_norm", "group_norm", "average_pool", "max_pool")
+_FUNCTIONS = {
+    **{name: getattr(jax.nn, name) for name in _ACTIVATIONS},
+    **{name: getattr(nn, name) for name in _LAYERS},
+}
+
+
+class NotInTable(ValueError):
+    """Raised for an object, or the name of a class, that is not registered."""
+
+
+def check(ok: Any, reason: str) -> None:
+    if not ok:
+        raise ValueError(reason)
+
+
+class Content:
+    """The arrays of a file of `size` bytes, and the memory that is left for what is
+    built from it: 16 times the size, for images enlarged fourfold, and 16 MiB."""
+
+    def __init__(self, tensors: dict[str, np.ndarray], size: int):
+        self.tensors = dict(tensors)
+        self.room = min(16 * size, MAX_BYTES) + 2**24
+
+    def reserve(self, path: str, nbytes: int) -> None:
+        self.room -= nbytes
+        check(
+            self.room >= 0, f"`{path}` would take {nbytes} bytes, too many for a file"
+        )
+
+
+class Entry(NamedTuple):
+    fields: dict[str, Any]
+    build: Callable[..., Any]
+    read: Callable[[Any], dict[str, Any]]
+    nbytes: Callable[..., int]
+
+
+TABLE: dict[str, Entry] = {}
+
+
+def register(
+    cls: Callable[..., Any],
+    fields: dict[str, Any],
+    *,
+    build: Callable[..., Any] | None = None,
+    read: Callable[[Any], dict[str, Any]] | None = None,
+    nbytes: Callable[..., int] = lambda **_: 0,
+) -> None:
+    """Lets [`eqdistill.save`][] store a class of your own and [`eqdistill.load`][]
+    rebuild it: a loss, a parameterisation, a preprocessing or an inner solver.
+
+    !!! Example
+
+        ```python
+        register(Huber, {"width": (0.0, 1e3)})  # stores Huber(width=1.0)
+        ```
+
+    A file stores the name of the class and its fields, but no code. A program that
+    loads the file must import the module that registers the class.
+
+    **Arguments:**
+
+    - `cls`: the class.
+    - `fields`: the arguments of its constructor, which are also its attributes. Each
+        name is mapped to the range `(low, high)` of a number, of all numbers in a
+        tuple, or of the values of an array; or to `typing.Any`, for other values and
+        registered objects. Arrays are finite in either case.
+
+    All other arguments are keyword only.
+
+    - `build`: rebuilds an object from its fields. Defaults to `cls`. It should raise an
+        error for invalid fields, because files may come from strangers.
+    - `read`: the fields of an object. Defaults to its attributes.
+    - `nbytes`: the size of what `build` allocates, from the fields.
+    """
+    default = lambda x: {name: getattr(x, name) for name in fields}
+    TABLE[cls.__name__] = Entry(fields, build or cls, read or default, nbytes)
+
+
+def encode(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
+    """Returns a value as JSON, and adds its arrays to `tensors`. Raises
+    [`NotInTable`][] if a file cannot hold it."""
+    if x is None or type(x) in (bool, int, float, str, dict):
+        return x
+    if type(x) is tuple:
+        return [encode(item, path, tensors) for item in x]
+    if eqx.is_array(x):
+        tensors[path] = np.array(x, order="C")  # The writer ignores strides.
+        return {"tensor": path}
+    name = _name(x)
+    if name not in TABLE:
+        raise NotInTable(f"`{path}` is a `{name}`, which is not registered")
+    values = TABLE[name].read(x)
+    fields = {f: encode(values[f], f"{path}.{f}", tensors) for f in TABLE[name].fields}
+    return {"class": name, **fields}
+
+
+def _name(x: Any) -> str:
+    if isinstance(x, Recipe) and x.name in TABLE:
+        return x.name
+    if takes_pixels(x):
+        return "LogisticRegression"
+    names = [name for name, function in _FUNCTIONS.items() if x is function]
+    cls = x.func if isinstance(x, ft.partial) else type(x)
+    return names[0] if names else cls.__name__
+
+
+def decode(raw: Any, path: str, content: Content) -> Any:
+    """The inverse of [`encode`][]. Raises [`NotInTable`][] for the name of a class that
+    is not registered, and other errors if the JSON is invalid."""
+    check(path.count(".") <= _MAX_DEPTH, f"`{path}` is nested too deeply")
+    if type(raw) is list:
+        are_plain = all(type(item) in (bool, int, float, str) for item in raw)
+        check(are_plain, f"`{path}` must be a list of plain values; got {raw!r}")
+        return tuple(raw)
+    match raw:
+        case {"class": str(name), **fields}:
+            return _build(name, fields, path, content)
+        case {"tensor": str(name)} if name == path and name in content.tensors:
+            return _to_array(content.tensors.pop(name), path)
+        case dict():
+            are_texts = all(type(x) is str for x in raw.values())
+            check(are_texts and "tensor" not in raw, f"`{path}` must not be {raw!r}")
+    return raw
+
+
+def _build(name: str, fields: dict[str, Any], path: str, content: Content) -> Any:
+    if name not in TABLE:
+        raise NotInTable(f"`{path}` is a {name!r}, which is not registered")
+    entry = TABLE[name]
+    check(
+        fields.keys() == entry.fields.keys(),
+        f"`{path}` must have the fields {sorted(entry.fields)}; got {sorted(fields)}",
+    )
+    values = {f: decode(fields[f], f"{path}.{f}", content) for f in entry.fields}
+    for field, allowed in entry.fields.items():
+        check(
+            allowed is Any or values[field] is None or _is_in(values[field], *allowed),
+            f"`{path}.{field}` must be from {allowed}; got {values[field]!r}",
+        )
+    content.reserve(path, int(entry.nbytes(**values)))
+    return entry.build(**values)
+
+
+def _is_in(x: Any, low: float, high: float) -> bool:
+    if eqx.is_array(x):
+        return bool(((low <= np.asarray(x)) & (np.asarray(x) <= high)).all())
+    types = (int,) if type(low) is int else (int, float)
+    items = x if type(x) is tuple else (x,)
+    return all(type(item) in types and low <= item <= high for item in items)
+
+
+def _to_array(wide: np.ndarray, path: str) -> Array:
+    is_number = wide.dtype.kind in "iu" or wide.dtype in (np.float32, np.float64)
+    check(is_number, f"`{path}` must be integers, float32 or float64; got {wide.dtype}")
+    check(
+        wide.size > 0 and wide.ndim <= 8,
+        f"`{path}` must have at most 8 axes, none of them empty; got {wide.shape}",
+    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = wide.astype(jax.dtypes.canonicalize_dtype(wide.dtype))
+    is_same = np.isfinite(x).all() if x.dtype.kind == "f" else (x == wide).all()
+    check(is_same, f"`{path}` must be finite {x.dtype} numbers; some values are not")
+    return jnp.asarray(x)
+
+
+def to_words(raw: Any) -> str:
+    """The JSON of an object as a call, such as `RelativeRidge(inner=RidgeSolver)`."""
+    if type(raw) is not dict or "class" not in raw:
+        return str(raw)
+    fields = [f"{k}={to_words(x)}" for k, x in raw.items() if k != "class"]
+    return f"{raw['class']}({', '.join(fields)})" if fields else raw["class"]
+
+
+def is_same_recipe(recipe: Recipe, other: Recipe) -> bool:
+    """Whether two recipes make and train the same models."""
+    partials = [ft.partial(x.prepare) for x in (recipe, other)]
+    prepare = [(x.func, x.args, x.keywords) for x in partials]
+    models = [_trace(x.models) for x in (recipe, other)]
+    is_same = eqx.tree_equal(recipe.inner, other.inner) and prepare[0] == prepare[1]
+    return bool(is_same and eqx.tree_equal(*models))
+
+
+def _trace(models: Any) -> Any:
+    """The program that makes models; or a model, without the values of its arrays."""
+    if not isinstance(models, Fresh):
+        return eqx.filter_eval_shape(lambda: models)
+    make = eqx.filter_make_jaxpr(lambda key: models.make(key=key))
+    program, out, static = make(jr.key(0))
+    return str(program.jaxpr), program.consts, out, static
+
+
+# Sets, losses and preprocessing.
+
+
+def _build_set(images, labels, log_l2, loss) -> DistilledSet:
+    n, is_soft = len(images), jnp.issubdtype(labels.dtype, jnp.floating)
+    is_row = labels.ndim == 1 + is_soft and len(labels) == n
+    check(is_row, f"labels must have {n} rows; got shape {labels.shape}")
+    check(log_l2.shape == (), f"log_l2 must be a scalar; got shape {log_l2.shape}")
+    check(is_soft or np.asarray(labels).min() >= 0, "labels must not be negative")
+    # Set arrays afterwards: the constructor takes the ridge, and would round it.
+    x = DistilledSet(images, np.zeros(n, np.int32), l2=1.0, loss=loss)
+    return eqx.tree_at(lambda x: (x.labels, x.log_l2), x, (labels, log_l2))
+
+
+def _bytes_of_one_hot(images, labels, **_) -> int:
+    is_soft = jnp.issubdtype(labels.dtype, jnp.floating)
+    return 0 if is_soft else 8 * len(images) * (int(np.asarray(labels).max()) + 1)
+
+
+def _build_cross_entropy(log_temperature) -> CrossEntropy:
+    if log_temperature is None:
+        return CrossEntropy()
+    check(log_temperature.shape == (), "log_temperature must be a scalar")
+    where = lambda x: x.log_temperature
+    return eqx.tree_at(where, CrossEntropy(1.0), log_temperature)
+
+
+def _bytes_of_packed(small, shape) -> int:
+    # Interpolation makes a matrix from the small to the large height, and one for the
+    # width. Its peak is 40 bytes for each entry.
+    sides = zip(small.images.shape[-2:], shape[-2:], strict=True)
+    return 8 * len(small.images) * math.prod(shape) + 40 * sum(a * b for a, b in sides)
+
+
+_LOGARITHM = (-87.0, 87.0)  # So that the exponential is a normal float32.
+register(
+    DistilledSet,
+    {"images": Any, "labels": Any, "log_l2": _LOGARITHM, "loss": Any},
+    build=_build_set,
+    nbytes=_bytes_of_one_hot,
+)
+register(CrossEntropy, {"log_temperature": _LOGARITHM}, build=_build_cross_entropy)
+register(SquaredError, {})
+register(Packed, {"small": Any, "shape": (1, MAX_BYTES)}, nbytes=_bytes_of_packed)
+register(Standardisation, {"mean": Any, "deviation": (1e-30, np.inf)})
+register(ZCA, {"mean": Any, "whitening": Any, "regularisation": (0.0, 1e9)})
+
+# Inner solvers.
+_tolerance, _steps = (0.0, 1.0), (1, 1_000_000)
+register(AutoSolver, {})
+register(RidgeSolver, {})
+register(RelativeRidge, {"inner": Any})
+register(SpanSolver, {"rtol": _tolerance, "atol": _tolerance, "max_steps": _steps})
+register(ArgminSolver, {"max_steps": _steps, "tolerance": _tolerance})
+
+
+# Models.
+
+
+def _read_regression(x) -> dict[str, Any]:
+    num_classes, in_features = x.head.weight.shape
+    return {
+        "in_features": in_features,
+        "num_classes": num_classes,
+        "use_intercept": x.head.bias is not None,
+        "dtype": str(x.head.weight.dtype),
+    }
+
+
+def _build_regression(dtype, **sizes):
+    return LogisticRegression(**sizes, dtype=jax.dtypes.canonicalize_dtype(dtype))
+
+
+def _find_make(models: Any) -> ft.partial:
+    """The constructor of `eqdistill.nn` for the networks of an [`eqdistill.Fresh`][].
+
+    **Raises:**
+
+    A [`NotInTable`][] error for other models.
+    """
+    draw = lambda key: models.draw(models.init(None, key=key), key=key)
+    network = eqx.filter_eval_shape(draw, jr.key(0))
+    if not isinstance(network, nn.Network):
+        raise NotInTable(f"a file cannot rebuild a `{type(network).__name__}`")
+    return ft.partial(getattr(nn, network.architecture), **dict(network.settings))
+
+
+register(
+    LogisticRegression,
+    {
+        "in_features": (1, MAX_BYTES),
+        "num_classes": (1, 2**16),
+        "use_intercept": Any,
+        "dtype": Any,
+    },
+    build=_build_regression,
+    read=_read_regression,
+    nbytes=lambda in_features, num_classes, **_: 8 * (in_features + 1) * num_classes,
+)
+register(Fixed, {"model": Any})
+register(Fresh, {"make": Any}, read=lambda x: {"make": _find_make(x)})
+
+for _key, _function in _FUNCTIONS.items():
+    TABLE[_key] = Entry({}, lambda f=_function: f, lambda _: {}, lambda: 0)
+
+# A network is stored as its constructor, a `functools.partial` of all settings.
+_network = {"shape": (1, MAX_BYTES), "num_classes": (1, 2**16), "activation": Any}
+_widths = {"widths": (1, 512)}
+_conv_net = {**_widths, "norm": Any, "norm_last": Any, "pool": Any, "size": (1, 64)}
+for _function, _own in (
+    (nn.ConvNet, _conv_net),
+    (nn.LeNet, {}),
+    (nn.MLP, _widths),
+    (nn.AlexNet, {"norm": Any}),
+    (nn.VGG11, {"norm": Any}),
+    (nn.ResNet18, {"norm": Any}),
+):
+    build = ft.partial(ft.partial, _function)
+    register(_function, _network | _own, build=build, read=lambda x: x.keywords)
+
+# A published recipe is stored as the arguments of its function.
+_updates, _batch_size = {"updates": (2, 100_000)}, {"batch_size": (1, 100_000)}
+_rates = {
+    "learning_rates": (0.0, 1e9),
+    "momentum": (0.0, 1.0),
+    "adam": Any,
+    "seed": (0, 2**31 - 1),
+}
+for _function, _own in (
+    (recipes.dc, {**_updates, "augment": Any}),
+    (recipes.frepo, {**_updates, "augment": Any}),
+    (recipes.zero_start, _updates),
+    (recipes.feature_regression, _updates),
+    (recipes.supervised, _updates | _batch_size),
+    (recipes.learned_rates, _rates | _batch_size),
+):
+    read = lambda x: {"make": _find_make(x.models), **dict(x.settings)}
+    register(_function, {"make": Any, **_own}, read=read)
+register(Recipe, {"models": Any, "inner": Any})
