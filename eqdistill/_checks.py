@@ -132,8 +132,5 @@ def array_difference(wanted: PyTree, got: PyTree) -> str | None:
     return "; ".join(lines[:3]) + more or None
 
 
-# Until the branches that import these are merged.
+# TODO: replace by `describe` where it is imported.
 name_kind = describe
-
-
-def check_key(name: str, key: Any) -> None: ...

@@ -1,6 +1,16 @@
-"""Layers and networks."""
+"""Layers and networks, and which of their arrays are trained."""
 
+from ._classifier import (
+    Frozen as Frozen,
+    HasPenalised as HasPenalised,
+    parameters as parameters,
+)
 from ._nn._conv2d import Conv2d as Conv2d
+from ._nn._fast import (
+    average_pool as average_pool,
+    fast_convolutions as fast_convolutions,
+    max_pool as max_pool,
+)
 from ._nn._network import (
     group_norm as group_norm,
     he as he,
@@ -17,9 +27,4 @@ from ._nn._networks import (
     MLP as MLP,
     ResNet18 as ResNet18,
     VGG11 as VGG11,
-)
-from ._nn._quick import (
-    average_pool as average_pool,
-    max_pool as max_pool,
-    quick_convolutions as quick_convolutions,
 )

@@ -95,7 +95,7 @@ case(eqd.CrossEntropy, temperature=0)
 
 case(eqd.fit, fit, model=WRONG_MODEL, inner=eqd.linear.SpanSolver, key=jr.PRNGKey(0))
 case(eqd.inner_loss, fit, model=Plain)
-case(eqd.Fitted, fit | {"converged": FLAG, "gradient_norm": SCALAR}, "model",
+case(eqd.Fitted, {"model": MODEL, "converged": FLAG, "gradient_norm": SCALAR}, "model",
      converged=True)
 case(eqd.ArgminSolver, max_steps=0, tolerance=-1)
 case(eqd.UnrolledSolver, {"make": optax.sgd, "hyperparameters": {"learning_rate": 0.1},
@@ -125,6 +125,11 @@ case(eqd.EarlyStopping, {"data": DATA}, every=0, patience=0)
 case(eqd.ProgressBar, every=0)
 case(eqd.evaluate, {"distilled": HARD, "recipe": MODEL, "test": DATA}, distilled=[],
      recipe=eqd.recipes.dc, test=OTHER_DATA, num_models=0)
+
+case(eqd.Checkpoints, {"directory": "x"}, every=0, keep=0)
+case(eqd.export, {"folder": "x", "distilled": HARD}, class_names=["a/b", "c", "d"])
+case(eqd.load, {"path": "x"}, path="no such file")
+case(eqd.save, {"path": FOLDER / "x.safetensors", "result": HARD}, path="x.npz")
 
 case(eqd.linear.LinearClassifier, {"features": jnp.ravel, "head": MODEL.head})
 case(MODEL, {"image": image["image"]}, image=jnp.ones((2, 2)))
@@ -221,7 +226,7 @@ case(eqd.plot.history, {"history": HISTORY}, ax=[1, 2])
 # These take no arguments, or any; or users derive from them.
 NOTHING_TO_REFUSE = {
     *("AutoSolver", "SquaredError", "RidgeSolver", "LinearisedSolver", "DirectAdjoint"),
-    *("Frozen", "HasPenalised", "parameters", "quick_convolutions"),
+    *("Frozen", "HasPenalised", "parameters", "fast_convolutions"),
     # Equinox's pools and JAX's initialisers.
     *("average_pool", "max_pool", "he", "lecun"),
 }

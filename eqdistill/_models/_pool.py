@@ -147,7 +147,7 @@ class Pool(AbstractModels[PoolState]):
         stacks = list(zip(state.networks, state.training, state.ages, strict=True))
         updated = []
         for i, (networks, stack) in enumerate(zip(self.networks, stacks, strict=True)):
-            own = _read(stack, index)
+            own = jax.tree.map(lambda x: x[index], stack)
             train = ft.partial(self._train, networks, distilled, key=key)
             new = jax.lax.cond(kind == i, train, lambda *own: own, *own)
             updated.append(jax.tree.map(lambda x, y: x.at[index].set(y), stack, new))
@@ -208,8 +208,8 @@ def check_networks(
 
 def _read(stack: PyTree, index: Int[Array, ""]) -> PyTree:
     """One entry of stacked arrays."""
-    one = jax.tree.map(lambda x: jax.lax.stop_gradient(x[index]), stack)
     # A branch makes arrays of the entry. Otherwise XLA would read each number from the
     # stack wherever the number is used, and a step would take half as long again.
-    zeros = lambda one: jax.tree.map(jnp.zeros_like, one)
-    return jax.lax.cond(index >= 0, lambda one: one, zeros, one)
+    entry = jax.tree.map(lambda x: jax.lax.stop_gradient(x[index]), stack)
+    zeros = lambda entry: jax.tree.map(jnp.zeros_like, entry)
+    return jax.lax.cond(index >= 0, lambda entry: entry, zeros, entry)

@@ -1,5 +1,6 @@
-"""What networks are made from."""
+"""Building blocks of the networks."""
 
+import functools as ft
 from collections.abc import Callable
 
 import equinox as eqx
@@ -11,12 +12,12 @@ from ._conv2d import Conv2d
 
 
 Activation = Callable[[Array], Array]
-# From a number of channels to a layer.
+# Makes a normalisation layer for a number of channels.
 Norm = Callable[[int], Callable]
 
 
 class Pad(eqx.Module):
-    """Gives an image an axis of channels, and pads the image by zeros around."""
+    """Adds a channel axis to an image without one, and pads the image with zeros."""
 
     padding: tuple[tuple[int, int], ...] = eqx.field(static=True)
 
@@ -27,7 +28,7 @@ class Pad(eqx.Module):
 
 
 class Residual(eqx.Module):
-    """Two convolutions, to whose result the input is added."""
+    """A residual block of two convolutions."""
 
     body: eqx.nn.Sequential
     shortcut: eqx.nn.Sequential
@@ -35,31 +36,16 @@ class Residual(eqx.Module):
 
     def __init__(self, channels, new_channels, stride, norm, activation, *, key):
         keys = jr.split(key, 3)
-        first = block(
-            channels,
-            new_channels,
-            norm,
-            activation,
-            stride=stride,
-            use_bias=False,
-            key=keys[0],
-        )
-        second = block(
-            new_channels, new_channels, norm, None, use_bias=False, key=keys[1]
-        )
+        conv = ft.partial(conv_block, norm=norm, use_bias=False)
+        first = conv(channels, new_channels, activation, stride=stride, key=keys[0])
+        second = conv(new_channels, new_channels, None, key=keys[1])
         self.body = eqx.nn.Sequential(first + second)
-        is_same = stride == 1 and channels == new_channels
-        shortcut = block(
-            channels,
-            new_channels,
-            norm,
-            None,
-            kernel_size=1,
-            stride=stride,
-            use_bias=False,
-            key=keys[2],
-        )
-        self.shortcut = eqx.nn.Sequential([] if is_same else shortcut)
+        shortcut = []
+        if stride != 1 or channels != new_channels:
+            shortcut = conv(
+                channels, new_channels, None, kernel_size=1, stride=stride, key=keys[2]
+            )
+        self.shortcut = eqx.nn.Sequential(shortcut)
         self.activation = activation
 
     def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
@@ -67,17 +53,15 @@ class Residual(eqx.Module):
         return self.activation(self.body(x) + self.shortcut(x))
 
 
-def begin(
-    shape: tuple[int, ...], size: int | None, *others: int
+def pad_input(
+    shape: tuple[int, ...], size: int | None
 ) -> tuple[list[Callable], tuple[int, int, int]]:
-    """The first layer, and the shape of what the layer gives.
+    """The first layer of a network, and the shape of its output.
 
     **Raises:**
 
-    A `ValueError` if an image of this shape cannot be taken, or if one of the other
-    sizes is not positive.
+    A `ValueError` if `shape` is not the shape of an image, or is larger than `size`.
     """
-    check_positive(*shape, *others)
     if len(shape) not in (2, 3):
         raise ValueError(
             "`shape` must be (height, width) or (channels, height, width); got "
@@ -88,8 +72,8 @@ def begin(
         return [Pad(((0, 0),) * 3)], (channels, height, width)
     if max(height, width) > size:
         raise ValueError(
-            f"`shape` must be of images of at most {size} x {size}, the `size` that "
-            f"they are padded to; got {shape}."
+            f"`shape` must be at most {size} x {size}, the `size` that images are "
+            f"padded to; got {shape}."
         )
     padding = [(0, 0)]
     for length in (height, width):
@@ -98,25 +82,18 @@ def begin(
     return [Pad(tuple(padding))], (channels, size, size)
 
 
-def check_positive(*sizes: int) -> None:
-    if min(sizes, default=1) < 1:
-        raise ValueError(
-            "`shape`, `num_classes` and `widths` must be at least 1; got a size of "
-            f"{min(sizes)}."
-        )
-
-
-def block(
+def conv_block(
     channels: int,
     new_channels: int,
-    norm: Norm | None,
     activation: Activation | None,
     *,
+    norm: Norm | None,
     kernel_size: int = 3,
     stride: int = 1,
     use_bias: bool = True,
     key: PRNGKeyArray,
 ) -> list[Callable]:
+    """A convolution, a normalisation and an activation."""
     convolution = Conv2d(
         channels,
         new_channels,
@@ -134,7 +111,9 @@ def block(
     return layers
 
 
-def end(in_features: int, num_classes: int, *, key: PRNGKeyArray) -> list[Callable]:
+def linear_head(
+    in_features: int, num_classes: int, *, key: PRNGKeyArray
+) -> list[Callable]:
     return [
         eqx.nn.Lambda(jnp.ravel),
         eqx.nn.Linear(in_features, num_classes, key=key),

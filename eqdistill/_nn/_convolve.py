@@ -1,4 +1,4 @@
-"""What a convolutional layer computes."""
+"""The computation of a convolutional layer."""
 
 import functools as ft
 import itertools as it
@@ -13,76 +13,101 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 
-class Window(NamedTuple):
+class ConvSettings(NamedTuple):
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
 
 
-def library(
+def convolve(
+    image: Float[Array, "in_channels height width"],
+    weight: Float[Array, "out_channels group_channels kernel_height kernel_width"],
+    settings: ConvSettings,
+) -> Float[Array, "out_channels new_height new_width"]:
+    """The convolution, computed in the way that is fast on the device."""
+    # The device is unknown until the program is lowered: don't ask for the backend.
+    return lax.platform_dependent(
+        image,
+        weight,
+        cpu=ft.partial(_convolve_cpu, settings=settings),
+        default=ft.partial(
+            convolve_xla, settings=settings, layout=("NCHW", "OIHW", "NCHW")
+        ),
+    )
+
+
+def convolve_xla(
     image: Float[Array, "_ _ _"],
     weight: Float[Array, "_ _ _ _"],
-    window: Window,
+    settings: ConvSettings,
     layout: tuple[str, str, str],
 ) -> Float[Array, "_ _ _"]:
+    """XLA's own convolution."""
     out = lax.conv_general_dilated(
         image[None],
         weight,
-        window.stride,
-        window.padding,
-        rhs_dilation=window.dilation,
+        settings.stride,
+        settings.padding,
+        rhs_dilation=settings.dilation,
         dimension_numbers=layout,
-        feature_group_count=window.groups,
+        feature_group_count=settings.groups,
     )
     return out[0]
 
 
+def _convolve_cpu(image, weight, settings):
+    # Channels last: XLA's CPU convolution is fast only in this layout, and XLA does not
+    # change the layout by itself inside a loop.
+    image, weight = image.transpose(1, 2, 0), weight.transpose(2, 3, 1, 0)
+    return _convolve_channels_last(image, weight, settings).transpose(2, 0, 1)
+
+
 @ft.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def convolve(
+def _convolve_channels_last(
     image: Float[Array, "height width in_channels"],
     weight: Float[Array, "kernel_height kernel_width group_channels out_channels"],
-    window: Window,
+    settings: ConvSettings,
 ) -> Float[Array, "new_height new_width out_channels"]:
-    # XLA's convolution takes ten times as long for one channel, and fifty times as long
-    # for a kernel that is larger than the image. The sum must be of few terms, as XLA
-    # computes a sum again where several layers read the result.
+    # On the CPU, XLA's convolution is ten times slower for one channel, and fifty times
+    # slower for a kernel larger than the image. The sum below must have few terms,
+    # because XLA recomputes it for every layer that reads the result.
     *kernel, _, out_channels = weight.shape
     if any(n < k for n, k in zip(image.shape[:2], kernel, strict=True)):
-        return _convolve_patches(image, weight, window)
+        return _convolve_patches(image, weight, settings)
     if image.shape[2] == 1 and math.prod(kernel) <= 9:
-        shifted = _shifted(image, kernel, window)
+        shifted = _shift_image(image, kernel, settings)
         weights = weight.reshape(-1, out_channels)
         return sum(map(jnp.multiply, shifted[1:], weights[1:]), shifted[0] * weights[0])
-    return library(image, weight, window, ("NHWC", "HWIO", "NHWC"))
+    return convolve_xla(image, weight, settings, ("NHWC", "HWIO", "NHWC"))
 
 
-@ft.partial(convolve.defjvp, symbolic_zeros=True)
-def _convolve_jvp(window, primals, tangents):
-    # The convolution is linear in the image and in the weight. Each of the two products
-    # is over patches, so that higher derivatives are too. Images are often constants:
-    # a tangent that is known to be zero costs nothing.
+@ft.partial(_convolve_channels_last.defjvp, symbolic_zeros=True)
+def _(settings, primals, tangents):
+    # The convolution is linear in the image and in the weight. Both products use
+    # patches, so higher derivatives do too. Images are often constants: skip products
+    # with a tangent that is known to be zero.
     image, weight = primals
     d_image, d_weight = tangents
-    out = convolve(image, weight, window)
+    out = _convolve_channels_last(image, weight, settings)
     if isinstance(d_image, SymbolicZero):
-        return out, _convolve_patches(image, d_weight, window)
-    d_out = _convolve_patches(d_image, weight, window)
+        return out, _convolve_patches(image, d_weight, settings)
+    d_out = _convolve_patches(d_image, weight, settings)
     if isinstance(d_weight, SymbolicZero):
         return out, d_out
-    return out, d_out + _convolve_patches(image, d_weight, window)
+    return out, d_out + _convolve_patches(image, d_weight, settings)
 
 
 def _convolve_patches(
     image: Float[Array, "height width in_channels"],
     weight: Float[Array, "kernel_height kernel_width group_channels out_channels"],
-    window: Window,
+    settings: ConvSettings,
 ) -> Float[Array, "new_height new_width out_channels"]:
-    """`convolve` as one matrix product over the patches of the image."""
+    """The convolution as one matrix product over the patches of the image."""
     *kernel, in_channels, out_channels = weight.shape
-    patches = jnp.stack(_shifted(image, kernel, window), axis=2)
+    patches = jnp.stack(_shift_image(image, kernel, settings), axis=2)
     height, width, *_ = patches.shape
-    groups = window.groups
+    groups = settings.groups
     out = jnp.einsum(
         "hwkgi,kigo->hwgo",
         patches.reshape(height, width, -1, groups, in_channels),
@@ -91,13 +116,13 @@ def _convolve_patches(
     return out.reshape(height, width, out_channels)
 
 
-def _shifted(
+def _shift_image(
     image: Float[Array, "height width in_channels"],
     kernel: Sequence[int],
-    window: Window,
+    settings: ConvSettings,
 ) -> list[Float[Array, "new_height new_width in_channels"]]:
-    """The pixels that each point of the kernel meets."""
-    stride, padding, dilation, _ = window
+    """For each point of the kernel, the pixels that it is multiplied by."""
+    stride, padding, dilation, _ = settings
     zero = jnp.zeros((), image.dtype)
     image = lax.pad(
         image, zero, (*((low, high, 0) for low, high in padding), (0, 0, 0))

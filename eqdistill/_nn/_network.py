@@ -1,6 +1,3 @@
-"""What a network is made of, and how its weights are drawn."""
-
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,21 +5,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._checks import check_at_least
+from .._classifier import Frozen, last_layer
 from ._conv2d import Conv2d
 
 
 class Network(eqx.Module):
-    """A network whose layers stand in a row, with all that is needed to make the
-    network again from a file.
+    """A sequence of layers that remembers how it was made, so that it can be rebuilt
+    from a file.
 
     **Attributes:**
 
     - `layers`: the layers, from one image to its logits. The last one is an
-        `equinox.nn.Linear`: [`eqdistill.last_layer`][] makes a linear classifier of the
-        network.
+        `equinox.nn.Linear`.
     - `architecture`: the name of the function that made the network.
     - `settings`: the arguments of that function, as pairs of a name and a value.
     """
@@ -42,13 +39,13 @@ class Network(eqx.Module):
 
         **Raises:**
 
-        A `ValueError` if the image is of another shape.
+        A `ValueError` if the image has another shape.
         """
         wanted = dict(self.settings)["shape"]
         if image.shape != wanted:
             raise ValueError(
-                f"`image` must have shape {wanted}, for which this "
-                f"`{self.architecture}` was made; got shape {image.shape}."
+                f"`image` must have shape {wanted}, the shape that this "
+                f"`{self.architecture}` was made for; got shape {image.shape}."
             )
         return self.layers(image)
 
@@ -72,22 +69,28 @@ def group_norm(channels: int) -> eqx.nn.GroupNorm:
     return eqx.nn.GroupNorm(4, int(channels))
 
 
-# He et al. 2015 and LeCun et al. 1998, for the weights of Equinox's layers, whose first
-# axis is that of the outputs. Biases become zero.
+# He et al. 2015 and LeCun et al. 1998, for weights whose first axis is the outputs.
 he = jax.nn.initializers.he_normal(in_axis=1, out_axis=0)
 lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
 
+_WEIGHT_LAYERS = (Conv2d, eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Linear)
+_NORM_LAYERS = (
+    eqx.nn.BatchNorm,
+    eqx.nn.GroupNorm,
+    eqx.nn.LayerNorm,
+    eqx.nn.RMSNorm,
+)
 
-def initialise(
-    network: Network, initialiser: Callable, *, key: PRNGKeyArray
-) -> Network:
-    """The network with all weights drawn anew, and all biases zero. Scales and shifts
-    of normalisations stay.
+
+def initialise(network: PyTree, initialiser: Callable, *, key: PRNGKeyArray) -> PyTree:
+    """Redraws the weights of all linear and convolutional layers, and sets their biases
+    to zero. Normalisation layers are unchanged, and so is everything inside an
+    [`eqdistill.nn.Frozen`][].
 
     **Arguments:**
 
-    - `network`: an [`eqdistill.nn.Network`][].
-    - `initialiser`: of the kind of `jax.nn.initializers`, for weights whose first two
+    - `network`: any `equinox.Module` made of such layers.
+    - `initialiser`: a function as in `jax.nn.initializers`, for weights whose first two
         axes are the outputs and the inputs: `eqdistill.nn.he` or
         `eqdistill.nn.lecun`.
     - `key`: a `jax.random.key`. (Keyword only argument.)
@@ -95,43 +98,77 @@ def initialise(
     **Returns:**
 
     The new network.
+
+    **Raises:**
+
+    A `TypeError` if the network has a floating-point array in any other kind of layer,
+    or a layer whose weights are stacked.
     """
-
-    def is_layer(node: Any) -> bool:
-        return isinstance(node, Conv2d | eqx.nn.Linear)
-
-    def draw(layer: Any, key: PRNGKeyArray) -> Any:
-        weight = initialiser(key, layer.weight.shape, layer.weight.dtype)
-        layer = eqx.tree_at(lambda layer: layer.weight, layer, weight)
-        if layer.bias is None:
-            return layer
-        zeros = jnp.zeros_like(layer.bias)
-        return eqx.tree_at(lambda layer: layer.bias, layer, zeros)
-
-    leaves, structure = jax.tree.flatten(network.layers, is_leaf=is_layer)
-    keys = jr.split(key, len(leaves))
-    leaves = [
-        draw(leaf, key) if is_layer(leaf) else leaf
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    layers = jax.tree.unflatten(structure, leaves)
-    return dataclasses.replace(network, layers=layers)
+    _check_layers(network)
+    is_layer = lambda x: isinstance(x, (*_WEIGHT_LAYERS, Frozen))
+    nodes, structure = jax.tree.flatten(network, is_leaf=is_layer)
+    keys = jr.split(key, len(nodes))
+    for i, (node, key) in enumerate(zip(nodes, keys, strict=True)):
+        if isinstance(node, _WEIGHT_LAYERS):
+            weight = initialiser(key, node.weight.shape, node.weight.dtype)
+            nodes[i] = eqx.tree_at(lambda x: x.weight, node, weight)
+            if node.bias is not None:
+                zeros = jnp.zeros_like(node.bias)
+                nodes[i] = eqx.tree_at(lambda x: x.bias, nodes[i], zeros)
+    return jax.tree.unflatten(structure, nodes)
 
 
-def zero_head(network: Network) -> Network:
-    """The network with a last layer of zeros. With few training images, the function
-    that a random last layer starts with is never unlearned.
+def zero_head(
+    network: PyTree, where: Callable[[PyTree], eqx.nn.Linear] | None = None
+) -> PyTree:
+    """Sets the last layer to zero. A few training images cannot undo the effect of a
+    random last layer.
 
     **Arguments:**
 
-    - `network`: an [`eqdistill.nn.Network`][].
+    - `network`: an `equinox.Module` whose last operation is an `equinox.nn.Linear`.
+    - `where`: selects that layer, as for [`eqdistill.linear.last_layer`][].
 
     **Returns:**
 
-    The new network, all logits of which are zero.
+    The new network, whose outputs are all zero.
 
-    Source: the centring (a network less its initial function) of Loo et al., *Efficient
-    dataset distillation using random feature approximation*, 2022, has the same effect.
+    **Raises:**
+
+    A `TypeError` if the network has no such layer.
+
+    Source: equivalent to centring, i.e. subtracting the initial function, as in Loo et
+    al., *Efficient dataset distillation using random feature approximation*, 2022.
     """
-    zeros = jax.tree.map(jnp.zeros_like, network.layers[-1])
-    return eqx.tree_at(lambda network: network.layers[-1], network, zeros)
+    head = last_layer(network, where).head
+    zeros = jax.tree.map(jnp.zeros_like, head)
+    return jax.tree.map(
+        lambda x: zeros if x is head else x, network, is_leaf=lambda x: x is head
+    )
+
+
+def _check_layers(network: PyTree) -> None:
+    """Refuses a network with weights that `initialise` would leave unchanged."""
+
+    is_known = lambda x: isinstance(x, (*_WEIGHT_LAYERS, *_NORM_LAYERS, Frozen))
+    owns_arrays = lambda x: (
+        isinstance(x, eqx.Module) and any(map(eqx.is_inexact_array, vars(x).values()))
+    )
+    is_node = lambda x: is_known(x) or owns_arrays(x)
+    for path, node in jax.tree.flatten_with_path(network, is_leaf=is_node)[0]:
+        name = "array" if eqx.is_array(node) else type(node).__name__
+        if path:
+            name += f" at `{jax.tree_util.keystr(path, simple=True, separator='.')}`"
+        if not is_known(node) and (owns_arrays(node) or eqx.is_inexact_array(node)):
+            raise TypeError(
+                "`network` must have floating-point arrays only in linear, convolution "
+                f"and normalisation layers, which `initialise` can redraw; got {name}. "
+                "Draw its weights yourself, or hold it in a `Frozen`."
+            )
+        if isinstance(node, _WEIGHT_LAYERS):
+            kernel = () if isinstance(node, eqx.nn.Linear) else node.kernel_size
+            if node.weight.ndim != 2 + len(kernel):
+                raise TypeError(
+                    "`network` must not have layers with stacked weights; got "
+                    f"{name} with a weight of shape {node.weight.shape}."
+                )

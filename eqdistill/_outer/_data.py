@@ -101,7 +101,7 @@ class FullBatch(AbstractData):
         dataset: Dataset,
         *,
         cached: Sequence[Cached] = (),
-        chunk_bytes: int = 2**26,
+        chunk_bytes: int = 2**27,
     ):
         """**Arguments:**
 

@@ -25,12 +25,12 @@ def mean_over_examples(
     if isinstance(out, jax.ShapeDtypeStruct) and out.shape == ():
         return _scalar_mean(model, fn, examples, size)
     # A chunk is computed again in the backward pass, so that memory is bounded.
-    return _over_chunks(eqx.filter_checkpoint(_sum), fn, model, None, examples, size)
+    return _over_chunks(eqx.filter_checkpoint(_sum), fn, model, (), examples, size)
 
 
 @eqx.filter_custom_jvp
 def _scalar_mean(model, fn, examples, size):
-    return _over_chunks(_sum, fn, model, None, examples, size)
+    return _over_chunks(_sum, fn, model, (), examples, size)
 
 
 @_scalar_mean.def_jvp
@@ -45,14 +45,14 @@ def _(primals, tangents):
     )
     learned, fixed = eqx.partition(model, has_tangent)
     value_and_grad = jax.value_and_grad(_sum, argnums=1)
-    loss, gradient = _over_chunks(value_and_grad, fn, learned, fixed, examples, size)
+    loss, gradient = _over_chunks(value_and_grad, fn, learned, (fixed,), examples, size)
     dot = optax.tree.cast_like(model_dot, gradient)
     return loss, jnp.asarray(optax.tree.vdot(gradient, dot), loss.dtype)
 
 
 def _sum(fn, learned, fixed, chunk, is_new):
     """The sum of a function over the examples of a chunk that are new."""
-    model = learned if fixed is None else eqx.combine(learned, fixed)
+    model = eqx.combine(learned, *fixed)
     values = jax.vmap(lambda example: fn(model, example))(chunk)
 
     def total(x: Array) -> Array:
@@ -92,27 +92,23 @@ def _over_chunks(of_chunk, fn, learned, fixed, examples, size):
 def _chunk_size(fn, model, examples, chunk_bytes: int) -> int:
     """The number of examples in a chunk: all chunks have nearly the same size."""
     num = len(jax.tree.leaves(examples)[0])
-    shape = lambda m: jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((m, *x.shape[1:]), x.dtype), examples
-    )
-    arrays, static = eqx.partition(model, eqx.is_array)
+    # Enough examples that the arrays of the model weigh little.
+    some = min(num, 256)
+    arrays, static = eqx.partition((model, examples), eqx.is_array)
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
-    def gradient(arrays, chunk):
-        learned, fixed = eqx.partition(arrays, eqx.is_inexact_array)
+    def gradient(arrays):
+        learned, fixed = eqx.partition(arrays[0], eqx.is_inexact_array)
+        chunk = jax.tree.map(lambda x: x[:some], arrays[1])
 
         def scalar(learned):
-            model = eqx.combine(learned, fixed, static)
-            sums = _sum(fn, model, None, chunk, None)
+            sums = _sum(fn, learned, (fixed, static[0]), chunk, None)
             return sum(jnp.sum(x) for x in jax.tree.leaves(sums))
 
         return jax.grad(scalar)(learned)
 
-    # The difference is what one more example takes: the weights cancel.
-    two, three = (
-        _peak_bytes(jax.make_jaxpr(gradient)(structs, shape(m)).jaxpr) for m in (2, 3)
-    )
-    most = max(1, chunk_bytes // max(1, three - two))
+    peak = _peak_bytes(jax.make_jaxpr(gradient)(structs).jaxpr)
+    most = max(1, some * chunk_bytes // max(1, peak))
     return -(-num // -(-num // most))
 
 
