@@ -1,10 +1,10 @@
 import equinox as eqx
 from jaxtyping import Array, Float, PyTree
 
-from .._checks import name_kind
 from .._classifier import LinearClassifier
 from .._data._distilled_set import DistilledSet
 from .._losses import AbstractLoss
+from .._typechecking import describe
 
 
 def check_linear(
@@ -19,7 +19,7 @@ def check_linear(
     if not isinstance(model, LinearClassifier):
         raise TypeError(
             f"`model` must be a `LinearClassifier` for `{solver}`; got "
-            f"{name_kind(model)}. Use `ArgminSolver`, or fit only the last layer: "
+            f"{describe(model)}. Use `ArgminSolver`, or fit only the last layer: "
             "`linear.last_layer(network)`."
         )
     check_loss(solver, distilled, loss)

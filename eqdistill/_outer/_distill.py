@@ -10,10 +10,11 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import array_difference, name_kind
+from .._checks import array_difference
 from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._parameterisation import AbstractParameterisation
+from .._typechecking import describe
 from ._bilevel import Bilevel
 from ._callbacks import AbstractCallback, AbstractCheckpoints, Snapshot
 from ._data import AbstractData, check_cached
@@ -125,7 +126,7 @@ class _Run:
             if not isinstance(callback, AbstractCallback | AbstractCheckpoints):
                 raise TypeError(
                     "`callbacks` must be `AbstractCallback`s; got "
-                    f"{name_kind(callback)} among them."
+                    f"{describe(callback)} among them."
                 )
         is_store = lambda x: isinstance(x, AbstractCheckpoints)
         if sum(map(is_store, callbacks)) > 1:
@@ -292,7 +293,7 @@ def _as_function(objective, data) -> Callable[[int], AbstractData]:
     if not callable(data) or isinstance(data, type):
         raise TypeError(
             "`data` must be a `Dataset`, an `AbstractData` such as `Batches(train, 128)`, "
-            f"or a function from the step to an `AbstractData`; got {name_kind(data)}."
+            f"or a function from the step to an `AbstractData`; got {describe(data)}."
         )
     return data
 
