@@ -84,7 +84,7 @@ def distill(
 
     **Returns:**
 
-    An [`eqdistill.Distillation`][].
+    A [`Distillation`][].
 
     **Raises:**
 
