@@ -26,7 +26,7 @@ class AbstractCallback(eqx.Module, Generic[Own]):
     """Watches a distillation, and may stop it.
 
     A callback has a state, which it receives and returns. The last states are the
-    `callbacks` of the [`eqdistill.Distillation`][]. [`eqdistill.Checkpoints`][] keep the
+    `callbacks` of the [`Distillation`][]. [`eqdistill.Checkpoints`][] keep the
     arrays in a state, which therefore have the same structure, shapes and dtypes
     throughout. Other leaves, such as an open file, are made by `init` again when a run
     resumes.

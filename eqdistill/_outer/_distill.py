@@ -87,7 +87,7 @@ def distill(
 
     **Returns:**
 
-    An [`eqdistill.Distillation`][].
+    A [`Distillation`][].
 
     **Raises:**
 
