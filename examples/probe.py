@@ -189,9 +189,7 @@ def in_turn(
 
     learned = start
     optimiser_state = optimiser.init(eqx.filter(start, eqx.is_inexact_array))
-    states = [
-        inner.init(start, model, key=key) for model, _, inner in problems
-    ]
+    states = [inner.init(start, model, key=key) for model, _, inner in problems]
     for step, i in enumerate(order):
         learned, optimiser_state, states[i] = update(
             learned, optimiser_state, states[i], jnp.asarray(step), problems[i]
