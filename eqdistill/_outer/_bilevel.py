@@ -94,7 +94,9 @@ class Bilevel(AbstractObjective[PyTree]):
         models, inner_state = state
         model = self.models.draw(models, key=models_key)
         _check_data(data, distilled, check_fit(distilled, model))
-        fitted, inner_state = solve(distilled, model, self.inner, inner_state, inner_key)
+        fitted, inner_state = solve(
+            distilled, model, self.inner, inner_state, inner_key
+        )
         loss = distilled.loss.default_outer_loss() if self.loss is None else self.loss
         network = eqx.nn.inference_mode(fitted.model)
         value = data.mean(example_loss, (loss, network), step, key=data_key)

@@ -161,9 +161,7 @@ class _Run:
 
     def _restore(self) -> bool:
         arrays = tuple(eqx.filter(own, eqx.is_array) for own in self.own)
-        found = self.store.restore(
-            dataclasses.replace(self.snapshot, callbacks=arrays)
-        )
+        found = self.store.restore(dataclasses.replace(self.snapshot, callbacks=arrays))
         if found is None or int(found.state.step) < self.step:
             return False
         self.snapshot = found
@@ -198,7 +196,9 @@ class _Run:
         status = int(state.status)
         if status != Status.RUNNING:
             reasons = (*REASONS, *self.problem.objective.failures)
-            raise self._error(f"at step {self.step}: {reasons[status]}", has_failed=True)
+            raise self._error(
+                f"at step {self.step}: {reasons[status]}", has_failed=True
+            )
         step = self.step
         try:
             stops = self._call(lambda every: step % every == 0)
@@ -212,7 +212,9 @@ class _Run:
             if is_last:
                 self._call(lambda every: step % every != 0)
         except Exception as e:
-            raise self._error(f"at step {step}: a callback raised the error above") from e
+            raise self._error(
+                f"at step {step}: a callback raised the error above"
+            ) from e
 
     def _take_steps(self, step: int, num_steps: int) -> list[Record]:
         records: list[Record] = []
@@ -235,7 +237,9 @@ class _Run:
                 else:
                     records.append(self.compiled(data))
                 # At most two steps are under way, so that Ctrl-C is prompt.
-                jax.block_until_ready(records[max(i - 1, 0)] if i + 1 < num_steps else records)
+                jax.block_until_ready(
+                    records[max(i - 1, 0)] if i + 1 < num_steps else records
+                )
             except jax.errors.JaxRuntimeError as e:
                 message = (
                     f"in the {num_steps} steps after step {step}: the objective raised "

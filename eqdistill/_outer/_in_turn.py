@@ -84,7 +84,9 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
             jax.eval_shape(lambda i=i: take_turn(i, distilled)[1].metrics)
             for i in range(len(self.objectives))
         ]
-        absent = {name: jnp.array(jnp.nan, x.dtype) for s in shapes for name, x in s.items()}
+        absent = {
+            name: jnp.array(jnp.nan, x.dtype) for s in shapes for name, x in s.items()
+        }
 
         def branch(i):
             def call(distilled):

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-
 class LinearLayout(eqx.Module):
     r"""Features of images, stored so that mostly-constant features are cheap for a
     linear head.
