@@ -6,10 +6,10 @@ import jax.random as jr
 from jaxtyping import PyTree
 
 from .._classifier import takes_pixels
+from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
 from .._inner._fit import check_fit, COLLAPSED, NOT_CONVERGED, solve
 from .._inner._inner_solver import AbstractInnerSolver, stop_gradient
-from .._data._distilled_set import DistilledSet
 from .._losses import AbstractLoss
 from .._models._models import AbstractModels, as_models, Fixed
 from ._data import AbstractData, example_loss, FullBatch

@@ -15,7 +15,6 @@ from .._checks import array_difference
 from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._parameterisation import AbstractParameterisation
-from .._typechecking import describe
 from ._bilevel import Bilevel
 from ._callbacks import AbstractCallback, AbstractCheckpoints, Snapshot
 from ._data import AbstractData, check_cached

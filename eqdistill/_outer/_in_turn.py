@@ -43,8 +43,8 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
 
         **Raises:**
 
-        A `ValueError` if there is no objective, or if `order` does not hold the index of
-        each objective.
+        A `ValueError` if there is no objective, or if `order` does not hold the index
+        of each objective.
         """
         if not objectives:
             raise ValueError("`objectives` must be at least one; got none.")

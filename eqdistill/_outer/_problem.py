@@ -306,7 +306,8 @@ def _learned(name: str, tree: PyTree, where: Callable) -> PyTree[bool]:
     except (AttributeError, LookupError, TypeError, ValueError) as e:
         raise ValueError(
             f"`{name}` must be a function that picks parts of its argument, such as "
-            f"`lambda s: (s.images, s.log_l2)`; on a {type(tree).__name__} it raised: {e}"
+            f"`lambda s: (s.images, s.log_l2)`; on a {type(tree).__name__} it raised: "
+            f"{e}"
         ) from e
     if not any(jax.tree.leaves(picked)):
         raise ValueError(
