@@ -525,7 +525,7 @@ def test_refuses_metadata_that_are_not_json(path):
     texts = {k: json.dumps(x) for k, x in metadata.items()}
     for text in ("", "7 7", "[" * 100_000, "9" * 5000, '{"class": 1, "class": 1}'):
         safetensors.numpy.save_file(tensors, path, texts | {"artifact": text})
-        with pytest.raises(ValueError, match="its artifact is not valid JSON"):
+        with pytest.raises(ValueError, match="Cannot load"):
             eqd.load(path)
 
 
@@ -542,8 +542,8 @@ def framed(header):
         (b"\xff" * 100, "header has 18446744073709551615"),
         (framed(b" " * 2**20 + b"{}"), "at most 1048576 are allowed"),
         ((99).to_bytes(8, "little") + b"{}", "it has 10 bytes, but its header has 99"),
-        (framed(b"\xff\xfe"), "its header is not valid JSON"),
-        (framed(b"[" * 200_000), "its header is not valid JSON"),
+        (framed(b"\xff\xfe"), "Cannot load"),
+        (framed(b"[" * 200_000), "Cannot load"),
         (framed(b"[]"), "its metadata must be"),
         (framed(b"{}"), "its metadata must be"),
         (framed(b'{"__metadata__": {"artifact": 1, "recipe": 1}}'), "Cannot load"),
