@@ -230,7 +230,7 @@ def load(path: str | os.PathLike) -> Artifact:
 
     **Returns:**
 
-    An [`eqdistill.Artifact`][]. Double precision becomes single precision unless JAX
+    An [`Artifact`][]. Double precision becomes single precision unless JAX
     has double precision enabled.
 
     **Raises:**
