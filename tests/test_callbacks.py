@@ -36,9 +36,7 @@ class Recorder(eqd.AbstractCallback[tuple]):
 
 
 def run(logistic, *callbacks, steps=12, optimiser=ADAM):
-    return eqd.distill(
-        *logistic, optimiser=optimiser, steps=steps, callbacks=callbacks
-    )
+    return eqd.distill(*logistic, optimiser=optimiser, steps=steps, callbacks=callbacks)
 
 
 def test_are_called_when_due_and_at_the_end(logistic):
@@ -136,6 +134,7 @@ def test_progress_bar_in_a_terminal(logistic, monkeypatch):
 def test_progress_bar_in_a_log_file(logistic, capsys, every, steps):
     run(logistic, eqd.ProgressBar(every=every), steps=steps)
     lines = capsys.readouterr().err.splitlines()
+    assert lines.pop(0) == "Compiling the first step..."
     assert len(lines) == min(steps // every + (steps % every > 0), 10)
     assert f"{steps}/{steps}" in lines[-1]
     assert all("loss=" in line for line in lines)
@@ -167,5 +166,6 @@ def test_early_stopping_refuses_bad_data(logistic):
     with pytest.raises(ValueError, match=r"`data` must have images .*\(4, 4\)"):
         run(logistic, eqd.EarlyStopping(other))
     huge = eqd.Dataset(3e38 * np.ones((3, 8, 8), np.float32), np.arange(3))
+    strong = eqx.tree_at(lambda s: s.images, start, 1e3 * start.images)
     with pytest.raises(ValueError, match="must be finite at the start; it is"):
-        run(logistic, eqd.EarlyStopping(huge))
+        run((strong, objective, train), eqd.EarlyStopping(huge))

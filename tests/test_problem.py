@@ -73,7 +73,7 @@ def test_what_is_learned_is_a_choice_of_arrays(logistic):
     assert problem.distilled(moved).l2 == 1.0
     np.testing.assert_array_equal(problem.distilled(moved).images, start.images)
     for learn in (lambda s: s.pixels, lambda s: s.labels, lambda s: 3.0):
-        with pytest.raises(ValueError, match="`learn` must .*DistilledSet"):
+        with pytest.raises(ValueError, match=r"`learn` must .*DistilledSet"):
             problem_of(logistic, learn=learn)
     with pytest.raises(ValueError, match="must pick at least one"):
         problem_of(logistic, learn=lambda s: ())
@@ -122,7 +122,7 @@ def test_the_user_keeps_their_arrays(logistic):
 
 @pytest.mark.parametrize("optimiser", [ADAM, optax.scale(-0.1)])
 def test_a_second_run_compiles_nothing(logistic, optimiser):
-    # `optax.scale` takes no extra arguments: Optax wraps it in a new function each time.
+    # `optax.scale` takes no extra arguments: Optax wraps it in a new function.
     run = lambda: eqd.distill(*logistic, optimiser=optimiser, steps=2)
     run()
     messages = []
