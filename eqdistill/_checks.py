@@ -130,7 +130,3 @@ def array_difference(wanted: PyTree, got: PyTree) -> str | None:
         lines = [f"structure {structures[0]} wanted, {structures[1]} got"]
     more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
     return "; ".join(lines[:3]) + more or None
-
-
-# TODO: replace by `describe` where it is imported.
-name_kind = describe

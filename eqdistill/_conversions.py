@@ -2,7 +2,6 @@
 NumPy's would be traced."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +53,3 @@ def as_array(name: str, x: ArrayOrList) -> Array | np.ndarray:
     if array.dtype.kind in "OSUMmc":
         raise TypeError(f"`{name}` must be real numbers; got {describe(x)}.")
     return array
-
-
-def name_value(x: Any) -> str:
-    """Like `describe`, but a scalar array is described by its value."""
-    return str(x) if np.ndim(x) == 0 else describe(x)

@@ -7,6 +7,11 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._checks import array_difference
+
+
+Image = Float[Array, "*channels height width"]
+
 
 class AbstractAugmentation(eqx.Module):
     """A random change of one image, differentiable in the image.
@@ -15,9 +20,7 @@ class AbstractAugmentation(eqx.Module):
     """
 
     @abc.abstractmethod
-    def __call__(
-        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
-    ) -> Float[Array, "*channels height width"]:
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
         """**Arguments:**
 
         - `image`: one image, shape `(height, width)` or `(channels, height, width)`,
@@ -36,16 +39,10 @@ class Compose(AbstractAugmentation):
     augmentations: tuple[AbstractAugmentation, ...]
 
     def __init__(self, *augmentations: AbstractAugmentation):
-        """**Arguments:**
-
-        - `augmentations`: the augmentations, in order.
-        """
+        """**Arguments:** the augmentations, in order."""
         self.augmentations = augmentations
 
-    def __call__(
-        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
-    ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.augment.AbstractAugmentation`][]."""
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
         keys = jr.split(key, len(self.augmentations))
         for augmentation, own_key in zip(self.augmentations, keys, strict=True):
             image = augmentation(image, key=own_key)
@@ -89,20 +86,13 @@ class OneOf(AbstractAugmentation):
             for all images. Its random numbers still differ between images. This is
             several times faster. A custom augmentation that calls a `OneOf` sees single
             images, so the draw is then for each image. (Keyword only argument.)
-
-        **Raises:**
-
-        A `ValueError` if there are no augmentations.
         """
         if not augmentations:
             raise ValueError("`augmentations` must have at least one; got none.")
         self.augmentations = augmentations
         self.per_batch = per_batch
 
-    def __call__(
-        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
-    ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.augment.AbstractAugmentation`][]."""
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
         branches = [ft.partial(_call, a) for a in self.augmentations]
         return _one_of(branches, image, key)
 
@@ -141,16 +131,11 @@ def augment(
     A `ValueError` if the augmentation changes the shape or the dtype of an image.
     """
     changed = _augment(augmentation, images, key)
-    if not eqx.is_array(changed) or changed.shape != images.shape:
-        got = jax.tree.map(lambda x: x.shape[1:], changed)
+    difference = array_difference(images, changed)
+    if difference is not None:
         raise ValueError(
-            "`augmentation` must keep the shape of an image, "
-            f"{images.shape[1:]}; {type(augmentation).__name__} returned {got}."
-        )
-    if changed.dtype != images.dtype:
-        raise ValueError(
-            f"`augmentation` must keep the dtype of an image, {images.dtype}; "
-            f"{type(augmentation).__name__} returned {changed.dtype}."
+            "`augmentation` must keep the shape and the dtype of images; "
+            f"`{type(augmentation).__name__}` did not: {difference}."
         )
     return changed
 

@@ -1,5 +1,3 @@
-import math
-
 import equinox as eqx
 import jax.core
 import jax.numpy as jnp
@@ -7,8 +5,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from .._checks import check_at_least
-from .._conversions import ArrayOrList, as_array, name_value
+from .._checks import check_at_least, check_positive
+from .._conversions import ArrayOrList, as_array
 from .._error import error_if
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from . import _initialisers
@@ -56,20 +54,17 @@ class DistilledSet(AbstractParameterisation):
 
         **Raises:**
 
-        A `TypeError` if images or labels have the wrong dtype. A `ValueError` if they
-        have the wrong shape, or if soft labels are probabilities instead of logits. An
-        error, at run time for traced values, if images or soft labels are not finite, a
-        class index is negative, or `l2` is not positive and finite.
+        A `TypeError` or `ValueError` for a wrong dtype or shape, or if soft labels are
+        probabilities instead of logits. An error, at run time for traced values, if
+        images or soft labels are not finite, a class index is negative, or `l2` is not
+        positive and finite.
         """
         images = jnp.asarray(as_array("images", images))
         labels = as_array("labels", labels)
         # Checked before JAX narrows them to 32 bits.
         is_wide = isinstance(labels, np.ndarray) and labels.dtype.kind in "iu"
         if is_wide and labels.size and labels.max() >= 2**31:
-            raise ValueError(
-                "`labels` must be class indices below 2^31; got values up to "
-                f"{labels.max()}."
-            )
+            raise ValueError(f"`labels` must be below 2^31; got up to {labels.max()}.")
         labels = jnp.asarray(labels)
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(
@@ -95,9 +90,9 @@ class DistilledSet(AbstractParameterisation):
                 f"`labels` of dtype {labels.dtype} must be {wanted}, where "
                 f"n = {images.shape[0]} as in `images`; got shape {labels.shape}."
             )
-        l2 = jnp.asarray(as_array("l2", l2), images.dtype)
-        if l2.shape != ():
-            raise ValueError(f"`l2` must be a scalar; got shape {l2.shape}.")
+        ridge = jnp.asarray(as_array("l2", l2), images.dtype)
+        if ridge.shape != ():
+            raise ValueError(f"`l2` must be a scalar; got shape {ridge.shape}.")
         self.images = error_if(
             images,
             lambda x: ~(abs(x) < np.inf).all(),
@@ -115,20 +110,16 @@ class DistilledSet(AbstractParameterisation):
                 "probabilities: each row is non-negative and sums to 1. Take their "
                 "logarithms, or replace one-hot rows by class indices."
             )
-        self.log_l2 = jnp.log(
-            error_if(
-                l2,
-                lambda x: ~((x > 0) & (x < np.inf)),
-                f"`l2` must be positive and finite; got {name_value(l2)}.",
-            )
+        ridge = error_if(
+            ridge,
+            lambda x: ~((x > 0) & (x < np.inf)),
+            f"`l2` must be positive and finite; got {l2}.",
         )
+        self.log_l2 = jnp.log(ridge)
         self.loss = loss
 
     def decode(self) -> "DistilledSet":
-        """**Returns:**
-
-        The distilled set itself.
-        """
+        """Returns the distilled set itself."""
         return self
 
     def with_targets(self, num_classes: int) -> "DistilledSet":
@@ -191,39 +182,20 @@ class DistilledSet(AbstractParameterisation):
 
         A `DistilledSet` with class indices as labels.
 
-        **Raises:**
-
-        A `ValueError` if `n` or `scale` is not positive.
-
         Source: the start of JAXopt's dataset-distillation notebook.
         """
+        check_positive(scale=scale)
         labels = _cyclic_labels(train, n)
-        if not 0 < scale < math.inf:
-            raise ValueError(f"`scale` must be positive and finite; got {scale}.")
-        images = scale * jr.normal(key, (labels.shape[0], *train.shape))
+        images = scale * jr.normal(key, (len(labels), *train.shape))
         return cls(images, labels, l2=l2)
 
     @classmethod
     def from_real(
-        cls,
-        train: Dataset,
-        n: int | None = None,
-        *,
-        l2: ArrayLike,
-        key: PRNGKeyArray,
+        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
     ) -> "DistilledSet":
-        r"""Random real images of each class, without repeats.
-
-        **Arguments:** as in [`eqdistill.DistilledSet.from_noise`][].
-
-        **Returns:**
-
-        A `DistilledSet` with class indices as labels.
-
-        **Raises:**
-
-        A `ValueError` if `n` is not positive, or if it requires more images of a class
-        than `train` has.
+        r"""Random real images of each class, without repeats. Arguments and result are
+        as for [`eqdistill.DistilledSet.from_noise`][]. Raises a `ValueError` if `train`
+        has too few images of a class.
 
         Source: the baseline of random real images in Wang et al., *Dataset
         Distillation*, 2018.
@@ -232,34 +204,21 @@ class DistilledSet(AbstractParameterisation):
 
     @classmethod
     def from_class_means(
-        cls,
-        train: Dataset,
-        n: int | None = None,
-        *,
-        l2: ArrayLike,
-        key: PRNGKeyArray,
+        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
     ) -> "DistilledSet":
-        r"""The mean of each class; with several images per class, the means of random
-        disjoint parts of the class, equal in size to within one image.
-
-        Arguments, result and errors are as for [`eqdistill.DistilledSet.from_real`][].
+        r"""As [`eqdistill.DistilledSet.from_real`][], with the mean of each class; or
+        with several images per class, the means of random disjoint parts of the class,
+        equal in size to within one image.
         """
         return cls._by_class(train, n, l2, _initialisers.class_means, key)
 
     @classmethod
     def from_kmeans(
-        cls,
-        train: Dataset,
-        n: int | None = None,
-        *,
-        l2: ArrayLike,
-        key: PRNGKeyArray,
+        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
     ) -> "DistilledSet":
-        r"""The centroids of each class by k-means, from one start by k-means++ and with
-        at most 30 iterations. A single image per class is the class mean.
-
-        Arguments, result and errors are as for [`eqdistill.DistilledSet.from_real`][].
-        Raises an `ImportError` without scikit-learn, which is in `eqdistill[data]`.
+        r"""As [`eqdistill.DistilledSet.from_real`][], with the centroids of each class
+        by k-means, from one start by k-means++ and with at most 30 iterations. A single
+        image per class is the class mean. Needs `eqdistill[data]`.
 
         Source: the k-means baseline of Wang et al., *Dataset Distillation*, 2018; Lloyd
         1982.
@@ -268,21 +227,15 @@ class DistilledSet(AbstractParameterisation):
 
     @classmethod
     def from_herding(
-        cls,
-        train: Dataset,
-        n: int | None = None,
-        *,
-        l2: ArrayLike,
-        key: PRNGKeyArray,
+        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
     ) -> "DistilledSet":
-        r"""Real images of each class, chosen by greedy herding in pixel space: each
-        image brings the mean of the chosen images as close as possible to the class
-        mean $\mu$, without repeats,
+        r"""As [`eqdistill.DistilledSet.from_real`][], with images chosen by greedy
+        herding in pixel space: each image brings the mean of the chosen images as close
+        as possible to the class mean $\mu$, without repeats,
 
         $$x_{i} = \arg\min_x \left\| \mu - \frac{1}{i} \Big(x + \sum_{j<i} x_j\Big)
         \right\|.$$
 
-        Arguments, result and errors are as for [`eqdistill.DistilledSet.from_real`][].
         The choice is deterministic, so `key` has no effect.
 
         Source: Welling, *Herding dynamical weights to learn*, 2009; in this greedy
