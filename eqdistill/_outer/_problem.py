@@ -280,7 +280,7 @@ def _learned(name: str, tree: PyTree, where: Callable) -> PyTree[bool]:
     nothing = jax.tree.map(lambda _: False, tree)
     try:
         parts = where(tree)
-        if parts == ():
+        if isinstance(parts, tuple) and not parts:
             return nothing
         learned = jax.tree.map(eqx.is_inexact_array, parts)
         if not any(jax.tree.leaves(learned)):
