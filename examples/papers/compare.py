@@ -73,9 +73,9 @@ def baseline(constructor: Callable[..., eqd.DistilledSet]) -> Method:
 def distilled(
     steps: int, *, l2: float, learn_l2: bool = False, soft_labels: bool = False
 ) -> Method:
-    # The outer loss is smooth, and each step uses all data: unit steps of L-BFGS need no
-    # line search. Steps that learn the ridge are clipped, because a long step could make
-    # the ridge so large that nothing more is learned.
+    # The outer loss is smooth, and each step uses all data: unit steps of L-BFGS need
+    # no line search. Steps that learn the ridge are clipped, because a long step could
+    # make the ridge so large that nothing more is learned.
     optimiser = optax.lbfgs(learning_rate=1.0, linesearch=None)
     if learn_l2:
         optimiser = optax.chain(optimiser, optax.clip_by_global_norm(0.5))
