@@ -18,17 +18,24 @@ the first network.
 
 import argparse
 import dataclasses
+import functools as ft
 import time
 from pathlib import Path
 
 import equinox as eqx
 import jax.random as jr
 import optax
-from common import adam, DATASETS, maker, NETWORKS, POOL, real_data, RECIPES, run
+from papers._common import adam, DATASETS, maker, NETWORKS, real_data, RECIPES, run
 
 import eqdistill as eqd
+from eqdistill import nn
 
 
+# Greyscale images of 28 x 28 are padded to 32, as in the papers.
+POOL = {
+    "plain": ft.partial(nn.ConvNet, widths=(16, 32, 64), norm=None, size=32),
+    "norm": ft.partial(nn.ConvNet, widths=(16, 32, 64), size=32),
+}
 LARGER_TARGETS = {"frepo": 10.0, "frepo, augmented": 10.0}
 
 

@@ -26,7 +26,8 @@ import jax
 import jax.random as jr
 import numpy as np
 import optax
-from common import adam, DATASETS, maker, POOL, real_data, run
+from network import POOL
+from papers._common import adam, DATASETS, maker, real_data, run
 
 import eqdistill as eqd
 from eqdistill import nn, recipes

@@ -62,7 +62,7 @@ def real_data(dataset: str, data_dir: Path | None, held_out=0.0, zca=False):
 
 
 def adam(schedule: optax.Schedule, slower: float = 10.0):
-    """Adam, with a smaller learning rate for everything that is not images."""
+    """Adam, with a rate for labels, ridges and so on that is `slower` times smaller."""
     other = optax.adam(lambda step: schedule(step) / slower)
     name = lambda path: jax.tree_util.keystr(path[-1:], simple=True)
     part = lambda path, _: "images" if name(path) == "images" else "other"

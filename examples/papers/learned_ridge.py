@@ -12,10 +12,10 @@ import argparse
 import time
 from pathlib import Path
 
-import jax
 import jax.random as jr
 import numpy as np
 import optax
+from _common import run
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
@@ -149,11 +149,4 @@ if __name__ == "__main__":
         "takes all steps",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the results"
-    )
-    args = parser.parse_args()
-    # The next run loads what this one compiles.
-    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    main(**vars(args))
+    run(main, parser)

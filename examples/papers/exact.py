@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from _common import run
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression as SklearnLogisticRegression
 
@@ -179,11 +180,4 @@ if __name__ == "__main__":
         "--l2", type=float, default=1e-5, help="the ridge of the fit to all images"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the results"
-    )
-    args = parser.parse_args()
-    # The next run loads what this one compiles.
-    jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    main(**vars(args))
+    run(main, parser)
