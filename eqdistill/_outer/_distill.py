@@ -14,6 +14,7 @@ from .._checks import array_difference
 from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._parameterisation import AbstractParameterisation
+from .._models._models import as_models
 from .._typechecking import describe
 from ._bilevel import Bilevel
 from ._callbacks import AbstractCallback, AbstractCheckpoints, Snapshot
@@ -98,7 +99,8 @@ def distill(
     """
     steps = as_int(steps)
     if not isinstance(objective, AbstractObjective):
-        objective = Bilevel(objective)
+        wanted = "`objective` must be an `AbstractObjective`,"
+        objective = Bilevel(as_models(objective, wanted))
     problem = Problem(
         start,
         objective,
