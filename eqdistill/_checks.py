@@ -2,18 +2,34 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import Array, PyTree
 
 from ._classifier import Frozen, parameters
 from ._typechecking import describe
 
 
 _FRESH = " To build models, pass `eqdistill.Fresh(make)`."
+
+
+def error_if(x: Array, is_bad: Callable, message: str) -> Array:
+    """Like `equinox.error_if`, but raises a plain `ValueError` if `x` is not traced.
+
+    `is_bad` is applied to `x` if `x` is traced, and otherwise to a NumPy array of its
+    values, so that nothing is compiled.
+    """
+    if isinstance(x, jax.core.Tracer):
+        return eqx.error_if(x, is_bad(x), message)
+    if is_bad(np.asarray(x)):
+        raise ValueError(message)
+    return x
 
 
 def check_at_least(least: float, **values: float | None) -> None:

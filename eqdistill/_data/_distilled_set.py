@@ -5,9 +5,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from .._checks import check_at_least, check_positive
+from .._checks import check_at_least, check_positive, error_if
 from .._conversions import ArrayOrList, as_array
-from .._error import error_if
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from . import _initialisers
 from ._dataset import Dataset
