@@ -10,6 +10,7 @@ from .._inner._auto_solver import AutoSolver
 from .._inner._inner_solver import AbstractInnerSolver
 from .._losses import CrossEntropy, SquaredError
 from .._models._models import AbstractModels, as_models
+from .._typechecking import describe
 
 
 def unchanged(distilled: DistilledSet, num_classes: int) -> DistilledSet:
@@ -19,9 +20,7 @@ def unchanged(distilled: DistilledSet, num_classes: int) -> DistilledSet:
 
 class Recipe(eqx.Module):
     """Everything that decides the accuracy of a distilled set: which models are trained
-    on it, and how. The same images score very differently under two recipes.
-
-    The functions in `eqdistill.recipes` return published recipes. This is your own:
+    on it, and how. The functions in `eqdistill.recipes` return published recipes.
 
     !!! Example
 
@@ -39,9 +38,8 @@ class Recipe(eqx.Module):
     - `prepare`: called as `prepare(distilled, num_classes)`, with the number of classes
         of the real data. Returns the distilled set with the loss, labels and ridge of
         the recipe. By default, the same set.
-    - `name`: the name of the function that returned the recipe, or any other name.
-    - `settings`: the arguments of that function after `make`, as pairs of a name and a
-        value: `recipes.dc(make, **dict(settings))` returns this recipe again.
+    - `name`, `settings`: the function that returned the recipe, and its arguments after
+        `make`, in pairs: `recipes.dc(make, **dict(settings))` returns it again.
     """
 
     models: AbstractModels = eqx.field(converter=as_models)
@@ -60,8 +58,8 @@ def relabel(
     if hard and labels.ndim != 1:
         raise ValueError(
             "`distilled` must have class indices as labels for this recipe; got "
-            f"{labels.dtype} labels of shape {labels.shape}. For soft labels or "
-            "targets, use a recipe such as `recipes.feature_regression`."
+            f"{describe(labels)}. For soft labels or targets, use a recipe such as "
+            "`recipes.feature_regression`."
         )
     if labels.ndim == 2 and isinstance(distilled.loss, CrossEntropy):
         labels = jax.nn.softmax(labels) - 1 / num_classes
