@@ -58,27 +58,14 @@ def check_callable(name: str, x: Any) -> None:
 
 def check_make(name: str, make: Any) -> None:
     """Checks that `make(key=key)` is a valid call."""
-    got = describe(make)
-    if callable(make):
-        arguments = inspect.signature(make).parameters.values()
-        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        needed = [
-            f"`{x.name}`"
-            for x in arguments
-            if x.default is x.empty and x.kind not in variadic and x.name != "key"
-        ]
-        if needed and isinstance(make, eqx.Module):
-            got = f"an instance of {type(make).__qualname__}"
-        elif needed:
-            got += f", which also needs {', '.join(needed)}"
-        elif any(x.name == "key" or x.kind is x.VAR_KEYWORD for x in arguments):
-            return
-        else:
-            got += ", which has no `key`"
-    raise TypeError(
-        f"`{name}` must be a function of `key` alone that builds a network, such as "
-        f"`functools.partial(eqdistill.nn.ConvNet, (28, 28), 10)`; got {got}."
-    )
+    try:
+        inspect.signature(make).bind(key=None)
+    except (TypeError, ValueError) as e:
+        raise TypeError(
+            f"`{name}` must be a function of `key` alone that builds a network, such as "
+            "`functools.partial(eqdistill.nn.ConvNet, (28, 28), 10)`; got "
+            f"{describe(make)} ({e})."
+        ) from None
 
 
 def check_model(model: PyTree, image: jax.ShapeDtypeStruct) -> int:
