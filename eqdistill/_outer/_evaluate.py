@@ -15,7 +15,7 @@ from .._inner._fit import check_fit, fit
 from .._inner._inner_solver import AbstractInnerSolver, Fitted
 from .._models._models import AbstractModels, as_models, Fixed
 from .._typechecking import describe
-from ._recipe import Recipe
+from ._recipes import Recipe
 
 
 class Evaluation(eqx.Module):
