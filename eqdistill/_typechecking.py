@@ -1,6 +1,7 @@
 """Checks the types and shapes of arguments with beartype, and reports an error in one
 line. This module is imported before the import hook, and is not checked itself."""
 
+import difflib
 import functools
 import inspect
 import re
@@ -71,6 +72,23 @@ def typechecked(fn: _Fn) -> _Fn:
         raise ArgumentError(message)
 
     return wrapper  # pyright: ignore[reportReturnType]
+
+
+def suggest_arguments(fn: Callable) -> Callable:
+    """Makes the error for an unknown keyword name the closest argument."""
+    names = inspect.signature(fn).parameters
+
+    @functools.wraps(fn)
+    def wrapper(*args, **kwargs):
+        for name in kwargs.keys() - names:
+            (close,) = difflib.get_close_matches(name, names, 1, 0)
+            owner = fn.__qualname__.removesuffix(".__init__")
+            raise TypeError(
+                f"`{owner}` has no argument `{name}`; did you mean `{close}`?"
+            )
+        return fn(*args, **kwargs)
+
+    return wrapper
 
 
 # Jaxtyping's import hook would forget the sizes of the axes here.

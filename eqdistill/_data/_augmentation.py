@@ -1,6 +1,6 @@
 import abc
 import functools as ft
-from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -43,10 +43,7 @@ class Compose(AbstractAugmentation):
         self.augmentations = augmentations
 
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
-        keys = jr.split(key, len(self.augmentations))
-        for augmentation, own_key in zip(self.augmentations, keys, strict=True):
-            image = augmentation(image, key=own_key)
-        return image
+        return _apply(self, False, image, key)
 
 
 class OneOf(AbstractAugmentation):
@@ -93,18 +90,7 @@ class OneOf(AbstractAugmentation):
         self.per_batch = per_batch
 
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
-        branches = [ft.partial(_call, a) for a in self.augmentations]
-        return _one_of(branches, image, key)
-
-
-def _call(augmentation: AbstractAugmentation, image: Array, key: PRNGKeyArray):
-    return augmentation(image, key=key)
-
-
-def _one_of(branches: list[Callable], images: Array, key: PRNGKeyArray) -> Array:
-    choice_key, own_key = jr.split(key)
-    index = jr.randint(choice_key, (), 0, len(branches))
-    return jax.lax.switch(index, branches, images, own_key)
+        return _apply(self, False, image, key)
 
 
 def augment(
@@ -121,16 +107,8 @@ def augment(
     - `images`: shape `(n, *shape)`, floating point.
     - `key`: a `jax.random.key`, which is split into the $k_i$. (Keyword only
         argument.)
-
-    **Returns:**
-
-    The changed images.
-
-    **Raises:**
-
-    A `ValueError` if the augmentation changes the shape or the dtype of an image.
     """
-    changed = _augment(augmentation, images, key)
+    changed = _apply(augmentation, True, images, key)
     difference = array_difference(images, changed)
     if difference is not None:
         raise ValueError(
@@ -140,14 +118,21 @@ def augment(
     return changed
 
 
-def _augment(augmentation: AbstractAugmentation, images: Array, key: PRNGKeyArray):
+def _apply(
+    augmentation: AbstractAugmentation, is_batch: bool, x: Array, key: PRNGKeyArray
+) -> Any:
+    """Applies an augmentation to a batch, or to one image."""
     if isinstance(augmentation, Compose):
         keys = jr.split(key, len(augmentation.augmentations))
         for part, own_key in zip(augmentation.augmentations, keys, strict=True):
-            images = _augment(part, images, own_key)
-        return images
-    if isinstance(augmentation, OneOf) and augmentation.per_batch:
-        branches = [ft.partial(_augment, a) for a in augmentation.augmentations]
-        return _one_of(branches, images, key)
-    keys = jr.split(key, len(images))
-    return jax.vmap(ft.partial(_call, augmentation))(images, keys)
+            x = _apply(part, is_batch, x, own_key)
+        return x
+    if isinstance(augmentation, OneOf) and (augmentation.per_batch or not is_batch):
+        branches = [ft.partial(_apply, a, is_batch) for a in augmentation.augmentations]
+        choice_key, own_key = jr.split(key)
+        index = jr.randint(choice_key, (), 0, len(branches))
+        return jax.lax.switch(index, branches, x, own_key)
+    if is_batch:
+        of_image = ft.partial(_apply, augmentation, False)
+        return jax.vmap(of_image)(x, jr.split(key, len(x)))
+    return augmentation(x, key=key)

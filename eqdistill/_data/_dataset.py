@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from .._checks import check_at_least
 from .._conversions import ArrayOrList, as_array, as_int
+from .._typechecking import describe
 
 
 class Dataset(eqx.Module):
@@ -46,32 +47,25 @@ class Dataset(eqx.Module):
 
         **Raises:**
 
-        A `ValueError` or `TypeError` if there are no images, or one is not finite in
-        JAX's precision; if the labels are not one integer in `[0, num_classes)` for
-        each image, or leave out a class as described; or if the names are not
-        different, or not one for each class.
+        A `ValueError` if images or labels have another shape or dtype; if an image is
+        not finite in JAX's precision; if a label is not in `[0, num_classes)`; or if
+        the names are not different, or not one for each class.
         """
         # On the host, because a dataset is made once, from concrete arrays.
         images_ = np.asarray(as_array("images", images))
         labels_ = np.asarray(as_array("labels", labels))
         is_bytes = images_.dtype == np.uint8
-        if not (is_bytes or jnp.issubdtype(images_.dtype, jnp.floating)):
-            raise TypeError(
-                f"`images` must be uint8 or floating point; got dtype {images_.dtype}."
-            )
-        if images_.ndim < 2 or images_.size == 0:
+        is_image = is_bytes or jnp.issubdtype(images_.dtype, jnp.floating)
+        if not is_image or images_.ndim < 2 or images_.size == 0:
             raise ValueError(
-                "`images` must have shape (N, *shape) and at least one pixel; got "
-                f"shape {images_.shape}."
+                "`images` must be uint8 or floating point, of shape (N, *shape), with "
+                f"at least one pixel; got {describe(images_)}."
             )
-        if not np.issubdtype(labels_.dtype, np.integer):
-            raise TypeError(
-                f"`labels` must be integer class indices; got dtype {labels_.dtype}."
-            )
-        if labels_.shape != images_.shape[:1]:
+        is_index = np.issubdtype(labels_.dtype, np.integer)
+        if not is_index or labels_.shape != images_.shape[:1]:
             raise ValueError(
-                "`labels` must have one entry for each image; got labels of shape "
-                f"{labels_.shape} for images of shape {images_.shape}."
+                "`labels` must be integer class indices, one for each of the "
+                f"{len(images_)} images; got {describe(labels_)}."
             )
         given = "`num_classes`" if num_classes is not None else "`class_names`"
         if num_classes is None:

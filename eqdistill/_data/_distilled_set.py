@@ -5,10 +5,10 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from .._checks import check_at_least, check_positive
+from .._checks import check_at_least, check_positive, error_if
 from .._conversions import ArrayOrList, as_array
-from .._error import error_if
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
+from .._typechecking import describe
 from . import _initialisers
 from ._dataset import Dataset
 from ._parameterisation import AbstractParameterisation
@@ -54,10 +54,10 @@ class DistilledSet(AbstractParameterisation):
 
         **Raises:**
 
-        A `TypeError` or `ValueError` for a wrong dtype or shape, or if soft labels are
-        probabilities instead of logits. An error, at run time for traced values, if
-        images or soft labels are not finite, a class index is negative, or `l2` is not
-        positive and finite.
+        A `ValueError` for a wrong dtype or shape, or if soft labels are probabilities
+        instead of logits. An error, at run time for traced values, if images or soft
+        labels are not finite, a class index is negative, or `l2` is not positive and
+        finite.
         """
         images = jnp.asarray(as_array("images", images))
         labels = as_array("labels", labels)
@@ -66,29 +66,21 @@ class DistilledSet(AbstractParameterisation):
         if is_wide and labels.size and labels.max() >= 2**31:
             raise ValueError(f"`labels` must be below 2^31; got up to {labels.max()}.")
         labels = jnp.asarray(labels)
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise TypeError(
-                "`images` must be floating point, because they are learned; got dtype "
-                f"{images.dtype}. `Dataset.floating` converts real images."
-            )
-        if images.ndim < 2 or images.size == 0:
+        is_floating = jnp.issubdtype(images.dtype, jnp.floating)
+        if not is_floating or images.ndim < 2 or images.size == 0:
             raise ValueError(
-                "`images` must have shape (n, *shape) and at least one pixel; got "
-                f"shape {images.shape}."
+                "`images` must be floating point, of shape (n, *shape), with at least "
+                f"one pixel; got {describe(images)}. `Dataset.floating` converts real "
+                "images."
             )
-        if jnp.issubdtype(labels.dtype, jnp.integer):
-            wanted, ndim = "class indices of shape (n,)", 1
-        elif jnp.issubdtype(labels.dtype, jnp.floating):
-            wanted, ndim = "soft labels or targets of shape (n, c)", 2
-        else:
-            raise TypeError(
-                "`labels` must be integer class indices or floating point; got "
-                f"dtype {labels.dtype}."
-            )
-        if labels.ndim != ndim or labels.shape[0] != images.shape[0]:
+        n, is_hard = len(images), jnp.issubdtype(labels.dtype, jnp.integer)
+        is_known = is_hard or jnp.issubdtype(labels.dtype, jnp.floating)
+        is_known = is_known and labels.ndim == (1 if is_hard else 2)
+        if not is_known or len(labels) != n:
             raise ValueError(
-                f"`labels` of dtype {labels.dtype} must be {wanted}, where "
-                f"n = {images.shape[0]} as in `images`; got shape {labels.shape}."
+                f"`labels` must be integer class indices of shape ({n},), or soft "
+                f"labels or targets in floating point, of shape ({n}, c); got "
+                f"{describe(labels)}."
             )
         ridge = jnp.asarray(as_array("l2", l2), images.dtype)
         if ridge.shape != ():
@@ -100,11 +92,12 @@ class DistilledSet(AbstractParameterisation):
         )
         self.labels = error_if(
             labels,
-            lambda x: ~((x >= 0) if ndim == 1 else (abs(x) < np.inf)).all(),
+            lambda x: ~((x >= 0) if is_hard else (abs(x) < np.inf)).all(),
             "`labels` must be non-negative class indices, or finite in floating point; "
             "some are not.",
         )
-        if ndim == 2 and isinstance(loss, CrossEntropy) and _are_probabilities(labels):
+        is_soft = not is_hard and isinstance(loss, CrossEntropy)
+        if is_soft and _are_probabilities(labels):
             raise ValueError(
                 "`labels` in floating point must be logits for `CrossEntropy`; got "
                 "probabilities: each row is non-negative and sums to 1. Take their "
@@ -123,20 +116,12 @@ class DistilledSet(AbstractParameterisation):
         return self
 
     def with_targets(self, num_classes: int) -> "DistilledSet":
-        r"""Replaces class indices $y$ by learnable targets $e_y - 1/c$ of
-        [`eqdistill.SquaredError`][].
+        r"""Replaces class indices $y$ by learnable targets $e_y - 1/c$, of shape
+        `(n, c)`, of [`eqdistill.SquaredError`][].
 
         **Arguments:**
 
-        - `num_classes`: the number of classes $c$.
-
-        **Returns:**
-
-        A `DistilledSet` with labels of shape `(n, c)` and the loss `SquaredError()`.
-
-        **Raises:**
-
-        A `ValueError` if the labels are not class indices in $[0, c)$.
+        - `num_classes`: the number of classes $c$, larger than every class index.
         """
         if self.labels.ndim != 1:
             raise ValueError(

@@ -7,13 +7,12 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import check_at_least
+from .._checks import check_at_least, error_if
 from .._classifier import parameters
 from .._conversions import ArrayOrList, as_array, as_int, as_int_or_none
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
 from .._data._permutation import batch_at
-from .._error import error_if
 from .._typechecking import describe
 from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss, stop_gradient
 from ._unrolled_adjoint import AbstractUnrolledAdjoint, DirectAdjoint

@@ -1,4 +1,4 @@
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,6 +9,7 @@ import scipy.linalg
 from jaxtyping import Array, Float, PyTree
 from threadpoolctl import threadpool_limits
 
+from .._checks import check_positive
 from .._conversions import as_float
 from .._data._dataset import Dataset
 
@@ -52,50 +53,44 @@ def whitened(
 
     - `optimiser`: any Optax optimiser.
     - `train`: the real data.
-    - `damping`: $\delta > 0$. (Keyword only argument.)
+
+    All other arguments are keyword only.
+
+    - `damping`: $\delta > 0$.
     - `scale`: $s > 0$. The first step of L-BFGS has length at most one in these
         coordinates. The default saves a step or two for ridges around 0.1. The learning
         rate of Adam is effectively multiplied by $s$, and that of gradient descent by
-        $s^2$. (Keyword only argument.)
+        $s^2$.
 
     **Returns:**
 
     An Optax optimiser for the `images` of a distilled set. All other learned arrays are
-    only divided by $s$. Its state has two matrices of $p \times p$.
-
-    **Raises:**
-
-    A `ValueError` if `damping` or `scale` is not positive, or if the learned arrays
-    include no `images` with the shape of those of `train`.
+    only divided by $s$. Its state has two matrices of $p \times p$. Its `init` raises a
+    `ValueError` if the learned arrays include no `images` of the shape of `train`.
 
     Source: LeCun et al., *Efficient BackProp*, 1998, for the principle.
     """
-    for name, value in (("damping", damping), ("scale", scale)):
-        if not value > 0:
-            raise ValueError(f"`{name}` must be positive; got {value}.")
+    check_positive(damping=damping, scale=scale)
     optimiser = optax.with_extra_args_support(optimiser)
     coordinates = _Coordinates.of_data(train, damping, scale)
 
     def init(params) -> Any:
-        return _State(coordinates, optimiser.init(coordinates.of(params)))
+        return coordinates, optimiser.init(coordinates.of(params))
 
     def update(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("`whitened` needs `params` in each update.")
         # From the state, because arrays in the closure would be compiled as constants.
-        coordinates = state.coordinates
+        coordinates, inner = state
         if "grad" in extra_args:
             extra_args["grad"] = coordinates.of_gradient(extra_args["grad"])
         if "value_fn" in extra_args:
             value_fn = extra_args["value_fn"]
             extra_args["value_fn"] = lambda params: value_fn(coordinates.back(params))
-        updates, inner = optimiser.update(
-            coordinates.of_gradient(updates),
-            state.inner,
-            coordinates.of(params),
-            **extra_args,
-        )
-        return coordinates.back(updates), _State(coordinates, inner)
+        updates = coordinates.of_gradient(updates)
+        params = coordinates.of(params)
+        updates, inner = optimiser.update(updates, inner, params, **extra_args)
+        return coordinates.back(updates), (coordinates, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -110,13 +105,9 @@ class _Coordinates(eqx.Module):
 
     @staticmethod
     def of_data(train: Dataset, damping: float, scale: float) -> "_Coordinates":
-        # On the host, to compile nothing, and on one thread, because OpenBLAS's threads
-        # keep spinning afterwards.
-        some = np.asarray(train.images)[:: -(-len(train) // 1024)]
-        dtype = jnp.result_type(float)
-        images = some.reshape(len(some), -1).astype(dtype)
-        if some.dtype == np.uint8:
-            images /= 255
+        # On one thread, because OpenBLAS's threads keep spinning afterwards.
+        some = Dataset.to_floating(train.images[:: -(-len(train) // 1024)])
+        images = np.asarray(some, jnp.result_type(float)).reshape(len(some), -1)
         with threadpool_limits(limits=1, user_api="blas"):
             moments = images.T @ images / len(images)
             diagonal = damping * np.trace(moments) or 1.0  # If all images are zero.
@@ -125,7 +116,7 @@ class _Coordinates(eqx.Module):
             # It is well conditioned, and products are faster than solves.
             (invert,) = scipy.linalg.get_lapack_funcs(["trtri"], [factor])
             inverse, _ = invert(factor, lower=True)
-        factor, inverse = jax.device_put((factor / scale, inverse * scale))
+        factor, inverse = jnp.asarray(factor / scale), jnp.asarray(inverse * scale)
         return _Coordinates(factor, inverse, scale, train.shape)
 
     def of(self, params: PyTree) -> PyTree:
@@ -145,29 +136,22 @@ class _Coordinates(eqx.Module):
         Images are recognised by their name, because soft labels may have the same
         shape.
         """
-
-        def is_images(path: tuple, x: Array) -> bool:
-            name = jax.tree_util.keystr(path[-1:], simple=True)
-            return name == "images" and x.shape[1:] == self.shape
-
-        def product(path: tuple, x: Array) -> Array:
-            if is_images(path, x):
-                return (x.reshape(len(x), -1) @ matrix).reshape(x.shape)
-            return scale * x
-
-        found, _ = jax.tree.flatten_with_path(tree)
-        if not any(is_images(*leaf) for leaf in found):
-            shapes = {
-                jax.tree_util.keystr(path, simple=True, separator="."): x.shape
-                for path, x in found
-            }
+        as_name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+        shapes = {as_name(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
+        names = {
+            name
+            for name, shape in shapes.items()
+            if name.split(".")[-1] == "images" and shape[1:] == self.shape
+        }
+        if not names:
             raise ValueError(
                 f"`whitened` needs learned `images` of shape {self.shape}, as in "
                 f"`train`; got {shapes}."
             )
+
+        def product(path: tuple, x: Array) -> Array:
+            if as_name(path) in names:
+                return (x.reshape(len(x), -1) @ matrix).reshape(x.shape)
+            return scale * x
+
         return jax.tree.map_with_path(product, tree)
-
-
-class _State(NamedTuple):
-    coordinates: _Coordinates
-    inner: optax.OptState
