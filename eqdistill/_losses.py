@@ -11,8 +11,7 @@ from ._conversions import as_array
 
 
 def cross_entropies(
-    logits: Float[Array, "n c"],
-    labels: Int[Array, " n"] | Float[Array, "n c"],
+    logits: Float[Array, "n c"], labels: Int[Array, " n"] | Float[Array, "n c"]
 ) -> Float[Array, " n"]:
     """The cross-entropy of each example. Labels in floating point are logits."""
     if labels.ndim == 2:
