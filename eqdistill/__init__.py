@@ -6,7 +6,7 @@ from jaxtyping import install_import_hook as _install_import_hook
 
 # Imports third-party packages before the hook, which would compile them again: that
 # takes twice as long.
-from . import _typechecking
+from . import _typechecking as _typechecking
 
 
 # Every argument's type and shape is checked at run time, for users too: a silent

@@ -14,8 +14,8 @@ import eqdistill as eqd
 
 
 def pytest_configure(config):
-    # Most of what the tests do is to compile, and much of it several times over.
-    cache = getattr(config, "cache", None)  # Not there with `-p no:cacheprovider`.
+    # Compiling takes most of the suite's time, and many programs are the same.
+    cache = getattr(config, "cache", None)  # Missing with `-p no:cacheprovider`.
     if cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -40,7 +40,7 @@ def digits():
 
 @pytest.fixture
 def small_perceptron(digits):
-    """A start, a smooth network, and real data: soon compiled."""
+    """A start, a smooth network, and real data, which compile quickly."""
     train = subset(digits[0], 60)
     start = eqd.DistilledSet.from_noise(train, l2=0.01, scale=0.3, key=jr.key(0))
     network = eqx.nn.Sequential(
@@ -50,6 +50,16 @@ def small_perceptron(digits):
         ]
     )
     return start, network, train
+
+
+@pytest.fixture(scope="session")
+def logistic(digits):
+    """A start, an objective with a quick inner solver, and real data: the problem of
+    most tests of the outer loop, which share its programs."""
+    train = subset(digits[0], 200)
+    start = eqd.DistilledSet.from_noise(train, l2=0.05, scale=0.02, key=jr.key(0))
+    model = eqd.linear.LogisticRegression(64, 10)
+    return start, eqd.Bilevel(model, OneStep()), train
 
 
 class MLP(eqx.Module):
@@ -76,8 +86,8 @@ class CNN(eqx.Module):
 
 
 class OneStep(eqd.AbstractInnerSolver[None]):
-    """One step of gradient descent: an inner solver that is soon compiled, for tests of
-    all else."""
+    """One step of gradient descent: an inner solver that compiles quickly, for tests of
+    everything else."""
 
     learning_rate: float = 10.0
 
@@ -85,7 +95,7 @@ class OneStep(eqd.AbstractInnerSolver[None]):
         return None
 
     def __call__(self, distilled, model, state, *, key):
-        params, static = eqx.partition(model, eqd.parameters(model))
+        params, static = eqx.partition(model, eqd.nn.parameters(model))
         loss = lambda params: eqd.inner_loss(distilled, eqx.combine(params, static))
         gradient = jax.grad(loss)(params)
         params = optax.tree.add_scale(params, -self.learning_rate, gradient)
@@ -96,58 +106,81 @@ class OneStep(eqd.AbstractInnerSolver[None]):
         ), state
 
 
-# One of each, as an optimiser that is made anew is compiled anew.
+# One object each: JAX would recompile the step for a second one.
 ADAM = optax.adam(0.05)
 LBFGS = optax.lbfgs(learning_rate=1.0, linesearch=None)
 SGD = optax.sgd(1.0)
 
 
-@functools.cache  # A solver that is made anew is compiled anew.
+@functools.cache  # One object for each learning rate, as above.
 def exact(learning_rate: float = 0.1) -> eqd.ArgminSolver:
     """An inner solver that is exact to rounding.
 
-    A line search, which compares values, cannot tell points apart whose gradients are
-    below the square root of the machine's precision: so this has none.
+    It has no line search: comparing values cannot tell points apart whose gradients are
+    below the square root of the machine precision.
     """
     return eqd.ArgminSolver(
         solver=optx.OptaxMinimiser(
             optax.sgd(learning_rate, momentum=0.95), rtol=1e-13, atol=1e-13
         ),
-        adjoint=optx.ImplicitAdjoint(eqd.DampedCG(rtol=1e-12)),
+        adjoint=optx.ImplicitAdjoint(eqd.adjoints.DampedCG(rtol=1e-12)),
         max_steps=100_000,
     )
 
 
+def hypergradient(start, objective, dataset, *, state=None, step=0, key=None):
+    """The loss of an objective on all of a dataset, and its gradient in `start`, by one
+    compiled program. A model stands for `Bilevel` of it, as in `distill`; `dataset` may
+    also be an `AbstractData`."""
+    if not isinstance(objective, eqd.AbstractObjective):
+        objective = eqd.Bilevel(objective)
+    if isinstance(dataset, eqd.Dataset):
+        dataset = eqd.FullBatch(dataset)
+    key = jr.key(0) if key is None else key
+    return _hypergradient(start, objective, dataset, state, jnp.asarray(step), key)
+
+
 @eqx.filter_jit
-def hypergradient(start, model, data, inner=eqd.AutoSolver(), **kwargs):
-    """The outer loss and its gradient, in one program."""
-    (loss, _), gradient = eqx.filter_value_and_grad(eqd.outer_loss, has_aux=True)(
-        start, model, data, inner, **kwargs
-    )
-    return loss, gradient
+def _hypergradient(start, objective, data, state, step, key):
+    if state is None:
+        state = objective.init(start.decode(), key=key)
+
+    @eqx.filter_value_and_grad
+    def loss(start):
+        return objective(start.decode(), data, state, step=step, key=key)[0]
+
+    return loss(start)
 
 
-def check_gradient(start, model, data, inner=eqd.AutoSolver(), *, rtol=1e-6):
-    """Checks the hypergradient in all of `start` against a central difference, in one
-    program, in double precision."""
-    _, gradient = hypergradient(start, model, data, inner)
+def check_gradient(start, objective, dataset, *, rtol=1e-6, **kwargs):
+    """Checks the gradient in every array of `start` against central differences. Needs
+    double precision, and compiles one program."""
+    _, gradient = hypergradient(start, objective, dataset, **kwargs)
     leaves, structure = jax.tree.flatten(gradient)
     assert all(np.any(x) for x in leaves)
     rng = np.random.default_rng(0)
-    # Of unit length in each array, so that each counts, however small its gradient.
-    directions = [rng.normal(size=x.shape) for x in leaves]
-    directions = [x / np.linalg.norm(x) for x in directions]
-    for i, direction in enumerate(directions):
-        move = jax.tree.unflatten(
-            structure, [1e-5 * (j == i) * x for j, x in enumerate(directions)]
-        )
-        losses = [
-            hypergradient(eqx.apply_updates(start, sign(move)), model, data, inner)
-            for sign in (lambda x: x, lambda x: jax.tree.map(jnp.negative, x))
-        ]
-        slope = (losses[0][0] - losses[1][0]) / 2e-5
-        wanted = np.vdot(leaves[i], direction)
+    for i, leaf in enumerate(leaves):
+        # One array at a time, since their gradients differ in size.
+        direction = rng.normal(size=leaf.shape)
+        direction /= np.linalg.norm(direction)
+
+        def loss_at(t, i=i, direction=direction):
+            moves = [np.zeros_like(x) for x in leaves]
+            moves[i] = t * direction
+            moved = eqx.apply_updates(start, jax.tree.unflatten(structure, moves))
+            return hypergradient(moved, objective, dataset, **kwargs)[0]
+
+        slope = (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5
+        wanted = np.vdot(leaf, direction)
         np.testing.assert_allclose(slope, wanted, rtol=rtol, atol=1e-9)
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jr.key_data(x), jr.key_data(y)
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
 
 
 def small_noise(train: eqd.Dataset, n: int | None = None, *, l2=0.1, seed=0):

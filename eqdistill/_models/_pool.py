@@ -186,9 +186,7 @@ class Pool(AbstractModels[PoolState]):
         return jax.lax.cond(is_young, lambda *own: own, start_again, *trained)
 
 
-def check_networks(
-    networks: tuple[FlatNetworks, ...], distilled: DistilledSet
-) -> None:
+def check_networks(networks: tuple[FlatNetworks, ...], distilled: DistilledSet) -> None:
     """**Raises:**
 
     A `TypeError` or `ValueError` for a network that cannot be applied to the distilled

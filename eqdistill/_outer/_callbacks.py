@@ -26,7 +26,7 @@ class AbstractCallback(eqx.Module, Generic[Own]):
     """Watches a distillation, and may stop it.
 
     A callback has a state, which it receives and returns. The last states are the
-    `callbacks` of the [`eqdistill.Distillation`][]. [`eqdistill.Checkpoints`][] keep the
+    `callbacks` of the [`Distillation`][]. [`eqdistill.Checkpoints`][] keep the
     arrays in a state, which therefore have the same structure, shapes and dtypes
     throughout. Other leaves, such as an open file, are made by `init` again when a run
     resumes.
@@ -71,12 +71,7 @@ class AbstractCallback(eqx.Module, Generic[Own]):
 
     @abc.abstractmethod
     def close(self, own: Own) -> None:
-        """Called once at the end, also after an error.
-
-        **Arguments:**
-
-        - `own`: the last state of the callback.
-        """
+        """Called once at the end, also after an error, with the last state."""
 
 
 class Snapshot(eqx.Module):
@@ -109,16 +104,9 @@ class AbstractCheckpoints(eqx.Module):
 
     @abc.abstractmethod
     def open(self, problem: Problem, state: DistillState) -> Any:
-        """**Arguments:**
-
-        - `problem`: everything that stays fixed in the run.
-        - `state`: the state at the start of the run.
-
-        **Returns:**
-
-        An object with the methods `restore(template)`, which returns the newest
-        readable [`Snapshot`][] or `None`, `save(snapshot)` and `close()`.
-        """
+        """Returns an object with the methods `restore(template)`, which returns the
+        newest readable [`Snapshot`][] or `None`, `save(snapshot)` and `close()`.
+        `state` is the state at the start of the run."""
 
 
 class ProgressBar(AbstractCallback["_Bar"]):
@@ -200,22 +188,11 @@ class _Bar:
 
 
 class _Best(eqx.Module):
-    """The state of [`eqdistill.EarlyStopping`][].
-
-    **Attributes:**
-
-    - `distilled`: the distilled set with the smallest loss on the held-out data.
-    - `step`: the number of steps after which it was found.
-    - `loss`: its loss on the held-out data.
-    - `checks`: the number of checks since then.
-    - `layout`: returns the held-out data, as the objective sees them.
-    """
-
     distilled: DistilledSet
     step: Int[Array, ""]
     loss: Float[Array, ""]
-    checks: Int[Array, ""]
-    layout: Any
+    checks: Int[Array, ""]  # The number of checks since this step.
+    layout: Any  # Returns the held-out data: arrays would be in each checkpoint.
 
 
 class EarlyStopping(AbstractCallback[_Best]):
@@ -265,8 +242,6 @@ class EarlyStopping(AbstractCallback[_Best]):
         data = self.data
         if isinstance(data, Dataset):
             data = problem.objective.layout(data)
-        # A function, so that the data are not in a checkpoint.
-        layout = lambda: data
         loss = _held_out_loss(problem, state, data)
         if not jnp.isfinite(loss):
             raise ValueError(
@@ -274,7 +249,7 @@ class EarlyStopping(AbstractCallback[_Best]):
                 f"{loss}."
             )
         distilled = problem.distilled(state)
-        return _Best(distilled, state.step, loss, jnp.array(0), layout)
+        return _Best(distilled, state.step, loss, jnp.array(0), lambda: data)
 
     def __call__(self, problem, state, history, own):
         del history

@@ -167,9 +167,7 @@ def example_loss(
 def compute_cached(dataset: Dataset, cached: Sequence[Cached]) -> dict[str, Array]:
     names = [part.name for part in cached]
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"`cached` must have parts with different names; got {names}."
-        )
+        raise ValueError(f"`cached` must have parts with different names; got {names}.")
     return {part.name: dataset.map(part.features).images for part in cached}
 
 

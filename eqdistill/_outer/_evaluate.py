@@ -117,7 +117,7 @@ def evaluate(
 
     **Returns:**
 
-    An [`eqdistill.Evaluation`][]. Its loss on real data is the `default_outer_loss` of
+    An [`Evaluation`][]. Its loss on real data is the `default_outer_loss` of
     the loss that the models are trained with. A NaN output is a wrong classification.
 
     **Raises:**
