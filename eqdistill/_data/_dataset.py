@@ -108,17 +108,14 @@ class Dataset(eqx.Module):
     def split(
         self, fraction: float, *, key: PRNGKeyArray
     ) -> tuple["Dataset", "Dataset"]:
-        """Holds out random images, for early stopping and other choices.
+        """Holds out random images, for early stopping and other choices. Returns the
+        remaining images and the held-out images, both in random order.
 
         **Arguments:**
 
         - `fraction`: the fraction of the images to hold out, between 0 and 1, so that
             neither part is empty.
         - `key`: a `jax.random.key`. (Keyword only argument.)
-
-        **Returns:**
-
-        The remaining images and the held-out images, both in random order.
         """
         num_held_out = round(fraction * len(self)) if 0 < fraction < 1 else 0
         if not 0 < num_held_out < len(self):
