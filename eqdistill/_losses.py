@@ -60,8 +60,8 @@ class CrossEntropy(AbstractLoss):
 
     **Attributes:**
 
-    - `log_temperature`: the logarithm of the temperature $T$, so that $T$ stays
-        positive when it is learned; or `None`, for a temperature of one.
+    - `log_temperature`: $\log T$, so that $T$ stays positive when it is learned; or
+        `None`, for a temperature of one.
     """
 
     log_temperature: Float[Array, ""] | None
