@@ -34,14 +34,6 @@ def distill_exactly(
     orthogonal component is taken from `start`, after removing what would change
     $\theta^\top A$. The more images there are, the closer they stay to `start`.
 
-    !!! Example
-
-        ```python
-        start = eqd.DistilledSet.from_real(train, l2=0.1, key=jr.key(0))
-        exact = eqd.linear.distill_exactly(start, model)
-        eqd.fit(exact, model).model  # has the weights of `model`
-        ```
-
     **Arguments:**
 
     - `start`: provides the labels, and the images outside the span of $W$. Class
