@@ -40,14 +40,6 @@ def whitened(
         A line search stores its last gradient in these coordinates, so
         `optax.value_and_grad_from_state` must not be used.
 
-    !!! Example
-
-        ```python
-        optimiser = optax.lbfgs(learning_rate=1.0, linesearch=None)
-        optimiser = eqd.linear.whitened(optimiser, train)
-        eqd.distill(start, model, train, optimiser=optimiser)
-        ```
-
     **Arguments:**
 
     - `optimiser`: any Optax optimiser.
