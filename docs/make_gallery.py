@@ -1,10 +1,10 @@
 """Makes the gallery of the documentation from the pictures that the examples draw.
 
-The pictures and the commands that draw them are named in `docs/gallery.toml`. Pictures
-that are found in the folder `output` are copied into `docs/images`, and made smaller if
-they are large; the others stay as they are. Then writes `docs/gallery.md`, of all that
-there are. Run it by `python docs/make_gallery.py`. With `--run` it first runs each
-command whose pictures are not in the folder: some take hours.
+`docs/gallery.toml` lists the pictures and the commands that draw them. Pictures in the
+folder `output` are copied into `docs/images`, and shrunk if they are large. Then
+`docs/gallery.md` is written, with all pictures in `docs/images`. Run it as
+`python docs/make_gallery.py`. With `--run` it first runs each command whose pictures
+are not in `output`: some take hours.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from PIL import Image
 DOCS = Path(__file__).parent
 IMAGES = DOCS / "images"
 MOST_BYTES = 150_000
-# In a line of a command.
+# The longest command on one line.
 MOST_LETTERS = 72
 HEAD = """\
 # Gallery
 
-Pictures that the examples draw, below the commands that draw them. This page is made by
-`python docs/make_gallery.py`, which runs these commands first if `--run` is given.
+Pictures that the examples draw, each below its command. `python docs/make_gallery.py`
+writes this page, and with `--run` runs these commands first.
 """
 
 
@@ -68,7 +68,7 @@ def shrink(source: Path, target: Path) -> None:
     width = picture.width
     while target.stat().st_size > MOST_BYTES:
         size = (width, round(picture.height * width / picture.width))
-        # Plots and grey images have no more colours than that.
+        # Plots and grey images do not need more colours.
         small = picture.resize(size, Image.Resampling.BOX)
         small.quantize(256, dither=Image.Dither.NONE).save(target, optimize=True)
         width = round(0.9 * width)
@@ -111,10 +111,10 @@ if __name__ == "__main__":
         type=Path,
         nargs="?",
         default=DOCS.parent / "output",
-        help="the folder of all folders that the commands draw into",
+        help="the folder with the folders that the commands draw into",
     )
     parser.add_argument(
-        "--run", action="store_true", help="run the commands that were not run"
+        "--run", action="store_true", help="first run the commands without pictures"
     )
     args = parser.parse_args()
     main(args.output.resolve(), runs=args.run)

@@ -6,7 +6,7 @@ from jaxtyping import install_import_hook as _install_import_hook
 
 # Imports third-party packages before the hook, which would compile them again: that
 # takes twice as long.
-from . import _typechecking
+from . import _typechecking as _typechecking
 
 
 # Every argument's type and shape is checked at run time, for users too: a silent
@@ -70,5 +70,10 @@ with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     )
     from ._outer._problem import Problem as Problem
 
+
+for _name in ("distill", "evaluate", "fit", "save"):
+    globals()[_name] = _typechecking.suggest_arguments(globals()[_name])
+for _class in (Batches, Pool, Problem):
+    _class.__init__ = _typechecking.suggest_arguments(_class.__init__)
 
 __version__ = _version("eqdistill")

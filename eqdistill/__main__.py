@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -102,7 +103,8 @@ def _check_preprocessing(
     could hold everything that is to be learned."""
     is_zca = isinstance(preprocessing, ZCA)
     settings = {"regularisation": preprocessing.regularisation} if is_zca else {}
-    wanted = type(preprocessing).fit(train, **settings)
+    cls: Any = type(preprocessing)
+    wanted = cls.fit(train, **settings)
     pairs = zip(jax.tree.leaves(preprocessing), jax.tree.leaves(wanted), strict=True)
     for x, y in pairs:
         if x.shape != y.shape or not np.allclose(x, y, 1e-2, 1e-3 * np.abs(y).max()):

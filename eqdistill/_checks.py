@@ -2,18 +2,31 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import Array, PyTree
 
 from ._classifier import Frozen, parameters
 from ._typechecking import describe
 
 
-_FRESH = " To build models, pass `eqdistill.Fresh(make)`."
+def error_if(x: Array, is_bad: Callable, message: str) -> Array:
+    """Like `equinox.error_if`, but raises a plain `ValueError` if `x` is not traced.
+
+    `is_bad` is applied to `x` if `x` is traced, and otherwise to a NumPy array of its
+    values, so that nothing is compiled.
+    """
+    if isinstance(x, jax.core.Tracer):
+        return eqx.error_if(x, is_bad(x), message)
+    if is_bad(np.asarray(x)):
+        raise ValueError(message)
+    return x
 
 
 def check_at_least(least: float, **values: float | None) -> None:
@@ -31,44 +44,31 @@ def check_positive(**values: float | None) -> None:
             raise ValueError(f"`{name}` must be positive and finite; got {value}.")
 
 
-def check_callable(name: str, x: Any) -> None:
-    """Checks that `x` is callable, and not a class."""
-    if not callable(x) or isinstance(x, type):
+def check_callable(model: Any) -> None:
+    """Checks that a model is callable, and not a class."""
+    if not callable(model) or isinstance(model, type):
         raise TypeError(
-            f"`{name}` must be a callable `equinox.Module`, from one image to its "
-            f"outputs; got {describe(x)}.{_FRESH if isinstance(x, type) else ''}"
+            "`model` must be a callable `equinox.Module`, from one image to its "
+            f"outputs; got {describe(model)}."
         )
 
 
 def check_make(name: str, make: Any) -> None:
     """Checks that `make(key=key)` is a valid call."""
-    got = describe(make)
-    if callable(make):
-        arguments = inspect.signature(make).parameters.values()
-        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        needed = [
-            f"`{x.name}`"
-            for x in arguments
-            if x.default is x.empty and x.kind not in variadic and x.name != "key"
-        ]
-        if needed and isinstance(make, eqx.Module):
-            got = f"an instance of {type(make).__qualname__}"
-        elif needed:
-            got += f", which also needs {', '.join(needed)}"
-        elif any(x.name == "key" or x.kind is x.VAR_KEYWORD for x in arguments):
-            return
-        else:
-            got += ", which has no `key`"
-    raise TypeError(
-        f"`{name}` must be a function of `key` alone that builds a network, such as "
-        f"`functools.partial(eqdistill.nn.ConvNet, (28, 28), 10)`; got {got}."
-    )
+    try:
+        inspect.signature(make).bind(key=None)
+    except (TypeError, ValueError) as e:
+        raise TypeError(
+            f"`{name}` must be a function of `key` alone that builds a network, such "
+            "as `functools.partial(eqdistill.nn.ConvNet, (28, 28), 10)`; got "
+            f"{describe(make)} ({e})."
+        ) from None
 
 
 def check_model(model: PyTree, image: jax.ShapeDtypeStruct) -> int:
     """Checks that a model can be fitted and applied to an image of this shape, and
     returns the number of its outputs."""
-    check_callable("model", model)
+    check_callable(model)
     is_node = lambda x: isinstance(x, Frozen | eqx.nn.StateIndex)
     nodes, _ = jax.tree.flatten_with_path(model, is_leaf=is_node)
     for path, node in nodes:
@@ -82,10 +82,9 @@ def check_model(model: PyTree, image: jax.ShapeDtypeStruct) -> int:
                 "that also holds its `equinox.nn.State`."
             )
     if not any(jax.tree.leaves(parameters(model))):
-        fix = "" if isinstance(model, eqx.Module) else _FRESH
         raise ValueError(
             "`model` must have parameters to fit, which are floating-point arrays "
-            f"outside any `Frozen`; got {describe(model)}, which has none.{fix}"
+            f"outside any `Frozen`; got {describe(model)}, which has none."
         )
     return count_outputs("model", model, image)
 
@@ -130,7 +129,3 @@ def array_difference(wanted: PyTree, got: PyTree) -> str | None:
         lines = [f"structure {structures[0]} wanted, {structures[1]} got"]
     more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
     return "; ".join(lines[:3]) + more or None
-
-
-# TODO: replace by `describe` where it is imported.
-name_kind = describe

@@ -4,7 +4,6 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ._conversions import as_int
@@ -35,26 +34,15 @@ class HasPenalised(Protocol):
     intercept. It may be any part of a model."""
 
     def penalised(self) -> PyTree[bool]:
-        """**Returns:**
-
-        A pytree of bools with the structure of the module, which are true for the
-        leaves that the ridge applies to.
-        """
+        """Returns a pytree of bools with the structure of the module, which are true
+        for the leaves that the ridge applies to."""
         ...
 
 
 def parameters(model: PyTree) -> PyTree[bool]:
     """Selects the parameters of a model: every floating-point array that is not inside
-    an [`eqdistill.nn.Frozen`][].
-
-    **Arguments:**
-
-    - `model`: any pytree.
-
-    **Returns:**
-
-    A pytree of bools with the structure of `model`, as `equinox.partition` takes it.
-    """
+    an [`eqdistill.nn.Frozen`][]. Returns a pytree of bools with the structure of
+    `model`, as `equinox.partition` takes it."""
 
     def of_node(node):
         is_fitted = not isinstance(node, Frozen)
@@ -84,9 +72,6 @@ class LinearClassifier(eqx.Module):
 
     The inner problem of such a model is convex. The features are frozen: only the head
     is fitted. The intercept $b$ is optional, and is not part of the ridge.
-
-    [`eqdistill.linear.LogisticRegression`][] uses the pixels as its features, and
-    [`eqdistill.linear.last_layer`][] the layers of a network.
     """
 
     features: Frozen
@@ -105,25 +90,13 @@ class LinearClassifier(eqx.Module):
         self.head = head
 
     def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, " c"]:
-        """**Arguments:**
-
-        - `image`: one image.
-
-        **Returns:**
-
-        The outputs of the head.
-
-        **Raises:**
-
-        A `ValueError` if the features are not a vector of length `p`.
-        """
+        """Returns the outputs of the head for one image."""
         features = self.features(image)
-        wanted = (self.head.in_features,)
-        if jnp.shape(features) != wanted:
+        wanted, found = (self.head.in_features,), jnp.shape(features)
+        if found != wanted:
             raise ValueError(
-                f"`image` must have features of shape {wanted} for the head of this "
-                f"`LinearClassifier`; got an image of shape {image.shape}, with "
-                f"features of shape {jnp.shape(features)}."
+                f"`image` must have features of shape {wanted} for the head; got an "
+                f"image of shape {image.shape}, with features of shape {found}."
             )
         return self.head(features)
 
@@ -144,9 +117,8 @@ class Pixels(eqx.Module):
 
 def takes_pixels(model: PyTree) -> bool:
     """Returns whether a model is linear in the pixels of an image."""
-    return isinstance(model, LinearClassifier) and isinstance(
-        model.features.module, Pixels
-    )
+    is_linear = isinstance(model, LinearClassifier)
+    return is_linear and isinstance(model.features.module, Pixels)
 
 
 def LogisticRegression(
@@ -168,37 +140,18 @@ def LogisticRegression(
 
     A model whose parameters are zero. The inner problem is convex, so its solution does
     not depend on where a solver starts.
-
-    **Raises:**
-
-    A `ValueError` if either size is not positive; a `TypeError` if `dtype` is not a
-    floating dtype.
     """
     for name, value in (("in_features", in_features), ("num_classes", num_classes)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1; got {value}.")
-    dtype = jnp.result_type(float) if dtype is None else _floating(dtype)
-    in_features, num_classes = as_int(in_features), as_int(num_classes)
-    head = eqx.filter_eval_shape(
-        eqx.nn.Linear,
-        in_features,
-        num_classes,
-        use_bias=use_intercept,
-        dtype=dtype,
-        key=jax.random.key(0),
-    )
+    dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be a floating dtype; got {dtype}.")
+    sizes = as_int(in_features), as_int(num_classes)
+    make = lambda key: eqx.nn.Linear(*sizes, use_intercept, dtype, key=key)
+    head = eqx.filter_eval_shape(make, jax.random.key(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), head)
     return LinearClassifier(Pixels(), zeros)
-
-
-def _floating(dtype: Any) -> np.dtype:
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise TypeError(f"`dtype` must be a floating dtype; got {dtype!r}.")
-    return found
 
 
 def last_layer(
@@ -212,16 +165,12 @@ def last_layer(
     - `network`: an `equinox.Module` whose last operation is an `equinox.nn.Linear`: no
         activation or softmax follows it.
     - `where`: selects that layer, as in `equinox.tree_at`. Defaults to the last
-        `equinox.nn.Linear` of the network, in the order of its fields.
+        `equinox.nn.Linear` of the network, in the order of its fields, that is not
+        inside an [`eqdistill.nn.Frozen`][].
 
     **Returns:**
 
     An [`eqdistill.linear.LinearClassifier`][] with the outputs of the network.
-
-    **Raises:**
-
-    A `TypeError` if `where` does not select an `equinox.nn.Linear`, or if there is none
-    outside an [`eqdistill.nn.Frozen`][].
     """
     select = _last_linear if where is None else where
     try:

@@ -2,7 +2,6 @@
 NumPy's would be traced."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +47,8 @@ def as_array(name: str, x: ArrayOrList) -> Array | np.ndarray:
         return jnp.asarray(x)  # A list of traced arrays.
     except ValueError:
         raise ValueError(
-            f"`{name}` must be an array, or a list of rows of equal shape; got "
-            f"{describe(x)}, whose rows differ in shape."
+            f"`{name}` must have rows of equal shape; got {describe(x)}."
         ) from None
     if array.dtype.kind in "OSUMmc":
         raise TypeError(f"`{name}` must be real numbers; got {describe(x)}.")
     return array
-
-
-def name_value(x: Any) -> str:
-    """Like `describe`, but a scalar array is described by its value."""
-    return str(x) if np.ndim(x) == 0 else describe(x)

@@ -11,8 +11,7 @@ from ._conversions import as_array
 
 
 def cross_entropies(
-    logits: Float[Array, "n c"],
-    labels: Int[Array, " n"] | Float[Array, "n c"],
+    logits: Float[Array, "n c"], labels: Int[Array, " n"] | Float[Array, "n c"]
 ) -> Float[Array, " n"]:
     """The cross-entropy of each example. Labels in floating point are logits."""
     if labels.ndim == 2:
@@ -44,11 +43,9 @@ class AbstractLoss(eqx.Module):
         """
 
     def default_outer_loss(self) -> "AbstractLoss":
-        """**Returns:**
-
-        The loss that real data are scored with, if a model was fitted by this loss and
-        [`eqdistill.Bilevel`][] is given no other. By default, this loss itself.
-        """
+        """Returns the loss that real data are scored with, if a model was fitted by
+        this loss and [`eqdistill.Bilevel`][] is given no other: this loss itself,
+        unless a subclass returns another."""
         return self
 
 
@@ -58,12 +55,13 @@ class CrossEntropy(AbstractLoss):
     $$-\frac{1}{n} \sum_{i=1}^n \sum_{k=1}^c t_{ik} \log \mathrm{softmax}(z_i / T)_k.$$
 
     Class indices are one-hot $t_i$. Labels in floating point are the logits of soft
-    labels: $t_i$ is their softmax. The unit is nats per example.
+    labels: $t_i$ is their softmax. The unit is nats per example. The loss and its
+    gradient are NaN if a class index is not in $[0, c)$.
 
     **Attributes:**
 
-    - `log_temperature`: the logarithm of the temperature $T$, so that $T$ stays
-        positive when it is learned; or `None`, for a temperature of one.
+    - `log_temperature`: $\log T$, so that $T$ stays positive when it is learned; or
+        `None`, for a temperature of one.
     """
 
     log_temperature: Float[Array, ""] | None
@@ -71,28 +69,21 @@ class CrossEntropy(AbstractLoss):
     def __init__(self, temperature: ArrayLike | None = None):
         """**Arguments:**
 
-        - `temperature`: $T > 0$. Defaults to one, which is not learned. Only the outer
-            loss has a use for another: a fitted model adapts to any temperature.
-
-        **Raises:**
-
-        A `ValueError` if the temperature is not a positive and finite scalar.
+        - `temperature`: $T$, a positive and finite scalar. Defaults to one, which is
+            not learned. Only the outer loss has a use for another: a fitted model
+            adapts to any temperature.
         """
         if temperature is None:
             self.log_temperature = None
             return
-        temperature = np.asarray(as_array("temperature", temperature), np.float64)
-        if temperature.shape != () or not 0 < temperature < np.inf:
+        t = np.asarray(as_array("temperature", temperature), np.float64)
+        if t.shape != () or not 0 < t < np.inf:
             raise ValueError(
-                "`temperature` must be a positive and finite scalar; got "
-                f"{temperature}."
+                f"`temperature` must be a positive and finite scalar; got {t}."
             )
-        self.log_temperature = jnp.asarray(np.log(temperature), jnp.result_type(float))
+        self.log_temperature = jnp.asarray(np.log(t), jnp.result_type(float))
 
     def __call__(self, outputs, labels):
-        """As [`eqdistill.AbstractLoss`][]. The loss and its gradient are NaN if a class
-        index is not in $[0, c)$.
-        """
         if self.log_temperature is not None:
             outputs = outputs * jnp.exp(-self.log_temperature).astype(outputs.dtype)
         return jnp.mean(cross_entropies(outputs, labels))
@@ -111,9 +102,7 @@ class SquaredError(AbstractLoss):
     """
 
     def __call__(self, outputs, labels):
-        """As [`eqdistill.AbstractLoss`][]."""
-        targets = self.targets(labels, outputs.shape[1]).astype(outputs.dtype)
-        errors = outputs - targets
+        errors = outputs - self.targets(labels, outputs.shape[1]).astype(outputs.dtype)
         return jnp.mean(jnp.sum(errors**2, axis=1)) / 2
 
     def default_outer_loss(self):

@@ -1,6 +1,7 @@
 """Checks the types and shapes of arguments with beartype, and reports an error in one
 line. This module is imported before the import hook, and is not checked itself."""
 
+import difflib
 import functools
 import inspect
 import re
@@ -10,12 +11,8 @@ from typing import Annotated, Any, get_args, get_origin, no_type_check, TypeVar,
 
 import jax
 import numpy as np
-from beartype import beartype, BeartypeConf, FrozenDict
+from beartype import beartype, BeartypeConf, FrozenDict, roar
 from beartype.door import is_bearable
-from beartype.roar import (
-    BeartypeCallHintParamViolation,
-    BeartypeCallHintReturnViolation,
-)
 from beartype.vale import Is
 from jaxtyping import AbstractArray, AnnotationError, ArrayLike, PRNGKeyArray
 
@@ -60,10 +57,10 @@ def typechecked(fn: _Fn) -> _Fn:
         __tracebackhide__ = True
         try:
             return checked(*args, **kwargs)
-        except BeartypeCallHintParamViolation:
+        except roar.BeartypeCallHintParamViolation:
             given = signature.bind(*args, **kwargs).arguments
             message = _describe_violation(name, signature.parameters, given)
-        except BeartypeCallHintReturnViolation:
+        except roar.BeartypeCallHintReturnViolation:
             # Jaxtyping passes the result as the last keyword argument.
             result = describe(next(reversed(kwargs.values())))
             wanted = _describe_hint(signature.return_annotation)
@@ -71,6 +68,23 @@ def typechecked(fn: _Fn) -> _Fn:
         raise ArgumentError(message)
 
     return wrapper  # pyright: ignore[reportReturnType]
+
+
+def suggest_arguments(fn: Callable) -> Callable:
+    """Makes the error for an unknown keyword name the closest argument."""
+    names = inspect.signature(fn).parameters
+
+    @functools.wraps(fn)
+    def wrapper(*args, **kwargs):
+        for name in kwargs.keys() - names:
+            (close,) = difflib.get_close_matches(name, names, 1, 0)
+            owner = fn.__qualname__.removesuffix(".__init__")
+            raise TypeError(
+                f"`{owner}` has no argument `{name}`; did you mean `{close}`?"
+            )
+        return fn(*args, **kwargs)
+
+    return wrapper
 
 
 # Jaxtyping's import hook would forget the sizes of the axes here.

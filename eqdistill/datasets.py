@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,58 +29,44 @@ class _Source(NamedTuple):
     system: Path | None = None
 
 
-_IDX: tuple[str, ...] = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+_IDX = [
+    f"{part}-{kind}-ubyte"
+    for part in ("train", "t10k")
+    for kind in ("images-idx3", "labels-idx1")
+]
+_CIFAR10 = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 
 
-def _idx_source(url: str, md5: list[str], sha256: list[str], **kwargs) -> _Source:
-    registry = {f"{f}.gz": f"md5:{h}" for f, h in zip(_IDX, md5, strict=True)}
-    files = dict(zip(_IDX, sha256, strict=True))
-    return _Source(url, registry, files, read_idx, **kwargs)
+def _idx_source(url: str, md5: str, sha256: str, system=None) -> _Source:
+    registry = {f"{f}.gz": f"md5:{h}" for f, h in zip(_IDX, md5.split(), strict=True)}
+    files = dict(zip(_IDX, sha256.split(), strict=True))
+    return _Source(url, registry, files, read_idx, system)
 
 
 _SOURCES = {
     "mnist": _idx_source(
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        md5=[
-            "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "d53e105ee54ea40749a09fcbcd1e9432",
-            "9fb629c4189551a2d022fa330f9573f3",
-            "ec29112dd5afa0611ce80d1b7f02629c",
-        ],
-        sha256=[
-            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-        ],
+        """f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432
+        9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c""",
+        """ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db
+        65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5
+        0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7
+        ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2""",
     ),
     "fashion_mnist": _idx_source(
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        md5=[
-            "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "25c81989df183df01b3e8a0aad5dffbe",
-            "bef4ecab320f06d8554ea6380940ec79",
-            "bb300cfdad3c16e7a12a480ee83cd310",
-        ],
-        sha256=[
-            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-        ],
-        system=Path("/usr/share/datasets/fashion-mnist"),
+        """8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe
+        bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310""",
+        """c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888
+        bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9
+        5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b
+        0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34""",
+        Path("/usr/share/datasets/fashion-mnist"),
     ),
     "cifar10": _Source(
         "https://www.cs.toronto.edu/~kriz/",
         {"cifar-10-binary.tar.gz": "md5:c32a1d4ab5d03f1284b67883e8d87530"},
-        dict.fromkeys(
-            [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-        ),
+        dict.fromkeys(_CIFAR10),
         read_cifar10,
     ),
 }
@@ -99,26 +85,19 @@ def load(
     | `"digits"` | 8 x 8 handwritten digits, from scikit-learn | 10 | 1,347 | 450 |
 
     The files are the IDX files of MNIST and Fashion-MNIST, compressed by gzip or not,
-    and the binary version of CIFAR-10, as one archive or as six files. They are looked
-    for in these folders, in order:
-
-    1. `data_dir`, if given, and then nowhere else;
-    2. the folder in the environment variable `EQDISTILL_DATA_DIR`;
-    3. `examples/data` of this repository, which has MNIST;
-    4. `/usr/share/datasets/fashion-mnist`, from Debian's `dataset-fashion-mnist`;
-    5. the user's cache, to which `pooch` downloads missing files. If
-        `EQDISTILL_DATA_DIR` is set, it replaces this cache.
-
-    In each folder the files may be in a subfolder with the name of the dataset. Those
-    of CIFAR-10 may be in a subfolder `cifar-10-batches-bin`.
-
-    The SHA-256 of MNIST and Fashion-MNIST is always checked. For CIFAR-10 the MD5 of a
-    download is checked, and of local files the size and the number of labels.
+    and the binary version of CIFAR-10, as one archive or as six files. Their SHA-256
+    is checked; for CIFAR-10 the MD5 of a download, and of local files the size and the
+    number of labels.
 
     **Arguments:**
 
     - `name`: one of the names above.
-    - `data_dir`: the folder of the files. By default, the folders above are searched.
+    - `data_dir`: the folder of the files, or its parent with a subfolder `name`. By
+        default, these folders are searched: the environment variable
+        `EQDISTILL_DATA_DIR`; `examples/data` of this repository, which has MNIST; and
+        `/usr/share/datasets/fashion-mnist`, from Debian's `dataset-fashion-mnist`. If
+        there are no files, `pooch` downloads them to the user's cache, or to
+        `EQDISTILL_DATA_DIR` if it is set.
 
     **Returns:**
 
@@ -127,10 +106,8 @@ def load(
 
     **Raises:**
 
-    - A `ValueError` if there is no dataset of that name, or if a file is truncated,
-        corrupt, or from another dataset.
-    - A `FileNotFoundError` if `data_dir` lacks a file, or if the files are nowhere and
-        cannot be downloaded.
+    A `ValueError` if a file is truncated, corrupt, or from another dataset. A
+    `FileNotFoundError` if files are missing and cannot be downloaded.
 
     Source: LeCun, Cortes and Burges, *MNIST*, 1998; Xiao et al., *Fashion-MNIST*, 2017;
     Krizhevsky, *Learning multiple layers of features from tiny images*, 2009.
@@ -141,7 +118,15 @@ def load(
         known = ", ".join(repr(known) for known in (*_SOURCES, "digits"))
         raise ValueError(f"`name` must be one of {known}; got {name!r}.")
     source = _SOURCES[name]
-    folders = list(_folders(name, source.system, data_dir))
+    shipped = Path(__file__).parents[1] / "examples" / "data"
+    roots = [os.environ.get("EQDISTILL_DATA_DIR"), shipped, source.system]
+    cifar = "cifar-10-batches-bin"
+    folders = [
+        Path(root) / subfolder
+        for root in (roots if data_dir is None else [data_dir])
+        for subfolder in (name, f"{name}/{cifar}", "", cifar)
+        if root
+    ]
     for folder in folders:
         for files in (source.registry, source.files):
             paths = [folder / file for file in files]
@@ -155,17 +140,8 @@ def load(
     )
 
 
-def _folders(name: str, system: Path | None, data_dir) -> Iterator[Path]:
-    shipped = Path(__file__).parents[1] / "examples" / "data"
-    roots = [os.environ.get("EQDISTILL_DATA_DIR"), shipped, system]
-    for root in roots if data_dir is None else [data_dir]:
-        for folder in (Path(root) / name, Path(root)) if root else ():
-            yield from (folder, folder / "cifar-10-batches-bin")
-
-
 def _download(name: str, folders: list[Path]) -> list[Path]:
-    """Downloads what the cache does not have. Pooch moves a file there only if its hash
-    is right."""
+    """Downloads what the cache lacks. Pooch keeps a file only if its hash is right."""
     source = _SOURCES[name]
     try:
         # Pooch imports tqdm's progress bar for notebooks, which warns without widgets.
@@ -200,10 +176,10 @@ def _load_digits() -> tuple[Dataset, Dataset]:
     pixels, labels = load_digits(return_X_y=True)
     # The pixels are from 0 to 16.
     images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=450, stratify=labels, random_state=0
+    images, test_images, labels, test_labels = train_test_split(
+        images, labels, test_size=450, stratify=labels, random_state=0
     )
-    return Dataset(images[train], labels[train]), Dataset(images[test], labels[test])
+    return Dataset(images, labels), Dataset(test_images, test_labels)
 
 
 def _published_hashes(name: str) -> dict[str, str]:

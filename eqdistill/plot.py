@@ -17,6 +17,7 @@ from ._data._distilled_set import DistilledSet
 from ._data._pictures import to_pictures
 from ._losses import CrossEntropy
 from ._outer._distillation import History
+from ._typechecking import describe
 
 
 if TYPE_CHECKING:
@@ -24,19 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# More images than this are drawn as a mosaic.
-_MAX_WITH_TITLES = 50
-# The default number of columns of a mosaic.
-_MOSAIC_COLUMNS = 50
-# More steps than this are drawn with their medians.
-_MAX_STEPS = 500
-
-
 def images(
-    distilled: DistilledSet,
-    *,
-    columns: int | None = None,
-    ax: "Axes | None" = None,
+    distilled: DistilledSet, *, columns: int | None = None, ax: "Axes | None" = None
 ) -> "Figure":
     r"""Draws the images of a distilled set on a common scale.
 
@@ -62,14 +52,11 @@ def images(
 
     The figure. Soft labels are shown as the most likely class, with its probability in
     titles.
-
-    **Raises:**
-
-    A `ValueError` if the images have another shape, or `columns` is not positive. A
-    `TypeError` if `ax` is not a Matplotlib `Axes`.
     """
     check_at_least(1, columns=columns)
     pictures = to_pictures(np.asarray(distilled.images, np.float32))
+    labels = np.asarray(distilled.labels)
+    classes = labels if labels.ndim == 1 else labels.argmax(axis=1)
     tiny = np.finfo(np.float32).tiny  # Avoids 0 / 0 if all pixels are equal.
     if pictures.ndim == 4:
         low, high = float(pictures.min()), float(pictures.max())
@@ -78,14 +65,29 @@ def images(
     else:
         limit = max(float(np.abs(pictures).max()), tiny)
         scale = {"cmap": "gray_r", "vmin": -limit, "vmax": limit}
-    if ax is not None or len(pictures) > _MAX_WITH_TITLES:
-        mosaic = _Mosaic(pictures, _classes(distilled), columns or _MOSAIC_COLUMNS)
-        if ax is not None:
-            _check_ax(ax)
-            mosaic.draw(ax, scale)
-            return _figure_of(ax)
-        return _with_mosaic(mosaic, scale)
-    return _with_titles(pictures, _titles(distilled), columns or 5, scale)
+    if ax is None and len(pictures) <= 50:
+        titles = [str(class_) for class_ in classes]
+        if labels.ndim == 2 and isinstance(distilled.loss, CrossEntropy):
+            most = scipy.special.softmax(labels, axis=1).max(axis=1)
+            titles = [f"{a} ({b:.0%})" for a, b in zip(titles, most, strict=True)]
+        return _with_titles(pictures, titles, columns or 5, scale)
+    canvas, texts = _mosaic(pictures, classes, columns or 50)
+    panel: Any = ax
+    if ax is None:
+        height, width = canvas.shape[:2]
+        # A quarter of an inch per image, but at most 16 inches in all; and at least one
+        # dot per pixel, up to 600 dpi.
+        inches = min(0.25 / pictures.shape[2], 16 / max(height, width))
+        size = inches * width + (0.6 if scale else 0), max(inches * height, 1.0)
+        panel = _figure(*size, dpi=min(max(200, round(1 / inches)), 600)).subplots()
+    figure = _figure_of(panel)
+    for x, y, text in texts:
+        panel.text(x, y, text, fontsize=8, ha="right", va="center")
+    panel.imshow(canvas, **scale)
+    panel.set_axis_off()
+    if ax is None:
+        _add_bar(figure, [panel], scale)
+    return figure
 
 
 def _with_titles(
@@ -101,81 +103,53 @@ def _with_titles(
         axis.set_title(title, fontsize=9, pad=3)
     for axis in axes:
         axis.set_axis_off()
-    if scale:
-        _add_bar(figure, axes)
+    _add_bar(figure, axes, scale)
     return figure
 
 
-class _Mosaic:
-    """Draws all pictures as one, because Matplotlib takes seconds for many axes."""
-
-    def __init__(self, pictures: np.ndarray, classes: np.ndarray, columns: int):
-        _, height, width, *channels = pictures.shape
-        members = {int(c): np.flatnonzero(classes == c) for c in np.unique(classes)}
-        most = max(len(indices) for indices in members.values())
-        columns = min(columns, most)
-        gap = math.ceil(width / 14)
-        # A class with more images than columns has several rows, and a gap below them.
-        rows = math.ceil(most / columns)
-        class_height = rows * (height + gap) + (height // 4 if rows > 1 else 0)
-        # One column is left for the label.
-        class_width = (columns + 1) * (width + gap)
-        # Blocks of classes stand side by side until the mosaic is wider than high.
-        beside = next(
-            k
-            for k in range(1, len(members) + 1)
-            if k == len(members)
-            or math.ceil(len(members) / k) * class_height <= k * class_width
-        )
-        below = math.ceil(len(members) / beside)
-        shape = (below * class_height, beside * class_width)
-        # Empty space is white: NaN for a colour map, 1 for RGB.
-        self.canvas = np.full(
-            (*shape, *channels), 1 if channels else np.nan, np.float32
-        )
-        self.picture_width = width
-        self._labels = []
-        for i, (class_, indices) in enumerate(members.items()):
-            top = i % below * class_height
-            left = i // below * class_width + width + gap
-            for j, index in enumerate(indices):
-                y = top + j // columns * (height + gap)
-                x = left + j % columns * (width + gap)
-                self.canvas[y : y + height, x : x + width] = pictures[index]
-            self._labels.append((left - 2 * gap, top + height / 2, str(class_)))
-
-    def draw(self, ax: "Axes", scale: dict) -> None:
-        for x, y, label in self._labels:
-            ax.text(x, y, label, fontsize=8, ha="right", va="center")
-        ax.imshow(self.canvas, **scale)
-        ax.set_axis_off()
+def _mosaic(
+    pictures: np.ndarray, classes: np.ndarray, columns: int
+) -> tuple[np.ndarray, list[tuple]]:
+    """All pictures as one, because Matplotlib takes seconds for many axes; and the
+    classes with their coordinates."""
+    _, height, width, *channels = pictures.shape
+    members = {int(c): np.flatnonzero(classes == c) for c in np.unique(classes)}
+    most = max(len(indices) for indices in members.values())
+    columns = min(columns, most)
+    gap = math.ceil(width / 14)
+    # A class with more images than columns has several rows, and a gap below them.
+    rows = math.ceil(most / columns)
+    class_height = rows * (height + gap) + (height // 4 if rows > 1 else 0)
+    # One column is left for the label.
+    class_width = (columns + 1) * (width + gap)
+    # Blocks of classes stand side by side until the mosaic is wider than high.
+    beside = 1
+    while math.ceil(len(members) / beside) * class_height > beside * class_width:
+        beside += 1
+    beside = min(beside, len(members))
+    below = math.ceil(len(members) / beside)
+    shape = (below * class_height, beside * class_width, *channels)
+    # Empty space is white: NaN for a colour map, 1 for RGB.
+    canvas = np.full(shape, 1 if channels else np.nan, np.float32)
+    texts = []
+    for i, (class_, indices) in enumerate(members.items()):
+        top = i % below * class_height
+        left = i // below * class_width + width + gap
+        for j, index in enumerate(indices):
+            y = top + j // columns * (height + gap)
+            x = left + j % columns * (width + gap)
+            canvas[y : y + height, x : x + width] = pictures[index]
+        texts.append((left - 2 * gap, top + height / 2, str(class_)))
+    return canvas, texts
 
 
-def _with_mosaic(mosaic: _Mosaic, scale: dict) -> "Figure":
-    height, width = mosaic.canvas.shape[:2]
-    # A quarter of an inch per image, but at most 16 inches in all; and at least one dot
-    # per pixel, up to 600 dpi.
-    inches = min(0.25, 16 / (max(height, width) / mosaic.picture_width))
-    inches /= mosaic.picture_width
-    figure = _figure(
-        inches * width + (0.6 if scale else 0),
-        max(inches * height, 1.0),
-        dpi=min(max(200, round(1 / inches)), 600),
-    )
-    ax = figure.subplots()
-    mosaic.draw(ax, scale)
-    if scale:
-        _add_bar(figure, [ax])
-    return figure
-
-
-def _add_bar(figure: "Figure", axes: Sequence["Axes"]) -> None:
-    width = figure.get_figwidth()
-    bar = figure.colorbar(
-        axes[0].images[0], ax=axes, fraction=0.2 / width, pad=0.13 / width
-    )
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_linewidth(0.5)
+def _add_bar(figure: "Figure", axes: Sequence["Axes"], scale: dict) -> None:
+    if scale:  # Only grey images have one.
+        fraction, pad = 0.2 / figure.get_figwidth(), 0.13 / figure.get_figwidth()
+        image = axes[0].images[0]
+        bar = figure.colorbar(image, ax=axes, fraction=fraction, pad=pad)
+        bar.ax.tick_params(labelsize=8)
+        bar.outline.set_linewidth(0.5)
 
 
 def history(
@@ -196,20 +170,13 @@ def history(
     **Returns:**
 
     The figure, with two panels.
-
-    **Raises:**
-
-    A `ValueError` or `TypeError` if `ax` is not two Matplotlib `Axes`.
     """
-    if ax is None:
-        ax = tuple(_figure(7.0, 2.6).subplots(1, 2))
-    else:
-        ax = tuple(np.ravel(np.asarray(ax, object)))
-        if len(ax) != 2:
-            raise ValueError(f"`ax` must be two Matplotlib `Axes`; got {len(ax)}.")
-        for axis in ax:
-            _check_ax(axis)
-    left, right = ax
+    axes = _figure(7.0, 2.6).subplots(1, 2) if ax is None else ax
+    axes = np.ravel(np.asarray(axes, object))
+    if len(axes) != 2:
+        raise ValueError(f"`ax` must be two Matplotlib `Axes`; got {len(axes)}.")
+    figure, _ = map(_figure_of, axes)
+    left, right = axes
     _draw_series(left, history.loss, "black", None)
     left.set_ylabel("outer loss")
     right.set_yscale("log")
@@ -217,22 +184,16 @@ def history(
     for i, (name, values) in enumerate(history.metrics.items(), 1):
         _draw_series(right, values, f"C{i}", name.replace("_", " "))
     # Above the axes, where no line can be.
-    right.legend(
-        frameon=False,
-        fontsize=8,
-        ncols=2,
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        borderaxespad=0,
-    )
-    for axis in (left, right):
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    right.legend(frameon=False, fontsize=8, ncols=2, **place)
+    for axis in axes:
         axis.set_xlabel("outer step")
         axis.spines[["top", "right"]].set_visible(False)
-    return _figure_of(left)
+    return figure
 
 
 def _draw_series(axis: "Axes", values: np.ndarray, color: str, label: str | None):
-    if len(values) <= _MAX_STEPS:
+    if len(values) <= 500:
         axis.plot(values, color=color, label=label)
         return
     axis.plot(values, color=color, alpha=0.25, linewidth=0.4)
@@ -252,31 +213,11 @@ def _figure(width: float, height: float, dpi: int = 200) -> "Figure":
     return ShownFigure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
-def _check_ax(ax: Any) -> None:
+def _figure_of(ax: Any) -> "Figure":
     from matplotlib.axes import Axes
 
     if not isinstance(ax, Axes):
-        raise TypeError(f"`ax` must be Matplotlib `Axes`; got a {type(ax).__name__}.")
-
-
-def _figure_of(ax: "Axes") -> "Figure":
+        raise TypeError(f"`ax` must be Matplotlib `Axes`; got {describe(ax)}.")
     figure = ax.get_figure(root=True)
     assert figure is not None
     return figure
-
-
-def _classes(distilled: DistilledSet) -> np.ndarray:
-    """The class of each image, which is the largest entry of soft labels or targets."""
-    labels = np.asarray(distilled.labels)
-    return labels if labels.ndim == 1 else labels.argmax(axis=1)
-
-
-def _titles(distilled: DistilledSet) -> list[str]:
-    classes = _classes(distilled)
-    if distilled.labels.ndim == 1 or not isinstance(distilled.loss, CrossEntropy):
-        return [str(class_) for class_ in classes]
-    probabilities = scipy.special.softmax(np.asarray(distilled.labels), axis=1)
-    return [
-        f"{class_} ({row.max():.0%})"
-        for class_, row in zip(classes, probabilities, strict=True)
-    ]

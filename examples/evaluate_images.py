@@ -1,11 +1,11 @@
-"""Evaluates somebody else's images by a named recipe: trains fresh networks on the
-images alone, and measures their accuracy on real test data.
+"""Evaluates somebody else's images with a named recipe: trains fresh networks only on
+these images, and measures their accuracy on real test data.
 
-The images are either a folder with one folder of pictures for each class, in the
+The images are either a folder with one folder of image files for each class, in the
 alphabetical order of the classes; or a file of `numpy.savez` with `images`, of shape
 `(n, height, width)` or `(n, channels, height, width)`, and `labels`: class indices of
-shape `(n,)`, or targets of shape `(n, c)`. Pixels are bytes, or numbers of which 0 is
-black and 1 is white.
+shape `(n,)`, or targets of shape `(n, c)`. Pixels are bytes, or numbers from 0 (black)
+to 1 (white).
 """
 
 import argparse
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from architectures import NETWORKS, RECIPES, run
+from papers._common import maker, NETWORKS, RECIPES, run
 
 import eqdistill as eqd
 
@@ -31,22 +31,20 @@ def main(
     output: Path,
 ) -> None:
     train, test = eqd.datasets.load(dataset, data_dir)
-    standardisation = eqd.Standardisation.fit(train)
+    standardisation = eqd.datasets.Standardisation.fit(train)
     distilled = read(path, test.num_classes, standardisation)
-    found = eqd.recipes.evaluate(
+    found = eqd.evaluate(
         distilled,
-        RECIPES[recipe](NETWORKS[network]),
+        RECIPES[recipe](maker(NETWORKS[network], test)),
         test.map(standardisation),
-        num_networks=num_networks,
+        num_models=num_networks,
         key=jr.key(seed),
     )
     print(f"images          {len(distilled)}, {distilled.nbytes:,} bytes with labels")
     print(f"recipe          {recipe}, {network}")
     print(f"networks        {', '.join(f'{x:.2%}' for x in found.accuracies[0])}")
-    print(
-        f"test accuracy   {found.mean:.2%}"
-        + (f" ± {found.deviation_of_networks:.2%}" if num_networks > 1 else "")
-    )
+    std = f" ± {found.std_models:.2%}" if num_networks > 1 else ""
+    print(f"test accuracy   {found.accuracy:.2%}{std}")
     output.mkdir(parents=True, exist_ok=True)
     picture = output / "evaluate_images.png"
     eqd.plot.images(distilled).savefig(picture)
@@ -54,12 +52,12 @@ def main(
 
 
 def read(
-    path: Path, num_classes: int, standardisation: eqd.Standardisation
+    path: Path, num_classes: int, standardisation: eqd.datasets.Standardisation
 ) -> eqd.DistilledSet:
     """**Raises:**
 
-    A `ValueError` if there is not one folder for each class, or if the file has no
-    `images` and `labels`.
+    A `ValueError` if there is not one folder for each class, or if the file lacks
+    `images` or `labels`.
     """
     if path.is_dir():
         data = eqd.datasets.from_folder(path)
@@ -70,7 +68,7 @@ def read(
             )
         images, labels = np.asarray(data.floating()), np.asarray(data.labels)
     else:
-        # Without pickles, which could run code.
+        # Pickles could run code.
         with np.load(path, allow_pickle=False) as file:
             if not {"images", "labels"} <= set(file):
                 raise ValueError(
@@ -94,14 +92,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("path", type=Path, help="a folder, or a file .npz")
+    parser.add_argument("path", type=Path, help="a folder, or an .npz file")
     parser.add_argument(
         "--dataset",
         default="mnist",
         choices=["mnist", "fashion_mnist", "digits", "cifar10"],
     )
     parser.add_argument(
-        "--data-dir", type=Path, help="the folder of the files of the dataset"
+        "--data-dir", type=Path, help="the folder with the files of the dataset"
     )
     parser.add_argument("--recipe", default="dc", choices=list(RECIPES))
     parser.add_argument(

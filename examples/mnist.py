@@ -1,8 +1,8 @@
 """Distils MNIST into ten images: the experiment of JAXopt's notebook.
 
-The inner problem is multiclass logistic regression on ten synthetic images, one a
-class, with the ridge l2/2 ||W||^2. The outer problem is the loss of the fitted
-model on all the 60,000 training images. Writes `distilled.png` and `loss.png`.
+The inner problem is multiclass logistic regression on ten synthetic images, one per
+class, with the ridge l2/2 ||W||^2. The outer problem is the loss of the fitted model on
+all 60,000 training images. Writes `distilled.png` and `loss.png`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main(
     start = time.perf_counter()
     train, test = eqd.datasets.load(dataset, data_dir)
     num_pixels = train.images[0].size
-    model = eqd.LogisticRegression(num_pixels, train.num_classes)
+    model = eqd.linear.LogisticRegression(num_pixels, train.num_classes)
     noise = eqd.DistilledSet.from_noise(
         train,
         images_per_class * train.num_classes,
@@ -40,8 +40,8 @@ def main(
         noise,
         model,
         train,
-        # The outer loss is smooth and every step sees all of the data: unit steps of
-        # L-BFGS need no line search.
+        # The outer loss is smooth, and each step uses all data: unit steps of L-BFGS
+        # need no line search.
         optimiser=optax.lbfgs(learning_rate=1.0, linesearch=None),
         steps=steps,
         callbacks=[eqd.ProgressBar()],
@@ -58,7 +58,7 @@ def main(
     print(f"test accuracy   {on_test.accuracy:.2%}")
     print(f"outer steps     {len(result.history)}")
     print(f"time            {seconds:.1f} s")
-    print(f"pictures        {output / 'distilled.png'}, {output / 'loss.png'}")
+    print(f"images          {output / 'distilled.png'}, {output / 'loss.png'}")
 
 
 if __name__ == "__main__":
@@ -73,10 +73,10 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=50, help="outer steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--data-dir", type=Path, help="the folder of the files of the dataset"
+        "--data-dir", type=Path, help="the folder with the files of the dataset"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the pictures"
+        "--output", type=Path, default=Path("output"), help="a folder for the images"
     )
     args = parser.parse_args()
     # The next run loads what this one compiles.

@@ -1,48 +1,37 @@
 """Distils a dataset into images that train convolutional networks from scratch.
 
-The inner problem is ridge regression on the last layer of a network that is drawn from
-a pool: networks of all ages, with and without instance normalisation. Learned are the
-images, their targets, the ridge and the temperature. With `--hard` the labels stay
-fixed, the loss is the cross-entropy, and the images suit recipes with hard labels. With
-`--pack 2` there are four small images in the room of one. The result is the exponential
-average over the steps. All images are standardised, or whitened with `--zca`.
+The model of a step is the last layer of a network from a pool: networks of all ages,
+with and without instance normalisation. The images, their targets, the ridge and the
+temperature are learned. With `--hard` the labels stay fixed, the loss is the
+cross-entropy, and the images suit recipes with hard labels. `--pack 2` stores four
+small images in the space of one. The result is the moving average over the steps. All
+images are standardised, or whitened with `--zca`.
 
-Targets are ten times as large for FRePo's recipe, whose networks have a last layer that
-starts at random: with few images the function of that layer is never unlearned, and
-weighs less beside larger targets. For the ridge regression of the pool only the units
-change.
+For FRePo's recipe the targets are ten times larger. Its networks start with a random
+last layer: with few images, the function of that layer is never unlearned, and weighs
+less beside larger targets. For the ridge regression of the pool only the units change.
 
-Prints the accuracy of fresh networks that are trained on the distilled images alone;
-and writes the images, the course of the training, and an artifact that claims the
-accuracy of the first kind of network.
+Prints the accuracy of fresh networks that are trained only on the distilled images; and
+writes the images, the history of the run, and an artifact that claims the accuracy of
+the first network.
 """
 
 import argparse
 import dataclasses
 import functools as ft
-import math
 import time
 from pathlib import Path
 
 import equinox as eqx
 import jax.random as jr
 import optax
-from architectures import (
-    adam,
-    DATASETS,
-    NETWORKS,
-    real_data,
-    RECIPES,
-    run,
-    with_targets,
-)
-from jaxtyping import PyTree
+from papers._common import adam, DATASETS, maker, NETWORKS, real_data, RECIPES, run
 
 import eqdistill as eqd
-from eqdistill import nn, recipes
+from eqdistill import nn
 
 
-# Grey images of 28 x 28 are padded to 32, as in the papers.
+# Greyscale images of 28 x 28 are padded to 32, as in the papers.
 POOL = {
     "plain": ft.partial(nn.ConvNet, widths=(16, 32, 64), norm=None, size=32),
     "norm": ft.partial(nn.ConvNet, widths=(16, 32, 64), size=32),
@@ -71,11 +60,9 @@ def main(
     output: Path,
 ) -> None:
     if linearised and hard:
-        raise SystemExit("--linearised is for labels that are learned, not for --hard.")
+        raise SystemExit("--linearised is for learned labels, not for --hard.")
     if recipe.startswith("dc") and not hard:
         raise SystemExit(f"--recipe '{recipe}' takes hard labels: add --hard.")
-    if steps < 1:
-        raise SystemExit(f"--steps must be at least 1; got {steps}.")
     train, test, preprocessing = real_data(
         dataset, data_dir, held_out=held_out, zca=zca
     )
@@ -83,56 +70,57 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     n = pack**2 * images * train.num_classes
     start = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
-    inner = eqd.RelativeRidge(eqd.SpanSolver())
     if not hard:
-        start = with_targets(start, train.num_classes)
-        inner = eqd.LinearisedSolver() if linearised else eqd.RelativeRidge()
+        start = start.with_targets(train.num_classes)
     if pack > 1:
         start = eqd.Packed.from_distilled(start, pack)
+    models = eqd.Pool(
+        *(maker(POOL[name], train) for name in pool),
+        augmentation=eqd.augment.Flip() if flip else None,
+    )
+    inner = eqd.linear.LinearisedSolver() if linearised else eqd.AutoSolver()
+    # Targets differ by one between classes, and logits by about five.
+    loss = eqd.CrossEntropy() if hard else eqd.CrossEntropy(0.2)
 
     optimiser = adam(optax.cosine_decay_schedule(learning_rate, steps))
     began = time.perf_counter()
     result = eqd.distill(
         start,
-        None,
+        eqd.Bilevel(models, inner, loss),
         eqd.Batches(train, batch),
-        inner=eqd.Pool(
-            *(POOL[kind] for kind in pool),
-            num_classes=train.num_classes,
-            inner=inner,
-            augmentation=eqd.Flip() if flip else None,
-        ),
         optimiser=eqd.averaged(optimiser, decay=0.99),
-        learn=(True, False),
+        learn=lambda start: start,
+        learn_objective=lambda o: () if hard else o.loss.log_temperature,
         steps=steps,
         key=jr.key(seed),
         callbacks=[eqd.ProgressBar()],
-    )
+    ).average()
     seconds = time.perf_counter() - began
-    result = eqd.average_of(result)
-    if not hard and recipe in LARGER_TARGETS:
-        start = with_larger_targets(result.start, LARGER_TARGETS[recipe])
+    if recipe in LARGER_TARGETS:
+        times = LARGER_TARGETS[recipe]
+        start = eqx.tree_at(
+            lambda s: s.labels, result.start, replace_fn=lambda x: times * x
+        )
         result = dataclasses.replace(result, start=start, distilled=start.decode())
     distilled = result.distilled
     print(f"outer steps     {steps}, {seconds:.0f} s")
+    assert isinstance(result.start, eqd.DistilledSet | eqd.Packed)
     print(f"size            {result.start.nbytes:,} bytes with labels")
     print(f"ridge           0.001 -> {distilled.l2:.2g}, of the features")
     files = [output / f"network.{end}" for end in ("png", "safetensors")]
     columns = train.num_classes if pack > 1 else None
     eqd.plot.images(distilled, columns=columns).savefig(files[0])
     eqd.plot.history(result.history).savefig(output / "network_history.png")
-    for name in networks:
-        by = RECIPES[recipe](NETWORKS[name])
-        found = recipes.evaluate(
-            distilled, by, test, num_networks=num_networks, key=jr.key(seed)
+    for i, name in enumerate(networks):
+        by = RECIPES[recipe](maker(NETWORKS[name], train))
+        found = eqd.evaluate(
+            distilled, by, test, num_models=num_networks, key=jr.key(seed)
         )
-        deviation = f" ± {found.deviation_of_networks:.1%}" if num_networks > 1 else ""
-        print(f"{on} accuracy {found.mean:.1%}{deviation}, {name}", flush=True)
-        if name == networks[0]:
+        print(f"{on} accuracy {found}, {name}", flush=True)
+        if i == 0:
             eqd.save(
                 files[1],
                 result,
-                by,
                 found if on == "test" else None,
                 preprocessing=preprocessing,
                 dataset=Path(dataset).name,
@@ -141,31 +129,21 @@ def main(
     print(f"files           {', '.join(map(str, files))}")
 
 
-def with_larger_targets(start: PyTree, times: float) -> PyTree:
-    """What is learned, in other units of the targets. The logits of a ridge regression
-    stay as they are."""
-    return eqx.tree_at(
-        lambda s: (s.labels, s.loss.log_temperature),
-        start,
-        (times * start.labels, start.loss.log_temperature + math.log(times)),
-    )
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--dataset", default="mnist", help=DATASETS)
     parser.add_argument(
-        "--data-dir", type=Path, help="the folder of the files of the dataset"
+        "--data-dir", type=Path, help="the folder with the files of the dataset"
     )
     parser.add_argument("--zca", action="store_true", help="whiten the images")
     parser.add_argument(
         "--flip",
         action="store_true",
-        help="flip the distilled images at random in the training of the pool",
+        help="flip the distilled images at random when networks are trained",
     )
-    parser.add_argument("--images", type=int, default=1, help="images a class")
+    parser.add_argument("--images", type=int, default=1, help="images per class")
     parser.add_argument(
         "--pack", type=int, default=1, help="the factor by which images are enlarged"
     )
@@ -176,18 +154,18 @@ if __name__ == "__main__":
     parser.add_argument(
         "--linearised",
         action="store_true",
-        help="linearise the networks in all parameters, in the place of a last layer",
+        help="linearise the networks in all parameters, instead of their last layer",
     )
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--batch", type=int, default=128, help="real images a step")
+    parser.add_argument("--batch", type=int, default=128, help="real images per step")
     parser.add_argument(
-        "--learning-rate", type=float, default=0.03, help="of the images, at first"
+        "--learning-rate", type=float, default=0.03, help="of the images, at the start"
     )
     parser.add_argument(
         "--held-out",
         type=float,
         default=0.0,
-        help="a fraction of the training images to evaluate on, in place of the test "
+        help="a fraction of the training images to evaluate on, instead of the test "
         "images",
     )
     parser.add_argument(

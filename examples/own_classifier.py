@@ -1,7 +1,7 @@
-"""Distils for a model of one's own: here a multilayer perceptron.
+"""Distils for a custom model: here a multilayer perceptron.
 
-Any `equinox.Module` from one image to its logits will do. The distilled set is then
-used to train perceptrons from other initial weights than the one it was made with.
+Any `equinox.Module` from one image to its logits works. Perceptrons with other initial
+weights than the one that the images were distilled with are then trained on them.
 Writes `own_classifier.png` and `own_classifier_loss.png`.
 """
 
@@ -22,7 +22,7 @@ class Perceptron(eqx.Module):
     mlp: eqx.nn.MLP
 
     def __init__(self, train: eqd.Dataset, width: int, *, key: PRNGKeyArray):
-        # A smooth activation: the implicit function theorem needs a Hessian.
+        # A smooth activation: the implicit function theorem uses the Hessian.
         self.mlp = eqx.nn.MLP(
             train.images[0].size,
             train.num_classes,
@@ -73,7 +73,7 @@ def main(
     images, loss = output / "own_classifier.png", output / "own_classifier_loss.png"
     eqd.plot.images(result.distilled).savefig(images)
     eqd.plot.history(result.history).savefig(loss)
-    print(f"pictures        {images}, {loss}")
+    print(f"images          {images}, {loss}")
 
 
 if __name__ == "__main__":
@@ -90,7 +90,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the pictures"
+        "--output", type=Path, default=Path("output"), help="a folder for the images"
     )
     args = parser.parse_args()
     # The next run loads what this one compiles.

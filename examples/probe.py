@@ -1,18 +1,18 @@
 """Distils a dataset into images for linear probes of frozen networks.
 
-The backbones are convolutional networks that are trained here, on another dataset; in
-their place stand the pre-trained networks of one's own. The features of the real images
-are computed once. The inner problem is ridge regression on the features of the
-distilled images, whose targets, ridge and temperature are learned, too. With several
-backbones, one set serves them all: each outer step takes the next one. With
-`--pool-share` some of the steps are for networks of a pool, which are trained on the
-distilled images, so that the set serves backbones that are not at hand; such a set
-begins best at one that was distilled for the pool alone, by `network.py`.
+The backbones are convolutional networks, which are trained here on another dataset:
+they stand for your own pre-trained networks. Their features of the real images are
+computed once. The inner problem is ridge regression on the features of the distilled
+images; targets, ridge and temperature are learned too. With several backbones, one set
+works for all of them: the outer steps take them in turn. With `--pool-every 5`, one
+step in five is for networks of a pool, which are trained on the distilled images, so
+that the set also works for backbones that are not at hand. Such a run is best started
+from a set that was distilled for the pool alone, by `network.py`.
 
-Prints the test accuracy of the probes of as many real images, of the distilled images
+Prints the test accuracy of the probes of random real images, of the distilled images
 and of all real images: on the backbones that the images were distilled for, and the
-mean over three of another architecture that they were not distilled for, which differ
-much. Writes the images and an artifact.
+mean over three unseen backbones of another architecture. Writes the images and an
+artifact.
 """
 
 import argparse
@@ -22,14 +22,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from architectures import adam, DATASETS, load, real_data, run, with_targets
 from network import POOL
+from papers._common import adam, DATASETS, maker, real_data, run
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
@@ -44,7 +42,6 @@ BACKBONES = {
 }
 UNSEEN = ft.partial(nn.ConvNet, widths=(32, 32, 32), size=32)
 NUM_UNSEEN = 3
-INNER = eqd.RelativeRidge()
 
 
 def main(
@@ -53,7 +50,7 @@ def main(
     pretraining: str,
     pretraining_steps: int,
     num_backbones: int,
-    pool_share: float,
+    pool_every: int,
     start: Path | None,
     images: int,
     steps: int,
@@ -63,48 +60,55 @@ def main(
     seed: int,
     output: Path,
 ) -> None:
-    if not 0 <= pool_share < 1:
-        raise SystemExit(f"--pool-share must be in [0, 1); got {pool_share}.")
-    if steps < 0:
-        raise SystemExit(f"--steps must not be negative; got {steps}.")
     source, _, _ = real_data(pretraining, data_dir)
     train, test, standardisation = real_data(dataset, data_dir, held_out=held_out)
     on = "held-out" if held_out > 0 else "test"
     output.mkdir(parents=True, exist_ok=True)
-
     if source.shape != train.shape:
         raise SystemExit(
             f"--pretraining must have images of shape {train.shape}, as --dataset has; "
             f"got {source.shape}."
         )
     n = images * train.num_classes
-    initial = None
-    if start is not None:
-        initial = load_start(start, train, standardisation)
-        n = len(initial.images)
+    initial = None if start is None else eqd.load(start).distilled
+    if initial is not None:
+        n = len(initial)
     real = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
-    real = with_targets(real, train.num_classes)
+    real = real.with_targets(train.num_classes)
     initial = real if initial is None else initial
 
-    kinds = dict(list(BACKBONES.items())[:num_backbones])
+    networks = dict(list(BACKBONES.items())[:num_backbones])
     probes = {
-        name: probe(kind, source, train, pretraining_steps, key=jr.key(i))
-        for i, (name, kind) in enumerate(kinds.items())
+        name: probe(name, network, source, train, pretraining_steps, key=jr.key(i))
+        for i, (name, network) in enumerate(networks.items())
     }
-    problems: list[tuple] = [
-        (model, eqd.Batches(train, min(batch, len(train)), model), INNER)
-        for model in probes.values()
-    ]
-    known = itertools.cycle(range(len(problems)))
-    if pool_share > 0:
-        pool = eqd.Pool(*POOL.values(), num_classes=train.num_classes)
-        problems.append((None, eqd.Batches(train, min(128, len(train))), pool))
-    # The steps of the pool lie as evenly as can be.
-    is_drawn = np.diff(np.floor(pool_share * np.arange(steps + 1))) > 0
-    order = [len(problems) - 1 if drawn else next(known) for drawn in is_drawn]
-    began = time.perf_counter()
-    distilled = in_turn(initial, problems, order, learning_rate, key=jr.key(seed))
-    jax.block_until_ready(distilled)
+    loss = eqd.CrossEntropy(0.2)
+    objectives = [eqd.Bilevel(model, loss=loss) for model in probes.values()]
+    order = list(range(num_backbones))
+    if pool_every > 0:
+        pool = eqd.Pool(*(maker(network, train) for network in POOL.values()))
+        objectives.append(eqd.Bilevel(pool, loss=loss))
+        known = itertools.cycle(range(num_backbones))
+        order = [
+            num_backbones if i % pool_every == pool_every - 1 else next(known)
+            for i in range(num_backbones * pool_every)
+        ]
+    cached = [model.features.module for model in probes.values()]
+    distilled, began = initial, time.perf_counter()
+    if steps > 0:
+        optimiser = adam(optax.cosine_decay_schedule(learning_rate, steps))
+        result = eqd.distill(
+            initial,
+            eqd.InTurn(*objectives, order=order),
+            eqd.Batches(train, min(batch, len(train)), cached=cached),
+            optimiser=optimiser,
+            learn=lambda start: start,
+            learn_objective=lambda o: [x.loss.log_temperature for x in o.objectives],
+            steps=steps,
+            key=jr.key(seed),
+            callbacks=[eqd.ProgressBar()],
+        )
+        distilled = result.distilled
     seconds = time.perf_counter() - began
     print(f"outer steps     {steps}, {seconds:.0f} s with compiling")
     print(f"size            {distilled.nbytes:,} bytes with labels")
@@ -112,37 +116,35 @@ def main(
 
     backbones = {name: [model] for name, model in probes.items()}
     backbones["not distilled for"] = [
-        probe(UNSEEN, source, train, pretraining_steps, key=jr.key(100 + i))
+        probe("unseen", UNSEEN, source, train, pretraining_steps, key=jr.key(100 + i))
         for i in range(NUM_UNSEEN)
     ]
-    print(f"{on} accuracy of probes: real images as many, distilled, all real images")
+    print(f"{on} accuracy of probes: as many real images, distilled, all real images")
     for name, models in backbones.items():
         found = np.array(
             [
                 [
-                    float(eqd.evaluate(real, x, test, INNER).accuracy),
-                    float(eqd.evaluate(distilled, x, test, INNER).accuracy),
-                    accuracy_of_all(x, train, test),
+                    eqd.evaluate(real, model, test).accuracy,
+                    eqd.evaluate(distilled, model, test).accuracy,
+                    accuracy_of_all(model, train, test),
                 ]
-                for x in models
+                for model in models
             ]
         )
         few, ours, whole = found.mean(axis=0)
-        deviation = f", ± {np.std(found[:, 1], ddof=1):.1%}" if len(found) > 1 else ""
+        std = f", ± {np.std(found[:, 1], ddof=1):.1%}" if len(found) > 1 else ""
         print(
             f"  {name:<24} {few:.2%}  {ours:.2%}  {whole:.2%}  "
-            f"({ours / whole:.1%} of all{deviation})",
+            f"({ours / whole:.1%} of all{std})",
             flush=True,
         )
     files = [output / f"probe.{end}" for end in ("png", "safetensors")]
     eqd.plot.images(distilled).savefig(files[0])
-    model = next(iter(probes.values()))
+    evaluation = eqd.evaluate(distilled, next(iter(probes.values())), test)
     eqd.save(
         files[1],
         distilled,
-        model,
-        eqd.evaluate(distilled, model, test, INNER) if on == "test" else None,
-        inner=INNER,
+        evaluation if on == "test" else None,
         preprocessing=standardisation,
         dataset=Path(dataset).name,
         seed=seed,
@@ -150,72 +152,28 @@ def main(
     print(f"files           {', '.join(map(str, files))}")
 
 
-def load_start(
-    file: Path, train: eqd.Dataset, standardisation: eqd.AbstractPreprocessing
-) -> eqd.DistilledSet:
-    (start,) = load(file, standardisation)
-    found = start.images.shape[1:], start.labels.shape[1:], type(start.loss)
-    if found != (train.shape, (train.num_classes,), eqd.SquaredError):
-        shape, labels, loss = found
-        raise SystemExit(
-            f"--start must be a set with images of shape {train.shape} and targets of "
-            f"a squared error for {train.num_classes} classes; {file} has images of "
-            f"shape {shape}, labels of shape {labels}, and {loss.__name__}."
-        )
-    return start
-
-
-def in_turn(
-    start: eqd.DistilledSet,
-    problems: list[tuple],
-    order: list[int],
-    learning_rate: float,
+def probe(
+    name: str,
+    network: Callable,
+    source: eqd.Dataset,
+    train: eqd.Dataset,
+    steps: int,
     *,
     key: jax.Array,
-) -> eqd.DistilledSet:
-    """One set for several problems, each a model, real data and an inner solver.
-    The order has the number of the problem of each outer step."""
-    optimiser = adam(optax.cosine_decay_schedule(learning_rate, max(1, len(order))))
-    hypergradient = eqx.filter_grad(eqd.outer_loss, has_aux=True)
-
-    @eqx.filter_jit
-    def update(learned, optimiser_state, inner_state, step, problem):
-        model, data, inner = problem
-        gradient, outcome = hypergradient(
-            learned, model, data, inner, inner_state, step=step, key=key
-        )
-        updates, optimiser_state = optimiser.update(gradient, optimiser_state)
-        return eqx.apply_updates(learned, updates), optimiser_state, outcome.state
-
-    learned = start
-    optimiser_state = optimiser.init(eqx.filter(start, eqx.is_inexact_array))
-    states = [
-        inner.init(start, model, key=key) for model, _, inner in problems
-    ]
-    for step, i in enumerate(order):
-        learned, optimiser_state, states[i] = update(
-            learned, optimiser_state, states[i], jnp.asarray(step), problems[i]
-        )
-    return learned
-
-
-def probe(
-    kind: Callable, source: eqd.Dataset, train: eqd.Dataset, steps: int, *, key
-) -> eqd.LinearClassifier:
-    """A linear model on the features of a network that is trained on `source`."""
-    make_key, fit_key = jr.split(key)
-    recipe = recipes.supervised(kind, updates=steps)
-    network = recipe.make(source.shape, source.num_classes, key=make_key)
+) -> eqd.linear.LinearClassifier:
+    """A linear head on the features of a network that is trained on `source`."""
+    recipe = recipes.supervised(maker(network, source), updates=steps)
     everything = eqd.DistilledSet(source.images, source.labels, l2=1.0)
-    prepared = recipe.prepare(everything, source.num_classes)
-    trained = eqd.fit(prepared, network, recipe.inner, key=fit_key).model
-    last = eqd.last_layer(trained)
-    head = eqd.LogisticRegression(last.head.weight.shape[1], train.num_classes).head
-    return eqd.LinearClassifier(last.features, head)
+    trained = eqd.evaluate(everything, recipe, source, num_models=1, key=key)
+    last = eqd.linear.last_layer(trained.fitted.model)
+    features = eqd.Cached(last.features.module, name)
+    width = last.head.weight.shape[1]
+    head = eqd.linear.LogisticRegression(width, train.num_classes).head
+    return eqd.linear.LinearClassifier(features, head)
 
 
 def accuracy_of_all(
-    model: eqd.LinearClassifier, train: eqd.Dataset, test: eqd.Dataset
+    model: eqd.linear.LinearClassifier, train: eqd.Dataset, test: eqd.Dataset
 ) -> float:
     """The test accuracy of the probe of all real images: ridge regression, in double
     precision."""
@@ -237,39 +195,39 @@ if __name__ == "__main__":
     parser.add_argument(
         "--pretraining",
         default="fashion_mnist",
-        help="the dataset that the backbones are trained on, likewise",
+        help="the dataset that the backbones are trained on",
     )
     parser.add_argument(
-        "--data-dir", type=Path, help="the folder of the files of both datasets"
+        "--data-dir", type=Path, help="the folder with the files of both datasets"
     )
     parser.add_argument("--pretraining-steps", type=int, default=500)
     parser.add_argument(
         "--num-backbones", type=int, default=1, choices=range(1, 1 + len(BACKBONES))
     )
     parser.add_argument(
-        "--pool-share",
-        type=float,
-        default=0.0,
-        help="the share of the steps that are for networks of a pool",
+        "--pool-every",
+        type=int,
+        default=0,
+        help="one step in this number is for networks of a pool; 0 for none",
     )
     parser.add_argument(
         "--start",
         type=Path,
-        help="an artifact with the set to begin at, in the place of real images",
+        help="an artifact with the set to start from, instead of real images",
     )
-    parser.add_argument("--images", type=int, default=1, help="real images a class")
+    parser.add_argument("--images", type=int, default=1, help="real images per class")
     parser.add_argument(
         "--steps", type=int, default=6000, help="zero evaluates the set of `--start`"
     )
-    parser.add_argument("--batch", type=int, default=1000, help="real images a step")
+    parser.add_argument("--batch", type=int, default=1000, help="real images per step")
     parser.add_argument(
-        "--learning-rate", type=float, default=0.03, help="of the images, at first"
+        "--learning-rate", type=float, default=0.03, help="of the images, at the start"
     )
     parser.add_argument(
         "--held-out",
         type=float,
         default=0.0,
-        help="a fraction of the training images to evaluate on, in place of the test "
+        help="a fraction of the training images to evaluate on, instead of the test "
         "images",
     )
     parser.add_argument("--seed", type=int, default=0)

@@ -1,12 +1,11 @@
-"""Runs on MNIST that are killed at a random moment and go on from their checkpoints:
+"""Runs on MNIST that are killed at a random moment and resume from their checkpoints:
 `python -m tests.killed_runs --runs 20`. The images must be bit for bit those of a run
-that was left alone."""
+that was not killed."""
 
 import argparse
 import functools
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,44 +19,40 @@ import numpy as np
 import optax
 
 import eqdistill as eqd
+from eqdistill.augment import Affine
+from eqdistill.datasets import Standardisation
 
 
 STEPS = 60
 EVERY = 5
 
 
-def _schedule():
-    return optax.adam(optax.cosine_decay_schedule(0.02, STEPS))
-
-
 def _linear(train):
     train, held_out = train.split(0.1, key=jr.key(2))
     start = eqd.DistilledSet.from_noise(train, l2=0.1, scale=1 / 784, key=jr.key(0))
-    stopping = eqd.EarlyStopping(held_out, every=3, patience=STEPS)
-    args = {"learn": (True, False), "callbacks": (stopping,)}
-    return start, eqd.LogisticRegression(784, 10), train, args
+    objective = eqd.linear.LogisticRegression(784, 10)
+    return (
+        start,
+        objective,
+        train,
+        (eqd.EarlyStopping(held_out, every=3, patience=STEPS),),
+    )
 
 
 def _pool(train):
-    train = train.map(eqd.Standardisation.fit(train))
-    real = eqd.DistilledSet.from_real(train, l2=1e-3, key=jr.key(0))
-    targets = jax.nn.one_hot(real.labels, 10) - 0.1
-    start = eqd.DistilledSet(real.images, targets, l2=1e-3, loss=eqd.SquaredError())
-    network = functools.partial(eqd.nn.ConvNet, widths=(8, 16))
-    augmentation = eqd.Affine(shift=1, rotation=10)
-    args = {
-        "inner": eqd.Pool(network, num_classes=10, size=4, max_age=8),
-        "learn": (True, False),
-        "optimiser": eqd.averaged(_schedule(), decay=0.95),
-    }
-    return start, None, eqd.BalancedBatches(train, 10, augmentation=augmentation), args
+    train = train.map(Standardisation.fit(train))
+    start = eqd.DistilledSet.from_real(train, l2=1e-3, key=jr.key(0)).with_targets(10)
+    make = functools.partial(eqd.nn.ConvNet, (28, 28), 10, widths=(8, 16))
+    augmentation = Affine(shift=1, rotation=10)
+    data = eqd.Batches(train, 100, balanced=True, augmentation=augmentation)
+    return start, eqd.Pool(make, size=4, max_age=8), data, ()
 
 
 def _unrolled(train):
     start = eqd.DistilledSet.from_real(train, l2=1e-3, key=jr.key(0))
     inner = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.1}, steps=30)
-    args = {"inner": inner, "learn": (True, True)}
-    return start, eqd.LogisticRegression(784, 10), eqd.Batches(train, 500), args
+    objective = eqd.Bilevel(eqd.linear.LogisticRegression(784, 10), inner)
+    return start, objective, eqd.Batches(train, 500), ()
 
 
 KINDS = {"linear": _linear, "pool": _pool, "unrolled": _unrolled}
@@ -65,13 +60,22 @@ KINDS = {"linear": _linear, "pool": _pool, "unrolled": _unrolled}
 
 def distil(kind: str, folder: str | None, output: str) -> None:
     train, _ = eqd.datasets.load("mnist")
-    start, model, data, args = KINDS[kind](train)
-    args = {"optimiser": _schedule(), "callbacks": ()} | args
+    start, objective, data, callbacks = KINDS[kind](train)
     if folder is not None:
-        args["callbacks"] += (eqd.Checkpoints(folder, every=EVERY),)
-    result = eqd.distill(start, model, data, **args, steps=STEPS, key=jr.key(1))
-    arrays = jax.tree.leaves((eqx.filter(result.start, eqx.is_array), result.history))
-    np.savez(output, *arrays)
+        callbacks += (eqd.Checkpoints(folder, every=EVERY),)
+    schedule = optax.adam(optax.cosine_decay_schedule(0.02, STEPS))
+    result = eqd.distill(
+        start,
+        objective,
+        data,
+        optimiser=eqd.averaged(schedule, 0.95),
+        steps=STEPS,
+        learn=lambda s: (s.images, s.log_l2),
+        callbacks=callbacks,
+        key=jr.key(1),
+    )
+    trees = (result.start, result.average().start, result.history)
+    np.savez(output, *jax.tree.leaves(eqx.filter(trees, eqx.is_array_like)))
 
 
 def command(kind: str, *paths: str) -> list[str]:
@@ -79,15 +83,16 @@ def command(kind: str, *paths: str) -> list[str]:
 
 
 def kill(process: subprocess.Popen, folder: Path, rng: random.Random) -> list[str]:
-    """Kills a process at a random moment, and returns what it has left: after a random
-    checkpoint, within about the time of some steps or of another checkpoint."""
+    """Kills a process at a random moment, and returns the names in its folder. The
+    moment is after a random checkpoint, within the time of some steps or of another
+    checkpoint."""
     last = folder / str(rng.randrange(EVERY, STEPS - EVERY, EVERY))
     while not last.exists():
         time.sleep(0.001)
         if process.poll() is not None:
-            raise RuntimeError(f"{process.args} has ended before {last}.")
+            raise RuntimeError(f"{process.args} ended before {last}.")
     time.sleep(rng.uniform(0, 0.15))
-    process.send_signal(signal.SIGKILL)
+    process.kill()  # SIGKILL.
     process.wait()
     return sorted(entry.name for entry in folder.iterdir())
 
@@ -100,7 +105,7 @@ def same(path: Path, other: Path) -> bool:
 
 
 def compare(runs: int, seed: int, kinds: list[str]) -> bool:
-    """Whether all runs that were killed end as the undisturbed ones do."""
+    """Whether all killed runs end with the bits of the others."""
     rng = random.Random(seed)
     all_same = True
     with tempfile.TemporaryDirectory() as root:

@@ -174,11 +174,11 @@ class Wrong(eqd.augment.AbstractAugmentation):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ("shape", r"shape .*\(3, 6, 8\); Wrong returned \(3, 6, 7\)"),
-        ("dtype", "dtype .*float32; Wrong returned bfloat16"),
-        ("tuple", r"shape .*; Wrong returned \(\(3, 6, 8\), \(3, 6, 8\)\)"),
+        ("shape", r"shape .*3, 6, 8\) wanted, .*3, 6, 7\) got"),
+        ("dtype", "dtype .*float32 .* wanted, .*bfloat16 .* got"),
+        ("tuple", r"shape .*`Wrong` did not: .* wanted, nothing got"),
     ],
 )
 def test_shape_and_dtype_are_checked(change, match):
-    with pytest.raises(ValueError, match="`augmentation` must keep the " + match):
+    with pytest.raises(ValueError, match="`augmentation` must keep.*" + match):
         eqd.augment.augment(Wrong(change), COLOUR, key=KEY)

@@ -327,14 +327,24 @@ def test_one_wrong_item_of_many():
 
 
 def test_networks_and_functions_that_build_them():
-    got = "got an instance of Network"
+    got = "got a Network .*missing a required argument: 'image'"
     with pytest.raises(TypeError, match=f"`make`.*partial.*ConvNet.*{got}"):
         eqd.Fresh(NETWORK)
-    with pytest.raises(TypeError, match=r"`makes`.*also needs `shape`, `num_classes`"):
+    with pytest.raises(TypeError, match=r"`makes`.*`MLP` itself .*missing .*'shape'"):
         eqd.Pool(eqd.nn.MLP)
-    for model in (MAKE, eqd.nn.MLP, Plain):
-        with pytest.raises((TypeError, ValueError), match=r"`model`.*Fresh"):
+    for model in (MAKE, eqd.nn.MLP, Plain, DATA):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"`objective` must be.*Fresh"
+        ):
             eqd.distill(HARD, model, DATA)
+
+
+def test_unknown_keywords():
+    match = "`distill` has no argument `optimizer`; did you mean `optimiser`"
+    with pytest.raises(TypeError, match=match):
+        eqd.distill(HARD, MODEL, DATA, optimizer=ADAM)
+    with pytest.raises(TypeError, match="`Batches` has no .* you mean `size`"):
+        eqd.Batches(DATA, batch_size=2)
 
 
 def test_lists():

@@ -1,4 +1,4 @@
-"""The networks of the field's tables."""
+"""The networks of `nn`, and how their weights are drawn."""
 
 import equinox as eqx
 import jax
@@ -7,27 +7,19 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-import eqdistill as eqd
 from eqdistill import nn
+from eqdistill.linear import last_layer
 
 
 COLOUR, GREY = (3, 32, 32), (28, 28)
+KEY = jr.key(0)
 CALL = eqx.filter_jit(lambda network, image: network(image))
-
-
-def count(make, shape, **settings):
-    network = eqx.filter_eval_shape(
-        lambda key: make(shape, 10, key=key, **settings), jr.key(0)
-    )
-    image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    assert eqx.filter_eval_shape(network, image).shape == (10,)
-    return sum(x.size for x in jax.tree.leaves(network) if hasattr(x, "size"))
 
 
 @pytest.mark.parametrize(
     ("make", "shape", "settings", "wanted"),
     [
-        # As published: LeCun et al. 1998, and what the code of Zhao et al. 2021 prints.
+        # As published: LeCun et al. 1998, and printed by the code of Zhao et al. 2021.
         (nn.LeNet, GREY, {}, 61_706),
         (nn.ConvNet, COLOUR, {}, 320_010),
         (nn.AlexNet, COLOUR, {"norm": None}, 1_872_202),
@@ -35,6 +27,7 @@ def count(make, shape, **settings):
         (nn.ResNet18, COLOUR, {}, 11_173_962),
         # By hand.
         (nn.MLP, GREY, {}, 784 * 128 + 128 + 128 * 128 + 128 + 1290),
+        (nn.MLP, GREY, {"widths": ()}, 7850),
         (nn.ConvNet, GREY, {}, 317_706 - 1280 * (16 - 9)),
         (nn.ConvNet, GREY, {"size": 32}, 317_706),
         (
@@ -48,20 +41,30 @@ def count(make, shape, **settings):
     ],
 )
 def test_number_of_parameters(make, shape, settings, wanted):
-    assert count(make, shape, **settings) == wanted
+    build = lambda key: make(shape, 10, key=key, **settings)
+    network = eqx.filter_eval_shape(build, KEY)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert eqx.filter_eval_shape(network, image).shape == (10,)
+    sizes = [x.size for x in jax.tree.leaves(network) if hasattr(x, "size")]
+    assert sum(sizes) == wanted
+    # The network can be rebuilt from what it stores.
+    rebuild = lambda key: getattr(nn, network.architecture)(
+        **dict(network.settings), key=key
+    )
+    assert eqx.tree_equal(eqx.filter_eval_shape(rebuild, KEY), network)
 
 
 @pytest.fixture(scope="module")
 def network():
     make = lambda key: nn.ConvNet((8, 8), 10, widths=(4, 6), size=10, key=key)
-    return eqx.filter_jit(make)(jr.key(0))
+    return eqx.filter_jit(make)(KEY)
 
 
 def test_layers_are_as_by_hand(network):
     image = jr.normal(jr.key(1), (8, 8))
-    first, second = (network.layers[i] for i in (1, 5))
     x = np.pad(np.asarray(image), 1)[None]
-    for convolution in (first, second):
+    for i in (1, 5):
+        convolution = network.layers[i]
         weight, bias = np.asarray(convolution.weight), np.asarray(convolution.bias)
         x = np.pad(x, ((0, 0), (1, 1), (1, 1)))
         windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
@@ -73,60 +76,97 @@ def test_layers_are_as_by_hand(network):
     head = network.layers[-1]
     wanted = np.asarray(head.weight) @ x.reshape(-1) + np.asarray(head.bias)
     np.testing.assert_allclose(CALL(network, image), wanted, rtol=1e-4, atol=1e-5)
+    linear = last_layer(network)
+    assert linear.head is head
+    np.testing.assert_allclose(CALL(linear, image), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_place_of_the_normalisation():
+def test_order_of_normalisation_and_pooling():
     make = lambda key: nn.ConvNet((8, 8), 10, widths=(4,), norm_last=True, key=key)
-    layers = list(make(jr.key(0)).layers)
+    layers = list(make(KEY).layers)
     assert layers[3] is nn.average_pool
     assert isinstance(layers[4], eqx.nn.GroupNorm)
 
 
-def test_last_layer_is_the_head(network):
-    linear = eqd.last_layer(network)
-    assert linear.head is network.layers[-1]
-    image = jr.normal(jr.key(1), (8, 8))
-    got, wanted = CALL(linear, image), CALL(network, image)
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_initialisation(network):
+def test_initialise_and_zero_head(network):
     initialise = eqx.filter_jit(nn.initialise)
     drawn = initialise(network, nn.he, key=jr.key(1))
     weight = drawn.layers[5].weight
     np.testing.assert_allclose(jnp.std(weight), np.sqrt(2 / (4 * 9)), rtol=0.2)
     assert not drawn.layers[5].bias.any()
     assert drawn.layers[-1].weight.any()
-    # Scales of the normalisation stay.
-    np.testing.assert_array_equal(drawn.layers[2].weight, 1)
-    again = initialise(network, nn.he, key=jr.key(1))
-    assert eqx.tree_equal(drawn, again)
+    # Normalisation layers are unchanged.
+    assert eqx.tree_equal(drawn.layers[2], network.layers[2])
+    assert eqx.tree_equal(drawn, initialise(network, nn.he, key=jr.key(1)))
     zero = nn.zero_head(drawn)
     assert not CALL(zero, jnp.ones((8, 8))).any()
     assert eqx.tree_equal(zero.layers[1], drawn.layers[1])
 
 
+class Custom(eqx.Module):
+    """A network of a user's own, with its layers in no particular order."""
+
+    norm: eqx.nn.LayerNorm
+    attention: eqx.nn.MultiheadAttention
+    head: eqx.nn.Linear
+    convolutions: dict
+    extra: eqx.Module | jax.Array | None
+
+    def __init__(self, extra=None):
+        keys = jr.split(KEY, 5)
+        self.norm = eqx.nn.LayerNorm(6)
+        self.attention = eqx.nn.MultiheadAttention(2, 6, use_output_bias=True, key=KEY)
+        self.head = eqx.nn.Linear(6, 3, key=keys[0])
+        self.convolutions = {
+            "a": eqx.nn.Conv2d(1, 2, 3, key=keys[1]),
+            "b": [eqx.nn.Conv1d(2, 4, 3, use_bias=False, key=keys[2])],
+            "c": eqx.nn.ConvTranspose1d(4, 6, 2, key=keys[3]),
+            "d": nn.Conv2d(1, 1, 3, key=keys[4]),
+        }
+        self.extra = extra
+
+    def __call__(self, image):
+        return self.head(image)
+
+
+def test_any_module_is_initialised():
+    network = Custom(extra=nn.Frozen(eqx.nn.GRUCell(2, 2, key=KEY)))
+    drawn = nn.initialise(network, nn.lecun, key=KEY)
+    kept = (".norm", ".extra")
+    for path, old in jax.tree.leaves_with_path(eqx.filter(network, eqx.is_array)):
+        name = jax.tree_util.keystr(path)
+        new = {jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(drawn)}
+        assert jnp.array_equal(new[name], old) == name.startswith(kept)
+        assert "bias" not in name or name.startswith(kept) or not new[name].any()
+    zero = nn.zero_head(network, lambda n: n.head)
+    assert not zero.head.weight.any()
+    zero = eqx.tree_at(lambda n: n.head, zero, network.head)
+    assert eqx.tree_equal(zero, network)
+
+
 @pytest.mark.parametrize(
-    "make",
+    ("extra", "match"),
     [
-        lambda: nn.ConvNet((8, 8), 0, key=jr.key(0)),
-        lambda: nn.ConvNet((0, 8), 10, key=jr.key(0)),
-        lambda: nn.ConvNet((8, 8), 10, widths=(-4,), key=jr.key(0)),
-        lambda: nn.MLP((8, 8), 10, widths=(0,), key=jr.key(0)),
-        lambda: nn.ResNet18((8, 8), -1, key=jr.key(0)),
+        (eqx.nn.GRUCell(2, 2, key=KEY), "got GRUCell at `extra`"),
+        (eqx.nn.Embedding(2, 2, key=KEY), "got Embedding at `extra`"),
+        (jnp.ones(2), "got Custom"),
+        (eqx.filter_vmap(lambda key: eqx.nn.Linear(2, 2, key=key))(jr.split(KEY)),
+         r"got Linear at `extra` with a weight of shape \(2, 2, 2\)"),
     ],
-)
-def test_sizes_must_be_positive(make):
-    with pytest.raises(ValueError, match="`num_classes` and `widths` must be at least"):
-        make()
+)  # fmt: skip
+def test_layers_that_would_keep_their_weights_are_refused(extra, match):
+    with pytest.raises(TypeError, match=match):
+        nn.initialise(Custom(extra), nn.he, key=KEY)
 
 
 def test_bad_input(network):
     with pytest.raises(ValueError, match=r"`image` must have shape \(8, 8\).*\(9, 8\)"):
         network(jnp.ones((9, 8)))
     with pytest.raises(ValueError, match=r"`shape` must be \(height, width\).*\(64,\)"):
-        nn.ConvNet((64,), 10, key=jr.key(0))
-    with pytest.raises(ValueError, match="`shape` must be of images of at most 32"):
-        nn.LeNet((64, 64), 10, key=jr.key(0))
+        nn.ConvNet((64,), 10, key=KEY)
+    with pytest.raises(ValueError, match="`shape` must be at most 32 x 32"):
+        nn.LeNet((64, 64), 10, key=KEY)
     with pytest.raises(ValueError, match=r"`widths` must have no more entries.*got 4"):
-        nn.ConvNet((8, 8), 10, widths=(1, 1, 1, 1), key=jr.key(0))
+        nn.ConvNet((8, 8), 10, widths=(1, 1, 1, 1), key=KEY)
+    with pytest.raises(ValueError, match="`num_classes` and `widths` must be at least"):
+        nn.ConvNet((8, 8), 10, widths=(-4,), key=KEY)

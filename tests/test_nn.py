@@ -1,4 +1,4 @@
-"""The layers that are quick on a CPU, against those of Equinox."""
+"""The layers that are fast on a CPU against the layers of Equinox."""
 
 import dataclasses
 import functools as ft
@@ -12,10 +12,11 @@ import pytest
 from jax.test_util import check_grads
 
 from eqdistill import nn
+from eqdistill._nn._convolve import convolve_xla, ConvSettings
 
 
 def _make(constructor):
-    """A module with random parameters, drawn by NumPy: compiling JAX's draws of each
+    """A module with random parameters, drawn by NumPy: compiling JAX's draws for each
     shape would take longer than the tests."""
     rng = np.random.default_rng(0)
     draw = lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype)
@@ -89,16 +90,16 @@ CASES = {
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
-def test_values_and_derivatives_are_those_of_equinox(settings):
+def test_values_and_derivatives_agree_with_equinox(settings):
     library = _library(**settings)
     arguments = {"kernel_size": 3, **settings}
     ours = _make(lambda key: nn.Conv2d(**arguments, key=key))
     images, d_images = _normal(2, 2, settings["in_channels"], 7, 6)
     d_library = jax.tree.map(lambda x: jnp.asarray(np.sin(3 * x)), library)
-    # Two sets of weights, each with images of its own.
+    # Two sets of weights, each with its own images.
     both = lambda tree: jax.tree.map(lambda x: jnp.stack([x, 2 * x]), tree)
 
-    # Most of the time is LLVM's.
+    # Most of the time would be spent in LLVM's optimisations.
     @ft.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def everything(conv, d_conv, images, d_images):
         def loss(conv, images):
@@ -119,7 +120,7 @@ def test_values_and_derivatives_are_those_of_equinox(settings):
 
 
 @pytest.mark.usefixtures("x64")
-def test_average_pool_is_that_of_equinox():
+def test_average_pool_agrees_with_equinox():
     image, tangent = _normal(2, 2, 5, 4)
 
     def everything(pool, image, tangent):
@@ -134,46 +135,56 @@ def test_average_pool_is_that_of_equinox():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_derivatives_are_those_of_finite_differences():
+def test_derivatives_agree_with_finite_differences():
     conv = _make(lambda key: nn.Conv2d(2, 2, 2, 2, "SAME", groups=2, key=key))
     image = _normal(2, 3, 3)
     apply = lambda conv, image: jnp.sin(conv(image))
     check_grads(jax.jit(apply), (conv, image), order=2, modes=("fwd", "rev"))
 
 
-def _num_convolutions(function, *args):
-    jaxpr, *_ = eqx.filter_make_jaxpr(function)(*args)
-    return str(jaxpr).count("conv_general_dilated[")
+def _num_convolutions(function, *args, platform="cpu"):
+    dynamic, static = eqx.partition((function, args), eqx.is_array)
+
+    def call(dynamic):
+        function, args = eqx.combine(dynamic, static)
+        return eqx.filter(function(*args), eqx.is_array)
+
+    lowered = jax.jit(call).trace(dynamic).lower(lowering_platforms=(platform,))
+    return lowered.as_text().count("stablehlo.convolution")
 
 
-def test_derivatives_hold_no_convolution():
-    def descend(network, images):
-        params, static = eqx.partition(network, eqx.is_inexact_array)
-        loss = lambda p: jnp.sum(jax.vmap(eqx.combine(p, static))(images) ** 2)
-        step = lambda p, _: (jax.tree.map(jnp.subtract, p, jax.grad(loss)(p)), None)
-        params, _ = jax.lax.scan(step, params, length=2)
-        return sum(map(jnp.sum, jax.tree.leaves(params)))
+def _train(network, images):
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+    loss = lambda p: jnp.sum(jax.vmap(eqx.combine(p, static))(images) ** 2)
+    step = lambda p, _: (jax.tree.map(jnp.subtract, p, jax.grad(loss)(p)), None)
+    params, _ = jax.lax.scan(step, params, length=2)
+    return sum(map(jnp.sum, jax.tree.leaves(params)))
 
+
+def test_derivatives_on_a_cpu_contain_no_convolution():
     library = _make(_network)
-    ours = nn.quick_convolutions(library)
+    ours = nn.fast_convolutions(library)
     images = jnp.ones((2, 1, 6, 6))
-    assert _num_convolutions(descend, library, images) > 2
-    # The forward pass of the second layer; the first has images of one channel.
-    assert _num_convolutions(descend, ours, images) == 1
-    # No more if these steps are differentiated in their turn.
-    through = jax.grad(descend, argnums=1)
+    assert _num_convolutions(_train, library, images) > 2
+    # The forward pass of the second layer. The first one has images of one channel.
+    assert _num_convolutions(_train, ours, images) == 1
+    # Neither do the derivatives of these steps.
+    through = jax.grad(_train, argnums=1)
     assert _num_convolutions(through, ours, images) == 1
+    assert _num_convolutions(_train, ours, images, platform="cuda") > 2
 
 
-def test_accelerators_use_the_library_for_everything(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_other_devices_use_the_library():
     library = _library(in_channels=2, out_channels=3, padding="SAME")
     ours = nn.Conv2d.of(library)
     image = _normal(2, 5, 5)
-    np.testing.assert_allclose(ours(image), library(image), rtol=1e-5, atol=1e-6)
-    loss = lambda conv, image: jnp.sum(conv(image) ** 2)
-    grad = lambda conv, image: jax.grad(loss, argnums=(0, 1))(conv, image)
-    assert _num_convolutions(grad, ours, image) == 3
+    grad = jax.grad(lambda conv, image: jnp.sum(conv(image) ** 2), argnums=(0, 1))
+    assert _num_convolutions(grad, ours, image, platform="cuda") == 3
+    settings = ConvSettings((1, 1), ((1, 1), (1, 1)), (1, 1), 1)
+    layout = ("NCHW", "OIHW", "NCHW")
+    assert ours.bias is not None
+    got = convolve_xla(image, ours.weight, settings, layout) + ours.bias
+    np.testing.assert_allclose(got, library(image), rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision():
@@ -186,56 +197,54 @@ def test_half_precision():
         assert jnp.isfinite(leaf).all()
 
 
-def test_quick_convolutions_replaces_conv2d_and_nothing_else():
-    class Subclass(eqx.nn.Conv2d):
-        pass
+class Subclass(eqx.nn.Conv2d):
+    pass
 
+
+def test_fast_convolutions():
     network = _make(_network)
     conv1d = _make(lambda key: eqx.nn.Conv1d(1, 1, 3, key=key))
     subclass = _make(lambda key: Subclass(1, 1, 3, key=key))
     others = [eqx.nn.AvgPool2d(2, 1), eqx.nn.MaxPool2d(2, 2), jnp.tanh, jnp.ones(2)]
     tree = {"a": network, "b": [conv1d, subclass, None, 3, *others]}
-    quick = nn.quick_convolutions(tree)
-
-    assert type(quick["a"][0]) is nn.Conv2d
-    assert type(quick["a"][2]) is nn.Conv2d
-    assert nn.quick_convolutions([eqx.nn.AvgPool2d(2, 2)]) == [nn.average_pool]
-    assert quick["a"][0].weight is network[0].weight
+    fast = nn.fast_convolutions(tree)
+    assert type(fast["a"][0]) is type(fast["a"][2]) is nn.Conv2d
+    assert nn.fast_convolutions([eqx.nn.AvgPool2d(2, 2)]) == [nn.average_pool]
     for field in dataclasses.fields(nn.Conv2d):
-        assert getattr(quick["a"][2], field.name) is getattr(network[2], field.name)
-    assert eqx.tree_equal(quick["a"][4], network[4])
-    assert eqx.tree_equal(quick["b"], tree["b"])
-    # There is nothing left to replace.
-    assert eqx.tree_equal(nn.quick_convolutions(quick), quick)
+        assert getattr(fast["a"][2], field.name) is getattr(network[2], field.name)
+    assert eqx.tree_equal(fast["a"][4], network[4])
+    assert eqx.tree_equal(fast["b"], tree["b"])
+    # Nothing is left to replace.
+    assert eqx.tree_equal(nn.fast_convolutions(fast), fast)
 
-    images = _normal(2, 1, 6, 6)
-    both = lambda x: (network(x), quick["a"](x))
-    expected, actual = jax.jit(jax.vmap(both))(images)
+    both = lambda x: (network(x), fast["a"](x))
+    expected, actual = jax.jit(jax.vmap(both))(_normal(2, 1, 6, 6))
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_quick_convolutions_of_shared_and_stacked_weights():
+def test_fast_convolutions_with_shared_and_stacked_weights():
     make = lambda key: eqx.nn.Conv2d(1, 1, 3, padding=1, key=key)
-    first, second = _make(make), _make(make)
     shared = eqx.nn.Shared(
-        (first, second), where=lambda x: x[1].weight, get=lambda x: x[0].weight
+        (_make(make), _make(make)),
+        where=lambda x: x[1].weight,
+        get=lambda x: x[0].weight,
     )
     stacked = _make(lambda key: eqx.filter_vmap(make)(jr.split(key)))
-    quick_shared, quick_stacked = nn.quick_convolutions((shared, stacked))
-    one, other = quick_shared()
+    fast_shared, fast_stacked = nn.fast_convolutions((shared, stacked))
+    one, other = fast_shared()
     assert type(one) is type(other) is nn.Conv2d
     assert other.weight is one.weight
-    assert quick_stacked.weight.shape == (2, 1, 1, 3, 3)
+    assert fast_stacked.weight.shape == (2, 1, 1, 3, 3)
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (2, 5, 5), (1, 1, 5, 5)])
-def test_an_image_of_another_shape_is_refused(shape):
+def test_images_of_another_shape_are_refused(shape):
     conv = _make(lambda key: nn.Conv2d(1, 1, 3, key=key))
     with pytest.raises(ValueError, match=r"`image` must have shape \(in_channels=1"):
         conv(jnp.ones(shape))
 
 
-def test_an_image_smaller_than_the_kernel_is_refused():
+def test_images_smaller_than_the_kernel_are_refused():
     make = lambda key: nn.Conv2d(1, 1, 3, dilation=(1, 2), padding=(0, 1), key=key)
     conv = _make(make)
     assert conv(jnp.ones((1, 3, 3))).shape == (1, 1, 1)

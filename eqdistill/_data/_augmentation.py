@@ -1,11 +1,16 @@
 import abc
 import functools as ft
-from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._checks import array_difference
+
+
+Image = Float[Array, "*channels height width"]
 
 
 class AbstractAugmentation(eqx.Module):
@@ -15,19 +20,9 @@ class AbstractAugmentation(eqx.Module):
     """
 
     @abc.abstractmethod
-    def __call__(
-        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
-    ) -> Float[Array, "*channels height width"]:
-        """**Arguments:**
-
-        - `image`: one image, shape `(height, width)` or `(channels, height, width)`,
-            floating point.
-        - `key`: a `jax.random.key`. (Keyword only argument.)
-
-        **Returns:**
-
-        The changed image, of the same shape and dtype.
-        """
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
+        """Returns the changed image, in the same shape and dtype. Images are in
+        floating point, of shape `(height, width)` or `(channels, height, width)`."""
 
 
 class Compose(AbstractAugmentation):
@@ -36,20 +31,11 @@ class Compose(AbstractAugmentation):
     augmentations: tuple[AbstractAugmentation, ...]
 
     def __init__(self, *augmentations: AbstractAugmentation):
-        """**Arguments:**
-
-        - `augmentations`: the augmentations, in order.
-        """
+        """**Arguments:** the augmentations, in order."""
         self.augmentations = augmentations
 
-    def __call__(
-        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
-    ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.augment.AbstractAugmentation`][]."""
-        keys = jr.split(key, len(self.augmentations))
-        for augmentation, own_key in zip(self.augmentations, keys, strict=True):
-            image = augmentation(image, key=own_key)
-        return image
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
+        return _apply(self, False, image, key)
 
 
 class OneOf(AbstractAugmentation):
@@ -89,32 +75,14 @@ class OneOf(AbstractAugmentation):
             for all images. Its random numbers still differ between images. This is
             several times faster. A custom augmentation that calls a `OneOf` sees single
             images, so the draw is then for each image. (Keyword only argument.)
-
-        **Raises:**
-
-        A `ValueError` if there are no augmentations.
         """
         if not augmentations:
             raise ValueError("`augmentations` must have at least one; got none.")
         self.augmentations = augmentations
         self.per_batch = per_batch
 
-    def __call__(
-        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
-    ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.augment.AbstractAugmentation`][]."""
-        branches = [ft.partial(_call, a) for a in self.augmentations]
-        return _one_of(branches, image, key)
-
-
-def _call(augmentation: AbstractAugmentation, image: Array, key: PRNGKeyArray):
-    return augmentation(image, key=key)
-
-
-def _one_of(branches: list[Callable], images: Array, key: PRNGKeyArray) -> Array:
-    choice_key, own_key = jr.split(key)
-    index = jr.randint(choice_key, (), 0, len(branches))
-    return jax.lax.switch(index, branches, images, own_key)
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
+        return _apply(self, False, image, key)
 
 
 def augment(
@@ -129,40 +97,33 @@ def augment(
 
     - `augmentation`: the augmentation $A$.
     - `images`: shape `(n, *shape)`, floating point.
-    - `key`: a `jax.random.key`, which is split into the $k_i$. (Keyword only
-        argument.)
-
-    **Returns:**
-
-    The changed images.
-
-    **Raises:**
-
-    A `ValueError` if the augmentation changes the shape or the dtype of an image.
+    - `key`: a `jax.random.key`, which is split into the $k_i$. (Keyword only.)
     """
-    changed = _augment(augmentation, images, key)
-    if not eqx.is_array(changed) or changed.shape != images.shape:
-        got = jax.tree.map(lambda x: x.shape[1:], changed)
+    changed = _apply(augmentation, True, images, key)
+    difference = array_difference(images, changed)
+    if difference is not None:
         raise ValueError(
-            "`augmentation` must keep the shape of an image, "
-            f"{images.shape[1:]}; {type(augmentation).__name__} returned {got}."
-        )
-    if changed.dtype != images.dtype:
-        raise ValueError(
-            f"`augmentation` must keep the dtype of an image, {images.dtype}; "
-            f"{type(augmentation).__name__} returned {changed.dtype}."
+            "`augmentation` must keep the shape and the dtype of images; "
+            f"`{type(augmentation).__name__}` did not: {difference}."
         )
     return changed
 
 
-def _augment(augmentation: AbstractAugmentation, images: Array, key: PRNGKeyArray):
+def _apply(
+    augmentation: AbstractAugmentation, is_batch: bool, x: Array, key: PRNGKeyArray
+) -> Any:
+    """Applies an augmentation to a batch, or to one image."""
     if isinstance(augmentation, Compose):
         keys = jr.split(key, len(augmentation.augmentations))
         for part, own_key in zip(augmentation.augmentations, keys, strict=True):
-            images = _augment(part, images, own_key)
-        return images
-    if isinstance(augmentation, OneOf) and augmentation.per_batch:
-        branches = [ft.partial(_augment, a) for a in augmentation.augmentations]
-        return _one_of(branches, images, key)
-    keys = jr.split(key, len(images))
-    return jax.vmap(ft.partial(_call, augmentation))(images, keys)
+            x = _apply(part, is_batch, x, own_key)
+        return x
+    if isinstance(augmentation, OneOf) and (augmentation.per_batch or not is_batch):
+        branches = [ft.partial(_apply, a, is_batch) for a in augmentation.augmentations]
+        choice_key, own_key = jr.split(key)
+        index = jr.randint(choice_key, (), 0, len(branches))
+        return jax.lax.switch(index, branches, x, own_key)
+    if is_batch:
+        of_image = ft.partial(_apply, augmentation, False)
+        return jax.vmap(of_image)(x, jr.split(key, len(x)))
+    return augmentation(x, key=key)

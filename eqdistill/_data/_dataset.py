@@ -7,8 +7,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from .._checks import check_at_least
 from .._conversions import ArrayOrList, as_array, as_int
+from .._typechecking import describe
 
 
 class Dataset(eqx.Module):
@@ -37,46 +37,35 @@ class Dataset(eqx.Module):
         *,
         class_names: list[str] | tuple[str, ...] | None = None,
     ):
-        r"""**Arguments:**
+        r"""**Arguments:** as the attributes. `class_names` is keyword only.
 
-        - `images`: an array or a list of shape `(N, *shape)`, `uint8` or floating
-            point.
-        - `labels`: class indices of any integer type, shape `(N,)`.
-        - `num_classes`: the number of classes. Defaults to the number of `class_names`.
-            Without either, it is the largest label plus one, and each class must have
-            an image.
-        - `class_names`: one name for each class, or `None`. (Keyword only argument.)
+        - `images`: an array or a list.
+        - `labels`: an array or a list of any integer type.
+        - `num_classes`: defaults to the number of `class_names`. Without either, it is
+            the largest label plus one, and each class must have an image.
 
         **Raises:**
 
-        A `ValueError` or `TypeError` if there are no images, if the labels are not one
-        integer in `[0, num_classes)` for each image, if a class has no image and
-        neither `num_classes` nor `class_names` is given, if the names are not different
-        or not one for each class, or if an image is not finite in JAX's precision.
+        A `ValueError` if images or labels have another shape or dtype; if an image is
+        not finite in JAX's precision; if a label is not in `[0, num_classes)`; or if
+        the names are not different, or not one for each class.
         """
         # On the host, because a dataset is made once, from concrete arrays.
         images_ = np.asarray(as_array("images", images))
         labels_ = np.asarray(as_array("labels", labels))
         is_bytes = images_.dtype == np.uint8
-        if not (is_bytes or jnp.issubdtype(images_.dtype, jnp.floating)):
-            raise TypeError(
-                f"`images` must be uint8 or floating point; got dtype {images_.dtype}."
-            )
-        if images_.ndim < 2 or images_.size == 0:
+        is_image = is_bytes or jnp.issubdtype(images_.dtype, jnp.floating)
+        if not is_image or images_.ndim < 2 or images_.size == 0:
             raise ValueError(
-                "`images` must have shape (N, *shape) and at least one pixel; got "
-                f"shape {images_.shape}."
+                "`images` must be uint8 or floating point, of shape (N, *shape), with "
+                f"at least one pixel; got {describe(images_)}."
             )
-        if not np.issubdtype(labels_.dtype, np.integer):
-            raise TypeError(
-                f"`labels` must be integer class indices; got dtype {labels_.dtype}."
-            )
-        if labels_.shape != images_.shape[:1]:
+        is_index = np.issubdtype(labels_.dtype, np.integer)
+        if not is_index or labels_.shape != images_.shape[:1]:
             raise ValueError(
-                "`labels` must have one entry for each image; got labels of shape "
-                f"{labels_.shape} for images of shape {images_.shape}."
+                "`labels` must be integer class indices, one for each of the "
+                f"{len(images_)} images; got {describe(labels_)}."
             )
-        given = "`num_classes`" if num_classes is not None else "`class_names`"
         if num_classes is None:
             num_classes = len(class_names) if class_names else _count(labels_)
         if class_names is not None and not (
@@ -86,22 +75,23 @@ class Dataset(eqx.Module):
                 f"`class_names` must have one name for each of the {num_classes} "
                 f"classes, all different; got {len(class_names)}."
             )
-        check_at_least(1, num_classes=num_classes)
-        if num_classes > np.iinfo(np.int32).max:
-            raise ValueError(f"`num_classes` must be below 2^31; got {num_classes}.")
+        if not 1 <= num_classes < 2**31:
+            raise ValueError(
+                f"`num_classes` must be at least 1 and below 2^31; got {num_classes}."
+            )
         if labels_.min() < 0 or labels_.max() >= num_classes:
             raise ValueError(
-                f"`labels` must be in [0, {num_classes}), as set by {given}; got "
+                f"`labels` must be in [0, {num_classes}), as set by `num_classes`; got "
                 f"values from {labels_.min()} to {labels_.max()}."
             )
         if not is_bytes:
-            with np.errstate(over="ignore"):  # Infinite values are reported below.
+            with np.errstate(over="ignore"):
                 images_ = images_.astype(jax.dtypes.canonicalize_dtype(images_.dtype))
-        if not is_bytes and not np.isfinite(images_).all():
-            raise ValueError(
-                f"`images` must be finite; {(~np.isfinite(images_)).sum()} of "
-                f"{images_.size} pixels are NaN or infinite."
-            )
+            if bad := np.sum(~np.isfinite(images_)):
+                raise ValueError(
+                    f"`images` must be finite; {bad} of {images_.size} pixels are NaN "
+                    "or infinite."
+                )
         self.images = jnp.asarray(images_)
         self.labels = jnp.asarray(labels_.astype(np.int32))
         self.num_classes = num_classes
@@ -118,53 +108,34 @@ class Dataset(eqx.Module):
     def split(
         self, fraction: float, *, key: PRNGKeyArray
     ) -> tuple["Dataset", "Dataset"]:
-        """Holds out random images, for early stopping and other choices.
+        """Holds out random images, for early stopping and other choices. Returns the
+        remaining images and the held-out images, both in random order.
 
         **Arguments:**
 
-        - `fraction`: the fraction of the images to hold out, between 0 and 1.
+        - `fraction`: the fraction of the images to hold out, between 0 and 1, so that
+            neither part is empty.
         - `key`: a `jax.random.key`. (Keyword only argument.)
-
-        **Returns:**
-
-        The remaining images and the held-out images, both in random order.
-
-        **Raises:**
-
-        A `ValueError` if either part would be empty.
         """
-        if not 0 < fraction < 1:
-            raise ValueError(f"`fraction` must be between 0 and 1; got {fraction}.")
-        num_held_out = round(fraction * len(self))
+        num_held_out = round(fraction * len(self)) if 0 < fraction < 1 else 0
         if not 0 < num_held_out < len(self):
             raise ValueError(
-                f"`fraction` must give each part at least one of {len(self)} images; "
-                f"got {fraction}."
+                "`fraction` must be between 0 and 1, and give each part at least one "
+                f"of {len(self)} images; got {fraction}."
             )
         order = jr.permutation(key, len(self))
-        held_out, kept = order[:num_held_out], order[num_held_out:]
-        return (
-            self._with(self.images[kept], self.labels[kept]),
-            self._with(self.images[held_out], self.labels[held_out]),
-        )
+        parts = order[num_held_out:], order[:num_held_out]
+        kept, held_out = (self._with(self.images[i], self.labels[i]) for i in parts)
+        return kept, held_out
 
     def map(self, fn: Callable) -> "Dataset":
-        """Applies a function $f$ to each image $x_i$.
+        """Returns a dataset of the images $f(x_i)$ with the same labels.
 
         **Arguments:**
 
         - `fn`: a function $f$ from one image, in the units of
-            [`eqdistill.Dataset.floating`][], to an image of any shape; such as an
-            [`eqdistill.datasets.AbstractPreprocessing`][].
-
-        **Returns:**
-
-        A `Dataset` of the images $f(x_i)$, in floating point, with the same labels.
-
-        **Raises:**
-
-        A `TypeError` or `ValueError` if a dataset cannot have the images that `fn`
-        returns.
+            [`eqdistill.Dataset.floating`][], to a floating-point image of any shape;
+            such as an [`eqdistill.datasets.AbstractPreprocessing`][].
         """
         # A loop in Python, because XLA's convolutions are slow in a `lax.map`.
         images = [
@@ -196,12 +167,7 @@ def _map_chunk(fn: Callable, images: Array) -> Array:
 
 
 def _count(labels: np.ndarray) -> int:
-    """The number of classes.
-
-    **Raises:**
-
-    A `ValueError` if a class between 0 and the largest label has no image.
-    """
+    """The number of classes, each of which must have an image."""
     found = np.unique(labels)
     if found[0] != 0 or found[-1] != len(found) - 1:
         raise ValueError(

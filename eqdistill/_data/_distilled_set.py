@@ -1,5 +1,3 @@
-import math
-
 import equinox as eqx
 import jax.core
 import jax.numpy as jnp
@@ -7,10 +5,10 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from .._checks import check_at_least
-from .._conversions import ArrayOrList, as_array, name_value
-from .._error import error_if
+from .._checks import check_at_least, check_positive, error_if
+from .._conversions import ArrayOrList, as_array
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
+from .._typechecking import describe
 from . import _initialisers
 from ._dataset import Dataset
 from ._parameterisation import AbstractParameterisation
@@ -20,15 +18,10 @@ class DistilledSet(AbstractParameterisation):
     r"""Synthetic images with their labels, the ridge and the loss: everything that is
     needed to train a model on them.
 
-    **Attributes:**
+    **Attributes:** `images`, `labels` and `loss` as below, and
 
-    - `images`: the synthetic images $\theta$, in the units of the real images, with
-        pixels of any sign.
-    - `labels`: class indices in $[0, c)$; or, in floating point, the logits of soft
-        labels ([`eqdistill.CrossEntropy`][]) or targets ([`eqdistill.SquaredError`][]).
     - `log_l2`: the logarithm of the ridge $\lambda$, which keeps a learned ridge
         positive.
-    - `loss`: the loss that models are trained with.
     """
 
     images: Float[Array, "n *shape"]
@@ -46,9 +39,11 @@ class DistilledSet(AbstractParameterisation):
     ):
         r"""**Arguments:**
 
-        - `images`: an array or a list of shape `(n, *shape)`, floating point, finite.
-        - `labels`: integer class indices of shape `(n,)`; or labels of shape `(n, c)`
-            in floating point, which are interpreted by `loss`.
+        - `images`: the synthetic images $\theta$, an array or a list of shape
+            `(n, *shape)`, floating point, finite, in the units of the real images.
+        - `labels`: class indices in $[0, c)$ of shape `(n,)`; or, in floating point and
+            of shape `(n, c)`, the logits of soft labels ([`eqdistill.CrossEntropy`][])
+            or targets ([`eqdistill.SquaredError`][]).
         - `l2`: the ridge $\lambda > 0$. Logistic regression works well at 0.1. Networks
             need 1e-3 or less, as a larger ridge shrinks all of their weights to zero.
             (Keyword only argument.)
@@ -56,48 +51,37 @@ class DistilledSet(AbstractParameterisation):
 
         **Raises:**
 
-        A `TypeError` if images or labels have the wrong dtype. A `ValueError` if they
-        have the wrong shape, or if soft labels are probabilities instead of logits. An
-        error, at run time for traced values, if images or soft labels are not finite, a
-        class index is negative, or `l2` is not positive and finite.
+        A `ValueError` for a wrong dtype or shape, or if soft labels are probabilities
+        instead of logits. An error, at run time for traced values, if images or soft
+        labels are not finite, a class index is negative, or `l2` is not positive and
+        finite.
         """
         images = jnp.asarray(as_array("images", images))
         labels = as_array("labels", labels)
         # Checked before JAX narrows them to 32 bits.
         is_wide = isinstance(labels, np.ndarray) and labels.dtype.kind in "iu"
         if is_wide and labels.size and labels.max() >= 2**31:
-            raise ValueError(
-                "`labels` must be class indices below 2^31; got values up to "
-                f"{labels.max()}."
-            )
+            raise ValueError(f"`labels` must be below 2^31; got up to {labels.max()}.")
         labels = jnp.asarray(labels)
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise TypeError(
-                "`images` must be floating point, because they are learned; got dtype "
-                f"{images.dtype}. `Dataset.floating` converts real images."
-            )
-        if images.ndim < 2 or images.size == 0:
+        is_floating = jnp.issubdtype(images.dtype, jnp.floating)
+        if not is_floating or images.ndim < 2 or images.size == 0:
             raise ValueError(
-                "`images` must have shape (n, *shape) and at least one pixel; got "
-                f"shape {images.shape}."
+                "`images` must be floating point, of shape (n, *shape), with at least "
+                f"one pixel; got {describe(images)}. `Dataset.floating` converts real "
+                "images."
             )
-        if jnp.issubdtype(labels.dtype, jnp.integer):
-            wanted, ndim = "class indices of shape (n,)", 1
-        elif jnp.issubdtype(labels.dtype, jnp.floating):
-            wanted, ndim = "soft labels or targets of shape (n, c)", 2
-        else:
-            raise TypeError(
-                "`labels` must be integer class indices or floating point; got "
-                f"dtype {labels.dtype}."
-            )
-        if labels.ndim != ndim or labels.shape[0] != images.shape[0]:
+        n, is_hard = len(images), jnp.issubdtype(labels.dtype, jnp.integer)
+        is_known = is_hard or jnp.issubdtype(labels.dtype, jnp.floating)
+        is_known = is_known and labels.ndim == (1 if is_hard else 2)
+        if not is_known or len(labels) != n:
             raise ValueError(
-                f"`labels` of dtype {labels.dtype} must be {wanted}, where "
-                f"n = {images.shape[0]} as in `images`; got shape {labels.shape}."
+                f"`labels` must be integer class indices of shape ({n},), or soft "
+                f"labels or targets in floating point, of shape ({n}, c); got "
+                f"{describe(labels)}."
             )
-        l2 = jnp.asarray(as_array("l2", l2), images.dtype)
-        if l2.shape != ():
-            raise ValueError(f"`l2` must be a scalar; got shape {l2.shape}.")
+        ridge = jnp.asarray(as_array("l2", l2), images.dtype)
+        if ridge.shape != ():
+            raise ValueError(f"`l2` must be a scalar; got shape {ridge.shape}.")
         self.images = error_if(
             images,
             lambda x: ~(abs(x) < np.inf).all(),
@@ -105,47 +89,36 @@ class DistilledSet(AbstractParameterisation):
         )
         self.labels = error_if(
             labels,
-            lambda x: ~((x >= 0) if ndim == 1 else (abs(x) < np.inf)).all(),
+            lambda x: ~((x >= 0) if is_hard else (abs(x) < np.inf)).all(),
             "`labels` must be non-negative class indices, or finite in floating point; "
             "some are not.",
         )
-        if ndim == 2 and isinstance(loss, CrossEntropy) and _are_probabilities(labels):
+        is_soft = not is_hard and isinstance(loss, CrossEntropy)
+        if is_soft and _are_probabilities(labels):
             raise ValueError(
                 "`labels` in floating point must be logits for `CrossEntropy`; got "
                 "probabilities: each row is non-negative and sums to 1. Take their "
                 "logarithms, or replace one-hot rows by class indices."
             )
-        self.log_l2 = jnp.log(
-            error_if(
-                l2,
-                lambda x: ~((x > 0) & (x < np.inf)),
-                f"`l2` must be positive and finite; got {name_value(l2)}.",
-            )
+        ridge = error_if(
+            ridge,
+            lambda x: ~((x > 0) & (x < np.inf)),
+            f"`l2` must be positive and finite; got {l2}.",
         )
+        self.log_l2 = jnp.log(ridge)
         self.loss = loss
 
     def decode(self) -> "DistilledSet":
-        """**Returns:**
-
-        The distilled set itself.
-        """
+        """Returns the distilled set itself."""
         return self
 
     def with_targets(self, num_classes: int) -> "DistilledSet":
-        r"""Replaces class indices $y$ by learnable targets $e_y - 1/c$ of
-        [`eqdistill.SquaredError`][].
+        r"""Replaces class indices $y$ by learnable targets $e_y - 1/c$, of shape
+        `(n, c)`, of [`eqdistill.SquaredError`][].
 
         **Arguments:**
 
-        - `num_classes`: the number of classes $c$.
-
-        **Returns:**
-
-        A `DistilledSet` with labels of shape `(n, c)` and the loss `SquaredError()`.
-
-        **Raises:**
-
-        A `ValueError` if the labels are not class indices in $[0, c)$.
+        - `num_classes`: the number of classes $c$, larger than every class index.
         """
         if self.labels.ndim != 1:
             raise ValueError(
@@ -191,39 +164,20 @@ class DistilledSet(AbstractParameterisation):
 
         A `DistilledSet` with class indices as labels.
 
-        **Raises:**
-
-        A `ValueError` if `n` or `scale` is not positive.
-
         Source: the start of JAXopt's dataset-distillation notebook.
         """
+        check_positive(scale=scale)
         labels = _cyclic_labels(train, n)
-        if not 0 < scale < math.inf:
-            raise ValueError(f"`scale` must be positive and finite; got {scale}.")
-        images = scale * jr.normal(key, (labels.shape[0], *train.shape))
+        images = scale * jr.normal(key, (len(labels), *train.shape))
         return cls(images, labels, l2=l2)
 
     @classmethod
     def from_real(
-        cls,
-        train: Dataset,
-        n: int | None = None,
-        *,
-        l2: ArrayLike,
-        key: PRNGKeyArray,
+        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
     ) -> "DistilledSet":
-        r"""Random real images of each class, without repeats.
-
-        **Arguments:** as in [`eqdistill.DistilledSet.from_noise`][].
-
-        **Returns:**
-
-        A `DistilledSet` with class indices as labels.
-
-        **Raises:**
-
-        A `ValueError` if `n` is not positive, or if it requires more images of a class
-        than `train` has.
+        r"""Random real images of each class, without repeats. Arguments and result are
+        as for [`eqdistill.DistilledSet.from_noise`][]. Raises a `ValueError` if `train`
+        has too few images of a class.
 
         Source: the baseline of random real images in Wang et al., *Dataset
         Distillation*, 2018.
@@ -232,34 +186,21 @@ class DistilledSet(AbstractParameterisation):
 
     @classmethod
     def from_class_means(
-        cls,
-        train: Dataset,
-        n: int | None = None,
-        *,
-        l2: ArrayLike,
-        key: PRNGKeyArray,
+        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
     ) -> "DistilledSet":
-        r"""The mean of each class; with several images per class, the means of random
-        disjoint parts of the class, equal in size to within one image.
-
-        Arguments, result and errors are as for [`eqdistill.DistilledSet.from_real`][].
+        r"""As [`eqdistill.DistilledSet.from_real`][], with the mean of each class; or
+        with several images per class, the means of random disjoint parts of the class,
+        equal in size to within one image.
         """
         return cls._by_class(train, n, l2, _initialisers.class_means, key)
 
     @classmethod
     def from_kmeans(
-        cls,
-        train: Dataset,
-        n: int | None = None,
-        *,
-        l2: ArrayLike,
-        key: PRNGKeyArray,
+        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
     ) -> "DistilledSet":
-        r"""The centroids of each class by k-means, from one start by k-means++ and with
-        at most 30 iterations. A single image per class is the class mean.
-
-        Arguments, result and errors are as for [`eqdistill.DistilledSet.from_real`][].
-        Raises an `ImportError` without scikit-learn, which is in `eqdistill[data]`.
+        r"""As [`eqdistill.DistilledSet.from_real`][], with the centroids of each class
+        by k-means, from one start by k-means++ and with at most 30 iterations. A single
+        image per class is the class mean. Needs `eqdistill[data]`.
 
         Source: the k-means baseline of Wang et al., *Dataset Distillation*, 2018; Lloyd
         1982.
@@ -268,21 +209,15 @@ class DistilledSet(AbstractParameterisation):
 
     @classmethod
     def from_herding(
-        cls,
-        train: Dataset,
-        n: int | None = None,
-        *,
-        l2: ArrayLike,
-        key: PRNGKeyArray,
+        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
     ) -> "DistilledSet":
-        r"""Real images of each class, chosen by greedy herding in pixel space: each
-        image brings the mean of the chosen images as close as possible to the class
-        mean $\mu$, without repeats,
+        r"""As [`eqdistill.DistilledSet.from_real`][], with images chosen by greedy
+        herding in pixel space: each image brings the mean of the chosen images as close
+        as possible to the class mean $\mu$, without repeats,
 
         $$x_{i} = \arg\min_x \left\| \mu - \frac{1}{i} \Big(x + \sum_{j<i} x_j\Big)
         \right\|.$$
 
-        Arguments, result and errors are as for [`eqdistill.DistilledSet.from_real`][].
         The choice is deterministic, so `key` has no effect.
 
         Source: Welling, *Herding dynamical weights to learn*, 2009; in this greedy

@@ -3,11 +3,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.scipy.ndimage import map_coordinates
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from .._checks import check_at_least
 from .._conversions import as_float, as_int
-from ._augmentation import AbstractAugmentation
+from ._augmentation import AbstractAugmentation, Image
 
 
 class Affine(AbstractAugmentation):
@@ -19,42 +19,26 @@ class Affine(AbstractAugmentation):
     borders. The angle $\alpha$, the factors $s$ of the two axes and the shift $t$ have
     uniform distributions.
 
+    **Arguments:** (Keyword only.)
+
+    - `shift`: the largest shift of either axis, in pixels, at least 0.
+    - `rotation`: the largest angle in either direction, in degrees, at least 0.
+    - `scale`: the largest factor of either axis, at least 1. The smallest factor is
+        `1 / scale`.
+
     Source: Zhao and Bilen, *Dataset Condensation with Differentiable Siamese
     Augmentation*, 2021, use `Affine(rotation=15)` and `Affine(scale=1.2)`.
     """
 
-    shift: float = eqx.field(converter=as_float)
-    rotation: float = eqx.field(converter=as_float)
-    scale: float = eqx.field(converter=as_float)
+    shift: float = eqx.field(default=0.0, converter=as_float, kw_only=True)
+    rotation: float = eqx.field(default=0.0, converter=as_float, kw_only=True)
+    scale: float = eqx.field(default=1.0, converter=as_float, kw_only=True)
 
-    def __init__(
-        self,
-        *,
-        shift: float = 0.0,
-        rotation: float = 0.0,
-        scale: float = 1.0,
-    ):
-        """**Arguments:** (Keyword only.)
+    def __check_init__(self):
+        check_at_least(0, shift=self.shift, rotation=self.rotation)
+        check_at_least(1, scale=self.scale)
 
-        - `shift`: the largest shift of either axis, in pixels, at least 0.
-        - `rotation`: the largest angle in either direction, in degrees, at least 0.
-        - `scale`: the largest factor of either axis, at least 1. The smallest factor
-            is `1 / scale`.
-
-        **Raises:**
-
-        A `ValueError` if an argument is out of its range.
-        """
-        check_at_least(0, shift=shift, rotation=rotation)
-        check_at_least(1, scale=scale)
-        self.shift = shift
-        self.rotation = rotation
-        self.scale = scale
-
-    def __call__(
-        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
-    ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.augment.AbstractAugmentation`][]."""
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
         keys = jr.split(key, 3)
         draw = lambda key, shape, low, high: jr.uniform(
             key, shape, image.dtype, low, high
@@ -77,28 +61,20 @@ class Affine(AbstractAugmentation):
 class Crop(AbstractAugmentation):
     """Pads the image with zeros, and crops it to its size at a random position.
 
+    **Arguments:**
+
+    - `padding`: the number of pixels to add on each side, at least 0.
+
     Source: He et al., *Deep Residual Learning*, 2016; Zhao and Bilen 2021 pad by an
     eighth of the image.
     """
 
     padding: int = eqx.field(converter=as_int)
 
-    def __init__(self, padding: int):
-        """**Arguments:**
+    def __check_init__(self):
+        check_at_least(0, padding=self.padding)
 
-        - `padding`: the number of pixels to add on each side, at least 0.
-
-        **Raises:**
-
-        A `ValueError` if `padding` is negative.
-        """
-        check_at_least(0, padding=padding)
-        self.padding = padding
-
-    def __call__(
-        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
-    ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.augment.AbstractAugmentation`][]."""
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
         channels = image.ndim - 2
         widths = [(0, 0)] * channels + [(self.padding, self.padding)] * 2
         first = jr.randint(key, (2,), 0, 2 * self.padding + 1)
@@ -109,28 +85,22 @@ class Crop(AbstractAugmentation):
 class Flip(AbstractAugmentation):
     """Reflects the image from left to right, with a given probability.
 
+    **Arguments:**
+
+    - `probability`: the probability of a reflection, from 0 to 1.
+
     Source: Zhao and Bilen 2021.
     """
 
-    probability: float = eqx.field(converter=as_float)
+    probability: float = eqx.field(default=0.5, converter=as_float)
 
-    def __init__(self, probability: float = 0.5):
-        """**Arguments:**
+    def __check_init__(self):
+        if not 0 <= self.probability <= 1:
+            raise ValueError(
+                f"`probability` must be from 0 to 1; got {self.probability}."
+            )
 
-        - `probability`: the probability of a reflection, from 0 to 1.
-
-        **Raises:**
-
-        A `ValueError` if `probability` is not from 0 to 1.
-        """
-        if not 0 <= probability <= 1:
-            raise ValueError(f"`probability` must be from 0 to 1; got {probability}.")
-        self.probability = probability
-
-    def __call__(
-        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
-    ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.augment.AbstractAugmentation`][]."""
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
         is_flipped = jr.uniform(key, (), image.dtype) < self.probability
         return jnp.where(is_flipped, image[..., ::-1], image)
 
@@ -139,28 +109,20 @@ class Cutout(AbstractAugmentation):
     """Sets a square with a random centre in the image to zero. Near an edge, part of
     the square is outside the image.
 
+    **Arguments:**
+
+    - `size`: the side of the square in pixels, at least 0.
+
     Source: DeVries and Taylor, *Improved Regularization of Convolutional Neural
     Networks with Cutout*, 2017; Zhao and Bilen 2021 take half of the side of the image.
     """
 
     size: int = eqx.field(converter=as_int)
 
-    def __init__(self, size: int):
-        """**Arguments:**
+    def __check_init__(self):
+        check_at_least(0, size=self.size)
 
-        - `size`: the side of the square in pixels, at least 0.
-
-        **Raises:**
-
-        A `ValueError` if `size` is negative.
-        """
-        check_at_least(0, size=size)
-        self.size = size
-
-    def __call__(
-        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
-    ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.augment.AbstractAugmentation`][]."""
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
         height, width = image.shape[-2:]
         centre = jr.randint(key, (2,), 0, jnp.array([height, width]))
         y, x = jnp.indices((height, width)) - (centre - self.size // 2)[:, None, None]
@@ -178,41 +140,23 @@ class ColourJitter(AbstractAugmentation):
     image. The numbers $b$, $s$ and $k$ have uniform distributions. The saturation of
     grey images does not change.
 
+    **Arguments:** (Keyword only.)
+
+    - `brightness`, `saturation`, `contrast`: the largest $|b|$, $|s - 1|$ and
+        $|k - 1|$, at least 0.
+
     Source: Zhao and Bilen 2021, whose strengths are the defaults.
     """
 
-    brightness: float = eqx.field(converter=as_float)
-    saturation: float = eqx.field(converter=as_float)
-    contrast: float = eqx.field(converter=as_float)
+    brightness: float = eqx.field(default=0.5, converter=as_float, kw_only=True)
+    saturation: float = eqx.field(default=1.0, converter=as_float, kw_only=True)
+    contrast: float = eqx.field(default=0.5, converter=as_float, kw_only=True)
 
-    def __init__(
-        self,
-        *,
-        brightness: float = 0.5,
-        saturation: float = 1.0,
-        contrast: float = 0.5,
-    ):
-        """**Arguments:** (Keyword only.)
+    def __check_init__(self):
+        check_at_least(0, brightness=self.brightness, saturation=self.saturation)
+        check_at_least(0, contrast=self.contrast)
 
-        - `brightness`: the largest $|b|$, at least 0.
-        - `saturation`: the largest $|s - 1|$, at least 0.
-        - `contrast`: the largest $|k - 1|$, at least 0.
-
-        **Raises:**
-
-        A `ValueError` if an argument is negative.
-        """
-        check_at_least(
-            0, brightness=brightness, saturation=saturation, contrast=contrast
-        )
-        self.brightness = brightness
-        self.saturation = saturation
-        self.contrast = contrast
-
-    def __call__(
-        self, image: Float[Array, "*channels height width"], *, key: PRNGKeyArray
-    ) -> Float[Array, "*channels height width"]:
-        """As [`eqdistill.augment.AbstractAugmentation`][]."""
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
         draws = jr.uniform(key, (3,), image.dtype, -1, 1)
         image = image + self.brightness * draws[0]
         if image.ndim > 2:

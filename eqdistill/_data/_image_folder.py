@@ -1,8 +1,7 @@
 import concurrent.futures
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,16 +9,10 @@ from .._conversions import as_ints
 from ._dataset import Dataset
 
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
 _FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 # Pillow's pixel modes in these formats, except for 16-bit grey.
 _GREY = ("1", "L", "LA")
 _COLOUR = ("P", "RGB", "RGBA", "RGBX", "CMYK")
-# The number of images that a thread reads at a time.
-_CHUNK = 64
 
 
 def from_folder(
@@ -27,14 +20,13 @@ def from_folder(
 ) -> Dataset:
     """Loads a folder that has one folder of images for each class.
 
-    Classes are ordered by the names of their folders, and the images of a class by the
-    names of the files. Files outside the class folders are ignored, and so is
-    everything whose name begins with a dot.
+    Classes and their images are ordered by the names of folders and files. Files
+    outside the class folders are ignored, and all names that begin with a dot.
 
     Images may be PNG, JPEG, GIF (the first frame is read), BMP or WebP. A rotation in
     their metadata is not applied. Images with one channel, with or without
     transparency, are grey. All others, including GIFs and images with a palette, become
-    8-bit RGB. Transparent pixels get a black background.
+    8-bit RGB. Transparent pixels become black.
 
     **Arguments:**
 
@@ -46,157 +38,118 @@ def from_folder(
     **Returns:**
 
     An [`eqdistill.Dataset`][] of `uint8` images, of shape `(height, width)` if they are
-    grey, or `(3, height, width)` if they are in colour. Its `class_names` are the names
-    of the folders.
+    grey, or `(3, height, width)` in colour. Its `class_names` are those of the folders.
 
     **Raises:**
 
-    - A `FileNotFoundError` if `path` is not a folder.
-    - A `ValueError` if `size` is not positive; if there is no class folder, or one has
-        no images; if images differ in size and `size` is not given; if some are grey
-        and some are in colour; or if anything in a class folder is not an image, is a
-        grey image of more than 8 bits, has more pixels than Pillow considers safe
-        (`PIL.Image.MAX_IMAGE_PIXELS`), or is a link to outside `path`.
-    - An `ImportError` without Pillow.
+    A `ValueError` if a class has no images; if images differ in size and `size` is not
+    given; if some are grey and some are in colour; or if anything in a class folder is
+    not an image, is a grey image of more than 8 bits, has more pixels than Pillow's
+    `PIL.Image.MAX_IMAGE_PIXELS`, or is a link to outside `path`.
     """
     try:
-        import PIL.Image  # noqa: F401
+        import PIL  # noqa: F401
     except ImportError as e:
         raise ImportError(
             "`eqdistill.datasets.from_folder` needs Pillow: pip install "
             "'eqdistill[data]'."
         ) from e
-    height_and_width = None
     if size is not None:
-        height_and_width = as_ints("size", size)
+        size = as_ints("size", size)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"`size` must be a positive (height, width); got {size}.")
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"`path` must be an existing folder; got {str(path)!r}."
+            f"`path` must be an existing folder; got {str(root)!r}."
         )
     folders = [entry for entry in _entries(root, root) if entry.is_dir()]
     if not folders:
         raise ValueError(
-            f"`path` must have one folder of images for each class; {root} has no "
-            "folders."
+            f"`path` must have one folder of images for each class; {root} has none."
         )
-    files, labels = [], []
-    for label, folder in enumerate(folders):
-        entries = list(_entries(folder, root))
-        if not entries:
-            raise ValueError(
-                f"`path` must have images of each class; {folder} is empty."
-            )
-        files += entries
-        labels += [label] * len(entries)
-    images = _read_all(files, height_and_width)
+    files = [_entries(folder, root) for folder in folders]
+    if [] in files:
+        empty = folders[files.index([])]
+        raise ValueError(f"`path` must have images of each class; {empty} is empty.")
+    images = _read_all([file for entries in files for file in entries], size)
     if images.ndim == 4:
         images = np.moveaxis(images, 3, 1)
-    names = tuple(folder.name for folder in folders)
-    return Dataset(images, np.array(labels), class_names=names)
+    labels = np.repeat(np.arange(len(files)), [len(entries) for entries in files])
+    return Dataset(images, labels, class_names=[folder.name for folder in folders])
 
 
-def _entries(folder: Path, root: Path) -> Iterator[Path]:
+def _entries(folder: Path, root: Path) -> list[Path]:
     """The entries of a folder in the order of their names, without hidden ones."""
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not entry.name.startswith(".")]
-    for entry in sorted(visible, key=lambda entry: entry.name):
-        path = folder / entry.name
-        if entry.is_symlink():
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    paths = [folder / name for name in names]
+    for path in paths:
+        if path.is_symlink():
             target = Path(os.path.realpath(path))
             if not target.is_relative_to(os.path.realpath(root)):
                 raise ValueError(
                     f"`path` must not have links to outside the folder; {path} links "
                     f"to {target}."
                 )
-        yield path
+    return paths
 
 
-def _read_all(files: list[Path], size: tuple[int, ...] | None) -> np.ndarray:
+def _read_all(files: list[Path], size: Sequence[int] | None) -> np.ndarray:
     """All images in one array, with channels last."""
     first = _read(files[0], size)
     images = np.empty((len(files), *first.shape), np.uint8)
 
-    def fill(start: int) -> None:
-        for i in range(start, min(start + _CHUNK, len(files))):
-            image = _read(files[i], size)
-            if image.shape != first.shape:
-                raise _differ(files[0], first, files[i], image)
-            images[i] = image
+    def fill(i: int) -> None:
+        image = _read(files[i], size)
+        if image.ndim != first.ndim:
+            kinds = {2: "grey", 3: "in colour"}
+            raise ValueError(
+                "The images in `path` must be either all grey or all in colour; "
+                f"{files[0]} is {kinds[first.ndim]}, and {files[i]} is "
+                f"{kinds[image.ndim]}."
+            )
+        if image.shape != first.shape:
+            a, b = (f"{x.shape[0]} x {x.shape[1]}" for x in (first, image))
+            raise ValueError(
+                f"The images in `path` must have the same size; {files[0]} is {a}, and "
+                f"{files[i]} is {b}. Pass `size=(height, width)` to resize them."
+            )
+        images[i] = image
 
     # Pillow releases the GIL when it decodes.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for _ in pool.map(fill, range(0, len(files), _CHUNK)):
-            pass  # Iterating raises the first error.
+        list(pool.map(fill, range(len(files))))  # Raises the first error.
     return images
 
 
-def _differ(
-    file: Path, image: np.ndarray, other: Path, found: np.ndarray
-) -> ValueError:
-    if image.ndim != found.ndim:
-        kinds = {2: "grey", 3: "in colour"}
-        return ValueError(
-            "The images in `path` must be either all grey or all in colour; "
-            f"{file} is {kinds[image.ndim]}, and {other} is {kinds[found.ndim]}."
-        )
-    (height, width), (other_height, other_width) = image.shape[:2], found.shape[:2]
-    return ValueError(
-        f"The images in `path` must have the same size; {file} is {height} x {width}, "
-        f"and {other} is {other_height} x {other_width}. Pass `size=(height, width)` "
-        "to resize them."
-    )
-
-
-def _read(file: Path, size: tuple[int, ...] | None) -> np.ndarray:
+def _read(file: Path, size: Sequence[int] | None) -> np.ndarray:
     """One image, of shape `(height, width)` or `(height, width, 3)`."""
     from PIL import Image
 
-    if not file.is_file():  # Opening a pipe would block.
-        raise _not_an_image(file, "not a file")
+    bombs = Image.DecompressionBombError, Image.DecompressionBombWarning
     try:
+        if not file.is_file():  # Opening a pipe would block.
+            raise ValueError("not a file")
         with Image.open(file, formats=_FORMATS) as image:
             # Pillow itself warns, and raises only at twice this number.
             most = Image.MAX_IMAGE_PIXELS
             if most is not None and image.width * image.height > most:
-                raise Image.DecompressionBombError(
-                    f"{image.width * image.height} pixels; the limit is {most}"
-                )
-            return _to_array(image, size)
+                pixels = image.width * image.height
+                raise ValueError(f"it has {pixels} pixels; the limit is {most}")
+            if image.mode not in _GREY + _COLOUR:
+                raise ValueError(f"its mode {image.mode!r} is not 8 bits per channel")
+            # Whether a GIF is grey depends on the program that wrote it.
+            mode = "L" if image.mode in _GREY and image.format != "GIF" else "RGB"
+            if image.has_transparency_data:
+                black = Image.new("RGBA", image.size, "black")
+                image = Image.alpha_composite(black, image.convert("RGBA"))
+            image = image.convert(mode)
+            if size is not None:
+                image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+            return np.asarray(image)
     # Pillow raises these for truncated, corrupt and unknown files.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as e:
-        raise _not_an_image(file, str(e)) from e
-
-
-def _not_an_image(file: Path, found: str) -> ValueError:
-    return ValueError(
-        "`path` must have only readable PNG, JPEG, GIF, BMP or WebP images in each "
-        f"class folder; {file} is not one ({found})."
-    )
-
-
-def _to_array(image: "Image", size: tuple[int, ...] | None) -> np.ndarray:
-    from PIL import Image
-
-    if image.mode not in _GREY + _COLOUR:
+    except (OSError, SyntaxError, ValueError, *bombs) as e:
         raise ValueError(
-            f"Pillow's mode {image.mode!r}, which is not 8 bits per channel"
-        )
-    # Whether a GIF is grey depends on the program that wrote it.
-    mode = "L" if image.mode in _GREY and image.format != "GIF" else "RGB"
-    if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, "black")
-        image = Image.alpha_composite(black, image.convert("RGBA"))
-    image = image.convert(mode)
-    if size is not None:
-        height, width = size
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+            "`path` must have only readable PNG, JPEG, GIF, BMP or WebP images in each "
+            f"class folder; {file} is not one ({e})."
+        ) from e

@@ -1,10 +1,11 @@
 """Functions that represent the images of one class by a few images.
 
-Each takes the images `x` of one class as rows, and returns `k` rows. They run once, on
-the host, so they are in NumPy.
+Each takes the images of one class as rows, and returns `k` rows. They run once, on the
+host, so they are in NumPy.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.random as jr
 import numpy as np
@@ -13,56 +14,42 @@ from jaxtyping import Float, Int, PRNGKeyArray
 from ._dataset import Dataset
 
 
+Rows = Float[np.ndarray, "_ p"]
+
+
 def by_class(
-    train: Dataset,
-    labels: Int[np.ndarray, " n"],
-    choose: Callable,
-    key: PRNGKeyArray,
+    train: Dataset, labels: Int[np.ndarray, " n"], choose: Callable, key: PRNGKeyArray
 ) -> Float[np.ndarray, "n *shape"]:
     """Makes the images for `labels`, those of each class by `choose(x, k, rng)` from
-    the real images of that class.
-
-    **Raises:**
-
-    A `ValueError` if a class has fewer real images than are needed.
-    """
-    counts = np.bincount(np.asarray(train.labels), minlength=train.num_classes)
-    wanted = np.bincount(labels, minlength=train.num_classes)
-    short = np.flatnonzero(wanted > counts)
-    if len(short) > 0:
-        class_ = short[0]
-        raise ValueError(
-            f"`n` = {len(labels)} requires {wanted[class_]} images of class {class_}; "
-            f"`train` has {counts[class_]}."
-        )
+    the real images of that class."""
     rng = np.random.default_rng(np.asarray(jr.bits(key, (4,))))
     real = np.asarray(train.floating()).reshape(len(train), -1)
     real_labels = np.asarray(train.labels)
     images = np.empty((len(labels), real.shape[1]), real.dtype)
     for class_ in np.unique(labels):
-        x = real[real_labels == class_]
-        images[labels == class_] = choose(x, int(wanted[class_]), rng)
+        is_here = labels == class_
+        x, wanted = real[real_labels == class_], int(is_here.sum())
+        if len(x) < wanted:
+            raise ValueError(
+                f"`n` = {len(labels)} requires {wanted} images of class {class_}; "
+                f"`train` has {len(x)}."
+            )
+        images[is_here] = choose(x, wanted, rng)
     return images.reshape(-1, *train.shape)
 
 
-def real(
-    x: Float[np.ndarray, "m p"], k: int, rng: np.random.Generator
-) -> Float[np.ndarray, "k p"]:
+def real(x: Rows, k: int, rng: np.random.Generator) -> Rows:
     """Random images, without repeats."""
     return x[rng.choice(len(x), k, replace=False)]
 
 
-def class_means(
-    x: Float[np.ndarray, "m p"], k: int, rng: np.random.Generator
-) -> Float[np.ndarray, "k p"]:
+def class_means(x: Rows, k: int, rng: np.random.Generator) -> Rows:
     """The means of `k` random disjoint parts, equal in size to within one image."""
     parts = np.array_split(rng.permutation(len(x)), k)
     return np.stack([x[part].mean(axis=0, dtype=np.float64) for part in parts])
 
 
-def kmeans(
-    x: Float[np.ndarray, "m p"], k: int, rng: np.random.Generator
-) -> Float[np.ndarray, "k p"]:
+def kmeans(x: Rows, k: int, rng: np.random.Generator) -> Rows:
     """The centroids of one run of k-means."""
     try:
         from sklearn.cluster import KMeans
@@ -71,20 +58,13 @@ def kmeans(
             "`DistilledSet.from_kmeans` needs scikit-learn: pip install "
             "'eqdistill[data]'."
         ) from e
-    seed = int(rng.integers(2**32))
     # More restarts or iterations change the inertia of MNIST by a thousandth.
-    solver = KMeans(
-        k,
-        n_init=1,  # pyright: ignore[reportArgumentType]
-        max_iter=30,
-        random_state=seed,
-    )
+    options: Any = {"n_init": 1, "max_iter": 30}
+    solver = KMeans(k, random_state=int(rng.integers(2**32)), **options)
     return solver.fit(x).cluster_centers_
 
 
-def herding(
-    x: Float[np.ndarray, "m p"], k: int, rng: np.random.Generator
-) -> Float[np.ndarray, "k p"]:
+def herding(x: Rows, k: int, rng: np.random.Generator) -> Rows:
     """Images chosen one by one, each to bring the mean of the chosen images as close as
     possible to the mean of all images."""
     del rng

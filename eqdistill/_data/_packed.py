@@ -37,10 +37,6 @@ class Packed(AbstractParameterisation):
         - `small`: the small images, of shape `(h / f, w / f)` or
             `(channels, h / f, w / f)`, with the labels, the ridge and the loss.
         - `shape`: the shape of an enlarged image, `(h, w)` or `(channels, h, w)`.
-
-        **Raises:**
-
-        A `ValueError` if `shape` is not that of a small image, enlarged by an integer.
         """
         shape = as_ints("shape", shape)
         least = small.images.shape[1:]
@@ -62,11 +58,8 @@ class Packed(AbstractParameterisation):
         **Arguments:**
 
         - `distilled`: images of shape `(h, w)` or `(channels, h, w)`.
-        - `factor`: $f$, the side of the square, at least 1.
-
-        **Raises:**
-
-        A `ValueError` if `factor` does not divide the height and the width.
+        - `factor`: $f$, the side of the square, which must divide the height and the
+            width.
         """
         shape = distilled.images.shape
         height, width = height_and_width("distilled", shape[1:])
@@ -82,10 +75,7 @@ class Packed(AbstractParameterisation):
         return cls(eqx.tree_at(lambda d: d.images, distilled, images), shape[1:])
 
     def decode(self) -> DistilledSet:
-        """**Returns:**
-
-        The distilled set, with images of the size of real ones.
-        """
+        """Returns the distilled set, with images of the size of real ones."""
         shape = (len(self.small), *self.shape)
         images = jax.image.resize(self.small.images, shape, "bilinear")
         return eqx.tree_at(lambda d: d.images, self.small, images)

@@ -9,7 +9,6 @@ def batch_at(
     step: Int[Array, ""],
     size: int,
     num_images: int | Int[Array, ""],
-    half_bits: int | Int[Array, ""],
     *,
     key: PRNGKeyArray,
 ) -> Int[Array, " size"]:
@@ -18,19 +17,11 @@ def batch_at(
     the step only."""
     epoch, batch = jnp.divmod(step, num_images // size)
     place = batch * size + jnp.arange(size)
-    return _permute(place, num_images, half_bits, jr.fold_in(key, epoch))
-
-
-def half_bits(num_images: int) -> int:
-    """Half of the number of bits of an image's index, rounded up."""
-    return max(1, -(-(num_images - 1).bit_length() // 2))
+    return _permute(place, num_images, jr.fold_in(key, epoch))
 
 
 def _permute(
-    place: Int[Array, " size"],
-    num_images: int | Int[Array, ""],
-    half_bits: int | Int[Array, ""],
-    key: PRNGKeyArray,
+    place: Int[Array, " size"], num_images: int | Int[Array, ""], key: PRNGKeyArray
 ) -> Int[Array, " size"]:
     """Applies a random permutation of all images to some of their indices.
 
@@ -41,7 +32,9 @@ def _permute(
 
     Source: Black and Rogaway, *Ciphers with arbitrary finite domains*, 2002.
     """
-    half = jnp.asarray(half_bits, jnp.uint32)
+    # Half of the number of bits of the largest index, rounded up.
+    half = (33 - jax.lax.clz(jnp.asarray(num_images - 1, jnp.uint32))) // 2
+    half = jnp.maximum(half, 1)
     mask = (np.uint32(1) << half) - 1
     round_keys = jr.bits(key, (8,), jnp.uint32)
 

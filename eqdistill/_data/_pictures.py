@@ -2,31 +2,16 @@ import numpy as np
 
 
 def to_pictures(images: np.ndarray) -> np.ndarray:
-    """Arranges images as Pillow and Matplotlib expect them.
-
-    **Arguments:**
-
-    - `images`: the images of a distilled set, of shape `(n, *shape)`.
-
-    **Returns:**
-
-    Grey images in shape `(n, height, width)`, or colour images in shape
-    `(n, height, width, 3)`.
-
-    **Raises:**
-
-    A `ValueError` for images of any other shape.
-    """
+    """Arranges images of shape `(n, *shape)` as Pillow and Matplotlib expect them: grey
+    ones in shape `(n, height, width)`, colour ones in shape `(n, height, width, 3)`."""
     n, *shape = images.shape
     large = [size for size in shape if size != 1]
-    if len(shape) == 3 and 1 not in shape:
-        if shape[2] == 3:
-            return images
-        if shape[0] == 3:
-            return np.moveaxis(images, 1, 3)
-    elif len(shape) == 2:
+    is_colour = len(shape) == 3 and 1 not in shape
+    if len(shape) == 2 or (is_colour and shape[2] == 3):
         return images
-    elif len(large) == 2:
+    if is_colour and shape[0] == 3:
+        return np.moveaxis(images, 1, 3)
+    if len(large) == 2:
         return images.reshape(n, *large)
     raise ValueError(
         "`distilled` must have grey images of shape (height, width), up to axes of "
@@ -36,10 +21,7 @@ def to_pictures(images: np.ndarray) -> np.ndarray:
 
 
 def height_and_width(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """**Raises:**
-
-    A `ValueError` if the argument `name` does not have images, channels first.
-    """
+    """Checks that the argument `name` has images, channels first."""
     is_channels_last = len(shape) == 3 and shape[2] in (1, 3) and shape[0] > 3
     if len(shape) not in (2, 3) or is_channels_last:
         raise ValueError(

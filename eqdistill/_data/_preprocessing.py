@@ -10,6 +10,7 @@ import scipy.linalg
 from jaxtyping import Array, Float
 from threadpoolctl import threadpool_limits
 
+from .._checks import check_at_least
 from .._conversions import as_float
 from ._dataset import Dataset
 
@@ -22,25 +23,11 @@ class AbstractPreprocessing(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """**Arguments:**
-
-        - `image`: one image, in the units of [`eqdistill.Dataset.floating`][].
-
-        **Returns:**
-
-        The preprocessed image.
-        """
+        """Maps one image in the units of [`eqdistill.Dataset.floating`][]."""
 
     @abc.abstractmethod
     def inverse(self, image: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """**Arguments:**
-
-        - `image`: a preprocessed image.
-
-        **Returns:**
-
-        The image in the units of [`eqdistill.Dataset.floating`][].
-        """
+        """Maps one preprocessed image back to the units of the real images."""
 
 
 class Standardisation(AbstractPreprocessing):
@@ -59,54 +46,32 @@ class Standardisation(AbstractPreprocessing):
 
     @classmethod
     def fit(cls, train: Dataset) -> "Standardisation":
-        """**Arguments:**
-
-        - `train`: the real images.
-
-        **Returns:**
-
-        The standardisation by the mean and the standard deviation of these images.
-
-        **Raises:**
-
-        A `ValueError` if a channel is constant.
-        """
+        """Returns the standardisation by the mean and the standard deviation of the
+        images of `train`. No channel may be constant."""
         axes = (0, 2, 3) if len(train.shape) == 3 else tuple(range(train.images.ndim))
-
-        def mean_over(x: np.ndarray) -> np.ndarray:
-            return np.asarray(np.mean(x, axis=axes, dtype=np.float64, keepdims=True))[0]
-
-        mean = _mean_of_chunks(train, mean_over)
-        variance = _mean_of_chunks(train, lambda x: mean_over((x - mean) ** 2))
+        mean_over = lambda x: np.mean(x, axis=axes, dtype=np.float64, keepdims=True)
+        mean = _mean_of_chunks(train, mean_over)[0]
+        variance = _mean_of_chunks(train, lambda x: mean_over((x - mean) ** 2))[0]
         # In float32, a constant channel has rounding-level variance.
         if not (variance > 1e-12 * (1 + mean**2)).all():
             raise ValueError(
                 "`train` must have channels that vary; got channels with variances "
                 f"{variance.ravel()}."
             )
-        return cls(_to_device(mean), _to_device(np.sqrt(variance)))
+        return cls(jnp.asarray(mean, float), jnp.asarray(variance**0.5, float))
 
     def __call__(self, image):
-        """As [`eqdistill.datasets.AbstractPreprocessing`][].
-
-        **Raises:**
-
-        A `ValueError` if the image does not have the channels of the real images.
-        """
         self._check(image)
         return (image - self.mean) / self.deviation
 
     def inverse(self, image):
-        """As [`eqdistill.datasets.AbstractPreprocessing`][]; raises as a call does."""
         self._check(image)
         return self.mean + self.deviation * image
 
     def _check(self, image: Float[Array, "*shape"]) -> None:
         ones = self.mean.shape
-        is_alike = image.ndim == len(ones) and (
-            image.ndim != 3 or image.shape[0] == ones[0]
-        )
-        if not is_alike:
+        has_channels = image.ndim != 3 or image.shape[0] == ones[0]
+        if image.ndim != len(ones) or not has_channels:
             raise ValueError(
                 f"`image` must have the channels of the real images, {ones}; got shape "
                 f"{image.shape}."
@@ -141,32 +106,23 @@ class ZCA(AbstractPreprocessing):
 
     @classmethod
     def fit(cls, train: Dataset, *, regularisation: float = 0.1) -> "ZCA":
-        r"""Takes $O(N p^2 + p^3)$ operations.
+        r"""Returns the whitening by the covariance of real images. Takes
+        $O(N p^2 + p^3)$ operations.
 
         **Arguments:**
 
         - `train`: the real images.
-        - `regularisation`: $\rho \ge 0$. (Keyword only argument.)
-
-        **Returns:**
-
-        The whitening by the covariance of these images.
-
-        **Raises:**
-
-        A `ValueError` if `regularisation` is negative, or too small for a singular
-        covariance.
+        - `regularisation`: $\rho \ge 0$, and positive for a singular covariance.
+            (Keyword only argument.)
         """
-        if not 0 <= regularisation < np.inf:
-            raise ValueError(
-                "`regularisation` must be finite and not negative; got "
-                f"{regularisation}."
-            )
-        rows = lambda x: x.reshape(len(x), -1)
+        check_at_least(0, regularisation=regularisation)
         mean = _mean_of_chunks(train, lambda x: np.mean(x, axis=0, dtype=np.float64))
-        covariance = _mean_of_chunks(
-            train, lambda x: np.asarray(_moments(rows((x - mean).astype(x.dtype))))
-        )
+
+        def covariance_of(x: np.ndarray) -> np.ndarray:
+            rows = (x - mean).reshape(len(x), -1).astype(x.dtype)
+            return np.asarray(_product(rows.T, rows)) / len(rows)
+
+        covariance = _mean_of_chunks(train, covariance_of)
         # One thread: several are slower, and keep spinning afterwards.
         with threadpool_limits(limits=1, user_api="blas"):
             eigenvalues, vectors = scipy.linalg.eigh(covariance, driver="evd")
@@ -178,15 +134,10 @@ class ZCA(AbstractPreprocessing):
                     f"`train` is singular; got {regularisation}."
                 )
             whitening = (vectors / np.sqrt(eigenvalues)) @ vectors.T
-        return cls(_to_device(mean), _to_device(whitening), regularisation)
+        arrays = jnp.asarray(mean, float), jnp.asarray(whitening, float)
+        return cls(*arrays, regularisation)
 
     def __call__(self, image):
-        """As [`eqdistill.datasets.AbstractPreprocessing`][].
-
-        **Raises:**
-
-        A `ValueError` if the image does not have the shape of the real images.
-        """
         if image.shape != self.mean.shape:
             raise ValueError(
                 f"`image` must have the shape of the real images, {self.mean.shape}; "
@@ -196,7 +147,6 @@ class ZCA(AbstractPreprocessing):
         return whitened.reshape(image.shape)
 
     def inverse(self, image):
-        """As [`eqdistill.datasets.AbstractPreprocessing`][]."""
         # Solve, so that only one matrix of p x p is stored.
         centred = jax.scipy.linalg.solve(self.whitening, image.ravel(), assume_a="pos")
         return self.mean + centred.reshape(image.shape)
@@ -206,20 +156,11 @@ class ZCA(AbstractPreprocessing):
 _product = functools.partial(jnp.matmul, precision="highest")
 
 
-@jax.jit
-def _moments(rows: Float[Array, "rows p"]) -> Float[Array, "p p"]:
-    return _product(rows.T, rows) / len(rows)
-
-
 def _mean_of_chunks(train: Dataset, mean: Callable) -> np.ndarray:
     """The mean over all images, in double precision. `mean` returns the mean over the
     images of one chunk."""
-    total = np.zeros(())
+    total = 0
     for first in range(0, len(train), 1000):
         chunk = np.asarray(Dataset.to_floating(train.images[first : first + 1000]))
         total = total + len(chunk) * mean(chunk)
     return np.asarray(total / len(train))
-
-
-def _to_device(x: np.ndarray) -> Array:
-    return jnp.asarray(x, jnp.result_type(float))

@@ -19,9 +19,9 @@ _CLASSES = (
 
 
 def read_idx(paths: Sequence[Path], sha256: Sequence[str]) -> tuple[Dataset, Dataset]:
-    """Reads the IDX files of MNIST or Fashion-MNIST, which may be compressed by gzip:
-    the training images and labels, then the test images and labels. `sha256` has the
-    hashes of the decompressed files."""
+    """Reads the training images and labels, then the test images and labels, from IDX
+    files that may be compressed by gzip. `sha256` has the hashes of the decompressed
+    files."""
     images, labels, test_images, test_labels = map(_read_idx, paths, sha256)
     return Dataset(images, labels), Dataset(test_images, test_labels)
 
@@ -58,10 +58,8 @@ def read_cifar10(paths: Sequence[Path], _) -> tuple[Dataset, Dataset]:
     size = CIFAR10_IMAGES * _RECORD
     for path, content in zip(paths, contents, strict=True):
         if len(content) != size:
-            raise _cannot_read(
-                path,
-                f"each file of CIFAR-10 has {size} bytes; got {len(content)}",
-            )
+            problem = f"each file of CIFAR-10 has {size} bytes; got {len(content)}"
+            raise _cannot_read(path, problem)
     train = _cifar10_dataset(b"".join(contents[:5]), paths[0])
     return train, _cifar10_dataset(contents[5], paths[5])
 

@@ -187,30 +187,19 @@ def save(
         raise FileNotFoundError(
             f"`path` must be in a folder that exists; got {str(path)!r}."
         )
-    is_result = isinstance(result, Distillation)
-    start = result.start if is_result else result
+    start = result.start if isinstance(result, Distillation) else result
     if type(start).__name__ not in TABLE:
         start = start.decode()
-    evaluated = evaluation is not None
-    num_models = evaluation.accuracies.shape[1] if evaluated else 0
     try:
-        check(
-            not evaluated or len(evaluation.accuracies) == 1,
-            "`evaluation` must be of one distilled set",
-        )
         artifact = Artifact(
             distilled=start.decode(),
             start=start,
-            recipe=evaluation.recipe if evaluated else None,
             recipe_description=None,
-            accuracy=evaluation.accuracy if evaluated else None,
-            std=evaluation.std_models if num_models > 1 else None,
-            num_models=num_models,
-            key=evaluation.key if evaluated else None,
+            **_claim(evaluation),
             preprocessing=preprocessing,
             dataset=dataset,
             sha256={} if dataset is None else _published_hashes(dataset),
-            learned=result.learned if is_result else None,
+            learned=result.learned if isinstance(result, Distillation) else None,
             seed=None if seed is None else int(seed),
             x64=jnp.result_type(float) == jnp.float64,
             versions={x: importlib.metadata.version(x) for x in _PACKAGES},
@@ -241,7 +230,7 @@ def load(path: str | os.PathLike) -> Artifact:
 
     **Returns:**
 
-    An [`eqdistill.Artifact`][]. Double precision becomes single precision unless JAX
+    An [`Artifact`][]. Double precision becomes single precision unless JAX
     has double precision enabled.
 
     **Raises:**
@@ -273,21 +262,39 @@ def _refusal(verb: str, path: Path, e: Exception) -> ValueError:
     return ValueError(f"Cannot {verb} {path}: {reason}.")
 
 
+def _claim(evaluation: Evaluation | None) -> dict[str, Any]:
+    if evaluation is None:
+        names = ("recipe", "accuracy", "std", "key")
+        return {**dict.fromkeys(names), "num_models": 0}
+    sets, num_models = evaluation.accuracies.shape
+    check(sets == 1, f"`evaluation` must be of one distilled set; got {sets}")
+    return {
+        "recipe": evaluation.recipe,
+        "accuracy": evaluation.accuracy,
+        "std": evaluation.std_models if num_models > 1 else None,
+        "num_models": num_models,
+        "key": evaluation.key,
+    }
+
+
 def _to_bytes(artifact: Artifact) -> bytes:
     """The content of a file from which the artifact can be loaded."""
     recipe = artifact.recipe
-    try:
-        data, loaded = _write(artifact, recipe)
-        is_rebuilt = recipe is None or is_same_recipe(loaded.recipe, recipe)
-    except ValueError:
-        is_rebuilt = False
-    if not is_rebuilt:
-        words = None if recipe is None else " ".join(eqx.tree_pformat(recipe).split())
-        data, loaded = _write(artifact, words)
+    if recipe is not None and not _is_rebuilt(artifact, recipe):
+        recipe = " ".join(eqx.tree_pformat(recipe).split())
+    data, loaded = _write(artifact, recipe)
     for name in ("start", "preprocessing"):
         is_same = eqx.tree_equal(getattr(loaded, name), getattr(artifact, name))
         check(is_same, f"its {name} has fields that are not registered")
     return data
+
+
+def _is_rebuilt(artifact: Artifact, recipe: Recipe) -> bool:
+    try:
+        _, loaded = _write(artifact, recipe)
+    except Exception:
+        return False
+    return loaded.recipe is not None and is_same_recipe(loaded.recipe, recipe)
 
 
 def _write(artifact: Artifact, recipe: Recipe | str | None) -> tuple[bytes, Artifact]:
@@ -305,14 +312,14 @@ def _from_bytes(data: bytes) -> Artifact:
         f"it is truncated or not a safetensors file: it has {len(data)} bytes, but its "
         f"header has {length}, where at most {_MAX_HEADER_BYTES} are allowed",
     )
-    header = _json(data[8 : 8 + length], "header")
+    header = _json(data[8 : 8 + length])
     raw = header.get("__metadata__") if type(header) is dict else None
-    names = {"artifact", "recipe"}
-    check(type(raw) is dict and raw.keys() == names, f"its metadata must be {names}")
+    if type(raw) is not dict or raw.keys() != {"artifact", "recipe"}:
+        raise ValueError("its metadata must be an `artifact` and a `recipe`")
     content = Content(safetensors.numpy.load(data), len(data))
-    artifact = decode(_json(raw["artifact"], "artifact"), "artifact", content)
+    artifact = decode(_json(raw["artifact"]), "artifact", content)
     check(isinstance(artifact, Artifact), "its `artifact` must be an `Artifact`")
-    recipe, words = _decode_recipe(_json(raw["recipe"], "recipe"), artifact, content)
+    recipe, words = _decode_recipe(_json(raw["recipe"]), artifact, content)
     check(not content.tensors, f"it has other tensors: {sorted(content.tensors)}")
     return dataclasses.replace(artifact, recipe=recipe, recipe_description=words)
 
@@ -336,13 +343,10 @@ def _decode_recipe(
     return recipe, to_words(raw)
 
 
-def _json(data: str | bytes, name: str) -> Any:
+def _json(data: str | bytes) -> Any:
     def without_duplicates(pairs):
         result = dict(pairs)
         check(len(result) == len(pairs), "it has a duplicate key")
         return result
 
-    try:
-        return json.loads(data, object_pairs_hook=without_duplicates)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"its {name} is not valid JSON ({e})") from e
+    return json.loads(data, object_pairs_hook=without_duplicates)

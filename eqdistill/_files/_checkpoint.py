@@ -71,6 +71,7 @@ class Checkpoints(AbstractCheckpoints):
             raise ImportError(
                 "`Checkpoints` needs Orbax: pip install 'eqdistill[checkpoints]'."
             ) from e
+        os.makedirs(self.directory, exist_ok=True)
         parts = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
         problem = describe(**parts, state=_shapes(state), key=state.key)
         return _Store(self.directory, self.keep, problem, ocp)

@@ -41,13 +41,17 @@ def difference(old: dict[str, str], new: dict[str, str]) -> str | None:
 def _describe(x: Any, path: str, found: dict[str, str], above: tuple[int, ...]) -> None:
     if isinstance(x, _PLAIN):
         # Some of Optax's schedules convert an integer to a float when they are traced.
-        is_integer = isinstance(x, float) and x.is_integer()
-        found[path] = repr(int(x) if is_integer else x)
+        if isinstance(x, float) and x.is_integer():
+            x = int(x)
+        found[path] = repr(x)
     elif isinstance(x, _ARRAYS):
         found[path] = f"{x.dtype} of shape {x.shape}"
         if x.size <= 8 and not isinstance(x, jax.ShapeDtypeStruct):
-            is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-            found[path] += f" {np.asarray(jr.key_data(x) if is_key else x).tolist()}"
+            if isinstance(x, jax.Array) and jnp.issubdtype(
+                x.dtype, jax.dtypes.prng_key
+            ):
+                x = jr.key_data(x)
+            found[path] += f" {np.asarray(x).tolist()}"
     elif id(x) not in above:  # Functions may refer to themselves.
         named = x if hasattr(x, "__qualname__") else type(x)
         found[path] = f"{named.__module__}.{named.__qualname__}"

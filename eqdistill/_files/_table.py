@@ -5,6 +5,7 @@ stored next to the JSON, each under the path of its field.
 """
 
 import functools as ft
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ class Content:
     def reserve(self, path: str, nbytes: int) -> None:
         self.room -= nbytes
         check(
-            self.room >= 0, f"`{path}` would take {nbytes} bytes, too many for a file"
+            self.room >= 0, f"`{path}` would take {nbytes} bytes: too many for a file"
         )
 
 
@@ -101,7 +102,8 @@ def register(
     - `fields`: the arguments of its constructor, which are also its attributes. Each
         name is mapped to the range `(low, high)` of a number, of all numbers in a
         tuple, or of the values of an array; or to `typing.Any`, for other values and
-        registered objects. Arrays are finite in either case.
+        registered objects. `(low, high, most)` also limits the length of a tuple. All
+        arrays must be finite.
 
     All other arguments are keyword only.
 
@@ -179,12 +181,13 @@ def _build(name: str, fields: dict[str, Any], path: str, content: Content) -> An
     return entry.build(**values)
 
 
-def _is_in(x: Any, low: float, high: float) -> bool:
+def _is_in(x: Any, low: float, high: float, most: int = 100_000) -> bool:
     if eqx.is_array(x):
         return bool(((low <= np.asarray(x)) & (np.asarray(x) <= high)).all())
     types = (int,) if type(low) is int else (int, float)
     items = x if type(x) is tuple else (x,)
-    return all(type(item) in types and low <= item <= high for item in items)
+    are_in = all(type(item) in types and low <= item <= high for item in items)
+    return are_in and len(items) <= most
 
 
 def _to_array(wide: np.ndarray, path: str) -> Array:
@@ -287,13 +290,9 @@ register(ArgminSolver, {"max_steps": _steps, "tolerance": _tolerance})
 
 
 def _read_regression(x) -> dict[str, Any]:
-    num_classes, in_features = x.head.weight.shape
-    return {
-        "in_features": in_features,
-        "num_classes": num_classes,
-        "use_intercept": x.head.bias is not None,
-        "dtype": str(x.head.weight.dtype),
-    }
+    sizes = {"in_features": x.head.in_features, "num_classes": x.head.out_features}
+    use_intercept, dtype = x.head.use_bias, str(x.head.weight.dtype)
+    return {**sizes, "use_intercept": use_intercept, "dtype": dtype}
 
 
 def _build_regression(dtype, **sizes):
@@ -314,55 +313,43 @@ def _find_make(models: Any) -> ft.partial:
     return ft.partial(getattr(nn, network.architecture), **dict(network.settings))
 
 
+def _settings(function: Callable) -> dict[str, Any]:
+    names = inspect.signature(function).parameters
+    return {name: _SETTINGS.get(name, Any) for name in names if name != "key"}
+
+
+_SETTINGS = {
+    "in_features": (1, MAX_BYTES),
+    "num_classes": (1, 2**16),
+    "shape": (1, MAX_BYTES),
+    "widths": (1, 512, 8),
+    "size": (1, 64),
+    "updates": (2, 100_000),
+    "batch_size": (1, 100_000),
+    "learning_rates": (0.0, 1e9),
+    "momentum": (0.0, 1.0),
+    "seed": (0, 2**31 - 1),
+}
 register(
     LogisticRegression,
-    {
-        "in_features": (1, MAX_BYTES),
-        "num_classes": (1, 2**16),
-        "use_intercept": Any,
-        "dtype": Any,
-    },
+    _settings(LogisticRegression),
     build=_build_regression,
     read=_read_regression,
     nbytes=lambda in_features, num_classes, **_: 8 * (in_features + 1) * num_classes,
 )
 register(Fixed, {"model": Any})
 register(Fresh, {"make": Any}, read=lambda x: {"make": _find_make(x)})
-
+register(Recipe, {"models": Any, "inner": Any})
 for _key, _function in _FUNCTIONS.items():
     TABLE[_key] = Entry({}, lambda f=_function: f, lambda _: {}, lambda: 0)
-
-# A network is stored as its constructor, a `functools.partial` of all settings.
-_network = {"shape": (1, MAX_BYTES), "num_classes": (1, 2**16), "activation": Any}
-_widths = {"widths": (1, 512)}
-_conv_net = {**_widths, "norm": Any, "norm_last": Any, "pool": Any, "size": (1, 64)}
-for _function, _own in (
-    (nn.ConvNet, _conv_net),
-    (nn.LeNet, {}),
-    (nn.MLP, _widths),
-    (nn.AlexNet, {"norm": Any}),
-    (nn.VGG11, {"norm": Any}),
-    (nn.ResNet18, {"norm": Any}),
+for _make in (nn.ConvNet, nn.LeNet, nn.MLP, nn.AlexNet, nn.VGG11, nn.ResNet18):
+    # Stored as the constructor of the network, a `functools.partial` of all settings.
+    build = ft.partial(ft.partial, _make)
+    register(_make, _settings(_make), build=build, read=lambda x: x.keywords)
+for _recipe in (
+    *(recipes.dc, recipes.frepo, recipes.zero_start, recipes.feature_regression),
+    *(recipes.supervised, recipes.learned_rates),
 ):
-    build = ft.partial(ft.partial, _function)
-    register(_function, _network | _own, build=build, read=lambda x: x.keywords)
-
-# A published recipe is stored as the arguments of its function.
-_updates, _batch_size = {"updates": (2, 100_000)}, {"batch_size": (1, 100_000)}
-_rates = {
-    "learning_rates": (0.0, 1e9),
-    "momentum": (0.0, 1.0),
-    "adam": Any,
-    "seed": (0, 2**31 - 1),
-}
-for _function, _own in (
-    (recipes.dc, {**_updates, "augment": Any}),
-    (recipes.frepo, {**_updates, "augment": Any}),
-    (recipes.zero_start, _updates),
-    (recipes.feature_regression, _updates),
-    (recipes.supervised, _updates | _batch_size),
-    (recipes.learned_rates, _rates | _batch_size),
-):
+    # Stored as the arguments of the function that returns the recipe.
     read = lambda x: {"make": _find_make(x.models), **dict(x.settings)}
-    register(_function, {"make": Any, **_own}, read=read)
-register(Recipe, {"models": Any, "inner": Any})
+    register(_recipe, _settings(_recipe), read=read)

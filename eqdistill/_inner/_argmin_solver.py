@@ -6,12 +6,15 @@ import optimistix as optx
 from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_at_least
-from .._classifier import parameters, squared_norm
+from .._classifier import Frozen, parameters, squared_norm
 from .._conversions import as_float, as_int
 from .._data._distilled_set import DistilledSet
 from ._damped_cg import DampedCG
 from ._inner_solver import AbstractInnerSolver, Fitted, gradient_norm, inner_loss
 from ._warm_lbfgs import WarmLBFGS
+
+
+_NORMALISATIONS = eqx.nn.GroupNorm | eqx.nn.LayerNorm | eqx.nn.RMSNorm
 
 
 class ArgminSolver(AbstractInnerSolver[None]):
@@ -34,13 +37,9 @@ class ArgminSolver(AbstractInnerSolver[None]):
     relative error of $w$. The fit has `collapsed` if the outputs on the distilled
     images vary a hundred times less than at the initial parameters.
 
-    !!! warning
-
-        Networks with group or layer normalisation rarely reach a stationary point. The
-        ridge shrinks weights whose scale does not change the outputs, and the curvature
-        grows as they shrink, so `converged` is `False`. Use [`eqdistill.Pool`][], fit
-        only the last layer ([`eqdistill.linear.last_layer`][]), or train for a fixed
-        number of steps ([`eqdistill.UnrolledSolver`][]).
+    Networks with normalisation are refused: they rarely have a stationary point within
+    reach. The ridge shrinks weights whose scale does not change the outputs, and the
+    curvature grows as they shrink.
 
     Source: JAXopt's dataset-distillation notebook; Blondel et al., *Efficient and
     modular implicit differentiation*, 2022, equation (2).
@@ -65,7 +64,24 @@ class ArgminSolver(AbstractInnerSolver[None]):
         check_at_least(0, tolerance=self.tolerance)
 
     def init(self, distilled, model, *, key):
-        del distilled, model, key
+        """As [`eqdistill.AbstractInnerSolver`][].
+
+        **Raises:**
+
+        A `ValueError` if the model has normalisation.
+        """
+        del distilled, key
+        is_norm = lambda x: isinstance(x, _NORMALISATIONS | Frozen)
+        for path, node in jax.tree.leaves_with_path(model, is_leaf=is_norm):
+            if isinstance(node, _NORMALISATIONS):
+                where = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(
+                    f"`model` must not have normalisation for `ArgminSolver`; got a "
+                    f"{type(node).__name__} at `{where}`. Distil for a pool of such "
+                    "networks, `Pool(make)`; or fit its last layer, "
+                    "`linear.last_layer(model)`; or train it for a number of steps, by "
+                    "`UnrolledSolver`."
+                )
         return None
 
     def __call__(self, distilled: DistilledSet, model, state, *, key):

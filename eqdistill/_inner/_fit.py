@@ -14,10 +14,10 @@ from ._inner_solver import AbstractInnerSolver, Fitted
 
 NOT_CONVERGED = "the inner solver did not converge"
 COLLAPSED = (
-    "the fit has collapsed: the model gives every distilled image the same outputs, and "
+    "the fit has collapsed: the model gives all distilled images the same outputs, and "
     "nothing can be learned from it. The ridge is too large for this model, or the "
-    "images are too weak: try `l2=1e-3` or less, and images as strong as the data, such "
-    "as noise with `scale=0.3`"
+    "images are too weak: try `l2=1e-3` or less, and images as strong as the data, "
+    "such as noise with `scale=0.3`"
 )
 
 
@@ -65,8 +65,8 @@ def fit(
         fitted = _throw(
             fitted,
             ~fitted.converged,
-            f"No fit: {NOT_CONVERGED}. Allow more steps or a looser tolerance, or raise "
-            "`l2`; a training run that diverged needs a smaller step size. "
+            f"No fit: {NOT_CONVERGED}. Allow more steps or a looser tolerance, or "
+            "raise `l2`; a training run that diverged needs a smaller step size. "
             "`fit(..., throw=False)` returns the gradient norm.",
         )
     return fitted

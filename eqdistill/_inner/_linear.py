@@ -1,10 +1,10 @@
 import equinox as eqx
 from jaxtyping import Array, Float, PyTree
 
-from .._checks import name_kind
 from .._classifier import LinearClassifier
 from .._data._distilled_set import DistilledSet
-from .._losses import AbstractLoss
+from .._losses import AbstractLoss, CrossEntropy
+from .._typechecking import describe
 
 
 def check_linear(
@@ -19,7 +19,7 @@ def check_linear(
     if not isinstance(model, LinearClassifier):
         raise TypeError(
             f"`model` must be a `LinearClassifier` for `{solver}`; got "
-            f"{name_kind(model)}. Use `ArgminSolver`, or fit only the last layer: "
+            f"{describe(model)}. Use `ArgminSolver`, or fit only the last layer: "
             "`linear.last_layer(network)`."
         )
     check_loss(solver, distilled, loss)
@@ -35,6 +35,12 @@ def check_loss(solver: str, distilled: DistilledSet, loss: type[AbstractLoss]) -
         raise TypeError(
             f"`distilled.loss` must be `{loss.__name__}` for `{solver}`; got "
             f"`{type(distilled.loss).__name__}`."
+        )
+    is_tempered = getattr(distilled.loss, "log_temperature", None) is not None
+    if isinstance(distilled.loss, CrossEntropy) and is_tempered:
+        raise ValueError(
+            f"`distilled.loss` must have no temperature for `{solver}`. Give the outer "
+            "loss one, `Bilevel(model, loss=CrossEntropy(0.2))`."
         )
 
 

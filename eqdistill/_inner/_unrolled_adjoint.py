@@ -45,7 +45,7 @@ class DirectAdjoint(AbstractUnrolledAdjoint):
 
     The parameters and the state of the optimiser are stored for each step. Activations
     are recomputed in the backward pass, which is faster than storing them
-    (`python examples/hypergradients.py`).
+    (`python examples/papers/hypergradients.py`).
     """
 
     def loop(self, step, carry, args, first, length):

@@ -7,13 +7,13 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import check_at_least
+from .._checks import check_at_least, error_if
 from .._classifier import parameters
-from .._conversions import ArrayOrList, as_array, as_int, as_int_or_none, name_value
+from .._conversions import ArrayOrList, as_array, as_int, as_int_or_none
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
-from .._data._permutation import batch_at, half_bits
-from .._error import error_if
+from .._data._permutation import batch_at
+from .._typechecking import describe
 from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss, stop_gradient
 from ._unrolled_adjoint import AbstractUnrolledAdjoint, DirectAdjoint
 from ._window import AbstractWindow
@@ -241,7 +241,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         size = self.batch_size
         if size is not None:
             if self.shuffle:
-                chosen = batch_at(step, size, n, half_bits(n), key=batch_key)
+                chosen = batch_at(step, size, n, key=batch_key)
             else:
                 chosen = (step * size + jnp.arange(size)) % n
             images, labels = images[chosen], labels[chosen]
@@ -264,7 +264,7 @@ def log_positive(name: str, value: ArrayOrList) -> Float[Array, "..."]:
         error_if(
             jnp.asarray(array, jnp.result_type(float)),
             lambda x: ~((x > 0) & (x < jnp.inf)).all(),
-            f"`{name}` must be positive and finite; got {name_value(value)}.",
+            f"`{name}` must be positive and finite; got {describe(value)}.",
         )
     )
 

@@ -93,7 +93,9 @@ def select_network(
         lambda h: (h.weight, h.bias), widest, (weight, None), is_leaf=_is_none
     )
     features = tuple(x.features.module for x in models)
-    return LinearClassifier(_SelectedFeatures(jnp.asarray(index), features, width), head)
+    return LinearClassifier(
+        _SelectedFeatures(jnp.asarray(index), features, width), head
+    )
 
 
 class _SelectedFeatures(eqx.Module):
@@ -107,7 +109,9 @@ class _SelectedFeatures(eqx.Module):
             return jnp.pad(found, (0, self.width - len(found)))
 
         # Modules that hold traced arrays cannot be branches, which JAX hashes.
-        branches = [lambda x, option=option: features(option, x) for option in self.options]
+        branches = [
+            lambda x, option=option: features(option, x) for option in self.options
+        ]
         return jax.lax.switch(self.index, branches, image)
 
 

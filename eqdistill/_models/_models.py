@@ -7,6 +7,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._checks import check_make
 from .._data._distilled_set import DistilledSet
+from .._typechecking import describe
 
 
 State = TypeVar("State")
@@ -120,6 +121,15 @@ class Fresh(AbstractModels[None]):
         return state
 
 
-def as_models(model: PyTree) -> AbstractModels:
-    """A source of models. A plain model becomes a source that always draws it."""
-    return model if isinstance(model, AbstractModels) else Fixed(model)
+def as_models(model: PyTree, wanted: str = "`model` must be") -> AbstractModels:
+    """A source of models. A plain model becomes a source that always draws it. `wanted`
+    begins the error for any other object."""
+    if isinstance(model, AbstractModels):
+        return model
+    if not isinstance(model, eqx.Module) or not callable(model):
+        raise TypeError(
+            f"{wanted} an `equinox.Module` that is a model, or a source of models such "
+            "as `eqdistill.Fresh(make)` or `eqdistill.Pool(make)`; got "
+            f"{describe(model)}."
+        )
+    return Fixed(model)

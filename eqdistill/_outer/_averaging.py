@@ -15,7 +15,7 @@ def averaged(
     $$\bar\theta_t = \frac{1 - \beta}{1 - \beta^t} \sum_{s=1}^t \beta^{t-s} \theta_s,$$
 
     whose weights add up to one. The updates themselves do not change.
-    [`eqdistill.Distillation.average`][] returns the average of a result.
+    The method `average` of the resulting [`Distillation`][] returns the average.
 
     !!! Example
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from .._conversions import as_int
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._dataset import Dataset
-from .._data._permutation import batch_at, half_bits
+from .._data._permutation import batch_at
 from ._data import AbstractData, Cached, FullBatch, of_example
 from ._mean import mean_over_examples
 
@@ -95,12 +95,7 @@ class Batches(AbstractData):
         return self.data.num_classes
 
     def mean(self, fn, model, step, *, key):
-        """As [`eqdistill.AbstractData`][].
-
-        **Raises:**
-
-        A `ValueError` if the augmentation changes the shape of an image.
-        """
+        """**Raises:** a `ValueError` if the augmentation changes the images' shape."""
         data = self.data
         rows = self._rows(step, key)
         images, labels, cached = jax.tree.map(
@@ -116,15 +111,14 @@ class Batches(AbstractData):
     def _rows(self, step: Int[Array, ""], key: PRNGKeyArray) -> Int[Array, " size"]:
         if self.by_class is None:
             num = len(self.data.labels)
-            return batch_at(step, self.size, num, half_bits(num), key=key)
+            return batch_at(step, self.size, num, key=key)
         by_class, size = self.by_class, self.size // len(self.counts)
         counts = jnp.array(self.counts)
-        halves = jnp.array([half_bits(count) for count in self.counts])
         first = jnp.cumsum(counts) - counts
 
-        def of_class(class_, count, half, first):
+        def of_class(class_, count, first):
             own_key = jr.fold_in(key, class_)
-            return by_class[first + batch_at(step, size, count, half, key=own_key)]
+            return by_class[first + batch_at(step, size, count, key=own_key)]
 
         classes = jnp.arange(len(self.counts))
-        return jax.vmap(of_class)(classes, counts, halves, first).ravel()
+        return jax.vmap(of_class)(classes, counts, first).ravel()

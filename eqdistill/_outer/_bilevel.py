@@ -6,10 +6,10 @@ import jax.random as jr
 from jaxtyping import PyTree
 
 from .._classifier import takes_pixels
+from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
 from .._inner._fit import check_fit, COLLAPSED, NOT_CONVERGED, solve
 from .._inner._inner_solver import AbstractInnerSolver, stop_gradient
-from .._data._distilled_set import DistilledSet
 from .._losses import AbstractLoss
 from .._models._models import AbstractModels, as_models, Fixed
 from ._data import AbstractData, example_loss, FullBatch
@@ -67,12 +67,7 @@ class Bilevel(AbstractObjective[PyTree]):
         self.loss = loss
 
     def init(self, distilled, *, key):
-        """As [`eqdistill.AbstractObjective`][].
-
-        **Raises:**
-
-        A `TypeError` or `ValueError` as [`eqdistill.fit`][].
-        """
+        """**Raises:** a `TypeError` or `ValueError` as [`eqdistill.fit`][]."""
         models_key, draw_key, inner_key = jr.split(key, 3)
         models = self.models.init(distilled, key=models_key)
         model = self.models.draw(models, key=draw_key)
@@ -80,13 +75,8 @@ class Bilevel(AbstractObjective[PyTree]):
         return models, self.inner.init(distilled, model, key=inner_key)
 
     def __call__(self, distilled, data, state, *, step, key):
-        """As [`eqdistill.AbstractObjective`][].
-
-        **Raises:**
-
-        A `ValueError` if the data have images of another shape than the distilled set,
-        or more classes than the model has outputs.
-        """
+        """**Raises:** a `ValueError` if the data have images of another shape than the
+        distilled set, or more classes than the model has outputs."""
         data_key, models_key, inner_key = jr.split(key, 3)
         models_key, inner_key = (
             jr.fold_in(own_key, step) for own_key in (models_key, inner_key)
@@ -94,7 +84,9 @@ class Bilevel(AbstractObjective[PyTree]):
         models, inner_state = state
         model = self.models.draw(models, key=models_key)
         _check_data(data, distilled, check_fit(distilled, model))
-        fitted, inner_state = solve(distilled, model, self.inner, inner_state, inner_key)
+        fitted, inner_state = solve(
+            distilled, model, self.inner, inner_state, inner_key
+        )
         loss = distilled.loss.default_outer_loss() if self.loss is None else self.loss
         network = eqx.nn.inference_mode(fitted.model)
         value = data.mean(example_loss, (loss, network), step, key=data_key)

@@ -1,7 +1,5 @@
 import abc
-import io
 import sys
-import time
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
@@ -26,7 +24,7 @@ class AbstractCallback(eqx.Module, Generic[Own]):
     """Watches a distillation, and may stop it.
 
     A callback has a state, which it receives and returns. The last states are the
-    `callbacks` of the [`eqdistill.Distillation`][]. [`eqdistill.Checkpoints`][] keep the
+    `callbacks` of the [`Distillation`][]. [`eqdistill.Checkpoints`][] keep the
     arrays in a state, which therefore have the same structure, shapes and dtypes
     throughout. Other leaves, such as an open file, are made by `init` again when a run
     resumes.
@@ -71,12 +69,7 @@ class AbstractCallback(eqx.Module, Generic[Own]):
 
     @abc.abstractmethod
     def close(self, own: Own) -> None:
-        """Called once at the end, also after an error.
-
-        **Arguments:**
-
-        - `own`: the last state of the callback.
-        """
+        """Called once at the end, also after an error, with the last state."""
 
 
 class Snapshot(eqx.Module):
@@ -109,24 +102,15 @@ class AbstractCheckpoints(eqx.Module):
 
     @abc.abstractmethod
     def open(self, problem: Problem, state: DistillState) -> Any:
-        """**Arguments:**
-
-        - `problem`: everything that stays fixed in the run.
-        - `state`: the state at the start of the run.
-
-        **Returns:**
-
-        An object with the methods `restore(template)`, which returns the newest
-        readable [`Snapshot`][] or `None`, `save(snapshot)` and `close()`.
-        """
+        """Returns an object with the methods `restore(template)`, which returns the
+        newest readable [`Snapshot`][] or `None`, `save(snapshot)` and `close()`.
+        `state` is the state at the start of the run."""
 
 
-class ProgressBar(AbstractCallback["_Bar"]):
-    """Shows a progress bar with the loss of the last step, and before the first step
-    that it is being compiled. The displayed speed does not include the time for
-    compiling. If the standard error is not a terminal, such as in a log file, it prints
-    a line for each tenth of the run. Needs `tqdm`, which is in `eqdistill[progress]`.
-    """
+class ProgressBar(AbstractCallback[Any]):
+    """Shows a progress bar with the loss of the last step, and that the first step is
+    being compiled, which the displayed speed leaves out. Needs `tqdm`, which is in
+    `eqdistill[progress]`."""
 
     every: int = eqx.field(default=10, converter=as_int)
 
@@ -134,88 +118,42 @@ class ProgressBar(AbstractCallback["_Bar"]):
         check_at_least(1, every=self.every)
 
     def init(self, problem, state, steps):
-        """**Raises:**
-
-        An `ImportError` without `tqdm`.
-        """
+        """**Raises:** an `ImportError` without `tqdm`."""
         del problem
         try:
             from tqdm.auto import tqdm
-            from tqdm.notebook import tqdm_notebook
         except ImportError as e:
             raise ImportError(
                 "`ProgressBar` needs tqdm: pip install 'eqdistill[progress]'."
             ) from e
-        # A notebook's bar is not text, and its standard error is not a terminal.
-        in_lines = not issubclass(tqdm, tqdm_notebook) and not sys.stderr.isatty()
-        bar = tqdm(
+        return tqdm(
             total=steps,
             initial=int(state.step),
+            desc="compiling the first step",
             unit="step",
-            file=io.StringIO() if in_lines else None,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # A log file is not one.
         )
-        if in_lines:
-            print("Compiling the first step...", file=sys.stderr, flush=True)
-        else:
-            bar.set_description("compiling the first step")
-        return _Bar(bar, in_lines)
 
     def __call__(self, problem, state, history, own):
         del problem
-        own.show(int(state.step), float(history.loss[-1]) if len(history) else None)
+        if own.desc:  # The clock starts after the compilation.
+            own.set_description(refresh=False)
+            own.unpause()
+        if len(history) > 0:
+            own.set_postfix(loss=f"{history.loss[-1]:.4f}", refresh=False)
+        own.update(int(state.step) - own.n)
         return own, False
 
     def close(self, own):
-        own.bar.close()
-
-
-class _Bar:
-    """A bar of tqdm, or lines with the same text."""
-
-    def __init__(self, bar: Any, in_lines: bool):
-        self.bar = bar
-        self._in_lines = in_lines
-        self._is_first = True
-
-    def __reduce__(self):
-        # A bar cannot be sent to another process, where it shows nothing.
-        return type(self), (None, False)
-
-    def show(self, step: int, loss: float | None) -> None:
-        bar = self.bar
-        tenth = 10 * bar.n // bar.total
-        if self._is_first:
-            # The clock starts when the first steps are compiled.
-            bar.set_description("", refresh=False)
-            bar.initial = bar.n = bar.last_print_n = step
-            bar.start_t = bar.last_print_t = time.time()
-            self._is_first = False
-        if loss is not None:
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        bar.update(step - bar.n)
-        if not self._in_lines:
-            bar.refresh()
-        elif 10 * step // bar.total > tenth:
-            print(bar, file=sys.stderr, flush=True)
+        own.close()
 
 
 class _Best(eqx.Module):
-    """The state of [`eqdistill.EarlyStopping`][].
-
-    **Attributes:**
-
-    - `distilled`: the distilled set with the smallest loss on the held-out data.
-    - `step`: the number of steps after which it was found.
-    - `loss`: its loss on the held-out data.
-    - `checks`: the number of checks since then.
-    - `layout`: returns the held-out data, as the objective sees them.
-    """
-
     distilled: DistilledSet
     step: Int[Array, ""]
     loss: Float[Array, ""]
-    checks: Int[Array, ""]
-    layout: Any
+    checks: Int[Array, ""]  # The number of checks since this step.
+    layout: Any  # Returns the held-out data: arrays would be in each checkpoint.
 
 
 class EarlyStopping(AbstractCallback[_Best]):
@@ -265,8 +203,6 @@ class EarlyStopping(AbstractCallback[_Best]):
         data = self.data
         if isinstance(data, Dataset):
             data = problem.objective.layout(data)
-        # A function, so that the data are not in a checkpoint.
-        layout = lambda: data
         loss = _held_out_loss(problem, state, data)
         if not jnp.isfinite(loss):
             raise ValueError(
@@ -274,7 +210,7 @@ class EarlyStopping(AbstractCallback[_Best]):
                 f"{loss}."
             )
         distilled = problem.distilled(state)
-        return _Best(distilled, state.step, loss, jnp.array(0), layout)
+        return _Best(distilled, state.step, loss, jnp.array(0), lambda: data)
 
     def __call__(self, problem, state, history, own):
         del history

@@ -129,7 +129,6 @@ class FullBatch(AbstractData):
         return self.images.shape[1:]
 
     def mean(self, fn, model, step, *, key):
-        """As [`eqdistill.AbstractData`][]."""
         del step, key
         examples = self.images, self.labels, self.cached
         return mean_over_examples(of_example, (fn, model), examples, self.chunk_bytes)
@@ -167,9 +166,7 @@ def example_loss(
 def compute_cached(dataset: Dataset, cached: Sequence[Cached]) -> dict[str, Array]:
     names = [part.name for part in cached]
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"`cached` must have parts with different names; got {names}."
-        )
+        raise ValueError(f"`cached` must have parts with different names; got {names}.")
     return {part.name: dataset.map(part.features).images for part in cached}
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import array_difference, name_kind
+from .._checks import array_difference, check_at_least
 from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._parameterisation import AbstractParameterisation
@@ -28,6 +29,7 @@ from ._problem import DistillState, Problem, REASONS, Status
 _FETCH_EVERY = 10
 # After this time a run reports that it is still compiling.
 _PATIENCE_SECONDS = 10.0
+_WAIT = ("Still compiling the first step. Large networks may take some minutes.",)
 _LOGGER = logging.getLogger("eqdistill")
 
 
@@ -84,7 +86,7 @@ def distill(
 
     **Returns:**
 
-    An [`eqdistill.Distillation`][].
+    A [`Distillation`][].
 
     **Raises:**
 
@@ -121,108 +123,100 @@ class _Run:
     """A run of the outer loop, with its callbacks and checkpoints."""
 
     def __init__(self, problem, data_at, state, steps, callbacks, stack):
-        for callback in callbacks:
-            if not isinstance(callback, AbstractCallback | AbstractCheckpoints):
-                raise TypeError(
-                    "`callbacks` must be `AbstractCallback`s; got "
-                    f"{name_kind(callback)} among them."
-                )
         is_store = lambda x: isinstance(x, AbstractCheckpoints)
         if sum(map(is_store, callbacks)) > 1:
             raise ValueError("`callbacks` must have at most one `Checkpoints`.")
         self.problem = problem
         self.data_at = data_at
+        self.snapshot = Snapshot(state, {}, (), False)
         self.steps = steps
-        self.all_callbacks = callbacks
+        self.every = [_FETCH_EVERY, *(x.every for x in callbacks)]
+        check_at_least(1, every=min(self.every))
+        self.order = [is_store(x) for x in callbacks]
         self.callbacks = [x for x in callbacks if not is_store(x)]
         self.checkpoints = next(filter(is_store, callbacks), None)
-        self.state = state
-        self.columns: dict[str, np.ndarray] = {}
-        self.has_stopped = False
-        self.store = None
-        if self.checkpoints is not None:
-            self.store = self.checkpoints.open(problem, state)
-            stack.callback(self.store.close)
+        self.compiled = None
         self.own = []
         for i, callback in enumerate(self.callbacks):
             self.own.append(callback.init(problem, state, steps))
             stack.callback(lambda i=i: self.callbacks[i].close(self.own[i]))
-        is_found = self._restore()
-        step = int(self.state.step)
+        self.store = None
+        is_found = False
+        if self.checkpoints is not None:
+            self.store = self.checkpoints.open(problem, state)
+            stack.callback(self.store.close)
+            is_found = self._restore()
+        step = self.step
         if steps < step or (steps == step and not is_found):
             wanted = f"above {step}, the step of `state`" if step > 0 else "at least 1"
             if is_found:
                 wanted = f"at least {step}, the step of the newest checkpoint"
             raise ValueError(f"`steps` must be {wanted}; got {steps}.")
-        self.compiled = None
         if self.has_ended():
-            self._call(lambda x: step % x.every != 0)
+            self._call(lambda every: step % every != 0)
+
+    @property
+    def step(self) -> int:
+        return int(self.snapshot.state.step)
+
+    def _arrays(self) -> tuple[PyTree, ...]:
+        return tuple(eqx.filter(own, eqx.is_array) for own in self.own)
 
     def _restore(self) -> bool:
-        if self.store is None:
+        template = dataclasses.replace(self.snapshot, callbacks=self._arrays())
+        found = self.store.restore(template)
+        if found is None or int(found.state.step) < self.step:
             return False
-        found = self.store.restore(self._snapshot())
-        if found is None or int(found.state.step) < int(self.state.step):
-            return False
-        self.state, self.columns = found.state, found.history
-        self.has_stopped = found.has_stopped
-        self.own = [
-            eqx.combine(arrays, own)
-            for arrays, own in zip(found.callbacks, self.own, strict=True)
-        ]
+        self.snapshot = found
+        self.own = list(map(eqx.combine, found.callbacks, self.own))
         return True
 
-    def _snapshot(self) -> Snapshot:
-        arrays = tuple(eqx.filter(own, eqx.is_array) for own in self.own)
-        return Snapshot(self.state, self.columns, arrays, self.has_stopped)
-
     def has_ended(self) -> bool:
-        return self.has_stopped or int(self.state.step) >= self.steps
+        return self.snapshot.has_stopped or self.step >= self.steps
 
     def result(self, *, has_failed: bool = False) -> Distillation:
-        own = iter(self.own)
-        callbacks = tuple(
-            None if x is self.checkpoints else next(own) for x in self.all_callbacks
-        )
+        own = iter(self._arrays())
+        callbacks = tuple(None if is_store else next(own) for is_store in self.order)
         return to_result(
-            self.problem, self.state, self.columns, callbacks, has_failed=has_failed
+            self.problem,
+            self.snapshot.state,
+            self.snapshot.history,
+            callbacks,
+            has_failed=has_failed,
         )
 
     def advance(self) -> None:
         """Takes the steps until a callback is due, and calls it."""
-        step = int(self.state.step)
-        every = [_FETCH_EVERY, *(x.every for x in self.all_callbacks)]
-        num_steps = min(self.steps - step, *(n - step % n for n in every))
+        step = self.step
+        num_steps = min(self.steps - step, *(n - step % n for n in self.every))
         records = self._take_steps(step, num_steps)
-        status = int(self.state.status)
-        taken = records[: int(self.state.step) - step]
-        for record, values in zip(taken, jax.device_get([r.values for r in taken])):
-            for name, value in zip(record.names, values, strict=True):
-                column = self.columns.get(name, np.zeros(0, values.dtype))
-                self.columns[name] = np.append(column, value)
+        state = self.compiled.state()
+        self.snapshot = dataclasses.replace(
+            self.snapshot,
+            state=state,
+            history=_extended(self.snapshot.history, records[: int(state.step) - step]),
+        )
+        status = int(state.status)
         if status != Status.RUNNING:
             reasons = (*REASONS, *self.problem.objective.failures)
-            raise DistillationError(
-                f"Distillation stopped at step {int(self.state.step)}: "
-                f"{reasons[status]}.",
-                self.result(has_failed=True),
+            raise self._error(
+                f"at step {self.step}: {reasons[status]}", has_failed=True
             )
-        step = int(self.state.step)
+        step = self.step
         try:
-            stops = self._call(lambda x: step % x.every == 0)
-            self.has_stopped = stops
+            stops = self._call(lambda every: step % every == 0)
+            self.snapshot = dataclasses.replace(self.snapshot, has_stopped=stops)
             is_last = self.has_ended()
             # Before the last calls of the other callbacks: a run that continues to more
             # steps must not contain what they make of a step that is the last one now.
             if self.store and (is_last or step % self.checkpoints.every == 0):
-                self.store.save(self._snapshot())
+                snapshot = dataclasses.replace(self.snapshot, callbacks=self._arrays())
+                self.store.save(snapshot)
             if is_last:
-                self._call(lambda x: step % x.every != 0)
+                self._call(lambda every: step % every != 0)
         except Exception as e:
-            raise DistillationError(
-                f"Distillation stopped at step {step}: a callback raised the error "
-                "above.",
-                self.result(),
+            raise self._error(
+                f"at step {step}: a callback raised the error above"
             ) from e
 
     def _take_steps(self, step: int, num_steps: int) -> list[Record]:
@@ -231,70 +225,65 @@ class _Run:
             try:
                 data = self.data_at(step + i)
             except Exception as e:
-                if self.compiled is not None:
-                    self.state = self.compiled.state()
-                raise DistillationError(
-                    f"Distillation stopped at step {step + i}: `data` raised the error "
-                    "above.",
-                    self.result(has_failed=True),
-                ) from e
+                message = f"at step {step + i}: `data` raised the error above"
+                raise self._error(message, has_failed=True) from e
             try:
                 if self.compiled is None:
                     check_cached(self.problem.objective, data)
-                    self.compiled = CompiledStep(self.problem, self.state)
-                    with _reported_compilation():
+                    self.compiled = CompiledStep(self.problem, self.snapshot.state)
+                    timer = threading.Timer(_PATIENCE_SECONDS, _LOGGER.warning, _WAIT)
+                    timer.start()
+                    try:
                         records.append(self.compiled(data))
+                    finally:
+                        timer.cancel()
                 else:
                     records.append(self.compiled(data))
                 # At most two steps are under way, so that Ctrl-C is prompt.
-                if i > 0:
-                    jax.block_until_ready(records[i - 1])
-                if i == num_steps - 1:
-                    self.state = self.compiled.state()
-                    jax.block_until_ready(self.state)
+                jax.block_until_ready(
+                    records[max(i - 1, 0)] if i + 1 < num_steps else records
+                )
             except jax.errors.JaxRuntimeError as e:
-                raise DistillationError(
-                    f"Distillation stopped in the {num_steps} steps after step {step}: "
-                    "the objective raised the error above.",
-                    self.result(has_failed=True),
-                ) from e
+                message = (
+                    f"in the {num_steps} steps after step {step}: the objective raised "
+                    "the error above"
+                )
+                raise self._error(message, has_failed=True) from e
         return records
 
-    def _call(self, is_due: Callable) -> bool:
+    def _error(self, message: str, *, has_failed: bool = False) -> DistillationError:
+        result = self.result(has_failed=has_failed)
+        return DistillationError(f"Distillation stopped {message}.", result)
+
+    def _call(self, is_due: Callable[[int], bool]) -> bool:
         stops = False
-        history = History.of(self.columns)
+        history = History.of(self.snapshot.history)
         for i, callback in enumerate(self.callbacks):
-            if is_due(callback):
+            if is_due(callback.every):
                 self.own[i], stop = callback(
-                    self.problem, self.state, history, self.own[i]
+                    self.problem, self.snapshot.state, history, self.own[i]
                 )
                 stops = stops or bool(stop)
         return stops
 
 
-@contextlib.contextmanager
-def _reported_compilation():
-    message = "Still compiling the first step. Large networks may take some minutes."
-    timer = threading.Timer(_PATIENCE_SECONDS, _LOGGER.warning, (message,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+def _extended(
+    history: dict[str, np.ndarray], records: list[Record]
+) -> dict[str, np.ndarray]:
+    if not records:
+        return history
+    columns = np.stack(jax.device_get([x.values for x in records]), axis=1)
+    empty = columns[0, :0]
+    return {
+        name: np.concatenate([history.get(name, empty), column])
+        for name, column in zip(records[0].names, columns, strict=True)
+    }
 
 
 def _as_function(objective, data) -> Callable[[int], AbstractData]:
     if isinstance(data, Dataset):
         data = objective.layout(data)
-    if isinstance(data, AbstractData):
-        return lambda step: data
-    if not callable(data) or isinstance(data, type):
-        raise TypeError(
-            "`data` must be a `Dataset`, an `AbstractData` such as `Batches(train, 128)`, "
-            f"or a function from the step to an `AbstractData`; got {name_kind(data)}."
-        )
-    return data
+    return (lambda step: data) if isinstance(data, AbstractData) else data
 
 
 def _check_state(

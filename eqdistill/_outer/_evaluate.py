@@ -10,11 +10,12 @@ from jaxtyping import Float, PRNGKeyArray, PyTree
 from .._checks import check_at_least
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
+from .._inner._auto_solver import AutoSolver
 from .._inner._fit import check_fit, fit
 from .._inner._inner_solver import AbstractInnerSolver, Fitted
-from .._models._models import AbstractModels, Fixed
+from .._models._models import AbstractModels, as_models, Fixed
 from .._typechecking import describe
-from ._recipe import Recipe
+from ._recipes import Recipe
 
 
 class Evaluation(eqx.Module):
@@ -116,22 +117,26 @@ def evaluate(
 
     **Returns:**
 
-    An [`eqdistill.Evaluation`][]. Its loss on real data is the `default_outer_loss` of
+    An [`Evaluation`][]. Its loss on real data is the `default_outer_loss` of
     the loss that the models are trained with. A NaN output is a wrong classification.
 
     **Raises:**
 
-    - A `TypeError` or `ValueError` if `recipe` is none of these; if both a recipe and
-        `inner` are given; if there are no sets or no models; if the labels do not suit
-        the recipe; or if the real images have another shape than the distilled images,
-        or more classes than a model has outputs.
-    - Everything that [`eqdistill.fit`][] raises.
+    What [`eqdistill.fit`][] raises, and a `ValueError` if the real images have another
+    shape than the distilled images, or more classes than a model has outputs.
     """
     check_at_least(1, num_models=num_models)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
     if not sets:
         raise ValueError("`distilled` must hold at least one distilled set; got none.")
-    recipe = _as_recipe(recipe, inner)
+    if not isinstance(recipe, Recipe):
+        models = as_models(recipe, "`recipe` must be a `Recipe`,")
+        recipe = Recipe(models, AutoSolver() if inner is None else inner)
+    elif inner is not None:
+        raise ValueError(
+            "`inner` must be left out with a `Recipe`, which has an inner solver; got "
+            f"{describe(inner)}."
+        )
     if num_models is None:
         num_models = 1 if isinstance(recipe.models, Fixed) else 5
     key = jr.key(0) if key is None else key
@@ -155,23 +160,6 @@ def evaluate(
             fitted = fit(prepared, model, recipe.inner, key=fit_key)
             accuracies[i, j], losses[i, j] = _measure(fitted.model, prepared, test)
     return Evaluation(accuracies, losses, recipe, fitted, key)  # pyright: ignore[reportPossiblyUnboundVariable]
-
-
-def _as_recipe(recipe: PyTree, inner: AbstractInnerSolver | None) -> Recipe:
-    if not isinstance(recipe, eqx.Module):
-        raise TypeError(
-            "`recipe` must be a `Recipe`, such as `eqdistill.recipes.dc(make)`; a "
-            "source of models, such as `eqdistill.Fresh(make)`; or an `equinox.Module` "
-            f"that is a model; got {describe(recipe)}."
-        )
-    if not isinstance(recipe, Recipe):
-        return Recipe(recipe) if inner is None else Recipe(recipe, inner)
-    if inner is not None:
-        raise ValueError(
-            "`inner` must be left out with a `Recipe`, which has an inner solver; got "
-            f"{describe(inner)}."
-        )
-    return recipe
 
 
 @eqx.filter_jit  # Otherwise each layer of a network compiles several programs.

@@ -14,13 +14,11 @@ from .._data._distilled_set import DistilledSet
 from .._inner._fit import check_fit
 from .._losses import CrossEntropy
 from .._softmax import label_residual
+from .._typechecking import describe
 
 
 def distill_exactly(
-    start: DistilledSet,
-    model: PyTree,
-    *,
-    l2: float | None = None,
+    start: DistilledSet, model: PyTree, *, l2: float | None = None
 ) -> DistilledSet:
     r"""Constructs a distilled set from which training recovers a given linear model,
     with weights $W$ and intercept $b$. It needs no real data and no outer loop.
@@ -35,14 +33,6 @@ def distill_exactly(
     double precision, for the component of the images in the span of $W$. The
     orthogonal component is taken from `start`, after removing what would change
     $\theta^\top A$. The more images there are, the closer they stay to `start`.
-
-    !!! Example
-
-        ```python
-        start = eqd.DistilledSet.from_real(train, l2=0.1, key=jr.key(0))
-        exact = eqd.linear.distill_exactly(start, model)
-        eqd.fit(exact, model).model  # has the weights of `model`
-        ```
 
     **Arguments:**
 
@@ -62,9 +52,9 @@ def distill_exactly(
 
     **Raises:**
 
-    A `TypeError` if the model is not an [`eqdistill.linear.LogisticRegression`][], or
-    the loss of `start` is not [`eqdistill.CrossEntropy`][]. A `ValueError` with the
-    reason if there is no solution:
+    A `TypeError` for another model, or if the loss of `start` is not
+    [`eqdistill.CrossEntropy`][]. A `ValueError` that names the reason if there is no
+    solution:
 
     - if there are fewer images than $\mathrm{rank}(W)$, which is mostly $c - 1$, or
         fewer than $\mathrm{rank}(W) + 1$ with an intercept;
@@ -79,36 +69,44 @@ def distill_exactly(
     """
     if not takes_pixels(model):
         raise TypeError(
-            "`model` must be a `LogisticRegression`, which is linear in the "
-            f"pixels; got a {type(model).__name__}."
+            f"`model` must be a `LogisticRegression`; got {describe(model)}."
         )
     if not isinstance(start.loss, CrossEntropy):
         raise TypeError(
-            "`start` must have the loss `CrossEntropy`; got "
-            f"`{type(start.loss).__name__}`."
+            f"`start` must have the loss `CrossEntropy`; got {describe(start.loss)}."
         )
     check_fit(start, model)
-    # In single precision, every rounding error would be multiplied by the condition
-    # number of the fit.
+    # In single precision, rounding errors would be multiplied by the condition number
+    # of the fit.
     with jax.enable_x64(True):
         target = _Target.of(model.head)
-        _check_solvable(start, target)
+        hard, has_intercept = start.labels.ndim == 1, target.intercept is not None
+        least = len(target.singular_values) + has_intercept
+        if len(start) < least:
+            more = ", and one more for its intercept" if has_intercept else ""
+            raise ValueError(
+                f"`start` must have at least {least} images, one for each rank of the "
+                f"weights of `model`{more}; got {len(start)}."
+            )
+        missing = np.setdiff1d(np.arange(target.contrasts.shape[1]), start.labels)
+        if has_intercept and hard and len(missing) > 0:
+            raise ValueError(
+                "`start` must have an image of every class, or soft labels, because "
+                f"`model` has an intercept; got no image of class {missing[0]}."
+            )
         if l2 is not None and not 0 < l2 <= target.max_l2:
             raise ValueError(
                 f"`l2` must be positive and at most {target.max_l2:.4g}, the largest "
                 f"ridge with which `model` can be recovered; got {l2:.4g}."
             )
         pixels = jnp.asarray(start.images, float).reshape(len(start), -1)
-        hard = start.labels.ndim == 1
         labels = start.labels if hard else start.labels.astype(float)
-        ridge = target.max_l2 / 2 if l2 is None else l2
-        smallest = target.max_l2 / 256 if l2 is None else l2
-        while True:
+        ridges = [target.max_l2 / 2**i for i in range(1, 9)] if l2 is None else [l2]
+        for ridge in ridges:
             images, found, error = _solve(target, pixels, labels, jnp.asarray(ridge))
-            if error < 1e-9 or ridge <= smallest:
+            if error < 1e-9:
                 break
-            ridge /= 2
-        if not error < 1e-9:
+        else:
             advice = "a smaller `l2`" if l2 is not None else "more images"
             if hard:
                 advice += " or soft labels"
@@ -117,10 +115,10 @@ def distill_exactly(
                 f"attempt, at l2 = {ridge:.2g}, has a relative residual of "
                 f"{error:.1g} instead of 1e-9. Try {advice}."
             )
-        images, found = np.asarray(images), np.asarray(found)
-    dtype = start.images.dtype
-    images = images.reshape(start.images.shape).astype(dtype)
-    return DistilledSet(images, found if hard else found.astype(dtype), l2=ridge)
+        dtype = start.images.dtype
+        images = np.asarray(images, dtype).reshape(start.images.shape)
+        found = np.asarray(found, None if hard else dtype)
+    return DistilledSet(images, found, l2=ridge)
 
 
 class _Target(eqx.Module):
@@ -136,14 +134,8 @@ class _Target(eqx.Module):
     @staticmethod
     def of(head: eqx.nn.Linear) -> "_Target":
         weights = np.asarray(head.weight, np.float64).T
-        intercept = head.bias
-        if intercept is not None:
-            intercept = np.asarray(intercept, np.float64)
-            intercept = jnp.asarray(intercept - intercept.mean())
-        if not (
-            np.isfinite(weights).all()
-            and (intercept is None or jnp.isfinite(intercept).all())
-        ):
+        bias = np.zeros(1) if head.bias is None else np.asarray(head.bias, np.float64)
+        if not (np.isfinite(weights).all() and np.isfinite(bias).all()):
             raise ValueError(
                 "`model` must have finite weights and intercept; some are NaN or "
                 "infinite."
@@ -160,7 +152,7 @@ class _Target(eqx.Module):
             jnp.asarray(q[:, :rank]),
             jnp.asarray(s[:rank]),
             jnp.asarray(gt @ contrasts),
-            intercept,
+            None if head.bias is None else jnp.asarray(bias - bias.mean()),
         )
 
     @property
@@ -169,18 +161,14 @@ class _Target(eqx.Module):
         margin = scipy.special.lambertw((num_classes - 1) / np.e).real
         return float(margin / np.sum(np.square(self.singular_values)))
 
-    def coordinates(self, images: Float[Array, "n p"]) -> Float[Array, "n r"]:
-        return images @ self.basis
-
     def start(
         self, labels: Int[Array, " n"] | Float[Array, "n c"]
     ) -> Float[Array, "n r"]:
         """The coordinates of images for which the model predicts the frequencies of the
         labels, so that the equation of the intercept holds."""
-        r = len(self.singular_values)
+        r, num_classes = len(self.singular_values), self.contrasts.shape[1]
         if self.intercept is None:
             return jnp.zeros((len(labels), r))
-        num_classes = self.contrasts.shape[1]
         hard = labels.ndim == 1
         each = jax.nn.one_hot(labels, num_classes) if hard else jax.nn.softmax(labels)
         logits = jnp.log(jnp.mean(each, axis=0)) - self.intercept
@@ -191,25 +179,6 @@ class _Target(eqx.Module):
         s = self.singular_values
         logits = (coordinates * s) @ self.contrasts[: len(s)]
         return logits if self.intercept is None else logits + self.intercept
-
-
-def _check_solvable(start: DistilledSet, target: _Target) -> None:
-    rank = len(target.singular_values)
-    has_intercept = target.intercept is not None
-    if len(start) < rank + has_intercept:
-        intercept = ", and one more for its intercept" if has_intercept else ""
-        raise ValueError(
-            f"`start` must have at least {rank + has_intercept} images, one for each "
-            f"rank of the weights of `model`{intercept}; got {len(start)}."
-        )
-    num_classes = target.contrasts.shape[1]
-    if has_intercept and start.labels.ndim == 1:
-        missing = np.setdiff1d(np.arange(num_classes), start.labels)
-        if len(missing) > 0:
-            raise ValueError(
-                "`start` must have an image of every class, or soft labels, because "
-                f"`model` has an intercept; got no image of class {missing[0]}."
-            )
 
 
 @eqx.filter_jit
@@ -223,9 +192,8 @@ def _solve(
 ]:
     """Returns the images, the labels, and the largest relative residual."""
     s = target.singular_values
-    num_contrasts = len(target.contrasts)
     scale = len(images) * l2
-    wanted = jnp.zeros((len(s), num_contrasts)).at[:, : len(s)].set(jnp.diag(s))
+    wanted = jnp.pad(jnp.diag(s), ((0, 0), (0, len(target.contrasts) - len(s))))
 
     def residuals(unknowns):
         coordinates, logits = unknowns
@@ -238,23 +206,16 @@ def _solve(
         # Relative to the smallest singular value, so that all of them are recovered.
         return weights / s[-1], None if target.intercept is None else jnp.sum(a, 0)
 
-    solution = optx.least_squares(
-        equations,
-        optx.LevenbergMarquardt(
-            rtol=1e-10,
-            atol=1e-24,
-            linear_solver=lx.LSMR(rtol=1e-13, atol=1e-13, conlim=1e12),
-        ),
-        (target.start(labels), None if labels.ndim == 1 else labels),
-        max_steps=100,
-        throw=False,
-    )
+    linear_solver = lx.LSMR(rtol=1e-13, atol=1e-13, conlim=1e12)
+    solver = optx.LevenbergMarquardt(1e-10, 1e-24, linear_solver=linear_solver)
+    first = target.start(labels), None if labels.ndim == 1 else labels
+    solution = optx.least_squares(equations, solver, first, max_steps=100, throw=False)
     coordinates, logits = solution.value
     error = optax.tree.norm(equations(solution.value, None), ord=jnp.inf)
 
     # Outside the span of W, the images must not contribute to the weights. This makes
     # them orthogonal to the residuals.
-    outside = images - target.coordinates(images) @ target.basis.T
+    outside = images - images @ target.basis @ target.basis.T
     left, sizes, _ = jnp.linalg.svd(residuals(solution.value), full_matrices=False)
     left = jnp.where(sizes > 1e-10 * sizes[0], left, 0)
     outside = outside - left @ (left.T @ outside)

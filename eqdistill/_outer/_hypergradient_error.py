@@ -20,6 +20,7 @@ from .._inner._unrolled_solver import UnrolledSolver
 from .._losses import CrossEntropy
 from .._models._models import AbstractModels
 from .._softmax import label_residual, softmax_change
+from .._typechecking import describe
 from ._data import example_loss, FullBatch
 
 
@@ -75,9 +76,8 @@ def hypergradient_error(
 
     **Raises:**
 
-    As [`eqdistill.fit`][]; a `ValueError` if the fit of the reference does not
-    converge; and a `TypeError` for a source of models, which would draw other models in
-    double precision.
+    A `ValueError` if the fit of the reference does not converge, and a `TypeError` for
+    a source of models, which would draw other models in double precision.
 
     Source: Blondel et al., *Efficient and modular implicit differentiation*, 2022,
     Theorem 1, and Pedregosa, *Hyperparameter optimization with approximate gradient*,
@@ -85,45 +85,35 @@ def hypergradient_error(
     """
     if isinstance(model, AbstractModels):
         raise TypeError(
-            f"`model` must be one model; got a `{type(model).__name__}`, which draws "
-            "other models in double precision."
+            f"`model` must be one model; got {describe(model)}, which draws other "
+            "models in double precision."
         )
-    gradient, fitted = _hypergradient(start, model, data, inner, key)
+    key = jr.key(0) if key is None else key
+    gradient, fitted = _hypergradient(start, model, FullBatch(data), inner, key)
     with jax.enable_x64(True):
-        real = Dataset(_to_double(data.floating()), data.labels, data.num_classes)
-        double_start, double_model, gradient, at = map(
-            _to_double, (start, model, gradient, fitted.model)
+        reference = _exact(inner) if reference is None else reference
+        start, model, gradient, at, reference = map(
+            _to_double, (start, model, gradient, fitted.model, reference)
         )
-        reference = _to_double(_exact(inner) if reference is None else reference)
-        args = (double_start, double_model, real, reference, key)
-        wanted, reference_fit = _hypergradient(*args)
-        if not reference_fit.converged:
+        real = Dataset(_to_double(data.floating()), data.labels, data.num_classes)
+        wanted, found = _hypergradient(start, model, FullBatch(real), reference, key)
+        if not found.converged:
             raise ValueError(
                 "`reference` must fit the model; it did not converge, and left a "
-                f"gradient of norm {reference_fit.gradient_norm:.2g}."
+                f"gradient of norm {found.gradient_norm:.2g}."
             )
+        has_bound = takes_pixels(model) and model.head.bias is None
+        is_plain = isinstance(start, DistilledSet)
         bound = jnp.inf
-        if (
-            isinstance(start, DistilledSet)
-            and isinstance(start.loss, CrossEntropy)
-            and takes_pixels(model)
-            and model.head.bias is None
-        ):
-            bound = _bound(double_start, at.head.weight.T, real, gradient)
+        if has_bound and is_plain and isinstance(start.loss, CrossEntropy):
+            bound = _bound(start, at.head.weight.T, real, gradient)
         error = optax.tree.norm(optax.tree.sub(gradient, wanted))
-        norm = optax.tree.norm(gradient)
-        return HypergradientError(
-            float(norm), float(error), float(bound), float(fitted.gradient_norm)
-        )
-
-
-def _hypergradient(start, model, data, inner, key) -> tuple[PyTree, Fitted]:
-    key = jr.key(0) if key is None else key
-    return _compiled_hypergradient(start, model, FullBatch(data), inner, key)
+        values = optax.tree.norm(gradient), error, bound, fitted.gradient_norm
+        return HypergradientError(*map(float, values))
 
 
 @eqx.filter_jit
-def _compiled_hypergradient(start, model, data, inner, key) -> tuple[PyTree, Fitted]:
+def _hypergradient(start, model, data, inner, key) -> tuple[PyTree, Fitted]:
     def loss(start):
         distilled = start.decode()
         fitted = fit(distilled, model, inner, key=key, throw=False)
@@ -136,7 +126,7 @@ def _compiled_hypergradient(start, model, data, inner, key) -> tuple[PyTree, Fit
 
 
 def _exact(inner: AbstractInnerSolver) -> AbstractInnerSolver:
-    """The solver without what approximates its derivative."""
+    """The solver without the options that approximate its derivative."""
     if isinstance(inner, UnrolledSolver):
         return eqx.tree_at(lambda s: s.window, inner, None, is_leaf=lambda x: x is None)
     if isinstance(inner, ArgminSolver):
@@ -175,8 +165,8 @@ def _bound(
     u, _ = jax.scipy.sparse.linalg.cg(hessian, v, tol=1e-12, maxiter=1000)
     a, q = label_residual(logits, distilled.labels), images @ u
     change = softmax_change(logits, q)
-    # The hypergradient as it follows from the adjoint. To the bound is added by how
-    # much the one that is given differs from it.
+    # The hypergradient as it follows from the adjoint. The bound includes the distance
+    # of the given one from it.
     follows = {
         "images": (a @ u.T - change @ weights.T) / n,
         "log_l2": -l2 * jnp.sum(u * weights),
@@ -184,9 +174,7 @@ def _bound(
     if distilled.labels.ndim == 2:
         follows["labels"] = softmax_change(distilled.labels, q) / n
     differs = {
-        name: jnp.linalg.norm(
-            getattr(hypergradient, name) - x.reshape(getattr(hypergradient, name).shape)
-        )
+        name: jnp.linalg.norm(jnp.ravel(getattr(hypergradient, name)) - jnp.ravel(x))
         for name, x in follows.items()
     }
     norms, a_norms, q_norms = (jnp.linalg.norm(x, axis=1) for x in (images, a, q))

@@ -43,8 +43,8 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
 
         **Raises:**
 
-        A `ValueError` if there is no objective, or if `order` does not hold the index of
-        each objective.
+        A `ValueError` if there is no objective, or if `order` does not hold the index
+        of each objective.
         """
         if not objectives:
             raise ValueError("`objectives` must be at least one; got none.")
@@ -59,7 +59,6 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
         self.failures = sum((x.failures for x in objectives), ())
 
     def init(self, distilled, *, key):
-        """As [`eqdistill.AbstractObjective`][]."""
         keys = jr.split(key, len(self.objectives))
         return tuple(
             objective.init(distilled, key=own_key)
@@ -84,7 +83,9 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
             jax.eval_shape(lambda i=i: take_turn(i, distilled)[1].metrics)
             for i in range(len(self.objectives))
         ]
-        absent = {name: jnp.array(jnp.nan, x.dtype) for s in shapes for name, x in s.items()}
+        absent = {
+            name: jnp.array(jnp.nan, x.dtype) for s in shapes for name, x in s.items()
+        }
 
         def branch(i):
             def call(distilled):

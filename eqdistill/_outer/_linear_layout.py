@@ -1,15 +1,13 @@
 import functools
+import itertools as it
 import math
-import os
 from collections.abc import Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-
 
 
 class LinearLayout(eqx.Module):
@@ -38,36 +36,41 @@ class LinearLayout(eqx.Module):
         is_bytes = features.dtype == np.uint8
         dtype = np.dtype(jnp.result_type(float)) if is_bytes else features.dtype
         scale = dtype.type(255 if is_bytes else 1)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            background, is_constant = _background(features, pool)
-            order = _by_frequency(features, background, is_constant)
-            # 256 levels, since bytes are fast to compare.
-            levels = np.linspace(0, 255, len(order)).astype(np.uint8)
-            rarest = _rarest(features, background, order, levels, pool)
-            num_varying = max(int(np.sum(~is_constant)), 1)
-
-            def cut(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-                last = np.searchsorted(levels, rarest[rows[-1]], side="right")
-                columns = order[: min(int(last), num_varying)]
-                chunk = _cut(features, rows, columns, background, scale, chunk_size)
-                # A label of -1 marks the unused end of a chunk.
-                classes = np.full(chunk_size, -1, labels.dtype)
-                classes[: len(rows)] = labels[rows]
-                return chunk, classes
-
-            chunk_size = _chunk_size(features)
-            by_rarity = np.argsort(rarest, kind="stable")
-            cuts = range(chunk_size, len(features), chunk_size)
-            chunks = list(pool.map(cut, np.split(by_rarity, cuts)))
-        floating = np.divide(background, scale, dtype=dtype)
+        background = features.min(axis=0)
+        is_constant = features.max(axis=0) == background
+        some = features[:: -(-len(features) // 4096)]
+        frequency = np.mean(some != background, axis=0)
+        order = np.argsort(is_constant - frequency, kind="stable")
+        num_varying = max(int(np.sum(~is_constant)), 1)
+        # The number of sorted features that each image needs.
+        rank = np.argsort(order)
+        count = (rank + 1).astype(np.min_scalar_type(len(order)))
+        needed = np.concatenate(
+            [
+                np.max((block != background) * count, axis=1, initial=1)
+                for block in _blocks(features)
+            ]
+        )
+        by_need = np.argsort(needed, kind="stable")
+        num_chunks = min(-(-4 * features.size // 2**23), _MOST_CHUNKS, len(features))
+        chunk_size = -(-len(features) // num_chunks)
+        chunk_size += -chunk_size % _LANES
+        chunks = []
+        for rows in np.split(by_need, range(chunk_size, len(features), chunk_size)):
+            columns = order[: min(int(needed[rows[-1]]), num_varying)]
+            chunk = _aligned((len(columns), chunk_size), dtype)
+            chunk[:, len(rows) :] = 0
+            for i, block in zip(it.count(0, _BLOCK), _blocks(rows), strict=False):
+                part = features[block].T[columns] - background[columns][:, None]
+                np.divide(part, scale, out=chunk[:, i : i + len(block)])
+            # A label of -1 marks the unused end of a chunk.
+            classes = np.full(chunk_size, -1, labels.dtype)
+            classes[: len(rows)] = labels[rows]
+            chunks.append((chunk, classes))
+        background = np.divide(background, scale, dtype=dtype)
         # In one call: `jnp.asarray` would compile a program for each shape.
         chunks, self.order, self.rank, self.background = jax.device_put(
-            (
-                chunks,
-                order,
-                np.argsort(order),
-                floating if background.any() else None,
-            )
+            (chunks, order, rank, background if background.any() else None)
         )
         self.chunks = tuple(_Chunk(*chunk) for chunk in chunks)
         self.num_images = len(features)
@@ -128,7 +131,7 @@ _MOST_CHUNKS = 8
 # The number of float32 in a vector register.
 _LANES = 16
 # The number of images in a block of NumPy operations.
-_AT_ONCE = 1024
+_BLOCK = 512
 
 
 class _Chunk(eqx.Module):
@@ -191,72 +194,9 @@ def _take(array: Float[Array, "p c"], order: Int[Array, " p"]) -> Float[Array, "
     return array.at[order].get(mode="promise_in_bounds", unique_indices=True)
 
 
-def _blocks(features: np.ndarray) -> list[np.ndarray]:
-    return [features[i : i + _AT_ONCE] for i in range(0, len(features), _AT_ONCE)]
-
-
-def _background(features: np.ndarray, pool: Executor) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest value of each feature, and whether the feature is constant."""
-    extrema = pool.map(lambda x: (x.min(axis=0), x.max(axis=0)), _blocks(features))
-    minima, maxima = zip(*extrema, strict=True)
-    background = np.min(minima, axis=0)
-    return background, np.max(maxima, axis=0) == background
-
-
-def _by_frequency(
-    features: np.ndarray, background: np.ndarray, is_constant: np.ndarray
-) -> np.ndarray:
-    """The indices of the features, sorted by how often they differ from the
-    background. Constant features come last."""
-    some = features[:: -(-len(features) // 4096)]
-    frequency = np.mean(some != background, axis=0)
-    return np.argsort(is_constant - frequency, kind="stable")
-
-
-def _rarest(
-    features: np.ndarray,
-    background: np.ndarray,
-    order: np.ndarray,
-    levels: np.ndarray,
-    pool: Executor,
-) -> np.ndarray:
-    """The level of the rarest feature in which each image differs from the
-    background."""
-    rarity = np.empty_like(levels)
-    rarity[order] = levels
-
-    def of_block(block: np.ndarray) -> np.ndarray:
-        differs = (block != background).view(np.uint8)
-        return np.max(np.multiply(differs, rarity, out=differs), axis=1)
-
-    return np.concatenate(list(pool.map(of_block, _blocks(features))))
-
-
-def _chunk_size(features: np.ndarray) -> int:
-    num_chunks = min(-(-4 * features.size // 2**23), _MOST_CHUNKS, len(features))
-    size = -(-len(features) // num_chunks)
-    return size + -size % _LANES
-
-
-def _cut(
-    features: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    background: np.ndarray,
-    scale: np.floating,
-    chunk_size: int,
-) -> np.ndarray:
-    """Some features of some images, minus the background, padded with zeros to
-    `chunk_size` images."""
-    chunk = _aligned((len(columns), chunk_size), scale.dtype)
-    chunk[:, len(rows) :] = 0
-    # Blocks that fit into the cache, since they are transposed.
-    for i in range(0, len(rows), 512):
-        some = features[rows[i : i + 512]].T[columns]
-        if background.any():
-            some = some - background[columns][:, None]
-        np.divide(some, scale, out=chunk[:, i : i + some.shape[1]])
-    return chunk
+def _blocks(rows: np.ndarray) -> list[np.ndarray]:
+    """Blocks of rows that fit into the cache."""
+    return [rows[i : i + _BLOCK] for i in range(0, len(rows), _BLOCK)]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -32,6 +32,7 @@ REASONS = (
     "the gradient of the loss is not finite",
     "the outer loss is not finite",
 )
+Metrics = dict[str, Float[Array, ""]]
 
 
 class DistillState(eqx.Module):
@@ -59,9 +60,6 @@ class DistillState(eqx.Module):
     key: PRNGKeyArray
     step: Int[Array, ""]
     status: Int[Array, ""]
-
-
-Metrics = dict[str, Float[Array, ""]]
 
 
 class Problem(eqx.Module):
@@ -123,19 +121,16 @@ class Problem(eqx.Module):
         )
         if not any(jax.tree.leaves(self.learn)):
             raise ValueError(
-                "`learn` or `learn_objective` must pick at least one floating-point "
-                "array; they pick none."
+                "`learn` or `learn_objective` must pick at least one array."
             )
         distilled = start.decode()
         # Labels are concrete here, and can be checked.
-        init = lambda key: objective.init(distilled, key=key)
-        state = eqx.filter_eval_shape(init, jr.key(0))
+        state = eqx.filter_eval_shape(
+            lambda key: objective.init(distilled, key=key), jr.key(0)
+        )
         difference = array_difference(state, state)
         if difference is not None:
-            raise TypeError(
-                f"`objective.init` must return arrays only; {type(objective).__name__} "
-                f"did not: {difference}."
-            )
+            raise TypeError(f"`objective.init` must return arrays only: {difference}.")
 
     def init(
         self, start: AbstractParameterisation | None = None, *, key: PRNGKeyArray
@@ -236,17 +231,11 @@ class Problem(eqx.Module):
     def pair(
         self, state: DistillState
     ) -> tuple[AbstractParameterisation, AbstractObjective]:
-        """**Returns:**
-
-        `start` and `objective` with the learned arrays of a state.
-        """
+        """`start` and `objective` with the learned arrays of a state."""
         return self._pair(state.learned, state.rest)
 
     def distilled(self, state: DistillState) -> DistilledSet:
-        """**Returns:**
-
-        The distilled set of a state.
-        """
+        """The distilled set of a state."""
         return self.pair(state)[0].decode()
 
     def _pair(self, learned: PyTree, rest: PyTree):
@@ -288,32 +277,22 @@ def _where(is_new: Bool[Array, ""], new: Array, old: Array) -> Array:
 
 
 def _learned(name: str, tree: PyTree, where: Callable) -> PyTree[bool]:
-    """Which leaves of a tree are learned: the floating-point arrays that `where`
-    picks.
-
-    **Raises:**
-
-    A `ValueError` if `where` does not pick parts of the tree, or picks no
-    floating-point array.
-    """
+    """The leaves of a tree that are learned: the floating-point arrays that `where`
+    picks."""
     nothing = jax.tree.map(lambda _: False, tree)
     try:
         parts = where(tree)
-        is_array = jax.tree.map(eqx.is_inexact_array, parts)
-        if isinstance(parts, tuple) and parts == ():
+        if isinstance(parts, tuple) and not parts:
             return nothing
-        picked = eqx.tree_at(where, nothing, is_array)
+        learned = jax.tree.map(eqx.is_inexact_array, parts)
+        if not any(jax.tree.leaves(learned)):
+            raise ValueError("it picks no floating-point array")
+        return eqx.tree_at(where, nothing, learned)
     except (AttributeError, LookupError, TypeError, ValueError) as e:
         raise ValueError(
-            f"`{name}` must be a function that picks parts of its argument, such as "
-            f"`lambda s: (s.images, s.log_l2)`; on a {type(tree).__name__} it raised: {e}"
+            f"`{name}` must be a function that picks parts of a {type(tree).__name__}, "
+            f"such as `lambda s: (s.images, s.log_l2)`: {e}."
         ) from e
-    if not any(jax.tree.leaves(picked)):
-        raise ValueError(
-            f"`{name}` must pick floating-point arrays of a {type(tree).__name__}; it "
-            "picks none."
-        )
-    return picked
 
 
 def learned_names(learn: tuple[PyTree[bool], PyTree[bool]]) -> tuple[str, ...]:

@@ -2,6 +2,9 @@ import functools as ft
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
@@ -10,16 +13,55 @@ from jaxtyping import PRNGKeyArray, PyTree
 from .._checks import check_make
 from .._conversions import ArrayOrList, as_array
 from .._data._augmentation import OneOf
+from .._data._distilled_set import DistilledSet
 from .._data._image_augmentations import Affine, Crop, Flip
+from .._inner._auto_solver import AutoSolver
 from .._inner._feature_regression import FeatureRegression
 from .._inner._inner_solver import AbstractInnerSolver
 from .._inner._unrolled_solver import UnrolledSolver
-from .._models._models import Fresh
+from .._losses import CrossEntropy, SquaredError
+from .._models._models import AbstractModels, as_models, Fresh
+from .._typechecking import describe
 from ..nn import initialise, lecun, zero_head
-from ._recipe import Recipe, relabel, unchanged
 
 
-MOST_UPDATES = 100_000
+_MOST_UPDATES = 100_000
+
+
+def _unchanged(distilled: DistilledSet, num_classes: int) -> DistilledSet:
+    del num_classes
+    return distilled
+
+
+class Recipe(eqx.Module):
+    """Everything that decides the accuracy of a distilled set: which models are trained
+    on it, and how. The functions in `eqdistill.recipes` return published recipes.
+
+    !!! Example
+
+        ```python
+        make = functools.partial(eqd.nn.ConvNet, test.shape, test.num_classes)
+        training = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.1}, steps=100)
+        recipe = eqd.recipes.Recipe(eqd.Fresh(make), training)
+        ```
+
+    **Attributes:**
+
+    - `models`: an [`eqdistill.AbstractModels`][]; or a plain model, which is always
+        trained from the parameters it has.
+    - `inner`: the inner solver that trains each model.
+    - `prepare`: called as `prepare(distilled, num_classes)`, with the number of classes
+        of the real data. Returns the distilled set with the loss, labels and ridge of
+        the recipe. By default, the same set.
+    - `name`, `settings`: the function that returned the recipe, and its arguments after
+        `make`, in pairs: `recipes.dc(make, **dict(settings))` returns it again.
+    """
+
+    models: AbstractModels = eqx.field(converter=as_models)
+    inner: AbstractInnerSolver = AutoSolver()
+    prepare: Callable[..., DistilledSet] = eqx.field(static=True, default=_unchanged)
+    name: str = eqx.field(static=True, default="custom")
+    settings: tuple[tuple[str, Any], ...] = eqx.field(static=True, default=())
 
 
 def dc(
@@ -40,20 +82,15 @@ def dc(
 
     **Returns:**
 
-    An [`eqdistill.recipes.Recipe`][].
-
-    **Raises:**
-
-    A `TypeError` if `make` is a model, or needs other arguments than `key`; a
-    `ValueError` if `updates` is out of range. When the recipe is used, a `ValueError`
-    if the labels are not class indices.
+    An [`eqdistill.recipes.Recipe`][]. Using it raises a `ValueError` if the labels are
+    not class indices.
 
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021.
     """
     one_of = OneOf(Crop(4), Affine(scale=1.2), Affine(rotation=45))
     inner = _training(_sgd, 0.01, updates, augmentation=one_of if augment else None)
-    settings = {"updates": int(updates), "augment": augment}
-    return _recipe("dc", settings, make, ft.partial(relabel, True, 5e-4), inner)
+    prepare = ft.partial(_relabel, True, 5e-4)
+    return _recipe("dc", make, inner, prepare, updates=updates, augment=augment)
 
 
 def frepo(
@@ -80,9 +117,9 @@ def frepo(
     optimiser = ft.partial(_adam, min(500, updates // 2))
     flip = Flip() if augment else None
     inner = _training(optimiser, 3e-4, updates, augmentation=flip)
-    settings = {"updates": int(updates), "augment": augment}
-    prepare = ft.partial(relabel, False, 0.0)
-    return _recipe("frepo", settings, make, prepare, inner, redraw=True)
+    prepare = ft.partial(_relabel, False, 0.0)
+    settings = {"updates": updates, "augment": augment}
+    return _recipe("frepo", make, inner, prepare, redraw=True, **settings)
 
 
 def zero_start(make: Callable[..., PyTree], *, updates: int = 500) -> Recipe:
@@ -95,8 +132,8 @@ def zero_start(make: Callable[..., PyTree], *, updates: int = 500) -> Recipe:
     found and set to zero by [`eqdistill.nn.zero_head`][].
     """
     inner = _training(_adam, 1e-3, updates)
-    settings, prepare = {"updates": int(updates)}, ft.partial(relabel, False, 0.0)
-    return _recipe("zero_start", settings, make, prepare, inner, zero=True)
+    prepare = ft.partial(_relabel, False, 0.0)
+    return _recipe("zero_start", make, inner, prepare, zero=True, updates=updates)
 
 
 def feature_regression(make: Callable[..., PyTree], *, updates: int = 100) -> Recipe:
@@ -112,9 +149,8 @@ def feature_regression(make: Callable[..., PyTree], *, updates: int = 100) -> Re
     changed by [`eqdistill.nn.initialise`][] and [`eqdistill.nn.zero_head`][].
     """
     inner = FeatureRegression(_training(_adam, 3e-4, updates))
-    settings, prepare = {"updates": int(updates)}, ft.partial(relabel, False, 1e-3)
-    name = "feature_regression"
-    return _recipe(name, settings, make, prepare, inner, redraw=True, zero=True)
+    prepare, name = ft.partial(_relabel, False, 1e-3), "feature_regression"
+    return _recipe(name, make, inner, prepare, redraw=True, zero=True, updates=updates)
 
 
 def supervised(
@@ -129,8 +165,9 @@ def supervised(
     - `batch_size`: the number of images in a step, from 1 to their total number.
     """
     inner = _training(_adam, 1e-3, updates, batch_size=batch_size)
-    settings = {"updates": int(updates), "batch_size": int(batch_size)}
-    return _recipe("supervised", settings, make, ft.partial(relabel, True, 0.0), inner)
+    settings = {"updates": updates, "batch_size": batch_size}
+    prepare = ft.partial(_relabel, True, 0.0)
+    return _recipe("supervised", make, inner, prepare, **settings)
 
 
 def learned_rates(
@@ -147,17 +184,10 @@ def learned_rates(
     distilled images in order. The loss, labels and ridge are those of the distilled
     set.
 
-    !!! Example
-
-        ```python
-        solver = result.objective.inner  # an `UnrolledSolver` with learned step sizes
-        rates = jnp.exp(solver.log_hyperparameters["learning_rate"])
-        recipe = eqd.recipes.learned_rates(make, learning_rates=rates, batch_size=10)
-        ```
-
     **Arguments:** as for [`eqdistill.recipes.dc`][], except
 
-    - `learning_rates`: the step size of each step: 1 to 100,000 positive numbers.
+    - `learning_rates`: the step size of each step: 1 to 100,000 positive numbers, such
+        as `jnp.exp(result.objective.inner.log_hyperparameters["learning_rate"])`.
     - `batch_size`: the number of distilled images in a step, at least 1.
     - `momentum`: the momentum, in [0, 1); $\beta_1$ for Adam.
     - `adam`: whether to use Adam. Its `eps_root` is 1e-8, so that the steps have a
@@ -165,30 +195,19 @@ def learned_rates(
     - `seed`: the seed of the known initial weights that the set was distilled for: each
         model is `make(key=jax.random.key(seed))`. Defaults to fresh models.
 
-    **Returns:**
-
-    An [`eqdistill.recipes.Recipe`][]. You can also distil with its `inner`, and learn
-    the step sizes.
+    You can also distil with the `inner` of this recipe, and learn the step sizes.
 
     Source: Wang et al., *Dataset distillation*, 2018, Algorithm 1.
     """
     rates = np.asarray(as_array("learning_rates", learning_rates), np.float64)
-    if rates.ndim != 1 or not 1 <= len(rates) <= MOST_UPDATES:
+    is_positive = ((rates > 0) & (rates < np.inf)).all()
+    if rates.ndim != 1 or not 1 <= len(rates) <= _MOST_UPDATES or not is_positive:
         raise ValueError(
-            f"`learning_rates` must be a list of 1 to {MOST_UPDATES:,} step sizes; got "
-            f"shape {rates.shape}."
+            f"`learning_rates` must be 1 to {_MOST_UPDATES:,} positive and finite step "
+            f"sizes; got {describe(learning_rates)}."
         )
-    if not ((rates > 0) & (rates < np.inf)).all():
-        raise ValueError("`learning_rates` must be positive and finite; some are not.")
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` must be in [0, 1); got {momentum}.")
-    settings = {
-        "learning_rates": tuple(rates.tolist()),
-        "batch_size": int(batch_size),
-        "momentum": float(momentum),
-        "adam": adam,
-        "seed": None if seed is None else int(seed),
-    }
     inner = UnrolledSolver(
         _one_rate_per_step(float(momentum), adam),
         {"learning_rate": rates},
@@ -196,20 +215,24 @@ def learned_rates(
         batch_size=batch_size,
         shuffle=False,
     )
-    return _recipe("learned_rates", settings, make, unchanged, inner)
+    settings = {"batch_size": batch_size, "momentum": momentum, "adam": adam}
+    settings |= {"learning_rates": tuple(rates.tolist()), "seed": seed}
+    return _recipe("learned_rates", make, inner, _unchanged, **settings)
 
 
 def _recipe(
     name: str,
-    settings: dict[str, Any],
     make: Callable[..., PyTree],
-    prepare: Callable,
     inner: AbstractInnerSolver,
+    prepare: Callable,
     *,
     redraw: bool = False,
     zero: bool = False,
+    **settings: Any,
 ) -> Recipe:
     check_make("make", make)
+    for key, value in settings.items():
+        settings[key] = value.item() if isinstance(value, np.generic) else value
     models = Fresh(ft.partial(_make, make, redraw, zero, settings.get("seed")))
     return Recipe(models, inner, prepare, name, tuple(settings.items()))
 
@@ -224,13 +247,35 @@ def _make(
     return zero_head(model) if zero else model
 
 
+def _relabel(
+    hard: bool, weight_decay: float, distilled: DistilledSet, num_classes: int
+) -> DistilledSet:
+    """Replaces the loss by cross-entropy on hard labels, or by squared error on
+    targets. Soft labels become targets."""
+    labels = distilled.labels
+    if hard and labels.ndim != 1:
+        raise ValueError(
+            "`distilled` must have class indices as labels for this recipe; got "
+            f"{describe(labels)}. For soft labels or targets, use a recipe such as "
+            "`recipes.feature_regression`."
+        )
+    if labels.ndim == 2 and isinstance(distilled.loss, CrossEntropy):
+        labels = jax.nn.softmax(labels) - 1 / num_classes
+    # Without weight decay, the logarithm of the ridge is minus infinity.
+    log_l2 = jnp.log(jnp.asarray(weight_decay, distilled.images.dtype))
+    return eqx.tree_at(
+        lambda d: (d.labels, d.loss, d.log_l2),
+        distilled,
+        (labels, CrossEntropy() if hard else SquaredError(), log_l2),
+    )
+
+
 def _training(
     optimiser: Callable, rate: float, updates: int, **kwargs: Any
 ) -> UnrolledSolver:
-    if not 2 <= updates <= MOST_UPDATES:
-        raise ValueError(
-            f"`updates` must be from 2 to {MOST_UPDATES:,}; got {updates}."
-        )
+    most = _MOST_UPDATES
+    if not 2 <= updates <= most:
+        raise ValueError(f"`updates` must be from 2 to {most:,}; got {updates}.")
     make = optimiser(updates=int(updates))
     return UnrolledSolver(make, {"learning_rate": rate}, updates, **kwargs)
 

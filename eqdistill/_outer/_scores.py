@@ -4,8 +4,8 @@ import math
 def label_robust_score(
     *, hard_label_recovery: float, improvement_over_random: float, weight: float = 0.5
 ) -> float:
-    r"""DD-Ranking's label-robust score, which removes the effect of soft labels from an
-    accuracy,
+    r"""DD-Ranking's label-robust score, from 0 to 1, which removes the effect of soft
+    labels from an accuracy. Higher is better,
 
     $$\frac{e^\alpha - e^{-1}}{e - e^{-1}}, \qquad
     \alpha = w \, \mathrm{IOR} - (1 - w) \, \mathrm{HLR}.$$
@@ -21,21 +21,12 @@ def label_robust_score(
         random real images.
     - `weight`: $w$, from 0 to 1.
 
-    **Returns:**
-
-    The score, from 0 to 1. Higher is better.
-
-    **Raises:**
-
-    A `ValueError` if an argument is out of range.
-
     Source: Li et al., *DD-Ranking: Rethinking the evaluation of dataset distillation*,
     2025.
     """
     _check(-1, hard_label_recovery=hard_label_recovery)
     _check(-1, improvement_over_random=improvement_over_random)
-    _check(0, weight=weight)
-    return _score(weight * improvement_over_random - (1 - weight) * hard_label_recovery)
+    return _score(weight, improvement_over_random, -hard_label_recovery)
 
 
 def augmentation_robust_score(
@@ -53,11 +44,12 @@ def augmentation_robust_score(
     """
     _check(-1, improvement_with=improvement_with)
     _check(-1, improvement_without=improvement_without)
+    return _score(weight, improvement_with, improvement_without)
+
+
+def _score(weight: float, first: float, second: float) -> float:
     _check(0, weight=weight)
-    return _score(weight * improvement_with + (1 - weight) * improvement_without)
-
-
-def _score(alpha: float) -> float:
+    alpha = weight * first + (1 - weight) * second
     return (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share."""
+"""Functions that the benchmarks share."""
 
 import argparse
 import json
@@ -25,8 +25,8 @@ _Name = TypeVar("_Name")
 def in_turn(
     runs: Mapping[_Name, Callable[[], object]], repeats: int
 ) -> dict[_Name, np.ndarray]:
-    """Seconds of each run, the first of which, with its compiling, is not counted. What
-    is compared is run in turn: the machine may change its speed within a minute."""
+    """Seconds of each repeat of each run, after a first one that compiles. The runs
+    alternate, because the speed of a machine may change within a minute."""
     for run in runs.values():
         jax.block_until_ready(run())
     times = [[seconds(run) for run in runs.values()] for _ in range(repeats)]

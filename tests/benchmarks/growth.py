@@ -1,13 +1,14 @@
-"""How the time and the memory of distillation grow.
+"""Measures how the time and the memory of distillation grow.
 
-The time of one outer step against the number of real images, of pixels, of distilled
-images and of classes, on images of noise, in which no pixel is rare; of a whole run
-against its number of steps, and of `eqdistill.distill_each` against its number of
-starts, on MNIST. The memory is the highest that a process holds while it distils MNIST.
+The time of one outer step is measured against the numbers of real images, pixels,
+distilled images and classes, on images of noise, in which no pixel is rare. On MNIST,
+the time of a whole run is measured against its number of steps, and of `jax.vmap` over
+steps against the number of starts. The memory is the peak of a process that distils
+MNIST.
 
 Prints Markdown tables of medians with the slopes between logarithms, and writes
-`growth.json` and `growth.png`. Run on demand, by `python tests/benchmarks/growth.py`,
-on Linux.
+`growth.json` and `growth.png`. Run it with `python tests/benchmarks/growth.py`, on
+Linux.
 """
 
 import gc
@@ -16,7 +17,9 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
@@ -50,7 +53,7 @@ def noise(N: int, p: int, n: int, c: int):
     images = rng.integers(0, 256, (N, p), np.uint8)
     train = eqd.Dataset(images, rng.integers(0, c, N), c)
     start = eqd.DistilledSet(images[:n] / np.float32(255), np.arange(n) % c, l2=0.1)
-    return start, eqd.LogisticRegression(p, c), train
+    return start, eqd.linear.LogisticRegression(p, c), train
 
 
 def from_noise(train: eqd.Dataset, key: jax.Array) -> eqd.DistilledSet:
@@ -58,7 +61,7 @@ def from_noise(train: eqd.Dataset, key: jax.Array) -> eqd.DistilledSet:
 
 
 def step_seconds(sizes: dict[str, int], repeats: int) -> float:
-    """Seconds of one outer step, by the difference between many and few."""
+    """Seconds of one outer step: the difference between many steps and few."""
     problem = noise(**sizes)
     optimiser = optax.adam(0.02)
     run = lambda steps: lambda: eqd.distill(*problem, optimiser=optimiser, steps=steps)
@@ -79,21 +82,29 @@ def of_sizes(repeats: int) -> dict[str, dict[int, float]]:
 
 def of_runs(repeats: int) -> tuple[dict[str, dict[int, float]], dict[int, float]]:
     train, _ = eqd.datasets.load("mnist")
-    model = eqd.LogisticRegression(28 * 28, 10)
+    model = eqd.linear.LogisticRegression(28 * 28, 10)
     keys = jr.split(jr.key(0), 32)
     starts = [from_noise(train, key) for key in keys]
     lbfgs = optax.lbfgs(learning_rate=1.0, linesearch=None)
-    whitened = eqd.whitened(lbfgs, train)
+    whitened = eqd.linear.whitened(lbfgs, train)
     one = lambda steps, optimiser: (
-        lambda: eqd.distill(
-            starts[0], model, train, optimiser=optimiser, steps=steps
-        )
+        lambda: eqd.distill(starts[0], model, train, optimiser=optimiser, steps=steps)
     )
-    each = lambda n: (
-        lambda: eqd.distill_each(
-            starts[:n], model, train, optimiser=whitened, steps=8
-        )
-    )
+    problem = eqd.Problem(starts[0], eqd.Bilevel(model), optimiser=whitened)
+    data = problem.objective.layout(train)
+
+    def each(n: int):
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts[:n])
+        step = eqx.filter_jit(eqx.filter_vmap(problem.step, in_axes=(0, None)))
+
+        def run():
+            states = eqx.filter_vmap(problem.init)(stacked, key=keys[:n])
+            for _ in range(8):
+                states, _ = step(states, data)
+            return states.learned
+
+        return run
+
     lengths = in_turn({s: one(s, lbfgs) for s in (10, 20, 40, 80, 160)}, repeats)
     first = {}
     for n, run in {0: one(8, whitened), 32: each(32)}.items():
@@ -110,14 +121,18 @@ def of_runs(repeats: int) -> tuple[dict[str, dict[int, float]], dict[int, float]
 
 
 def memory() -> dict[str, float]:
-    """Megabytes that a process holds, before it distils and at the most."""
+    """Megabytes that a process holds while it distils, at most."""
     train, _ = eqd.datasets.load("mnist")
     start = from_noise(train, jr.key(0))
     optimiser = optax.adam(0.02)
     run = lambda: eqd.distill(
-        start, eqd.LogisticRegression(28 * 28, 10), train, optimiser=optimiser, steps=20
+        start,
+        eqd.linear.LogisticRegression(28 * 28, 10),
+        train,
+        optimiser=optimiser,
+        steps=20,
     )
-    # What is compiled is not data.
+    # The first run compiles.
     run()
     gc.collect()
     before = _status("VmRSS")
@@ -141,7 +156,7 @@ def _status(name: str) -> float:
 
 
 def slope(times: dict[int, float]) -> float:
-    """The slope between the two largest."""
+    """The slope between the two largest sizes."""
     (a, s), (b, t) = sorted(times.items())[-2:]
     return float(np.log(t / s) / np.log(b / a))
 
@@ -156,10 +171,10 @@ def show(found: dict[str, dict[int, float]], first: dict[int, float]) -> None:
     starts = found["starts"]
     ratio = starts[32] / starts[0]
     print(
-        f"32 starts at once, of 8 steps: {ratio:.1f} times the time of one run of "
-        f"`distill` ({1e3 * starts[0]:.0f} ms), and so {32 / ratio:.1f} times as fast "
-        f"as one by one. With compile, {first[32]:.1f} s where one takes "
-        f"{first[0]:.1f}, which is {first[32] / first[0]:.1f} times that.\n"
+        f"8 steps of 32 starts at once take {ratio:.1f} times as long as one run of "
+        f"`distill` ({1e3 * starts[0]:.0f} ms): {32 / ratio:.1f} times as fast as 32 "
+        f"runs. With compile, they take {first[32]:.1f} s, {first[32] / first[0]:.1f} "
+        f"times as long as the {first[0]:.1f} s of one run.\n"
     )
 
 
@@ -170,7 +185,7 @@ def draw(found: dict[str, dict[int, float]]) -> Figure:
         sizes = [k for k in times if k > 0]
         milliseconds = [1e3 * times[k] for k in sizes]
         axis.loglog(sizes, milliseconds, color="black", marker="o", markersize=3)
-        # In proportion, for comparison.
+        # Proportional growth, for comparison.
         last = milliseconds[-1] / sizes[-1]
         axis.loglog(sizes, [last * k for k in sizes], color="0.7", linestyle="--")
         axis.set_xticks(sizes, [f"{k:,}" for k in sizes], fontsize=6, rotation=30)
@@ -193,8 +208,9 @@ def main(repeats: int, output: Path) -> None:
     with ProcessPoolExecutor(1, spawn) as pool:
         held = pool.submit(memory).result()
     print(
-        f"Distilling MNIST holds {held['held']:.0f} MB, {held['of floats']:.2f} of its "
-        f"{held['floats']:.0f} MB as floats; as bytes it has {held['bytes']:.0f} MB.\n"
+        f"Distilling MNIST takes {held['held']:.0f} MB, {held['of floats']:.2f} of the "
+        f"{held['floats']:.0f} MB of its pixels as floats; as bytes they take "
+        f"{held['bytes']:.0f} MB.\n"
     )
     runs, first = of_runs(repeats)
     found = {**of_sizes(repeats), **runs}

@@ -1,13 +1,12 @@
-"""Times convolutional networks of Equinox's layers and of `eqdistill.nn`.
+"""Times convolutional networks with the layers of Equinox and of `eqdistill.nn`.
 
-XLA's convolutions are slow on a CPU if their derivative lies in a loop or a branch, or
-if their image has one channel or is smaller than the kernel, and so is the average
-pooling of windows. The network has three blocks of a convolution, a ReLU and pooling,
-of 16, 32 and 64 channels, on images of 28 x 28. Then the same steps of L-BFGS are timed
-in the loop of `ArgminSolver` and called one by one; and steps of `distill` with pools
-of networks, and their parts.
+XLA's convolutions are slow on a CPU if their derivative is in a loop or a branch, or if
+their image has one channel or is smaller than the kernel. Its average pooling is slow
+too. The network has three blocks of a convolution, a ReLU and pooling, with 16, 32 and
+64 channels, on images of 28 x 28. Also timed are steps of L-BFGS in the loop of
+`ArgminSolver` and called one by one, and the steps of a pool and their parts.
 
-Prints Markdown tables of medians, and writes `networks.json`. Run on demand, by `python
+Prints Markdown tables of medians, and writes `networks.json`. Run it with `python
 tests/benchmarks/networks.py`.
 """
 
@@ -48,7 +47,7 @@ Case = tuple[str, Callable, tuple, int]
 def cases(
     network: eqx.nn.Sequential, wide: Callable, real: eqd.Dataset
 ) -> Iterator[Case]:
-    """Each with a name, a compiled function, its arguments, and its number of steps."""
+    """Yields a name, a compiled function, its arguments, and its number of steps."""
     params, static = eqx.partition(network, eqx.is_inexact_array)
     images, labels = real.floating()[:10], jnp.arange(10)
 
@@ -56,7 +55,7 @@ def cases(
         return jax.vmap(eqx.combine(params, static))(images)
 
     def loss(params, images):
-        return eqd.cross_entropy(forward(params, images), labels)
+        return eqd.CrossEntropy()(forward(params, images), labels)
 
     def step(params, images):
         gradient = jax.grad(loss)(params, images)
@@ -91,8 +90,8 @@ def cases(
 
 
 def cpu_milliseconds(cases: list[Case], repeats: int) -> list[float]:
-    """Of one step of each case, taken in turn. CPU time, as only some of the forms use
-    both cores."""
+    """CPU time of one step of each case, in turn. Not wall time, because only some
+    cases use both cores."""
     for _, run, args, _ in cases:
         jax.block_until_ready(run(*args))
     times = []
@@ -110,7 +109,7 @@ def convolutions(real: eqd.Dataset, repeats: int) -> dict[str, dict[str, float]]
     library = conv_net(jr.key(0)), wide
     pairs = zip(
         cases(*library, real),
-        cases(*eqd.nn.quick_convolutions(library), real),
+        cases(*eqd.nn.fast_convolutions(library), real),
         strict=True,
     )
     print(f"CPU-milliseconds, medians of {repeats} runs:\n")
@@ -125,13 +124,13 @@ def convolutions(real: eqd.Dataset, repeats: int) -> dict[str, dict[str, float]]
 
 
 def argmin(real: eqd.Dataset, repeats: int) -> dict[str, float]:
-    """Milliseconds of thirty steps of L-BFGS, in a loop and one by one."""
+    """CPU-milliseconds of thirty steps of L-BFGS, in a loop and one by one."""
     steps = 30
     distilled = eqd.DistilledSet(real.floating()[:10], jnp.arange(10), l2=1e-3)
-    network = eqd.nn.quick_convolutions(conv_net(jr.key(0)))
-    minimiser = eqd.WarmLBFGS(rtol=0.0, atol=0.0, warm_up=0)
+    network = eqd.nn.fast_convolutions(conv_net(jr.key(0)))
+    minimiser = eqd.adjoints.WarmLBFGS(rtol=0.0, atol=0.0, warm_up=0)
     inner = eqd.ArgminSolver(minimiser, max_steps=steps)
-    params, static = eqx.partition(network, eqd.parameters(network))
+    params, static = eqx.partition(network, eqd.nn.parameters(network))
     tags = frozenset()
 
     def loss(params, distilled):
@@ -168,30 +167,30 @@ def argmin(real: eqd.Dataset, repeats: int) -> dict[str, float]:
 def pool(
     real: eqd.Dataset, batch: int, norm: Callable | None, repeats: int
 ) -> dict[str, float]:
-    """CPU-milliseconds of an outer step with a pool, of its parts, and of as many
-    products as the forward pass of the real images takes, in one large product."""
-    images, labels = real.images[:10], jax.nn.one_hot(real.labels[:10], 10) - 0.1
-    start = eqd.DistilledSet(images, labels, l2=1e-3, loss=eqd.SquaredError())
-    kind = ft.partial(eqd.nn.ConvNet, widths=(16, 32, 64), norm=norm, size=32)
+    """CPU-milliseconds of an outer step with a pool, of its parts, and of the FLOPs of
+    the real images' forward pass in one large product."""
+    start = eqd.DistilledSet(real.images[:10], real.labels[:10], l2=1e-3)
+    start = start.with_targets(10)
+    images, labels = start.images, start.labels
+    make = ft.partial(
+        eqd.nn.ConvNet, (28, 28), 10, widths=(16, 32, 64), norm=norm, size=32
+    )
     problem = eqd.Problem(
         start,
-        None,
-        eqd.Batches(real, batch),
-        eqd.Pool(kind, num_classes=10),
+        eqd.Bilevel(eqd.Pool(make)),
         optimiser=optax.adam(0.01),
-        learn=(True, False),
+        learn=lambda start: start,
     )
-    update = eqx.filter_jit(problem.step, donate="all")
-    state = problem.init(key=jr.key(0))
+    update = jax.jit(lambda state, data: problem.step(state, data), donate_argnums=0)
+    state, data = problem.init(key=jr.key(0)), eqd.Batches(real, batch)
 
     def step():
         nonlocal state
-        state, metrics = update(state)
+        state, metrics = update(state, data)
         return metrics
 
-    network = kind((28, 28), 10, key=jr.key(0))
+    network = make(key=jr.key(0))
     params, static = eqx.partition(network, eqx.is_inexact_array)
-    # A chunk of the images at a time, as in a step.
     chunk = 128
     forward = jax.jit(
         lambda params, x: jax.lax.map(
@@ -212,8 +211,9 @@ def pool(
     @jax.grad
     def fit_and_adjoint(images, params):
         distilled = eqx.tree_at(lambda d: d.images, start, images)
-        model = eqd.last_layer(eqx.combine(params, static))
-        fitted, _ = eqd.RelativeRidge()(distilled, model, None, key=None)
+        model = eqd.linear.last_layer(eqx.combine(params, static))
+        solver = eqd.linear.RelativeRidge()
+        fitted, _ = solver(distilled, model, None, key=jr.key(0))
         return jnp.sum(fitted.model.head.weight)
 
     side = 2048
@@ -241,14 +241,14 @@ def pool(
 
 
 def pools(real: eqd.Dataset, repeats: int) -> dict[str, dict[str, float]]:
-    """Several pools, and a table of them."""
-    real = real.map(eqd.Standardisation.fit(real))
+    """Times several pools, and prints a table."""
+    real = real.map(eqd.datasets.Standardisation.fit(real))
     columns = {
         "128 real images": pool(real, 128, None, repeats),
         "1,024 real images": pool(real, 1024, None, repeats),
         "instance norm, 128": pool(real, 128, eqd.nn.instance_norm, repeats),
     }
-    print("\nA pool of one kind, padded to 32 x 32:\n")
+    print("\nA pool of one architecture, padded to 32 x 32:\n")
     print(f"| | {' | '.join(columns)} |")
     print("|---" * (1 + len(columns)) + "|")
     for name in columns["128 real images"]:

@@ -1,16 +1,16 @@
-"""Times this package against others and against the machine, side by side.
+"""Times this package against other programs and against the limits of the machine.
 
 The problem is that of JAXopt's dataset-distillation notebook, on all of MNIST. Three
-programs solve it from the same start to the same outer loss of 0.632: the notebook's;
-one in plain JAX, Optimistix and Optax, as one would write it for oneself; and this
-package's, with the same outer steps as the second, with a line search, and with
-`eqdistill.whitened`, which takes fewer steps. Then one outer value-and-gradient is
-timed, and what bounds it on this machine: to read the data once for each of the two
-products, or the arithmetic at the speed of a large product of matrices. Last come the
-parts of an outer step, and larger inner problems.
+programs solve it from the same start to the same outer loss of 0.632: the notebook's; a
+direct one in plain JAX, Optimistix and Optax; and this package's, with the same outer
+steps as the second, with a line search, and with `eqdistill.linear.whitened`, which
+takes fewer steps. Then one outer value-and-gradient is timed, and compared with its
+limits on this machine: reading the data once for each of the two products, and the
+arithmetic at the speed of a large matrix product. Last come the parts of an outer step,
+and larger inner problems.
 
-Prints Markdown tables of medians, and writes `speed.json` and `speed.png`. Run on
-demand, by `python tests/benchmarks/speed.py`.
+Prints Markdown tables of medians, and writes `speed.json` and `speed.png`. Run it with
+`python tests/benchmarks/speed.py`.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ TARGET = 0.632
 
 
 class Notebook:
-    """The notebook's cells, but for its loading of the data."""
+    """The notebook's cells, except for loading the data."""
 
     def __init__(self, train: eqd.Dataset, start: eqd.DistilledSet):
         images_train = train.floating().reshape(-1, 28 * 28)
@@ -133,24 +133,22 @@ class Eqdistill:
         whitened: bool = False,
     ):
         self.train, self.start = train, start
-        self.model = eqd.LogisticRegression(28 * 28, 10)
+        self.model = eqd.linear.LogisticRegression(28 * 28, 10)
         self.lbfgs = optax.lbfgs(learning_rate=1.0, linesearch=None)
         if line_search:
             self.lbfgs = optax.lbfgs()
         self.whitened = whitened
-        self.optimiser = eqd.whitened(self.lbfgs, train) if whitened else self.lbfgs
+        self.optimiser = (
+            eqd.linear.whitened(self.lbfgs, train) if whitened else self.lbfgs
+        )
 
-    def distill(self, steps: int) -> eqd.Distillation:
+    def distill(self, steps: int):
         if self.whitened:
-            # As in a program that runs this once. The result is not used, because the
-            # compiled step is that of the other optimiser.
-            eqd.whitened(self.lbfgs, self.train)
+            # A program would call this once. The result is not used, because another
+            # optimiser would be compiled again.
+            eqd.linear.whitened(self.lbfgs, self.train)
         return eqd.distill(
-            self.start,
-            self.model,
-            self.train,
-            optimiser=self.optimiser,
-            steps=steps,
+            self.start, self.model, self.train, optimiser=self.optimiser, steps=steps
         )
 
     def run(self, steps: int) -> Callable[[], Array]:
@@ -169,17 +167,17 @@ def compilation_cache():
 
 
 def to_the_target(train, start, repeats):
-    """Seconds to the target: with compiling, with loading from JAX's persistent cache
-    what was compiled before, and run only."""
-    model = eqd.LogisticRegression(28 * 28, 10)
-    data = eqd.FullBatch(train, model)
-    loss = eqx.filter_jit(
-        lambda images: eqd.outer_loss(
-            eqx.tree_at(lambda d: d.images, start, images.reshape(10, 28, 28)),
-            model,
-            data,
-        )[0]
-    )
+    """Seconds to the target: with compiling, with loading compiled programs from JAX's
+    persistent cache, and run only."""
+    objective = eqd.Bilevel(eqd.linear.LogisticRegression(28 * 28, 10))
+    data, state = objective.layout(train), objective.init(start, key=jr.key(0))
+
+    @eqx.filter_jit
+    def loss(images):
+        images = images.reshape(10, 28, 28)
+        distilled = eqx.tree_at(lambda d: d.images, start, images)
+        return objective(distilled, data, state, step=jnp.array(0), key=jr.key(0))[0]
+
     programs = {
         "the notebook, JAXopt": Notebook(train, start),
         "plain JAX and Optimistix": PlainJax(train, start),
@@ -189,7 +187,7 @@ def to_the_target(train, start, repeats):
     }
     runs, from_cache, steps, losses = {}, {}, {}, {}
     for name, program in programs.items():
-        # The least number of steps; each number is a program of its own to compile.
+        # Bisects for the smallest number of steps: each number compiles a program.
         low, high = (16, 32) if isinstance(program, Notebook) else (5, 20)
         while low < high:
             middle = (low + high) // 2
@@ -224,7 +222,7 @@ def to_the_target(train, start, repeats):
             "run only": float(np.median(times[name])),
         }
         first = next(iter(rows.values()))
-        # Constants of the notebook's program, the data, are kept in the cache with it.
+        # The data are constants of the notebook's program, and are cached with it.
         ratios = [first[k] / rows[name][k] for k in ("with compile", "run only")]
         rows[name]["ratios"] = ratios
         print(
@@ -236,14 +234,18 @@ def to_the_target(train, start, repeats):
 
 
 def one_gradient(train, start, repeats):
-    """Milliseconds of one outer value-and-gradient, and of what bounds it."""
-    model = eqd.LogisticRegression(28 * 28, 10)
+    """Milliseconds of one outer value-and-gradient, and its limits."""
+    objective = eqd.Bilevel(eqd.linear.LogisticRegression(28 * 28, 10))
+    state = objective.init(start, key=jr.key(0))
     plain = PlainJax(train, start)
     images, labels = plain.data
-    hypergradient = eqx.filter_jit(
-        eqx.filter_value_and_grad(eqd.outer_loss, has_aux=True)
-    )
-    full = eqd.FullBatch(train, model)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def hypergradient(start, data):
+        return objective(start, data, state, step=jnp.array(0), key=jr.key(0))[0]
+
+    full, own = eqd.FullBatch(train), objective.layout(train)
     total = jax.jit(jnp.sum)
     square = jr.normal(jr.key(0), (2048, 2048))
     multiply = jax.jit(jnp.matmul)
@@ -251,8 +253,8 @@ def one_gradient(train, start, repeats):
         "plain JAX and Optimistix": lambda: plain.value_and_grad(
             plain.start, images, labels
         ),
-        "`outer_loss` on a `Dataset`": lambda: hypergradient(start, model, train),
-        "`outer_loss` on a `FullBatch`": lambda: hypergradient(start, model, full),
+        "`Bilevel` on a `FullBatch`": lambda: hypergradient(start, full),
+        "`Bilevel` on its own layout of the data": lambda: hypergradient(start, own),
         "reading the data": lambda: total(images),
         "a product of matrices": lambda: multiply(square, square),
     }
@@ -275,9 +277,22 @@ def one_gradient(train, start, repeats):
     return {**times, "read twice": 2 * read, "arithmetic": arithmetic}
 
 
+@eqx.filter_jit
+def step_gradient(problem, state, data):
+    """The loss of a step, its outcome, and its gradient."""
+
+    def loss(learned):
+        moved = eqx.tree_at(lambda s: s.learned, state, learned)
+        start, objective = problem.pair(moved)
+        args = start.decode(), data, state.objective_state
+        return objective(*args, step=state.step, key=state.key)
+
+    return jax.value_and_grad(loss, has_aux=True)(state.learned)
+
+
 def one_step(train, start, repeats):
-    """Milliseconds of an outer step of `distill`, and of its hypergradient alone: the
-    rest is the optimiser, the checks of the step and the loop around it."""
+    """Milliseconds of an outer step of `distill`, and of its hypergradient alone. The
+    rest is the optimiser, the checks of the step, and the loop."""
     network = eqx.nn.Sequential(
         [
             eqx.nn.Lambda(jnp.ravel),
@@ -286,50 +301,40 @@ def one_step(train, start, repeats):
     )
     few = eqd.Dataset(train.images[:10_000], train.labels[:10_000], 10)
     strong = eqd.DistilledSet.from_noise(train, l2=0.01, scale=0.3, key=jr.key(0))
-    adam = optax.adam(0.001)
     steps = 20
     problems = {
         "logistic regression, L-BFGS": eqd.Problem(
             start,
-            eqd.LogisticRegression(28 * 28, 10),
-            train,
+            eqd.Bilevel(eqd.linear.LogisticRegression(28 * 28, 10)),
             optimiser=optax.lbfgs(learning_rate=1.0, linesearch=None),
         ),
-        "perceptron, Adam": eqd.Problem(strong, network, few, optimiser=adam),
+        "perceptron, Adam": eqd.Problem(
+            strong, eqd.Bilevel(network), optimiser=optax.adam(0.001)
+        ),
     }
-    print(f"\nOf an outer step, medians of {repeats} runs of {steps} steps:\n")
+    print(f"\nAn outer step, medians of {repeats} runs of {steps} steps:\n")
     print("| problem | step, ms | hypergradient alone, ms | outside of it |")
     print("|---|---|---|---|")
     rows = {}
-    for name, problem in problems.items():
-        state = problem.init()
+    for (name, problem), real in zip(problems.items(), (train, few), strict=True):
+        state = problem.init(key=jr.key(0))
+        data = problem.objective.layout(real)
+        # As in a run, the inner solver starts from the last fit.
+        (_, outcome), _ = step_gradient(problem, state, data)
+        state = eqx.tree_at(lambda s: s.objective_state, state, outcome.state)
 
-        @eqx.filter_jit
-        def hypergradient(problem, state):
-            def loss(learned):
-                pair = eqx.tree_at(lambda s: s.learned, state, learned)
-                found, inner = problem.pair(pair)
-                args = (found, problem.model, problem.data, inner)
-                return eqd.outer_loss(*args, state.inner_state)
+        def run(num_steps, problem=problem, data=data):
+            args = problem.start, problem.objective, data
+            result = eqd.distill(*args, optimiser=problem.optimiser, steps=num_steps)
+            return result.distilled.images
 
-            return jax.value_and_grad(loss, has_aux=True)(state.learned)
+        args = problem, state, data
 
-        # As in a run, the inner solver begins at the last fit.
-        (_, outcome), _ = hypergradient(problem, state)
-        state = eqx.tree_at(
-            lambda s: s.inner_state, state, outcome.state, is_leaf=lambda x: x is None
-        )
-        args = (problem.start, problem.model, problem.data)
-        options = {"optimiser": problem.optimiser}
-
-        def run(num_steps, args=args, options=options):
-            return eqd.distill(*args, **options, steps=num_steps).distilled.images
-
-        def alone(problem=problem, state=state, hypergradient=hypergradient):
+        def alone(args=args):
             for _ in range(steps):
-                jax.block_until_ready(hypergradient(problem, state))
+                jax.block_until_ready(step_gradient(*args))
 
-        # The difference of two runs leaves out what happens once.
+        # The difference of two runs excludes what happens once.
         runs = {"few": lambda: run(10), "many": lambda: run(10 + steps), "alone": alone}
         times = in_turn(runs, repeats)
         each = 1e3 * np.median(times["many"] - times["few"]) / steps
@@ -341,38 +346,38 @@ def one_step(train, start, repeats):
 
 
 class FromZero(eqd.AbstractInnerSolver[None]):
-    """`SpanSolver`, but always from zero."""
+    """`SpanSolver`, but each fit starts from zero."""
 
     def init(self, distilled, model, *, key):
         return None
 
     def __call__(self, distilled, model, state, *, key):
         head = jax.tree.map(jnp.zeros_like, model.head)
-        fitted, _ = eqd.SpanSolver()(distilled, model, head, key=key)
+        fitted, _ = eqd.linear.SpanSolver()(distilled, model, head, key=key)
         return fitted, state
 
 
 def inner_solves(train, repeats):
-    """Milliseconds of an outer step of Adam from real images, by how the inner problem
-    is solved."""
-    model = eqd.LogisticRegression(28 * 28, 10)
+    """Milliseconds of an outer step of Adam from real images, for several inner
+    solvers."""
+    model = eqd.linear.LogisticRegression(28 * 28, 10)
     optimiser = optax.adam(0.02)
     kinds = {
         "from zero": FromZero(),
-        "from the last fit": eqd.SpanSolver(),
-        "L-BFGS": eqd.ArgminSolver(eqd.WarmLBFGS(warm_up=0)),
+        "from the last fit": eqd.linear.SpanSolver(),
+        "L-BFGS": eqd.ArgminSolver(eqd.adjoints.WarmLBFGS(warm_up=0)),
     }
     print("\nInner solves, of 12 outer steps:\n")
     print("| images | inner solves | ms | ratio |")
     print("|---|---|---|---|")
     rows = {}
-    data = eqd.FullBatch(train, model)
+    data = eqd.Bilevel(model).layout(train)
     for n in (10, 50, 100, 200, 500, 1000):
         start = eqd.DistilledSet.from_real(train, n, l2=0.001, key=jr.key(0))
 
         def run(kind, steps, start=start):
-            args = {"optimiser": optimiser, "steps": steps, "inner": kinds[kind]}
-            return eqd.distill(start, model, data, **args)
+            objective = eqd.Bilevel(model, kinds[kind])
+            return eqd.distill(start, objective, data, optimiser=optimiser, steps=steps)
 
         runs = {
             (kind, steps): functools.partial(run, kind, steps)

@@ -1,10 +1,10 @@
-"""How long a user waits for the first outer step, from the start of the process.
+"""Times the first outer step from the start of the process.
 
-A process of its own imports the package, loads MNIST, and takes one outer step on all
-of it: first with an empty compilation cache of JAX, and then with what this has left.
+A new process imports the package, loads MNIST, and takes one outer step on all of it:
+first with an empty compilation cache of JAX, and then with the cache that this leaves.
 
-Prints a Markdown table of medians, with what each part takes, and writes
-`startup.json`. Run on demand, by `python tests/benchmarks/startup.py`.
+Prints a Markdown table of medians for each part, and writes `startup.json`. Run it with
+`python tests/benchmarks/startup.py`.
 """
 
 import json
@@ -30,7 +30,7 @@ import eqdistill as eqd
 marks.append(("data", time.time()))
 train, _ = eqd.datasets.load("mnist")
 marks.append(("start", time.time()))
-model = eqd.LogisticRegression(28 * 28, 10)
+model = eqd.linear.LogisticRegression(28 * 28, 10)
 start = eqd.DistilledSet.from_noise(train, l2=0.1, scale=1 / 784, key=jr.key(0))
 marks.append(("first step", time.time()))
 optimiser = optax.lbfgs(learning_rate=1.0, linesearch=None)

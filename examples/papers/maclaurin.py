@@ -1,15 +1,15 @@
-"""The experiments of Maclaurin et al., Gradient-based hyperparameter optimization
-through reversible learning, 2015, on MNIST:
+"""Reproduces Maclaurin et al., Gradient-based hyperparameter optimization through
+reversible learning, 2015, on MNIST:
 
 - Ten images for logistic regression, learned from blank ones (Section 3.3; the paper
-  shows the pictures, and gives no accuracy). The training run is reversed exactly.
+  shows the images, and gives no accuracy). The training run is reversed exactly.
 - A schedule of step sizes for each layer of a 784-50-50-50-10 network (Section 3.1),
-  against the best constant step size, by the training loss of networks and batches that
-  were not seen.
+  compared with the best constant step size, by the training loss of networks and
+  batches that were not used to learn it.
 
-Scaled to two cores: the outer loss of the schedules is that of a batch of 1,000 images.
+Scaled to two cores: the outer loss of the schedules uses a batch of 1,000 images.
 
-Prints the numbers, and draws the images and the schedules.
+Prints the results, and plots the images and the schedules.
 """
 
 import argparse
@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from architectures import error_of_mean, real_data, run
+from _common import maker, real_data, run
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 import eqdistill as eqd
-from eqdistill import nn
+from eqdistill import adjoints, nn
 
 
 network = ft.partial(nn.MLP, widths=(50, 50, 50), activation=jnp.tanh)
@@ -58,19 +58,18 @@ def learn_images(dataset: str, steps: int, seed: int, output: Path) -> None:
     train, test = eqd.datasets.load(dataset)
     blank = jnp.zeros((train.num_classes, *train.shape))
     start = eqd.DistilledSet(blank, jnp.arange(train.num_classes), l2=1e-3)
-    model = eqd.LogisticRegression(math.prod(train.shape), train.num_classes)
-    inner = eqd.ReversibleSolver(0.05, momentum=0.9, steps=100)
+    model = eqd.linear.LogisticRegression(math.prod(train.shape), train.num_classes)
+    inner = adjoints.ReversibleSolver(0.05, momentum=0.9, steps=100)
     began = time.perf_counter()
     result = eqd.distill(
         start,
-        model,
+        eqd.Bilevel(model, inner),
         train,
-        inner=inner,
         optimiser=optax.adam(optax.cosine_decay_schedule(0.05, steps)),
         steps=steps,
         callbacks=[eqd.ProgressBar()],
     )
-    found = eqd.evaluate(result.distilled, model, test, inner)
+    found = eqd.evaluate(result.distilled, model, test, inner=inner)
     seconds = time.perf_counter() - began
     print(f"ten images from blank, {steps} outer steps, {seconds:.0f} s")
     print(f"test accuracy             {100 * found.accuracy:.1f}%")
@@ -101,29 +100,26 @@ def learn_schedules(
     output: Path,
 ) -> None:
     train, _, _ = real_data(dataset, None)
-    # What the inner problem is: all of the training images, in batches.
+    # The inner problem uses all training images, in batches.
     everything = eqd.DistilledSet(train.images, train.labels, l2=1e-8)
     layers = len(network.keywords["widths"]) + 1
+    models = eqd.Fresh(maker(network, train))
 
-    def solver(rates: np.ndarray | jax.Array) -> eqd.RandomInitialisation:
-        training = eqd.UnrolledSolver(
-            by_layer, {"learning_rate": rates}, gradient_steps, batch_size=batch
-        )
-        return eqd.RandomInitialisation(
-            network, training, num_classes=train.num_classes
-        )
-
-    data = eqd.Batches(train, min(1000, len(train)))
+    def solver(rates: np.ndarray | jax.Array) -> eqd.UnrolledSolver:
+        of_make = {"learning_rate": rates}
+        return eqd.UnrolledSolver(by_layer, of_make, gradient_steps, batch_size=batch)
 
     def training_loss(rates) -> np.ndarray:
-        """Of networks and batches that were not seen in the learning."""
-        inner = solver(rates).inner
-        losses = []
-        for i in range(num_networks):
-            network_key, key = jr.split(jr.fold_in(jr.key(seed + 1), i))
-            fresh = network(train.shape, train.num_classes, key=network_key)
-            losses.append(eqd.evaluate(everything, fresh, train, inner, key=key).loss)
-        return np.array(losses)
+        """The losses of networks and batches that were not used to learn the rates."""
+        found = eqd.evaluate(
+            everything,
+            models,
+            train,
+            inner=solver(rates),
+            num_models=num_networks,
+            key=jr.key(seed + 1),
+        )
+        return found.losses[0]
 
     constants = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2)
     of_constants = {}
@@ -136,27 +132,24 @@ def learn_schedules(
     began = time.perf_counter()
     result = eqd.distill(
         everything,
-        None,
-        data,
-        inner=solver(np.full((layers, gradient_steps), best)),
+        eqd.Bilevel(models, solver(np.full((layers, gradient_steps), best))),
+        eqd.Batches(train, min(1000, len(train))),
         optimiser=optax.chain(
-            eqd.clip_by_running_norm(),
+            adjoints.clip_by_running_norm(),
             optax.adam(optax.cosine_decay_schedule(0.05, steps)),
         ),
-        learn=(False, True),
+        learn=lambda start: (),
+        learn_objective=lambda o: o.inner.log_hyperparameters,
         steps=steps,
         callbacks=[eqd.ProgressBar()],
         key=jr.key(seed),
     )
-    assert isinstance(result.inner, eqd.RandomInitialisation)
-    training = result.inner.inner
-    assert isinstance(training, eqd.UnrolledSolver)
-    rates = np.exp(training.log_hyperparameters["learning_rate"])
+    rates = learned_rates(result)
     learned = training_loss(rates)
     print(f"schedules, {steps} outer steps, {time.perf_counter() - began:.0f} s")
     print(f"learned                   {to_text(learned)}")
     more = of_constants[best] - learned
-    error = error_of_mean(more)
+    error = np.std(more, ddof=1) / np.sqrt(len(more)) if len(more) > 1 else 0.0
     print(f"below the best constant   {more.mean():.4f} +- {error:.4f}, paired")
     draw(rates, best).savefig(output / "maclaurin_schedules.png")
     print(
@@ -164,9 +157,13 @@ def learn_schedules(
     )
 
 
+def learned_rates(result) -> np.ndarray:
+    return np.exp(result.objective.inner.log_hyperparameters["learning_rate"])
+
+
 def to_text(losses: np.ndarray) -> str:
-    deviation = f" +- {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
-    return f"training loss {losses.mean():.4f}{deviation}"
+    std = f" +- {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
+    return f"training loss {losses.mean():.4f}{std}"
 
 
 def draw(rates: np.ndarray, constant: float) -> Figure:
@@ -207,12 +204,12 @@ if __name__ == "__main__":
         "--gradient-steps",
         type=int,
         default=100,
-        help="steps of the network's training",
+        help="training steps of a network",
     )
     parser.add_argument(
         "--schedule-steps", type=int, default=300, help="outer steps for the schedules"
     )
-    parser.add_argument("--batch", type=int, default=250, help="images of a step")
+    parser.add_argument("--batch", type=int, default=250, help="images per step")
     parser.add_argument("--num-networks", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     run(main, parser)

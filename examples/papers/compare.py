@@ -1,13 +1,12 @@
-"""Compares distilled images with real ones, their means and k-means, at equal number.
+"""Compares distilled images with the same number of real images, means and k-means.
 
-For each number of images, a logistic regression is fitted to them alone, and its
-accuracy on the test images is taken. The baselines are random real images, class means,
-k-means and herding. The ridge of each is the best of a grid, by the accuracy on a tenth
-of the training images, from which nothing is made. Against them stand images distilled
-with the ridge fixed at 0.1; with the ridge learned too; and with the ridge and soft
-labels learned too. To save time all are made from a part of the training images, as
-many as `--train` says. Prints a table in Markdown, and writes it as a plot to
-`compare.png`.
+For each number of images, logistic regression is fitted only to them, and its accuracy
+on the test images is measured. The baselines are random real images, class means,
+k-means and herding. Each baseline has the best ridge of a grid, by the accuracy on a
+held-out tenth of the training images. They are compared with images distilled with the
+ridge fixed at 0.1; with a learned ridge; and with a learned ridge and soft labels. To
+save time, all sets are made from a part of the training images, whose number is
+`--train`. Prints a table in Markdown, and plots it in `compare.png`.
 """
 
 import argparse
@@ -17,13 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from architectures import run
+from _common import run
 from jaxtyping import PRNGKeyArray
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -35,39 +33,39 @@ TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "digits": "Digits"
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
-class Problem(NamedTuple):
-    model: eqd.LinearClassifier
+class Setting(NamedTuple):
+    model: eqd.linear.LinearClassifier
     train: eqd.Dataset
     test: eqd.Dataset
     held_out: eqd.Dataset
     everything: eqd.Dataset
 
 
-def load(name: str, num_train: int) -> Problem:
+def load(name: str, num_train: int) -> Setting:
     everything, test = eqd.datasets.load(name)
     train, held_out = everything.split(0.1, key=jr.key(0))
     train = eqd.Dataset(
         train.images[:num_train], train.labels[:num_train], train.num_classes
     )
-    model = eqd.LogisticRegression(train.images[0].size, train.num_classes)
-    return Problem(model, train, test, held_out, everything)
+    model = eqd.linear.LogisticRegression(train.images[0].size, train.num_classes)
+    return Setting(model, train, test, held_out, everything)
 
 
-def accuracy(distilled: eqd.DistilledSet, problem: Problem, data: eqd.Dataset) -> float:
-    return float(eqd.evaluate(distilled, problem.model, data).accuracy)
+def accuracy(distilled: eqd.DistilledSet, setting: Setting, data: eqd.Dataset) -> float:
+    return eqd.evaluate(distilled, setting.model, data).accuracy
 
 
-Method = Callable[[Problem, int, PRNGKeyArray], float]
+Method = Callable[[Setting, int, PRNGKeyArray], float]
 
 
 def baseline(constructor: Callable[..., eqd.DistilledSet]) -> Method:
-    def measure(problem: Problem, n: int, key: PRNGKeyArray) -> float:
-        start = constructor(problem.train, n, l2=1.0, key=key)
+    def measure(setting: Setting, n: int, key: PRNGKeyArray) -> float:
+        start = constructor(setting.train, n, l2=1.0, key=key)
         candidates = [
             eqd.DistilledSet(start.images, start.labels, l2=l2) for l2 in GRID
         ]
-        best = max(candidates, key=lambda d: accuracy(d, problem, problem.held_out))
-        return accuracy(best, problem, problem.test)
+        best = max(candidates, key=lambda d: accuracy(d, setting, setting.held_out))
+        return accuracy(best, setting, setting.test)
 
     return measure
 
@@ -75,44 +73,40 @@ def baseline(constructor: Callable[..., eqd.DistilledSet]) -> Method:
 def distilled(
     steps: int, *, l2: float, learn_l2: bool = False, soft_labels: bool = False
 ) -> Method:
-    # The outer loss is smooth and every step sees all of the data: unit steps of L-BFGS
-    # need no line search. Steps that learn the ridge are clipped: a long one could take
-    # the ridge to where nothing is learned any more.
+    # The outer loss is smooth, and each step uses all data: unit steps of L-BFGS need
+    # no line search. Steps that learn the ridge are clipped, because a long step could
+    # make the ridge so large that nothing more is learned.
     optimiser = optax.lbfgs(learning_rate=1.0, linesearch=None)
     if learn_l2:
         optimiser = optax.chain(optimiser, optax.clip_by_global_norm(0.5))
 
-    def measure(problem: Problem, n: int, key: PRNGKeyArray) -> float:
-        scale = 1 / problem.train.images[0].size
+    def measure(setting: Setting, n: int, key: PRNGKeyArray) -> float:
+        scale = 1 / setting.train.images[0].size
         start = eqd.DistilledSet.from_noise(
-            problem.train, n, l2=l2, scale=scale, key=key
+            setting.train, n, l2=l2, scale=scale, key=key
         )
         if soft_labels:
-            num_classes = problem.train.num_classes
+            num_classes = setting.train.num_classes
             if n < num_classes:
-                # Each image has to stand for several classes, drawn at random.
+                # Each image stands for several classes, drawn at random.
                 logits = 0.5 * jr.normal(key, (n, num_classes))
             else:
                 logits = 5 * jax.nn.one_hot(start.labels, num_classes)
             start = eqd.DistilledSet(start.images, logits, l2=l2)
-        learn = eqx.tree_at(
-            lambda d: (d.images, d.labels, d.log_l2),
-            jax.tree.map(lambda _: False, start),
-            (True, soft_labels, learn_l2),
-        )
+        names = ["images", *["labels"] * soft_labels, *["log_l2"] * learn_l2]
         try:
             result = eqd.distill(
                 start,
-                problem.model,
-                problem.train,
+                setting.model,
+                setting.train,
                 optimiser=optimiser,
                 steps=steps,
-                learn=(learn, False),
+                learn=lambda start: [getattr(start, name) for name in names],
             ).distilled
         except eqd.DistillationError as e:
-            print(f"{e} The last good distilled set is taken.", file=sys.stderr)
+            print(f"{e} Using the last good distilled set.", file=sys.stderr)
             result = e.distillation.distilled
-        return accuracy(result, problem, problem.test)
+        return accuracy(result, setting, setting.test)
 
     return measure
 
@@ -131,16 +125,16 @@ def methods(steps: int) -> dict[str, Method]:
     }
 
 
-def full_data_accuracy(problem: Problem) -> float:
-    """The accuracy of a fit to all the training images. The neighbourhood of the argmin
-    is enough: the steps are few, and may end before the fit has converged."""
-    data = problem.everything
+def full_data_accuracy(setting: Setting) -> float:
+    """The accuracy of a fit to all training images. It needs few steps: an approximate
+    argmin is enough."""
+    data = setting.everything
     everything = eqd.DistilledSet(data.floating(), data.labels, l2=1e-4)
     fitted = eqd.fit(
-        everything, problem.model, eqd.SpanSolver(max_steps=20), throw=False
+        everything, setting.model, eqd.linear.SpanSolver(max_steps=20), throw=False
     )
-    logits = jax.vmap(fitted.model)(problem.test.floating())
-    return float(jnp.mean(jnp.argmax(logits, axis=1) == problem.test.labels))
+    logits = jax.vmap(fitted.model)(setting.test.floating())
+    return float(jnp.mean(jnp.argmax(logits, axis=1) == setting.test.labels))
 
 
 def table(images: list[int], results: dict[str, np.ndarray]) -> str:
@@ -150,14 +144,14 @@ def table(images: list[int], results: dict[str, np.ndarray]) -> str:
     ]
     for method, values in results.items():
         cells = [
-            f"{100 * mean:.1f} ± {100 * deviation:.1f}"
-            for mean, deviation in zip(values.mean(1), values.std(1), strict=True)
+            f"{100 * mean:.1f} ± {100 * std:.1f}"
+            for mean, std in zip(values.mean(1), values.std(1), strict=True)
         ]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-# Baselines are grey and dashed; what is distilled is in the colours of Okabe and Ito.
+# Baselines are grey and dashed; distilled sets have the colours of Okabe and Ito.
 STYLES = [
     {"color": "0.70", "linestyle": "--", "marker": "x"},
     {"color": "0.55", "linestyle": "--", "marker": "^"},
@@ -215,7 +209,7 @@ def main(
     panels = {}
     for name in dict.fromkeys(dataset):
         try:
-            problem = load(name, train)
+            setting = load(name, train)
         except FileNotFoundError as e:
             print(f"{TITLES[name]} is skipped: {e}", file=sys.stderr)
             continue
@@ -224,14 +218,14 @@ def main(
             for method, measure in all_methods.items():
                 begin = time.perf_counter()
                 for seed in range(seeds):
-                    results[method][i, seed] = measure(problem, n, jr.key(seed))
+                    results[method][i, seed] = measure(setting, n, jr.key(seed))
                 print(
                     f"{TITLES[name]}, {n} images, {method}: "
                     f"{results[method][i].mean():.1%} "
                     f"({time.perf_counter() - begin:.1f} s)",
                     file=sys.stderr,
                 )
-        ceiling = full_data_accuracy(problem)
+        ceiling = full_data_accuracy(setting)
         panels[TITLES[name]] = results, ceiling
         print(f"\n{TITLES[name]}: test accuracy (%), mean ± standard deviation")
         print(f"over {seeds} seeds; {ceiling:.1%} with all training images.\n")
@@ -281,6 +275,9 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--steps", type=int, default=50, help="outer steps")
     parser.add_argument(
-        "--train", type=int, default=10_000, help="the most training images to use"
+        "--train",
+        type=int,
+        default=10_000,
+        help="use at most this many training images",
     )
     run(main, parser)

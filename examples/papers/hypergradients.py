@@ -1,16 +1,16 @@
-"""Which hypergradient: implicit, unrolled, truncated and approximate ones on the same
-problem, by error, time, memory and by what is distilled with each.
+"""Compares hypergradients: implicit, unrolled, truncated and approximate ones on the
+same problem, by error, time, memory and by the images that are distilled with each.
 
 The problem is MNIST, ten images and logistic regression, in double precision, where the
 exact hypergradient is known. Each part prints a table in Markdown:
 
 - `errors`: the relative error of the hypergradient, its time and its memory; with a
-  picture of how the error falls, and how fast it should.
+  plot of the error and of its predicted decay.
 - `accuracy`: the outer loss and the test accuracy after fifty outer steps with each.
-- `memory`: the memory of a hypergradient through LeNet's training, for 10 to 10,000
+- `memory`: the memory for a hypergradient through LeNet's training, for 10 to 10,000
   steps, as the compiler reports it.
-- `cost`: a step of the backward pass against a step of plain training, in a loop, for
-  several networks.
+- `cost`: the time of a backward pass relative to plain training, in a loop, for several
+  networks.
 """
 
 import argparse
@@ -27,11 +27,11 @@ import jax.random as jr
 import numpy as np
 import optax
 import optimistix as optx
-from architectures import run
+from _common import run
 from matplotlib.figure import Figure
 
 import eqdistill as eqd
-from eqdistill import nn
+from eqdistill import adjoints, linear, nn
 
 
 NETWORKS = {
@@ -39,7 +39,7 @@ NETWORKS = {
     "ConvNet, 16-32-64": ft.partial(nn.ConvNet, widths=(16, 32, 64), norm=None),
     "ConvNet, 16-32-64, instance norm": ft.partial(nn.ConvNet, widths=(16, 32, 64)),
 }
-# A little less than one over the greatest curvature of the inner problem.
+# Slightly less than the inverse of the largest curvature of the inner problem.
 RATE = 0.5
 L2 = 0.05
 
@@ -63,10 +63,24 @@ def descent(steps: int, **kwargs) -> eqd.UnrolledSolver:
 
 
 def neumann(terms: int) -> eqd.ArgminSolver:
-    """The exact argmin with the first terms of the series, at the same step size."""
+    """The exact argmin, with the first terms of the series at the same step size."""
     return eqd.ArgminSolver(
-        adjoint=optx.ImplicitAdjoint(eqd.NeumannSeries(terms, RATE))
+        adjoint=optx.ImplicitAdjoint(adjoints.NeumannSeries(terms, RATE))
     )
+
+
+def loss_of_images(
+    start: eqd.DistilledSet, objective: eqd.Bilevel, data: eqd.AbstractData
+) -> Callable:
+    """The loss of an objective as a function of the images alone."""
+    state = objective.init(start, key=jr.key(0))
+
+    def loss(images):
+        distilled = eqx.tree_at(lambda d: d.images, start, images)
+        step = jnp.array(0)
+        return objective(distilled, data, state, step=step, key=jr.key(0))[0]
+
+    return loss
 
 
 def errors(train: eqd.Dataset, repeats: int, output: Path) -> None:
@@ -75,16 +89,14 @@ def errors(train: eqd.Dataset, repeats: int, output: Path) -> None:
         lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, train
     )
     start = eqd.DistilledSet.from_class_means(train, l2=L2, key=jr.key(0))
-    model = eqd.LogisticRegression(math.prod(train.shape), 10, dtype=jnp.float64)
+    model = linear.LogisticRegression(math.prod(train.shape), 10, dtype=jnp.float64)
 
     def compiled_gradient(inner: eqd.AbstractInnerSolver):
-        def loss(images):
-            distilled = eqx.tree_at(lambda d: d.images, start, images)
-            return eqd.outer_loss(distilled, model, train, inner, key=jr.key(0))[0]
-
+        objective = eqd.Bilevel(model, inner)
+        loss = loss_of_images(start, objective, objective.layout(train))
         return jax.jit(jax.grad(loss)).lower(start.images).compile()
 
-    solver = eqd.SpanSolver(rtol=1e-14, atol=1e-14)
+    solver = linear.SpanSolver(rtol=1e-14, atol=1e-14)
     exact = compiled_gradient(solver)(start.images)
     counts = (1, 3, 10, 30, 100, 300, 1000)
     made = {
@@ -92,12 +104,12 @@ def errors(train: eqd.Dataset, repeats: int, output: Path) -> None:
         "implicit, L-BFGS and CG": [eqd.ArgminSolver()],
         "unrolled": [descent(n) for n in counts[2:]],
         "the last steps of 1,000": [
-            descent(1000, window=eqd.LastSteps(n)) for n in counts[:-1]
+            descent(1000, window=adjoints.LastSteps(n)) for n in counts[:-1]
         ],
         "Neumann series": [neumann(n) for n in counts],
-        "a random window of 1,000": [descent(1000, window=eqd.RandomWindow(100))],
+        "a random window of 1,000": [descent(1000, window=adjoints.RandomWindow(100))],
         "a window of 1,000 by the gradient": [
-            descent(1000, window=eqd.GradientWindow(100))
+            descent(1000, window=adjoints.GradientWindow(100))
         ],
     }
     found = {}
@@ -134,14 +146,14 @@ def count_of(inner: eqd.AbstractInnerSolver) -> int | None:
     if isinstance(inner, eqd.ArgminSolver):
         assert isinstance(inner.adjoint, optx.ImplicitAdjoint)
         linear = inner.adjoint.linear_solver
-        return linear.terms if isinstance(linear, eqd.NeumannSeries) else None
+        return linear.terms if isinstance(linear, adjoints.NeumannSeries) else None
     return None
 
 
 def draw(found: dict[str, list[tuple[int, float]]]) -> Figure:
     figure = Figure(figsize=(5, 3.4), dpi=200, layout="constrained")
     axis = figure.add_subplot()
-    # What is equal must be seen one in the other.
+    # Markers differ in size, because some points coincide.
     for (name, points), marker, size in zip(
         found.items(), "os^", (4, 8, 4), strict=True
     ):
@@ -170,34 +182,30 @@ def draw(found: dict[str, list[tuple[int, float]]]) -> Figure:
 
 
 def accuracy(train: eqd.Dataset, test: eqd.Dataset, steps: int) -> None:
-    model = eqd.LogisticRegression(math.prod(train.shape), 10)
+    model = linear.LogisticRegression(math.prod(train.shape), 10)
     start = eqd.DistilledSet.from_noise(
         train, l2=L2, scale=1 / math.prod(train.shape), key=jr.key(0)
     )
-    data = eqd.FullBatch(train, model)
     print(f"| hypergradient | outer loss after {steps} steps | test accuracy, % |")
     print("|---|---|---|")
     for name, inner in {
-        "implicit, in the span": eqd.SpanSolver(),
+        "implicit, in the span": linear.SpanSolver(),
         "implicit, L-BFGS and CG": eqd.ArgminSolver(),
         "unrolled, 100 steps": descent(100),
-        "the last 10 of 100": descent(100, window=eqd.LastSteps(10)),
-        "random 10 of 100": descent(100, window=eqd.RandomWindow(10)),
-        "10 of 100 by the gradient": descent(100, window=eqd.GradientWindow(10)),
+        "the last 10 of 100": descent(100, window=adjoints.LastSteps(10)),
+        "random 10 of 100": descent(100, window=adjoints.RandomWindow(10)),
+        "10 of 100 by the gradient": descent(100, window=adjoints.GradientWindow(10)),
         "unrolled, 10 steps": descent(10),
         "Neumann series, 10 terms": neumann(10),
         "Neumann series, one term": neumann(1),
     }.items():
         result = eqd.distill(
             start,
-            model,
-            data,
-            inner=inner,
-            optimiser=optax.adam(0.02),
+            eqd.Bilevel(model, inner),
+            train,
             steps=steps,
-            key=jr.key(0),
         )
-        # All are fitted in the same way in the end.
+        # The evaluation is the same for all of them.
         found = eqd.evaluate(result.distilled, model, test)
         loss = eqd.evaluate(result.distilled, model, train).loss
         print(f"| {name} | {loss:.3f} | {100 * found.accuracy:.1f} |", flush=True)
@@ -212,12 +220,7 @@ def unrolled_loss(
     start = eqd.DistilledSet(images, jnp.arange(10), l2=1e-4)
     real = eqd.Dataset(jr.normal(jr.key(1), (10, *shape)), jnp.arange(10), 10)
     model = network(shape, 10, key=jr.key(2))
-
-    def loss(images):
-        distilled = eqx.tree_at(lambda d: d.images, start, images)
-        return eqd.outer_loss(distilled, model, real, inner, key=jr.key(0))[0]
-
-    return loss
+    return loss_of_images(start, eqd.Bilevel(model, inner), eqd.FullBatch(real))
 
 
 def memory(train: eqd.Dataset) -> None:
@@ -225,14 +228,14 @@ def memory(train: eqd.Dataset) -> None:
     counts = (10, 100, 1000, 10_000)
     print(f"| memory, MB | {' | '.join(f'{n:,} steps' for n in counts)} |")
     print("|---" * (len(counts) + 1) + "|")
-    checkpoint = eqd.RecursiveCheckpointAdjoint
+    checkpoint = adjoints.RecursiveCheckpointAdjoint
     of_steps = {
         "`DirectAdjoint()`": descent,
         "`RecursiveCheckpointAdjoint()`": lambda n: descent(n, adjoint=checkpoint()),
         "the same with the logarithm of the steps": lambda n: descent(
             n, adjoint=checkpoint(math.ceil(math.log2(n)))
         ),
-        "`ReversibleSolver`, momentum 0.98": lambda n: eqd.ReversibleSolver(
+        "`ReversibleSolver`, momentum 0.98": lambda n: adjoints.ReversibleSolver(
             0.01, momentum=0.98, steps=n
         ),
     }
@@ -242,19 +245,13 @@ def memory(train: eqd.Dataset) -> None:
             loss = unrolled_loss(nn.LeNet, train.shape, make(n))
             sizes.append(megabytes(jax.jit(jax.grad(loss)).lower(images).compile()))
         print(f"| {name} | {' | '.join(f'{x:.1f}' for x in sizes)} |", flush=True)
-    bits = [
-        float(
-            eqd.fit(
-                eqd.DistilledSet(
-                    jr.normal(jr.key(0), (10, 4, 4)), jnp.arange(10), l2=1
-                ),
-                eqd.LogisticRegression(16, 10),
-                of_steps["`ReversibleSolver`, momentum 0.98"](n),
-            ).stats["kept_bits"]
-        )
-        for n in counts
-    ]
-    print(f"| its bits a parameter and step | {' | '.join(f'{x:.4f}' for x in bits)} |")
+    small = eqd.DistilledSet(jr.normal(jr.key(0), (10, 4, 4)), jnp.arange(10), l2=1)
+    model = linear.LogisticRegression(16, 10)
+    reversible = list(of_steps.values())[-1]
+    bits = [eqd.fit(small, model, reversible(n)).stats["kept_bits"] for n in counts]
+    print(
+        f"| its bits per parameter and step | {' | '.join(f'{x:.4f}' for x in bits)} |"
+    )
     print(f"\nlog2(1 / 0.98) is {math.log2(1 / 0.98):.4f}\n")
 
 
@@ -275,8 +272,8 @@ def cost(train: eqd.Dataset, repeats: int) -> None:
         ratios = []
         for inner in (
             descent(100),
-            descent(100, adjoint=eqd.RecursiveCheckpointAdjoint()),
-            eqd.ReversibleSolver(0.01, momentum=0.98, steps=100),
+            descent(100, adjoint=adjoints.RecursiveCheckpointAdjoint()),
+            adjoints.ReversibleSolver(0.01, momentum=0.98, steps=100),
         ):
             loss = unrolled_loss(make, train.shape, inner)
             plain = unrolled_loss(make, train.shape, descent(100))
@@ -302,5 +299,5 @@ if __name__ == "__main__":
     parser.add_argument("--parts", nargs="+", choices=every, default=every)
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--steps", type=int, default=50, help="outer steps")
-    parser.add_argument("--repeats", type=int, default=5, help="of what is timed")
+    parser.add_argument("--repeats", type=int, default=5, help="of each timing")
     run(main, parser)

@@ -1,8 +1,8 @@
-"""Trains PyTorch's networks on a set that `eqdistill.export` wrote, by the recipe `dc`.
+"""Trains PyTorch networks with the recipe `dc` on a set that `eqdistill.export` wrote.
 
-Needs PyTorch, Pillow and NumPy, but not this package. Prints the mean accuracy and its
-deviation on MNIST's test images, or on those of a dataset with the same files, beside
-the accuracy that is claimed: from `distilled.npz`, and from the PNGs alone.
+Needs PyTorch, Pillow and NumPy, but not this package. Prints the claimed accuracy, and
+the mean accuracy and its standard deviation on the test images of MNIST, or of a
+dataset with the same files: for the images in `distilled.npz`, and for the PNGs.
 """
 
 # pyright: reportMissingImports=false
@@ -29,7 +29,7 @@ def main(folder: Path, data_dir: Path, num_networks: int) -> None:
     to_units = lambda x: (x - exported["mean"]) / exported["deviation"]
     test = to_units(test / 255)
 
-    claim = exported["claimed_accuracy"], exported["claimed_deviation"]
+    claim = exported["claimed_accuracy"], exported["claimed_std"]
     print("claimed               {:.1%} ± {:.1%}".format(*claim), flush=True)
     pictures, labels = read_pngs(folder)
     for name, images, classes in (
@@ -46,8 +46,8 @@ def main(folder: Path, data_dir: Path, num_networks: int) -> None:
 
 
 def read_pngs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The pictures in the units of real images from 0 to 1, and their classes: the
-    folders, in the order of their names."""
+    """The images, in units where real images are from 0 to 1, and their classes: the
+    folders in the order of their names."""
     pictures, labels = [], []
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     for label, path in enumerate(classes):
@@ -77,7 +77,7 @@ def make_network() -> nn.Module:
 
 
 def train(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
-    """300 steps on all images: the recipe `dc`."""
+    """The recipe `dc`: 300 steps on all images."""
     optimiser = torch.optim.SGD(
         network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4
     )
@@ -100,12 +100,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="what `eqdistill.export` wrote")
+    parser.add_argument(
+        "folder", type=Path, help="the folder that `eqdistill.export` wrote"
+    )
     parser.add_argument(
         "--data-dir",
         type=Path,
         required=True,
-        help="the folder of the four IDX files, compressed by gzip",
+        help="the folder with the four IDX files, compressed with gzip",
     )
     parser.add_argument("--num-networks", type=int, default=5)
     main(**vars(parser.parse_args()))

@@ -1,10 +1,11 @@
-"""Gives a distilled set the very weights that a fit to all the training data has.
+"""Finds a few images that yield exactly the weights of a fit to all training data.
 
-Fits a logistic regression to all the training images, and then finds a few images,
-near real ones, whose fit has the same weights: it takes no gradient of any outer loss,
-and no pass over the data. Both eqdistill and scikit-learn are then fitted to these
-images from scratch. Writes `exact.png`, the images before and after and the weights of
-both fits, and `exact.safetensors`, which `python -m eqdistill check` checks.
+Fits a logistic regression to all training images. Then finds a few images, near real
+ones, whose fit has the same weights. This takes no gradient of an outer loss and no
+pass over the data. Finally eqdistill and scikit-learn are fitted to these images from
+scratch. Writes `exact.png`, with the images before and after and the weights of both
+fits; and `exact.safetensors`, whose accuracy `python -m eqdistill check` measures
+again.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from architectures import run
+from _common import run
 from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression as SklearnLogisticRegression
 
@@ -34,17 +35,17 @@ def main(
 ) -> None:
     train, test = eqd.datasets.load(dataset)
     p, c = train.images[0].size, train.num_classes
-    untrained = eqd.LogisticRegression(p, c, use_intercept=intercept)
+    untrained = eqd.linear.LogisticRegression(p, c, use_intercept=intercept)
 
     begin = time.perf_counter()
     everything = eqd.DistilledSet(train.floating(), train.labels, l2=l2)
     full = jax.block_until_ready(eqd.fit(everything, untrained).model)
     seconds_of_fit = time.perf_counter() - begin
 
-    # In double precision: single precision would hide how well the weights agree.
+    # Single precision would hide how well the weights agree.
     with jax.enable_x64(True):
         full, untrained = to_double(full), to_double(untrained)
-        # The ridge is found by `distill_exactly`: that of the start has no effect.
+        # `distill_exactly` finds the ridge: the ridge of the start has no effect.
         key = jr.key(seed)
         if noise:
             start = eqd.DistilledSet.from_noise(train, n, l2=0.1, scale=1 / p, key=key)
@@ -52,14 +53,15 @@ def main(
             start = eqd.DistilledSet.from_real(train, n, l2=0.1, key=key)
         start = to_double(start)
         begin = time.perf_counter()
-        exact = jax.block_until_ready(eqd.distill_exactly(start, full))
+        exact = jax.block_until_ready(eqd.linear.distill_exactly(start, full))
         seconds = time.perf_counter() - begin
-        refit = eqd.evaluate(exact, untrained, test, eqd.SpanSolver())
+        solver = eqd.linear.SpanSolver()
+        refit = eqd.evaluate(exact, untrained, test, inner=solver)
         by_scikit_learn = fit_by_scikit_learn(exact, untrained)
 
         output.mkdir(parents=True, exist_ok=True)
         file, picture = output / "exact.safetensors", output / "exact.png"
-        eqd.save(file, exact, untrained, refit, inner=eqd.SpanSolver(), dataset=dataset)
+        eqd.save(file, exact, refit, dataset=dataset)
         draw(start, exact, full, refit.fitted.model).savefig(picture)
         print(f"fit to all {len(train)} images: {seconds_of_fit:.1f} s")
         print(f"{n} images from its weights: {seconds:.1f} s, ridge {exact.l2:.3g}\n")
@@ -84,16 +86,16 @@ def to_double(tree):
     )
 
 
-def accuracy(model: eqd.LinearClassifier, data: eqd.Dataset) -> float:
+def accuracy(model: eqd.linear.LinearClassifier, data: eqd.Dataset) -> float:
     logits = jax.vmap(model)(data.floating())
     return float(jnp.mean(jnp.argmax(logits, axis=1) == data.labels))
 
 
 def relative_error(
-    model: eqd.LinearClassifier, want: eqd.LinearClassifier
+    model: eqd.linear.LinearClassifier, want: eqd.linear.LinearClassifier
 ) -> float:
-    """The relative error of the weights, without their mean over the classes, which has
-    no effect."""
+    """The relative error of the weights. Their mean over the classes is left out,
+    because it has no effect."""
     weights, wanted = (
         k.head.weight - jnp.mean(k.head.weight, axis=0) for k in (model, want)
     )
@@ -101,10 +103,10 @@ def relative_error(
 
 
 def fit_by_scikit_learn(
-    distilled: eqd.DistilledSet, model: eqd.LinearClassifier
-) -> eqd.LinearClassifier:
-    """Fits to each image once for each class, with a weight of zero if the image is of
-    another class: scikit-learn must have seen a class to give it weights."""
+    distilled: eqd.DistilledSet, model: eqd.linear.LinearClassifier
+) -> eqd.linear.LinearClassifier:
+    """Repeats each image once for each class, with a weight of zero if the image is of
+    another class: scikit-learn only has weights for classes that it has seen."""
     n, (c, _) = len(distilled), model.head.weight.shape
     fitted = SklearnLogisticRegression(
         C=1 / (n * float(distilled.l2)),
@@ -129,11 +131,11 @@ def fit_by_scikit_learn(
 def draw(
     start: eqd.DistilledSet,
     exact: eqd.DistilledSet,
-    full: eqd.LinearClassifier,
-    refit: eqd.LinearClassifier,
+    full: eqd.linear.LinearClassifier,
+    refit: eqd.linear.LinearClassifier,
 ) -> Figure:
-    """Draws the first images and the weights of their classes, each row on a symmetric
-    scale of its own."""
+    """Draws the first images and the weights of their classes, with a symmetric scale
+    for each row."""
     shape = start.images.shape[1:]
     num_columns = min(len(start), 10)
     labels = np.asarray(start.labels[:num_columns])
