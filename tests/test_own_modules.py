@@ -5,10 +5,8 @@ import re
 from pathlib import Path
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import pytest
 
 import eqdistill as eqd
@@ -113,33 +111,3 @@ def test_a_fit_of_infinite_residual_has_not_converged(logistic):
     assert not eqd.fit(start, model, inner, throw=False).converged
     with pytest.raises(eqd.DistillationError, match="inner solver did not converge"):
         eqd.distill(start, eqd.Bilevel(model, inner), train)
-
-
-class CosineFeatures(eqx.Module):
-    """Random Fourier features."""
-
-    frequencies: jax.Array
-
-    def __call__(self, image):
-        return jnp.cos(self.frequencies @ jnp.ravel(image))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("x64")
-def test_a_linear_model_of_custom_features(logistic):
-    train = logistic[2]
-    features = CosineFeatures(0.3 * jr.normal(jr.key(1), (32, 64)))
-    head = eqx.nn.Linear(32, 10, use_bias=False, key=jr.key(2))
-    model = eqd.linear.LinearClassifier(features, head)
-    images = np.asarray(train.images[:10], np.float64) / 255
-    start = eqd.DistilledSet(images, np.arange(10), l2=0.01)
-    fitted = eqd.fit(start, model, eqd.linear.SpanSolver()).model
-    # The gradient of the inner loss is zero.
-    found = np.cos(images.reshape(10, -1) @ features.frequencies.T)
-    logits = found @ fitted.head.weight.T
-    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    wanted = (np.eye(10) - shares).T @ found / (10 * 0.01)
-    np.testing.assert_allclose(fitted.head.weight, wanted, atol=1e-8)
-    np.testing.assert_array_equal(
-        fitted.features.module.frequencies, features.frequencies
-    )

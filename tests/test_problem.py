@@ -35,7 +35,8 @@ def test_distill_is_a_loop_around_the_step(logistic):
     for _ in range(3):
         state, metrics = step(state, data)
         losses.append(float(metrics["loss"]))
-    assert set(metrics) == {"loss", "gradient_norm", "inner_residual"}
+    names = {"loss", "gradient_norm", "inner_residual"}
+    assert set(metrics) == names  # pyright: ignore[reportPossiblyUnboundVariable]
     result = eqd.distill(start, objective, train, optimiser=ADAM, steps=3, key=KEY)
     np.testing.assert_allclose(losses, result.history.loss, rtol=1e-5)
     images = problem.distilled(state).images
