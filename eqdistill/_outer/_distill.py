@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import array_difference
+from .._checks import array_difference, check_at_least
 from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._parameterisation import AbstractParameterisation
@@ -131,6 +131,7 @@ class _Run:
         self.snapshot = Snapshot(state, {}, (), False)
         self.steps = steps
         self.every = [_FETCH_EVERY, *(x.every for x in callbacks)]
+        check_at_least(1, every=min(self.every))
         self.order = [is_store(x) for x in callbacks]
         self.callbacks = [x for x in callbacks if not is_store(x)]
         self.checkpoints = next(filter(is_store, callbacks), None)
@@ -158,9 +159,12 @@ class _Run:
     def step(self) -> int:
         return int(self.snapshot.state.step)
 
+    def _arrays(self) -> tuple[PyTree, ...]:
+        return tuple(eqx.filter(own, eqx.is_array) for own in self.own)
+
     def _restore(self) -> bool:
-        arrays = tuple(eqx.filter(own, eqx.is_array) for own in self.own)
-        found = self.store.restore(dataclasses.replace(self.snapshot, callbacks=arrays))
+        template = dataclasses.replace(self.snapshot, callbacks=self._arrays())
+        found = self.store.restore(template)
         if found is None or int(found.state.step) < self.step:
             return False
         self.snapshot = found
@@ -171,7 +175,7 @@ class _Run:
         return self.snapshot.has_stopped or self.step >= self.steps
 
     def result(self, *, has_failed: bool = False) -> Distillation:
-        own = iter(self.own)
+        own = iter(self._arrays())
         callbacks = tuple(None if is_store else next(own) for is_store in self.order)
         return to_result(
             self.problem,
@@ -206,8 +210,8 @@ class _Run:
             # Before the last calls of the other callbacks: a run that continues to more
             # steps must not contain what they make of a step that is the last one now.
             if self.store and (is_last or step % self.checkpoints.every == 0):
-                arrays = tuple(eqx.filter(own, eqx.is_array) for own in self.own)
-                self.store.save(dataclasses.replace(self.snapshot, callbacks=arrays))
+                snapshot = dataclasses.replace(self.snapshot, callbacks=self._arrays())
+                self.store.save(snapshot)
             if is_last:
                 self._call(lambda every: step % every != 0)
         except Exception as e:
