@@ -333,7 +333,9 @@ def test_networks_and_functions_that_build_them():
     with pytest.raises(TypeError, match=r"`makes`.*`MLP` itself .*missing .*'shape'"):
         eqd.Pool(eqd.nn.MLP)
     for model in (MAKE, eqd.nn.MLP, Plain, DATA):
-        with pytest.raises((TypeError, ValueError), match=r"`objective` must be.*Fresh"):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"`objective` must be.*Fresh"
+        ):
             eqd.distill(HARD, model, DATA)
 
 

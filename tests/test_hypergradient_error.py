@@ -1,4 +1,4 @@
-"""How exact a hypergradient is: the error that is measured, and the bound on it."""
+"""How accurate a hypergradient is: the measured error, and the bound on it."""
 
 import equinox as eqx
 import jax
@@ -34,7 +34,7 @@ def soft_start(seed, scale=0.3, l2=0.1, dtype=np.float64, loss=eqd.CrossEntropy(
 
 
 class Perturbed(eqd.AbstractInnerSolver[None]):
-    """Exact, but for an error of the solution, and one of its derivative."""
+    """Exact, except for an error of the solution and one of its derivative."""
 
     solution: jax.Array
     derivative: jax.Array
@@ -48,9 +48,9 @@ class Perturbed(eqd.AbstractInnerSolver[None]):
     def __call__(self, distilled, model, state, *, key):
         wrong = lambda x: x + self.derivative * (x - jax.lax.stop_gradient(x))
         distilled = jax.tree.map(wrong, distilled)
-        inner = eqd.SpanSolver()
-        warm = inner.init(distilled, model, key=None)
-        fitted, _ = inner(distilled, model, warm, key=None)
+        inner = eqd.linear.SpanSolver()
+        warm = inner.init(distilled, model, key=key)
+        fitted, _ = inner(distilled, model, warm, key=key)
         where = lambda f: f.model.head.weight
         noise = self.solution * jr.normal(jr.key(7), where(fitted).shape)
         return eqx.tree_at(where, fitted, replace_fn=lambda w: w + noise), state
@@ -69,12 +69,12 @@ class Perturbed(eqd.AbstractInnerSolver[None]):
 def test_is_a_bound(seed, log_scale, log_l2, log_error, derivative):
     with jax.enable_x64(True):
         start = soft_start(seed, 10**log_scale, 10**log_l2)
-        args = start, eqd.LogisticRegression(P, C), data()
-        exact = eqd.SpanSolver()
+        args = start, eqd.linear.LogisticRegression(P, C), data()
+        exact = eqd.linear.SpanSolver()
         inner = Perturbed(10**log_error, derivative)
-        found = eqd.hypergradient_error(*args, inner, reference=exact)
-        # The reference itself is exact but for rounding.
-        of_reference = eqd.hypergradient_error(*args, exact)
+        found = eqd.linear.hypergradient_error(*args, inner, reference=exact)
+        # The reference is exact to rounding.
+        of_reference = eqd.linear.hypergradient_error(*args, exact)
     assert of_reference.error == 0
     assert found.error <= found.bound + of_reference.bound
     assert derivative == 0 or found.error > 1e-4 * of_reference.norm
@@ -82,13 +82,15 @@ def test_is_a_bound(seed, log_scale, log_l2, log_error, derivative):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_is_in_proportion_to_the_error_of_the_fit():
-    args = soft_start(0), eqd.LogisticRegression(P, C), data()
-    exact = eqd.hypergradient_error(*args)
+def test_is_proportional_to_the_error_of_the_fit():
+    args = soft_start(0), eqd.linear.LogisticRegression(P, C), data()
+    exact = eqd.linear.hypergradient_error(*args)
     assert exact.bound < 1e-8 * exact.norm
     assert exact.inner_residual < 1e-12
     small, large = (
-        eqd.hypergradient_error(*args, Perturbed(e), reference=eqd.SpanSolver())
+        eqd.linear.hypergradient_error(
+            *args, Perturbed(e), reference=eqd.linear.SpanSolver()
+        )
         for e in (1e-8, 1e-6)
     )
     np.testing.assert_allclose(large.error / small.error, 100, rtol=0.1)
@@ -97,29 +99,31 @@ def test_is_in_proportion_to_the_error_of_the_fit():
 
 def test_single_precision_is_measured_in_double():
     start, real = soft_start(0, dtype=np.float32), data(np.float32)
-    found = eqd.hypergradient_error(start, eqd.LogisticRegression(P, C), real)
+    found = eqd.linear.hypergradient_error(
+        start, eqd.linear.LogisticRegression(P, C), real
+    )
     assert 0 < found.error < 1e-4 * found.norm
     assert found.error <= found.bound
     assert jnp.result_type(float) == jnp.float32
 
 
 def with_features(use_bias):
-    head = eqd.LogisticRegression(P, C, use_intercept=use_bias).head
-    return eqd.LinearClassifier(jnp.ravel, head)
+    head = eqd.linear.LogisticRegression(P, C, use_intercept=use_bias).head
+    return eqd.linear.LinearClassifier(jnp.ravel, head)
 
 
 @pytest.mark.parametrize(
     ("model", "loss"),
     [
-        (eqd.LogisticRegression(P, C, use_intercept=True), eqd.CrossEntropy()),
-        (eqd.LogisticRegression(P, C), eqd.SquaredError()),
+        (eqd.linear.LogisticRegression(P, C, use_intercept=True), eqd.CrossEntropy()),
+        (eqd.linear.LogisticRegression(P, C), eqd.SquaredError()),
         (with_features(False), eqd.CrossEntropy()),
     ],
     ids=["intercept", "squared error", "other features"],
 )
 def test_no_bound_is_known(model, loss):
     start = soft_start(0, dtype=np.float32, loss=loss)
-    found = eqd.hypergradient_error(start, model, data(np.float32), OneStep())
+    found = eqd.linear.hypergradient_error(start, model, data(np.float32), OneStep())
     assert np.isinf(found.bound)
     assert 0 < found.error < 1e-4 * found.norm
 
@@ -136,33 +140,33 @@ class Fails(eqd.AbstractInnerSolver[None]):
 def test_a_reference_that_fails_is_refused():
     args = (
         soft_start(0, dtype=np.float32),
-        eqd.LogisticRegression(P, C),
+        eqd.linear.LogisticRegression(P, C),
         data(np.float32),
     )
     with pytest.raises(ValueError, match="`reference` must fit the model"):
-        eqd.hypergradient_error(*args, OneStep(), reference=Fails())
+        eqd.linear.hypergradient_error(*args, OneStep(), reference=Fails())
 
 
 @pytest.mark.slow
-def test_knows_what_is_approximate(digits):
+def test_measures_what_is_approximate(digits):
     train = subset(digits[0], 60)
     start = eqd.DistilledSet.from_noise(train, l2=0.05, scale=0.3, key=jr.key(0))
-    model = eqd.LogisticRegression(64, 10)
-    error = lambda inner: eqd.hypergradient_error(
+    model = eqd.linear.LogisticRegression(64, 10)
+    error = lambda inner: eqd.linear.hypergradient_error(
         start, model, train, inner, key=jr.key(0)
     )
     run = lambda window: eqd.UnrolledSolver(
         optax.sgd, {"learning_rate": 0.5}, 200, window=window
     )
     series = lambda terms: eqd.ArgminSolver(
-        adjoint=optx.ImplicitAdjoint(eqd.NeumannSeries(terms, 0.5))
+        adjoint=optx.ImplicitAdjoint(eqd.adjoints.NeumannSeries(terms, 0.5))
     )
     whole, last, random, one, many = map(
         error,
         (
             run(None),
-            run(eqd.LastSteps(2)),
-            run(eqd.RandomWindow(2)),
+            run(eqd.adjoints.LastSteps(2)),
+            run(eqd.adjoints.RandomWindow(2)),
             *map(series, (1, 200)),
         ),
     )
@@ -172,10 +176,8 @@ def test_knows_what_is_approximate(digits):
     assert one.error > 0.1 * whole.norm > 10 * many.error
 
 
-def test_refuses_solvers_that_draw(digits):
+def test_refuses_a_source_of_models(digits):
     train = subset(digits[0], 60)
-    start = small_noise(train)
-    training = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.5}, 2)
-    inner = eqd.RandomInitialisation(eqd.nn.MLP, training, num_classes=10)
-    with pytest.raises(TypeError, match=r"`inner` must fit .*; got a `RandomInit"):
-        eqd.hypergradient_error(start, None, train, inner, key=jr.key(0))
+    source = eqd.Fresh(lambda *, key: eqd.linear.LogisticRegression(64, 10))
+    with pytest.raises(TypeError, match="`model` must be one model; got a `Fresh`"):
+        eqd.linear.hypergradient_error(small_noise(train), source, train)

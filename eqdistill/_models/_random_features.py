@@ -52,7 +52,6 @@ class RandomFeatures(AbstractModels[None]):
         return None
 
     def draw(self, state, *, key):
-        """As [`eqdistill.AbstractModels`][]."""
         del state
         flats = jax.lax.map(self.networks.draw, jr.split(key, self.num_networks))
         stacked = eqx.filter_vmap(self.networks.network)(flats)
@@ -63,7 +62,6 @@ class RandomFeatures(AbstractModels[None]):
         return LinearClassifier(_Concatenated(stacked, self.networks.where), head)
 
     def update(self, state, distilled, *, key):
-        """As [`eqdistill.AbstractModels`][]."""
         del distilled, key
         return state
 

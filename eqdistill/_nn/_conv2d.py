@@ -6,11 +6,10 @@ from typing import Any
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_at_least
-from .._conversions import as_int
+from .._conversions import as_int, as_ints
 from ._convolve import convolve, ConvSettings
 
 
@@ -53,19 +52,16 @@ class Conv2d(eqx.Module):
         key: PRNGKeyArray,
     ):
         """**Arguments and raises:** as `equinox.nn.Conv2d`."""
-        args = (kernel_size, stride, padding, dilation, groups)
-        kernel_size, stride, padding, dilation, groups = map(_as_ints, args)
         check_at_least(1, in_channels=in_channels, out_channels=out_channels)
-        check_at_least(1, kernel_size=np.min(kernel_size), stride=np.min(stride))
-        check_at_least(1, dilation=np.min(dilation), groups=groups)
+        check_at_least(1, groups=groups)
         convolution = eqx.nn.Conv2d(
             as_int(in_channels),
             as_int(out_channels),
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
+            _as_pair("kernel_size", kernel_size),
+            _as_pair("stride", stride),
+            _as_padding(padding),
+            _as_pair("dilation", dilation),
+            as_int(groups),
             use_bias,
             padding_mode,
             dtype,
@@ -137,11 +133,20 @@ class Conv2d(eqx.Module):
 _PAD_MODES = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
 
 
-def _as_ints(x: Any) -> Any:
+def _as_pair(name: str, x: int | Sequence[int]) -> tuple[int, ...]:
+    pair = as_ints(name, x if isinstance(x, Sequence) else (x, x))
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(
+            f"`{name}` must be one integer or two, of at least 1; got {pair}."
+        )
+    return pair
+
+
+def _as_padding(x: Any) -> Any:
     """Converts NumPy's integers, also in nested sequences."""
     if isinstance(x, str):
         return x
-    return tuple(map(_as_ints, x)) if isinstance(x, Sequence) else operator.index(x)
+    return tuple(map(_as_padding, x)) if isinstance(x, Sequence) else operator.index(x)
 
 
 def _copy_fields(convolution: eqx.nn.Conv2d, new: Conv2d) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import array_difference
+from .._checks import array_difference, check_at_least
 from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._parameterisation import AbstractParameterisation
@@ -131,6 +131,7 @@ class _Run:
         self.snapshot = Snapshot(state, {}, (), False)
         self.steps = steps
         self.every = [_FETCH_EVERY, *(x.every for x in callbacks)]
+        check_at_least(1, every=min(self.every))
         self.order = [is_store(x) for x in callbacks]
         self.callbacks = [x for x in callbacks if not is_store(x)]
         self.checkpoints = next(filter(is_store, callbacks), None)
@@ -158,9 +159,12 @@ class _Run:
     def step(self) -> int:
         return int(self.snapshot.state.step)
 
+    def _arrays(self) -> tuple[PyTree, ...]:
+        return tuple(eqx.filter(own, eqx.is_array) for own in self.own)
+
     def _restore(self) -> bool:
-        arrays = tuple(eqx.filter(own, eqx.is_array) for own in self.own)
-        found = self.store.restore(dataclasses.replace(self.snapshot, callbacks=arrays))
+        template = dataclasses.replace(self.snapshot, callbacks=self._arrays())
+        found = self.store.restore(template)
         if found is None or int(found.state.step) < self.step:
             return False
         self.snapshot = found
@@ -171,7 +175,7 @@ class _Run:
         return self.snapshot.has_stopped or self.step >= self.steps
 
     def result(self, *, has_failed: bool = False) -> Distillation:
-        own = iter(self.own)
+        own = iter(self._arrays())
         callbacks = tuple(None if is_store else next(own) for is_store in self.order)
         return to_result(
             self.problem,
@@ -185,14 +189,8 @@ class _Run:
         """Takes the steps until a callback is due, and calls it."""
         step = self.step
         num_steps = min(self.steps - step, *(n - step % n for n in self.every))
-        records = self._take_steps(step, num_steps)
-        state = self.compiled.state()
-        self.snapshot = dataclasses.replace(
-            self.snapshot,
-            state=state,
-            history=_extended(self.snapshot.history, records[: int(state.step) - step]),
-        )
-        status = int(state.status)
+        self._take_steps(step, num_steps)
+        status = int(self.snapshot.state.status)
         if status != Status.RUNNING:
             reasons = (*REASONS, *self.problem.objective.failures)
             raise self._error(
@@ -206,8 +204,8 @@ class _Run:
             # Before the last calls of the other callbacks: a run that continues to more
             # steps must not contain what they make of a step that is the last one now.
             if self.store and (is_last or step % self.checkpoints.every == 0):
-                arrays = tuple(eqx.filter(own, eqx.is_array) for own in self.own)
-                self.store.save(dataclasses.replace(self.snapshot, callbacks=arrays))
+                snapshot = dataclasses.replace(self.snapshot, callbacks=self._arrays())
+                self.store.save(snapshot)
             if is_last:
                 self._call(lambda every: step % every != 0)
         except Exception as e:
@@ -215,12 +213,13 @@ class _Run:
                 f"at step {step}: a callback raised the error above"
             ) from e
 
-    def _take_steps(self, step: int, num_steps: int) -> list[Record]:
+    def _take_steps(self, step: int, num_steps: int) -> None:
         records: list[Record] = []
         for i in range(num_steps):
             try:
                 data = self.data_at(step + i)
             except Exception as e:
+                self._fetch(records)
                 message = f"at step {step + i}: `data` raised the error above"
                 raise self._error(message, has_failed=True) from e
             try:
@@ -236,16 +235,29 @@ class _Run:
                 else:
                     records.append(self.compiled(data))
                 # At most two steps are under way, so that Ctrl-C is prompt.
-                jax.block_until_ready(
-                    records[max(i - 1, 0)] if i + 1 < num_steps else records
-                )
+                jax.block_until_ready(records[max(i - 1, 0)])
+                if i + 1 == num_steps:
+                    self._fetch(records)
             except jax.errors.JaxRuntimeError as e:
                 message = (
                     f"in the {num_steps} steps after step {step}: the objective raised "
                     "the error above"
                 )
                 raise self._error(message, has_failed=True) from e
-        return records
+
+    def _fetch(self, records: list[Record]) -> None:
+        """Waits for the steps, and reads their state and their metrics."""
+        if not records:
+            return
+        state = self.compiled.state()
+        # A run that has failed takes no further steps.
+        columns = jax.device_get([x.values for x in records])
+        columns = np.stack(columns, axis=1)[:, : int(state.step) - self.step]
+        history = {
+            name: np.concatenate([self.snapshot.history.get(name, column[:0]), column])
+            for name, column in zip(records[0].names, columns, strict=True)
+        }
+        self.snapshot = dataclasses.replace(self.snapshot, state=state, history=history)
 
     def _error(self, message: str, *, has_failed: bool = False) -> DistillationError:
         result = self.result(has_failed=has_failed)
@@ -261,19 +273,6 @@ class _Run:
                 )
                 stops = stops or bool(stop)
         return stops
-
-
-def _extended(
-    history: dict[str, np.ndarray], records: list[Record]
-) -> dict[str, np.ndarray]:
-    if not records:
-        return history
-    columns = np.stack(jax.device_get([x.values for x in records]), axis=1)
-    empty = columns[0, :0]
-    return {
-        name: np.concatenate([history.get(name, empty), column])
-        for name, column in zip(records[0].names, columns, strict=True)
-    }
 
 
 def _as_function(objective, data) -> Callable[[int], AbstractData]:
