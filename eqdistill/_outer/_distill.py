@@ -189,14 +189,8 @@ class _Run:
         """Takes the steps until a callback is due, and calls it."""
         step = self.step
         num_steps = min(self.steps - step, *(n - step % n for n in self.every))
-        records = self._take_steps(step, num_steps)
-        state = self.compiled.state()
-        self.snapshot = dataclasses.replace(
-            self.snapshot,
-            state=state,
-            history=_extended(self.snapshot.history, records[: int(state.step) - step]),
-        )
-        status = int(state.status)
+        self._take_steps(step, num_steps)
+        status = int(self.snapshot.state.status)
         if status != Status.RUNNING:
             reasons = (*REASONS, *self.problem.objective.failures)
             raise self._error(
@@ -219,12 +213,13 @@ class _Run:
                 f"at step {step}: a callback raised the error above"
             ) from e
 
-    def _take_steps(self, step: int, num_steps: int) -> list[Record]:
+    def _take_steps(self, step: int, num_steps: int) -> None:
         records: list[Record] = []
         for i in range(num_steps):
             try:
                 data = self.data_at(step + i)
             except Exception as e:
+                self._fetch(records)
                 message = f"at step {step + i}: `data` raised the error above"
                 raise self._error(message, has_failed=True) from e
             try:
@@ -240,16 +235,29 @@ class _Run:
                 else:
                     records.append(self.compiled(data))
                 # At most two steps are under way, so that Ctrl-C is prompt.
-                jax.block_until_ready(
-                    records[max(i - 1, 0)] if i + 1 < num_steps else records
-                )
+                jax.block_until_ready(records[max(i - 1, 0)])
+                if i + 1 == num_steps:
+                    self._fetch(records)
             except jax.errors.JaxRuntimeError as e:
                 message = (
                     f"in the {num_steps} steps after step {step}: the objective raised "
                     "the error above"
                 )
                 raise self._error(message, has_failed=True) from e
-        return records
+
+    def _fetch(self, records: list[Record]) -> None:
+        """Waits for the steps, and reads their state and their metrics."""
+        if not records:
+            return
+        state = self.compiled.state()
+        # A run that has failed takes no further steps.
+        columns = jax.device_get([x.values for x in records])
+        columns = np.stack(columns, axis=1)[:, : int(state.step) - self.step]
+        history = {
+            name: np.concatenate([self.snapshot.history.get(name, column[:0]), column])
+            for name, column in zip(records[0].names, columns, strict=True)
+        }
+        self.snapshot = dataclasses.replace(self.snapshot, state=state, history=history)
 
     def _error(self, message: str, *, has_failed: bool = False) -> DistillationError:
         result = self.result(has_failed=has_failed)
@@ -265,19 +273,6 @@ class _Run:
                 )
                 stops = stops or bool(stop)
         return stops
-
-
-def _extended(
-    history: dict[str, np.ndarray], records: list[Record]
-) -> dict[str, np.ndarray]:
-    if not records:
-        return history
-    columns = np.stack(jax.device_get([x.values for x in records]), axis=1)
-    empty = columns[0, :0]
-    return {
-        name: np.concatenate([history.get(name, empty), column])
-        for name, column in zip(records[0].names, columns, strict=True)
-    }
 
 
 def _as_function(objective, data) -> Callable[[int], AbstractData]:
