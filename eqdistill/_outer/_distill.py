@@ -3,6 +3,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -135,12 +136,12 @@ class _Run:
         self.order = [is_store(x) for x in callbacks]
         self.callbacks = [x for x in callbacks if not is_store(x)]
         self.checkpoints = next(filter(is_store, callbacks), None)
-        self.compiled = None
+        self.compiled: CompiledStep | None = None
         self.own = []
         for i, callback in enumerate(self.callbacks):
             self.own.append(callback.init(problem, state, steps))
             stack.callback(lambda i=i: self.callbacks[i].close(self.own[i]))
-        self.store = None
+        self.store: Any = None
         is_found = False
         if self.checkpoints is not None:
             self.store = self.checkpoints.open(problem, state)
@@ -203,7 +204,8 @@ class _Run:
             is_last = self.has_ended()
             # Before the last calls of the other callbacks: a run that continues to more
             # steps must not contain what they make of a step that is the last one now.
-            if self.store and (is_last or step % self.checkpoints.every == 0):
+            is_due = self.checkpoints and step % self.checkpoints.every == 0
+            if self.store and (is_last or is_due):
                 snapshot = dataclasses.replace(self.snapshot, callbacks=self._arrays())
                 self.store.save(snapshot)
             if is_last:
@@ -247,16 +249,15 @@ class _Run:
 
     def _fetch(self, records: list[Record]) -> None:
         """Waits for the steps, and reads their state and their metrics."""
-        if not records:
+        if self.compiled is None or not records:
             return
         state = self.compiled.state()
         # A run that has failed takes no further steps.
         columns = jax.device_get([x.values for x in records])
         columns = np.stack(columns, axis=1)[:, : int(state.step) - self.step]
-        history = {
-            name: np.concatenate([self.snapshot.history.get(name, column[:0]), column])
-            for name, column in zip(records[0].names, columns, strict=True)
-        }
+        history = dict(self.snapshot.history)
+        for name, column in zip(records[0].names, columns, strict=True):
+            history[name] = np.append(history.get(name, column[:0]), column)
         self.snapshot = dataclasses.replace(self.snapshot, state=state, history=history)
 
     def _error(self, message: str, *, has_failed: bool = False) -> DistillationError:
