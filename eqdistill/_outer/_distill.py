@@ -253,11 +253,12 @@ class _Run:
             return
         state = self.compiled.state()
         # A run that has failed takes no further steps.
-        columns = jax.device_get([x.values for x in records])
-        columns = np.stack(columns, axis=1)[:, : int(state.step) - self.step]
+        values = np.stack(jax.device_get([x.values for x in records]))
+        values = values[: int(state.step) - self.step]
         history = dict(self.snapshot.history)
-        for name, column in zip(records[0].names, columns, strict=True):
-            history[name] = np.append(history.get(name, column[:0]), column)
+        for i, name in enumerate(records[0].names):
+            before = history.get(name, values[:0, i])
+            history[name] = np.concatenate([before, values[:, i]])
         self.snapshot = dataclasses.replace(self.snapshot, state=state, history=history)
 
     def _error(self, message: str, *, has_failed: bool = False) -> DistillationError:
