@@ -29,7 +29,7 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
 
     objectives: tuple[AbstractObjective, ...]
     order: tuple[int, ...] = eqx.field(static=True)
-    failures: tuple[str, ...] = eqx.field(static=True)  # pyright: ignore[reportIncompatibleVariableOverride]
+    failures: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(
         self, *objectives: AbstractObjective, order: Sequence[int] | None = None

@@ -36,7 +36,7 @@ class AbstractObjective(eqx.Module, Generic[State]):
     - `failures`: the reasons to stop a run, in words.
     """
 
-    failures: eqx.AbstractClassVar[tuple[str, ...]]
+    failures: eqx.AbstractVar[tuple[str, ...]]
 
     @abc.abstractmethod
     def init(self, distilled: DistilledSet, *, key: PRNGKeyArray) -> State:
