@@ -343,7 +343,7 @@ def test_unknown_keywords():
     match = "`distill` has no argument `optimizer`; did you mean `optimiser`"
     with pytest.raises(TypeError, match=match):
         eqd.distill(HARD, MODEL, DATA, optimizer=ADAM)
-    with pytest.raises(TypeError, match="`Batches` has no .* you mean `size`"):
+    with pytest.raises(TypeError, match=r"`Batches` has no .* you mean `size`"):
         eqd.Batches(DATA, batch_size=2)
 
 
