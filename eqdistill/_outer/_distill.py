@@ -16,6 +16,7 @@ from .._checks import array_difference, check_at_least
 from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._parameterisation import AbstractParameterisation
+from .._models._models import as_models
 from ._bilevel import Bilevel
 from ._callbacks import AbstractCallback, AbstractCheckpoints, Snapshot
 from ._data import AbstractData, check_cached
@@ -100,7 +101,8 @@ def distill(
     """
     steps = as_int(steps)
     if not isinstance(objective, AbstractObjective):
-        objective = Bilevel(objective)
+        wanted = "`objective` must be an `AbstractObjective`,"
+        objective = Bilevel(as_models(objective, wanted))
     problem = Problem(
         start,
         objective,
