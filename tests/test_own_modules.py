@@ -139,7 +139,7 @@ def wrong_outputs(distilled, model, state):
     ("returns", "first", "match"),
     [
         (lambda d, c, s: c, None, "must return a pair.*returned a LinearClassifier"),
-        (lambda d, c, s: (c, s), None, "must return a `Fitted` first"),
+        (lambda d, c, s: (c, s), None, "must return a pair.*returned a tuple"),
         (lambda d, c, s: (good(d, c, s)[0], 1.0), None, "no array, but a float"),
         (
             lambda d, c, s: (good(d, c, s)[0], jnp.zeros(3)),
