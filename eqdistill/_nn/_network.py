@@ -9,12 +9,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._checks import check_at_least
 from .._classifier import Frozen, last_layer
-<<<<<<< HEAD
 from .._typechecking import describe
-from ._conv2d import Conv2d
-=======
 from ._fast import Conv2d
->>>>>>> w-shrink2
 
 
 class Network(eqx.Module):
@@ -91,8 +87,8 @@ def initialise(network: PyTree, initialiser: Callable, *, key: PRNGKeyArray) -> 
 
     **Raises:**
 
-    A `TypeError` if the network has no such layer, or a floating-point array in any
-    other kind of layer, or a layer whose weights are stacked.
+    A `TypeError` if the network has a floating-point array in any other kind of layer,
+    or a layer whose weights are stacked.
     """
     _check_layers(network)
     is_layer = lambda x: isinstance(x, (*_WEIGHT_LAYERS, Frozen))
