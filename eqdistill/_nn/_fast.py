@@ -57,8 +57,13 @@ class Conv2d(eqx.Module):
         """**Arguments and raises:** as `equinox.nn.Conv2d`."""
         ints = in_channels, out_channels, kernel_size, stride, padding, dilation, groups
         check_at_least(1, in_channels=in_channels, out_channels=out_channels)
-        check_at_least(1, kernel_size=np.min(kernel_size), stride=np.min(stride))
-        check_at_least(1, dilation=np.min(dilation), groups=groups)
+        check_at_least(1, groups=groups)
+        pairs = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        for name, x in pairs.items():
+            if np.size(x) > 2 or np.min(x) < 1:
+                raise ValueError(
+                    f"`{name}` must be one integer or two, of at least 1; got {x}."
+                )
         convolution = eqx.nn.Conv2d(
             *map(_as_ints, ints),
             use_bias=use_bias,

@@ -17,6 +17,7 @@ from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._parameterisation import AbstractParameterisation
 from .._models._models import as_models
+from .._typechecking import describe
 from ._bilevel import Bilevel
 from ._callbacks import AbstractCallback, AbstractCheckpoints, Snapshot
 from ._data import AbstractData, check_cached
@@ -127,6 +128,11 @@ class _Run:
 
     def __init__(self, problem, data_at, state, steps, callbacks, stack):
         is_store = lambda x: isinstance(x, AbstractCheckpoints)
+        for x in callbacks:
+            if not isinstance(x, AbstractCallback | AbstractCheckpoints):
+                raise TypeError(
+                    f"`callbacks` must be `AbstractCallback`s; got {describe(x)}."
+                )
         if sum(map(is_store, callbacks)) > 1:
             raise ValueError("`callbacks` must have at most one `Checkpoints`.")
         self.problem = problem
