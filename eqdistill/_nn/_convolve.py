@@ -75,9 +75,7 @@ class Conv2d(eqx.Module):
     def of(cls, convolution: eqx.nn.Conv2d) -> "Conv2d":
         """Converts an `equinox.nn.Conv2d` to a `Conv2d` with the same parameters and
         settings. The parameters may have leading batch axes, or be `None`."""
-        self = object.__new__(cls)
-        _copy_fields(convolution, self)
-        return self
+        return _copy_fields(convolution, object.__new__(cls))
 
     def __call__(
         self, image: Float[Array, "*shape"], *, key: PRNGKeyArray | None = None
@@ -123,10 +121,11 @@ def _as_ints(x: Any) -> Any:
     return tuple(map(_as_ints, x)) if isinstance(x, Sequence) else operator.index(x)
 
 
-def _copy_fields(convolution: eqx.nn.Conv2d, new: Conv2d) -> None:
+def _copy_fields(convolution: eqx.nn.Conv2d, new: Conv2d) -> Conv2d:
     # `__init__` needs a key, and a frozen module refuses `setattr`.
     for field in dataclasses.fields(Conv2d):
         object.__setattr__(new, field.name, getattr(convolution, field.name))
+    return new
 
 
 @jax.custom_jvp
@@ -184,13 +183,9 @@ def convolve(
 ) -> Float[Array, "out_channels new_height new_width"]:
     """The convolution, computed in the way that is fast on the device."""
     # The device is unknown until the program is lowered: don't ask for the backend.
-    layout = ("NCHW", "OIHW", "NCHW")
-    return lax.platform_dependent(
-        image,
-        weight,
-        cpu=ft.partial(_convolve_cpu, settings=settings),
-        default=ft.partial(convolve_xla, settings=settings, layout=layout),
-    )
+    cpu = lambda *args: _convolve_cpu(*args, settings)
+    other = lambda *args: convolve_xla(*args, settings, ("NCHW", "OIHW", "NCHW"))
+    return lax.platform_dependent(image, weight, cpu=cpu, default=other)
 
 
 def convolve_xla(
@@ -240,10 +235,9 @@ def _(settings, primals, tangents):
     # patches, so higher derivatives do too. Images are often constants: skip products
     # with a tangent that is known to be zero.
     (image, weight), (d_image, d_weight) = primals, tangents
-    pairs = [(d_image, weight), (image, d_weight)]
     changes = [
         _convolve_patches(*pair, settings)
-        for pair in pairs
+        for pair in ((d_image, weight), (image, d_weight))
         if not any(isinstance(x, SymbolicZero) for x in pair)
     ]
     return _convolve_channels_last(image, weight, settings), sum(
@@ -255,8 +249,7 @@ def _convolve_patches(image, weight, settings):
     """The convolution, channels last, as one matrix product over the patches."""
     *kernel, in_channels, out_channels = weight.shape
     patches = jnp.stack(_shift_image(image, kernel, settings), axis=2)
-    height, width, *_ = patches.shape
-    groups = settings.groups
+    (height, width, *_), groups = patches.shape, settings.groups
     out = jnp.einsum(
         "hwkgi,kigo->hwgo",
         patches.reshape(height, width, -1, groups, in_channels),

@@ -92,10 +92,8 @@ def initialise(network: PyTree, initialiser: Callable, *, key: PRNGKeyArray) -> 
     for i, (node, key) in enumerate(zip(nodes, keys, strict=True)):
         if isinstance(node, _WEIGHT_LAYERS):
             weight = initialiser(key, node.weight.shape, node.weight.dtype)
-            nodes[i] = eqx.tree_at(lambda x: x.weight, node, weight)
-            if node.bias is not None:
-                zeros = jnp.zeros_like(node.bias)
-                nodes[i] = eqx.tree_at(lambda x: x.bias, nodes[i], zeros)
+            zeros = jax.tree.map(jnp.zeros_like, node)
+            nodes[i] = eqx.tree_at(lambda x: x.weight, zeros, weight)
     return jax.tree.unflatten(structure, nodes)
 
 

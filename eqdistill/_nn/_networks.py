@@ -73,9 +73,7 @@ def ConvNet(
     for new_channels, key in zip(settings["widths"], keys, strict=True):
         before, after = (None, norm) if norm_last else (norm, None)
         layers += _conv_block(channels, new_channels, activation, norm=before, key=key)
-        layers.append(pool)
-        if after is not None:
-            layers.append(after(new_channels))
+        layers += [pool] if after is None else [pool, after(new_channels)]
         channels, height, width = new_channels, height // 2, width // 2
     if height * width == 0:
         raise ValueError(
