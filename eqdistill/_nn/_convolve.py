@@ -183,8 +183,8 @@ def convolve(
 ) -> Float[Array, "out_channels new_height new_width"]:
     """The convolution, computed in the way that is fast on the device."""
     # The device is unknown until the program is lowered: don't ask for the backend.
-    cpu = lambda *args: _convolve_cpu(*args, settings)
-    other = lambda *args: convolve_xla(*args, settings, ("NCHW", "OIHW", "NCHW"))
+    cpu = lambda x, w: _convolve_cpu(x, w, settings)
+    other = lambda x, w: convolve_xla(x, w, settings, ("NCHW", "OIHW", "NCHW"))
     return lax.platform_dependent(image, weight, cpu=cpu, default=other)
 
 
