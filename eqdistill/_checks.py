@@ -16,9 +16,6 @@ from ._classifier import Frozen, parameters
 from ._typechecking import describe
 
 
-_FRESH = " To build models, pass `eqdistill.Fresh(make)`."
-
-
 def error_if(x: Array, is_bad: Callable, message: str) -> Array:
     """Like `equinox.error_if`, but raises a plain `ValueError` if `x` is not traced.
 
@@ -47,12 +44,12 @@ def check_positive(**values: float | None) -> None:
             raise ValueError(f"`{name}` must be positive and finite; got {value}.")
 
 
-def check_callable(name: str, x: Any) -> None:
-    """Checks that `x` is callable, and not a class."""
-    if not callable(x) or isinstance(x, type):
+def check_callable(model: Any) -> None:
+    """Checks that a model is callable, and not a class."""
+    if not callable(model) or isinstance(model, type):
         raise TypeError(
-            f"`{name}` must be a callable `equinox.Module`, from one image to its "
-            f"outputs; got {describe(x)}.{_FRESH if isinstance(x, type) else ''}"
+            "`model` must be a callable `equinox.Module`, from one image to its "
+            f"outputs; got {describe(model)}."
         )
 
 
@@ -62,8 +59,8 @@ def check_make(name: str, make: Any) -> None:
         inspect.signature(make).bind(key=None)
     except (TypeError, ValueError) as e:
         raise TypeError(
-            f"`{name}` must be a function of `key` alone that builds a network, such as "
-            "`functools.partial(eqdistill.nn.ConvNet, (28, 28), 10)`; got "
+            f"`{name}` must be a function of `key` alone that builds a network, such "
+            "as `functools.partial(eqdistill.nn.ConvNet, (28, 28), 10)`; got "
             f"{describe(make)} ({e})."
         ) from None
 
@@ -71,7 +68,7 @@ def check_make(name: str, make: Any) -> None:
 def check_model(model: PyTree, image: jax.ShapeDtypeStruct) -> int:
     """Checks that a model can be fitted and applied to an image of this shape, and
     returns the number of its outputs."""
-    check_callable("model", model)
+    check_callable(model)
     is_node = lambda x: isinstance(x, Frozen | eqx.nn.StateIndex)
     nodes, _ = jax.tree.flatten_with_path(model, is_leaf=is_node)
     for path, node in nodes:
@@ -85,10 +82,9 @@ def check_model(model: PyTree, image: jax.ShapeDtypeStruct) -> int:
                 "that also holds its `equinox.nn.State`."
             )
     if not any(jax.tree.leaves(parameters(model))):
-        fix = "" if isinstance(model, eqx.Module) else _FRESH
         raise ValueError(
             "`model` must have parameters to fit, which are floating-point arrays "
-            f"outside any `Frozen`; got {describe(model)}, which has none.{fix}"
+            f"outside any `Frozen`; got {describe(model)}, which has none."
         )
     return count_outputs("model", model, image)
 

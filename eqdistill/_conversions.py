@@ -47,8 +47,7 @@ def as_array(name: str, x: ArrayOrList) -> Array | np.ndarray:
         return jnp.asarray(x)  # A list of traced arrays.
     except ValueError:
         raise ValueError(
-            f"`{name}` must be an array, or a list of rows of equal shape; got "
-            f"{describe(x)}, whose rows differ in shape."
+            f"`{name}` must have rows of equal shape; got {describe(x)}."
         ) from None
     if array.dtype.kind in "OSUMmc":
         raise TypeError(f"`{name}` must be real numbers; got {describe(x)}.")

@@ -11,8 +11,7 @@ from ._conversions import as_array
 
 
 def cross_entropies(
-    logits: Float[Array, "n c"],
-    labels: Int[Array, " n"] | Float[Array, "n c"],
+    logits: Float[Array, "n c"], labels: Int[Array, " n"] | Float[Array, "n c"]
 ) -> Float[Array, " n"]:
     """The cross-entropy of each example. Labels in floating point are logits."""
     if labels.ndim == 2:
@@ -61,8 +60,8 @@ class CrossEntropy(AbstractLoss):
 
     **Attributes:**
 
-    - `log_temperature`: the logarithm of the temperature $T$, so that $T$ stays
-        positive when it is learned; or `None`, for a temperature of one.
+    - `log_temperature`: $\log T$, so that $T$ stays positive when it is learned; or
+        `None`, for a temperature of one.
     """
 
     log_temperature: Float[Array, ""] | None

@@ -11,12 +11,8 @@ from typing import Annotated, Any, get_args, get_origin, no_type_check, TypeVar,
 
 import jax
 import numpy as np
-from beartype import beartype, BeartypeConf, FrozenDict
+from beartype import beartype, BeartypeConf, FrozenDict, roar
 from beartype.door import is_bearable
-from beartype.roar import (
-    BeartypeCallHintParamViolation,
-    BeartypeCallHintReturnViolation,
-)
 from beartype.vale import Is
 from jaxtyping import AbstractArray, AnnotationError, ArrayLike, PRNGKeyArray
 
@@ -61,10 +57,10 @@ def typechecked(fn: _Fn) -> _Fn:
         __tracebackhide__ = True
         try:
             return checked(*args, **kwargs)
-        except BeartypeCallHintParamViolation:
+        except roar.BeartypeCallHintParamViolation:
             given = signature.bind(*args, **kwargs).arguments
             message = _describe_violation(name, signature.parameters, given)
-        except BeartypeCallHintReturnViolation:
+        except roar.BeartypeCallHintReturnViolation:
             # Jaxtyping passes the result as the last keyword argument.
             result = describe(next(reversed(kwargs.values())))
             wanted = _describe_hint(signature.return_annotation)

@@ -85,24 +85,19 @@ def load(
     | `"digits"` | 8 x 8 handwritten digits, from scikit-learn | 10 | 1,347 | 450 |
 
     The files are the IDX files of MNIST and Fashion-MNIST, compressed by gzip or not,
-    and the binary version of CIFAR-10, as one archive or as six files. They are looked
-    for in these folders, in their subfolders with the name of the dataset, and in
-    subfolders `cifar-10-batches-bin` of these:
-
-    1. `data_dir`, if given, and then nowhere else;
-    2. the folder in the environment variable `EQDISTILL_DATA_DIR`;
-    3. `examples/data` of this repository, which has MNIST;
-    4. `/usr/share/datasets/fashion-mnist`, from Debian's `dataset-fashion-mnist`;
-    5. the user's cache, to which `pooch` downloads missing files. If
-        `EQDISTILL_DATA_DIR` is set, it replaces this cache.
-
-    The SHA-256 of MNIST and Fashion-MNIST is always checked. For CIFAR-10 the MD5 of a
-    download is checked, and of local files the size and the number of labels.
+    and the binary version of CIFAR-10, as one archive or as six files. Their SHA-256
+    is checked; for CIFAR-10 the MD5 of a download, and of local files the size and the
+    number of labels.
 
     **Arguments:**
 
     - `name`: one of the names above.
-    - `data_dir`: the folder of the files. By default, the folders above are searched.
+    - `data_dir`: the folder of the files, or its parent with a subfolder `name`. By
+        default, these folders are searched: the environment variable
+        `EQDISTILL_DATA_DIR`; `examples/data` of this repository, which has MNIST; and
+        `/usr/share/datasets/fashion-mnist`, from Debian's `dataset-fashion-mnist`. If
+        there are no files, `pooch` downloads them to the user's cache, or to
+        `EQDISTILL_DATA_DIR` if it is set.
 
     **Returns:**
 

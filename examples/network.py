@@ -104,6 +104,7 @@ def main(
         result = dataclasses.replace(result, start=start, distilled=start.decode())
     distilled = result.distilled
     print(f"outer steps     {steps}, {seconds:.0f} s")
+    assert isinstance(result.start, eqd.DistilledSet | eqd.Packed)
     print(f"size            {result.start.nbytes:,} bytes with labels")
     print(f"ridge           0.001 -> {distilled.l2:.2g}, of the features")
     files = [output / f"network.{end}" for end in ("png", "safetensors")]
@@ -134,7 +135,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--dataset", default="mnist", help=DATASETS)
     parser.add_argument(
-        "--data-dir", type=Path, help="the folder of the files of the dataset"
+        "--data-dir", type=Path, help="the folder with the files of the dataset"
     )
     parser.add_argument("--zca", action="store_true", help="whiten the images")
     parser.add_argument(

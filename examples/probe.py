@@ -167,7 +167,7 @@ def probe(
     trained = eqd.evaluate(everything, recipe, source, num_models=1, key=key)
     last = eqd.linear.last_layer(trained.fitted.model)
     features = eqd.Cached(last.features.module, name)
-    width = last.head.in_features
+    width = last.head.weight.shape[1]
     head = eqd.linear.LogisticRegression(width, train.num_classes).head
     return eqd.linear.LinearClassifier(features, head)
 
@@ -198,7 +198,7 @@ if __name__ == "__main__":
         help="the dataset that the backbones are trained on",
     )
     parser.add_argument(
-        "--data-dir", type=Path, help="the folder of the files of both datasets"
+        "--data-dir", type=Path, help="the folder with the files of both datasets"
     )
     parser.add_argument("--pretraining-steps", type=int, default=500)
     parser.add_argument(

@@ -139,7 +139,7 @@ def test_facts_make_a_round_trip(path):
     assert not artifact.x64
     assert artifact.versions["jax"] == jax.__version__
     words = "LogisticRegression(in_features=6, num_classes=3, use_intercept=False"
-    assert words in artifact.recipe_description
+    assert words in str(artifact.recipe_description)
 
 
 def test_results_tell_what_was_learned(tmp_path):
@@ -246,7 +246,7 @@ def test_other_recipes_are_described(path, recipe):
     eqd.save(path, small(), evaluation(recipe))
     artifact = eqd.load(path)
     assert artifact.recipe is None
-    assert artifact.recipe_description.startswith("Recipe(")
+    assert str(artifact.recipe_description).startswith("Recipe(")
     assert artifact.num_models == 2
 
 
@@ -256,10 +256,12 @@ def test_double_precision(tmp_path):
         distilled = small(soft=True, dtype=np.float64)
         eqd.save(path, distilled, evaluation(regression()))
         artifact = eqd.load(path)
+        assert artifact.recipe is not None
         assert artifact.x64
         assert_same(artifact.distilled, distilled)
         assert artifact.recipe.models.model.head.weight.dtype == jnp.float64
     single = eqd.load(path)
+    assert single.recipe is not None
     assert single.recipe.models.model.head.weight.dtype == jnp.float32
     wanted = jax.tree.map(lambda x: np.asarray(x, np.float32), distilled)
     assert_same(single.distilled, wanted)
@@ -464,7 +466,7 @@ def test_refuses_json(path, name):
 
 def test_refuses_recipes(path):
     change(path, recipe=DC)
-    assert eqd.load(path).recipe.name == "dc"
+    assert str(eqd.load(path).recipe_description).startswith("dc(")
     good = path.read_bytes()
     for name, values in BAD_RECIPE.items():
         for value in values:
@@ -621,6 +623,7 @@ def test_command_trains_with_the_recipe(tmp_path, monkeypatch, capsys, digits):
 
 def test_command_finds_a_false_claim(copied, monkeypatch, capsys):
     true = eqd.load(copied).accuracy
+    assert true is not None
     change(copied, artifact__accuracy=true + 0.01)
     status, out, _ = run(monkeypatch, capsys, copied)
     assert status == 1

@@ -287,6 +287,7 @@ def test_all_arrays_survive_to_the_bit(tmp_path):
     store = eqd.Checkpoints(tmp_path).open(problem, state)
     restored = store.restore(template)
     store.close()
+    assert restored is not None
     assert_same(restored.state, snapshot.state)
     assert_same(restored.callbacks, snapshot.callbacks)
     assert restored.has_stopped

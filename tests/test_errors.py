@@ -333,7 +333,9 @@ def test_networks_and_functions_that_build_them():
     with pytest.raises(TypeError, match=r"`makes`.*`MLP` itself .*missing .*'shape'"):
         eqd.Pool(eqd.nn.MLP)
     for model in (MAKE, eqd.nn.MLP, Plain, DATA):
-        with pytest.raises((TypeError, ValueError), match=r"`objective` must be.*Fresh"):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"`objective` must be.*Fresh"
+        ):
             eqd.distill(HARD, model, DATA)
 
 
@@ -341,7 +343,7 @@ def test_unknown_keywords():
     match = "`distill` has no argument `optimizer`; did you mean `optimiser`"
     with pytest.raises(TypeError, match=match):
         eqd.distill(HARD, MODEL, DATA, optimizer=ADAM)
-    with pytest.raises(TypeError, match="`Batches` has no .* you mean `size`"):
+    with pytest.raises(TypeError, match=r"`Batches` has no .* you mean `size`"):
         eqd.Batches(DATA, batch_size=2)
 
 

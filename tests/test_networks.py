@@ -125,6 +125,9 @@ class Custom(eqx.Module):
         }
         self.extra = extra
 
+    def __call__(self, image):
+        return self.head(image)
+
 
 def test_any_module_is_initialised():
     network = Custom(extra=nn.Frozen(eqx.nn.GRUCell(2, 2, key=KEY)))

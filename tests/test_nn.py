@@ -182,6 +182,7 @@ def test_other_devices_use_the_library():
     assert _num_convolutions(grad, ours, image, platform="cuda") == 3
     settings = ConvSettings((1, 1), ((1, 1), (1, 1)), (1, 1), 1)
     layout = ("NCHW", "OIHW", "NCHW")
+    assert ours.bias is not None
     got = convolve_xla(image, ours.weight, settings, layout) + ours.bias
     np.testing.assert_allclose(got, library(image), rtol=1e-5, atol=1e-6)
 

@@ -21,16 +21,8 @@ class AbstractAugmentation(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
-        """**Arguments:**
-
-        - `image`: one image, shape `(height, width)` or `(channels, height, width)`,
-            floating point.
-        - `key`: a `jax.random.key`. (Keyword only argument.)
-
-        **Returns:**
-
-        The changed image, of the same shape and dtype.
-        """
+        """Returns the changed image, in the same shape and dtype. Images are in
+        floating point, of shape `(height, width)` or `(channels, height, width)`."""
 
 
 class Compose(AbstractAugmentation):
@@ -105,8 +97,7 @@ def augment(
 
     - `augmentation`: the augmentation $A$.
     - `images`: shape `(n, *shape)`, floating point.
-    - `key`: a `jax.random.key`, which is split into the $k_i$. (Keyword only
-        argument.)
+    - `key`: a `jax.random.key`, which is split into the $k_i$. (Keyword only.)
     """
     changed = _apply(augmentation, True, images, key)
     difference = array_difference(images, changed)

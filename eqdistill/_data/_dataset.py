@@ -7,7 +7,6 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from .._checks import check_at_least
 from .._conversions import ArrayOrList, as_array, as_int
 from .._typechecking import describe
 
@@ -67,7 +66,6 @@ class Dataset(eqx.Module):
                 "`labels` must be integer class indices, one for each of the "
                 f"{len(images_)} images; got {describe(labels_)}."
             )
-        given = "`num_classes`" if num_classes is not None else "`class_names`"
         if num_classes is None:
             num_classes = len(class_names) if class_names else _count(labels_)
         if class_names is not None and not (
@@ -77,13 +75,14 @@ class Dataset(eqx.Module):
                 f"`class_names` must have one name for each of the {num_classes} "
                 f"classes, all different; got {len(class_names)}."
             )
-        check_at_least(1, num_classes=num_classes)
-        if num_classes > np.iinfo(np.int32).max:
-            raise ValueError(f"`num_classes` must be below 2^31; got {num_classes}.")
+        if not 1 <= num_classes < 2**31:
+            raise ValueError(
+                f"`num_classes` must be at least 1 and below 2^31; got {num_classes}."
+            )
         if labels_.min() < 0 or labels_.max() >= num_classes:
             raise ValueError(
-                f"`labels` must be in [0, {num_classes}), as set by {given}; got "
-                f"values from {labels_.min()} to {labels_.max()}."
+                f"`labels` must be in [0, {num_classes}), by `num_classes` or "
+                f"`class_names`; got {labels_.min()} to {labels_.max()}."
             )
         if not is_bytes:
             with np.errstate(over="ignore"):
@@ -109,17 +108,14 @@ class Dataset(eqx.Module):
     def split(
         self, fraction: float, *, key: PRNGKeyArray
     ) -> tuple["Dataset", "Dataset"]:
-        """Holds out random images, for early stopping and other choices.
+        """Holds out random images, for early stopping and other choices. Returns the
+        remaining images and the held-out images, both in random order.
 
         **Arguments:**
 
         - `fraction`: the fraction of the images to hold out, between 0 and 1, so that
             neither part is empty.
         - `key`: a `jax.random.key`. (Keyword only argument.)
-
-        **Returns:**
-
-        The remaining images and the held-out images, both in random order.
         """
         num_held_out = round(fraction * len(self)) if 0 < fraction < 1 else 0
         if not 0 < num_held_out < len(self):
@@ -133,17 +129,13 @@ class Dataset(eqx.Module):
         return kept, held_out
 
     def map(self, fn: Callable) -> "Dataset":
-        """Applies a function $f$ to each image $x_i$.
+        """Returns a dataset of the images $f(x_i)$ with the same labels.
 
         **Arguments:**
 
         - `fn`: a function $f$ from one image, in the units of
             [`eqdistill.Dataset.floating`][], to a floating-point image of any shape;
             such as an [`eqdistill.datasets.AbstractPreprocessing`][].
-
-        **Returns:**
-
-        A `Dataset` of the images $f(x_i)$ with the same labels.
         """
         # A loop in Python, because XLA's convolutions are slow in a `lax.map`.
         images = [

@@ -18,15 +18,10 @@ class DistilledSet(AbstractParameterisation):
     r"""Synthetic images with their labels, the ridge and the loss: everything that is
     needed to train a model on them.
 
-    **Attributes:**
+    **Attributes:** `images`, `labels` and `loss` as below, and
 
-    - `images`: the synthetic images $\theta$, in the units of the real images, with
-        pixels of any sign.
-    - `labels`: class indices in $[0, c)$; or, in floating point, the logits of soft
-        labels ([`eqdistill.CrossEntropy`][]) or targets ([`eqdistill.SquaredError`][]).
     - `log_l2`: the logarithm of the ridge $\lambda$, which keeps a learned ridge
         positive.
-    - `loss`: the loss that models are trained with.
     """
 
     images: Float[Array, "n *shape"]
@@ -44,9 +39,11 @@ class DistilledSet(AbstractParameterisation):
     ):
         r"""**Arguments:**
 
-        - `images`: an array or a list of shape `(n, *shape)`, floating point, finite.
-        - `labels`: integer class indices of shape `(n,)`; or labels of shape `(n, c)`
-            in floating point, which are interpreted by `loss`.
+        - `images`: the synthetic images $\theta$, an array or a list of shape
+            `(n, *shape)`, floating point, finite, in the units of the real images.
+        - `labels`: class indices in $[0, c)$ of shape `(n,)`; or, in floating point and
+            of shape `(n, c)`, the logits of soft labels ([`eqdistill.CrossEntropy`][])
+            or targets ([`eqdistill.SquaredError`][]).
         - `l2`: the ridge $\lambda > 0$. Logistic regression works well at 0.1. Networks
             need 1e-3 or less, as a larger ridge shrinks all of their weights to zero.
             (Keyword only argument.)

@@ -20,14 +20,13 @@ def from_folder(
 ) -> Dataset:
     """Loads a folder that has one folder of images for each class.
 
-    Classes are ordered by the names of their folders, and the images of a class by the
-    names of the files. Files outside the class folders are ignored, and so is
-    everything whose name begins with a dot.
+    Classes and their images are ordered by the names of folders and files. Files
+    outside the class folders are ignored, and all names that begin with a dot.
 
     Images may be PNG, JPEG, GIF (the first frame is read), BMP or WebP. A rotation in
     their metadata is not applied. Images with one channel, with or without
     transparency, are grey. All others, including GIFs and images with a palette, become
-    8-bit RGB. Transparent pixels get a black background.
+    8-bit RGB. Transparent pixels become black.
 
     **Arguments:**
 
@@ -39,16 +38,14 @@ def from_folder(
     **Returns:**
 
     An [`eqdistill.Dataset`][] of `uint8` images, of shape `(height, width)` if they are
-    grey, or `(3, height, width)` if they are in colour. Its `class_names` are the names
-    of the folders.
+    grey, or `(3, height, width)` in colour. Its `class_names` are those of the folders.
 
     **Raises:**
 
-    A `ValueError` if there is no class folder, or one has no images; if images differ
-    in size and `size` is not given; if some are grey and some are in colour; or if
-    anything in a class folder is not an image, is a grey image of more than 8 bits, has
-    more pixels than Pillow considers safe (`PIL.Image.MAX_IMAGE_PIXELS`), or is a link
-    to outside `path`.
+    A `ValueError` if a class has no images; if images differ in size and `size` is not
+    given; if some are grey and some are in colour; or if anything in a class folder is
+    not an image, is a grey image of more than 8 bits, has more pixels than Pillow's
+    `PIL.Image.MAX_IMAGE_PIXELS`, or is a link to outside `path`.
     """
     try:
         import PIL  # noqa: F401
@@ -72,11 +69,9 @@ def from_folder(
             f"`path` must have one folder of images for each class; {root} has none."
         )
     files = [_entries(folder, root) for folder in folders]
-    for folder, entries in zip(folders, files, strict=True):
-        if not entries:
-            raise ValueError(
-                f"`path` must have images of each class; {folder} is empty."
-            )
+    if [] in files:
+        empty = folders[files.index([])]
+        raise ValueError(f"`path` must have images of each class; {empty} is empty.")
     images = _read_all([file for entries in files for file in entries], size)
     if images.ndim == 4:
         images = np.moveaxis(images, 3, 1)

@@ -58,7 +58,7 @@ class Standardisation(AbstractPreprocessing):
                 "`train` must have channels that vary; got channels with variances "
                 f"{variance.ravel()}."
             )
-        return cls(_to_device(mean), _to_device(np.sqrt(variance)))
+        return cls(jnp.asarray(mean, float), jnp.asarray(variance**0.5, float))
 
     def __call__(self, image):
         self._check(image)
@@ -117,9 +117,12 @@ class ZCA(AbstractPreprocessing):
         """
         check_at_least(0, regularisation=regularisation)
         mean = _mean_of_chunks(train, lambda x: np.mean(x, axis=0, dtype=np.float64))
-        centred = lambda x: (x - mean).reshape(len(x), -1).astype(x.dtype)
-        moments = lambda x: np.asarray(_moments(centred(x)))
-        covariance = _mean_of_chunks(train, moments)
+
+        def covariance_of(x: np.ndarray) -> np.ndarray:
+            rows = (x - mean).reshape(len(x), -1).astype(x.dtype)
+            return np.asarray(_product(rows.T, rows)) / len(rows)
+
+        covariance = _mean_of_chunks(train, covariance_of)
         # One thread: several are slower, and keep spinning afterwards.
         with threadpool_limits(limits=1, user_api="blas"):
             eigenvalues, vectors = scipy.linalg.eigh(covariance, driver="evd")
@@ -131,7 +134,8 @@ class ZCA(AbstractPreprocessing):
                     f"`train` is singular; got {regularisation}."
                 )
             whitening = (vectors / np.sqrt(eigenvalues)) @ vectors.T
-        return cls(_to_device(mean), _to_device(whitening), regularisation)
+        arrays = jnp.asarray(mean, float), jnp.asarray(whitening, float)
+        return cls(*arrays, regularisation)
 
     def __call__(self, image):
         if image.shape != self.mean.shape:
@@ -152,11 +156,6 @@ class ZCA(AbstractPreprocessing):
 _product = functools.partial(jnp.matmul, precision="highest")
 
 
-@jax.jit
-def _moments(rows: Float[Array, "rows p"]) -> Float[Array, "p p"]:
-    return _product(rows.T, rows) / len(rows)
-
-
 def _mean_of_chunks(train: Dataset, mean: Callable) -> np.ndarray:
     """The mean over all images, in double precision. `mean` returns the mean over the
     images of one chunk."""
@@ -165,7 +164,3 @@ def _mean_of_chunks(train: Dataset, mean: Callable) -> np.ndarray:
         chunk = np.asarray(Dataset.to_floating(train.images[first : first + 1000]))
         total = total + len(chunk) * mean(chunk)
     return np.asarray(total / len(train))
-
-
-def _to_device(x: np.ndarray) -> Array:
-    return jnp.asarray(x, jnp.result_type(float))

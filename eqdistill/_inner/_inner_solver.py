@@ -43,7 +43,7 @@ def inner_loss(
     Source: the code of JAXopt's dataset-distillation notebook. (The formula in the
     notebook has no factor of one half.)
     """
-    check_callable("model", model)
+    check_callable(model)
     if key is None:
         outputs = jax.vmap(model)(distilled.images)
     else:

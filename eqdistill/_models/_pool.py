@@ -115,14 +115,9 @@ class Pool(AbstractModels[PoolState]):
         self.augmentation = augmentation
 
     def init(self, distilled, *, key):
-        """As [`eqdistill.AbstractModels`][].
-
-        **Raises:**
-
-        A `TypeError` or `ValueError` for a network that cannot be applied to the
-        distilled images or holds a state, or if the networks differ in their number of
-        outputs.
-        """
+        """**Raises:** a `TypeError` or `ValueError` for a network that cannot be
+        applied to the distilled images or holds a state, or if the networks differ
+        in their number of outputs."""
         check_networks(self.networks, distilled)
         keys = jr.split(key, (len(self.networks), self.size))
         # A loop, since not every constructor can be vectorised.
@@ -136,13 +131,11 @@ class Pool(AbstractModels[PoolState]):
         return PoolState(networks, training, tuple(age for _ in networks))
 
     def draw(self, state, *, key):
-        """As [`eqdistill.AbstractModels`][]."""
         kind, index, _ = self._place(key)
         flats = tuple(_read(stack, index) for stack in state.networks)
         return select_network(self.networks, flats, kind)
 
     def update(self, state, distilled, *, key):
-        """As [`eqdistill.AbstractModels`][]."""
         kind, index, key = self._place(key)
         stacks = list(zip(state.networks, state.training, state.ages, strict=True))
         updated = []

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._checks import check_at_least
 from .._classifier import Frozen, last_layer
+from .._typechecking import describe
 from ._convolve import Conv2d
 
 
@@ -88,6 +89,11 @@ def initialise(network: PyTree, initialiser: Callable, *, key: PRNGKeyArray) -> 
     _check_layers(network)
     is_layer = lambda x: isinstance(x, (*_WEIGHT_LAYERS, Frozen))
     nodes, structure = jax.tree.flatten(network, is_leaf=is_layer)
+    if not any(isinstance(x, _WEIGHT_LAYERS) for x in nodes):
+        raise TypeError(
+            "`network` must be an `equinox.Module` with linear or convolutional "
+            f"layers; got {describe(network)} without any."
+        )
     keys = jr.split(key, len(nodes))
     for i, (node, key) in enumerate(zip(nodes, keys, strict=True)):
         if isinstance(node, _WEIGHT_LAYERS):

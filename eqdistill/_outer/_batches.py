@@ -95,12 +95,7 @@ class Batches(AbstractData):
         return self.data.num_classes
 
     def mean(self, fn, model, step, *, key):
-        """As [`eqdistill.AbstractData`][].
-
-        **Raises:**
-
-        A `ValueError` if the augmentation changes the shape of an image.
-        """
+        """**Raises:** a `ValueError` if the augmentation changes the images' shape."""
         data = self.data
         rows = self._rows(step, key)
         images, labels, cached = jax.tree.map(

@@ -1,5 +1,3 @@
-from typing import ClassVar
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
@@ -36,10 +34,12 @@ class Bilevel(AbstractObjective[PyTree]):
     gradient by implicit differentiation, Pedregosa 2016, equation (2).
     """
 
-    failures: ClassVar[tuple[str, ...]] = (NOT_CONVERGED, COLLAPSED)
     models: AbstractModels
     inner: AbstractInnerSolver
     loss: AbstractLoss | None
+    failures: tuple[str, ...] = eqx.field(
+        default=(NOT_CONVERGED, COLLAPSED), static=True
+    )
 
     def __init__(
         self,
@@ -67,12 +67,7 @@ class Bilevel(AbstractObjective[PyTree]):
         self.loss = loss
 
     def init(self, distilled, *, key):
-        """As [`eqdistill.AbstractObjective`][].
-
-        **Raises:**
-
-        A `TypeError` or `ValueError` as [`eqdistill.fit`][].
-        """
+        """**Raises:** a `TypeError` or `ValueError` as [`eqdistill.fit`][]."""
         models_key, draw_key, inner_key = jr.split(key, 3)
         models = self.models.init(distilled, key=models_key)
         model = self.models.draw(models, key=draw_key)
@@ -80,13 +75,8 @@ class Bilevel(AbstractObjective[PyTree]):
         return models, self.inner.init(distilled, model, key=inner_key)
 
     def __call__(self, distilled, data, state, *, step, key):
-        """As [`eqdistill.AbstractObjective`][].
-
-        **Raises:**
-
-        A `ValueError` if the data have images of another shape than the distilled set,
-        or more classes than the model has outputs.
-        """
+        """**Raises:** a `ValueError` if the data have images of another shape than the
+        distilled set, or more classes than the model has outputs."""
         data_key, models_key, inner_key = jr.split(key, 3)
         models_key, inner_key = (
             jr.fold_in(own_key, step) for own_key in (models_key, inner_key)

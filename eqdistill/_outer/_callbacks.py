@@ -1,7 +1,5 @@
 import abc
-import io
 import sys
-import time
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
@@ -109,12 +107,10 @@ class AbstractCheckpoints(eqx.Module):
         `state` is the state at the start of the run."""
 
 
-class ProgressBar(AbstractCallback["_Bar"]):
-    """Shows a progress bar with the loss of the last step, and before the first step
-    that it is being compiled. The displayed speed does not include the time for
-    compiling. If the standard error is not a terminal, such as in a log file, it prints
-    a line for each tenth of the run. Needs `tqdm`, which is in `eqdistill[progress]`.
-    """
+class ProgressBar(AbstractCallback[Any]):
+    """Shows a progress bar with the loss of the last step, and that the first step is
+    being compiled, which the displayed speed leaves out. Needs `tqdm`, which is in
+    `eqdistill[progress]`."""
 
     every: int = eqx.field(default=10, converter=as_int)
 
@@ -122,69 +118,34 @@ class ProgressBar(AbstractCallback["_Bar"]):
         check_at_least(1, every=self.every)
 
     def init(self, problem, state, steps):
-        """**Raises:**
-
-        An `ImportError` without `tqdm`.
-        """
+        """**Raises:** an `ImportError` without `tqdm`."""
         del problem
         try:
             from tqdm.auto import tqdm
-            from tqdm.notebook import tqdm_notebook
         except ImportError as e:
             raise ImportError(
                 "`ProgressBar` needs tqdm: pip install 'eqdistill[progress]'."
             ) from e
-        # A notebook's bar is not text, and its standard error is not a terminal.
-        in_lines = not issubclass(tqdm, tqdm_notebook) and not sys.stderr.isatty()
-        bar = tqdm(
+        return tqdm(
             total=steps,
             initial=int(state.step),
+            desc="compiling the first step",
             unit="step",
-            file=io.StringIO() if in_lines else None,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # A log file is not one.
         )
-        if in_lines:
-            print("Compiling the first step...", file=sys.stderr, flush=True)
-        else:
-            bar.set_description("compiling the first step")
-        return _Bar(bar, in_lines)
 
     def __call__(self, problem, state, history, own):
         del problem
-        own.show(int(state.step), float(history.loss[-1]) if len(history) else None)
+        if own.desc:  # The clock starts after the compilation.
+            own.set_description(refresh=False)
+            own.unpause()
+        if len(history) > 0:
+            own.set_postfix(loss=f"{history.loss[-1]:.4f}", refresh=False)
+        own.update(int(state.step) - own.n)
         return own, False
 
     def close(self, own):
-        own.bar.close()
-
-
-class _Bar:
-    """A bar of tqdm, or lines with the same text."""
-
-    def __init__(self, bar: Any, in_lines: bool):
-        self.bar = bar
-        self._in_lines = in_lines
-        self._is_first = True
-
-    def __reduce__(self):
-        # A bar cannot be sent to another process, where it shows nothing.
-        return type(self), (None, False)
-
-    def show(self, step: int, loss: float | None) -> None:
-        bar = self.bar
-        tenth = 10 * bar.n // bar.total
-        if self._is_first:
-            # The clock starts when the first steps are compiled.
-            bar.set_description("", refresh=False)
-            bar.initial = bar.n = bar.last_print_n = step
-            bar.start_t = bar.last_print_t = time.time()
-            self._is_first = False
-        if loss is not None:
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        bar.update(step - bar.n)
-        if not self._in_lines:
-            bar.refresh()
-        elif 10 * step // bar.total > tenth:
-            print(bar, file=sys.stderr, flush=True)
+        own.close()
 
 
 class _Best(eqx.Module):

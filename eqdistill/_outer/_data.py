@@ -129,7 +129,6 @@ class FullBatch(AbstractData):
         return self.images.shape[1:]
 
     def mean(self, fn, model, step, *, key):
-        """As [`eqdistill.AbstractData`][]."""
         del step, key
         examples = self.images, self.labels, self.cached
         return mean_over_examples(of_example, (fn, model), examples, self.chunk_bytes)

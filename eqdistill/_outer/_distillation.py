@@ -50,7 +50,7 @@ class Distillation(eqx.Module):
         checkpoints it continued.
     - `learned`: the names of the learned arrays, such as `"images"` and `"log_l2"`.
     - `state`: the last state, from which [`eqdistill.distill`][] can continue.
-    - `callbacks`: the last states of the callbacks; `None` for
+    - `callbacks`: the arrays in the last states of the callbacks; `None` for
         [`eqdistill.Checkpoints`][].
     """
 

@@ -122,9 +122,8 @@ def evaluate(
 
     **Raises:**
 
-    What [`eqdistill.fit`][] raises, and a `ValueError` if the labels do not suit the
-    recipe, or if the real images have another shape than the distilled images, or more
-    classes than a model has outputs.
+    What [`eqdistill.fit`][] raises, and a `ValueError` if the real images have another
+    shape than the distilled images, or more classes than a model has outputs.
     """
     check_at_least(1, num_models=num_models)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)

@@ -34,14 +34,6 @@ def distill_exactly(
     orthogonal component is taken from `start`, after removing what would change
     $\theta^\top A$. The more images there are, the closer they stay to `start`.
 
-    !!! Example
-
-        ```python
-        start = eqd.DistilledSet.from_real(train, l2=0.1, key=jr.key(0))
-        exact = eqd.linear.distill_exactly(start, model)
-        eqd.fit(exact, model).model  # has the weights of `model`
-        ```
-
     **Arguments:**
 
     - `start`: provides the labels, and the images outside the span of $W$. Class
@@ -88,16 +80,29 @@ def distill_exactly(
     # of the fit.
     with jax.enable_x64(True):
         target = _Target.of(model.head)
-        _check_solvable(start, target)
+        hard, has_intercept = start.labels.ndim == 1, target.intercept is not None
+        least = len(target.singular_values) + has_intercept
+        if len(start) < least:
+            more = ", and one more for its intercept" if has_intercept else ""
+            raise ValueError(
+                f"`start` must have at least {least} images, one for each rank of the "
+                f"weights of `model`{more}; got {len(start)}."
+            )
+        missing = np.setdiff1d(np.arange(target.contrasts.shape[1]), start.labels)
+        if has_intercept and hard and len(missing) > 0:
+            raise ValueError(
+                "`start` must have an image of every class, or soft labels, because "
+                f"`model` has an intercept; got no image of class {missing[0]}."
+            )
         if l2 is not None and not 0 < l2 <= target.max_l2:
             raise ValueError(
                 f"`l2` must be positive and at most {target.max_l2:.4g}, the largest "
                 f"ridge with which `model` can be recovered; got {l2:.4g}."
             )
         pixels = jnp.asarray(start.images, float).reshape(len(start), -1)
-        hard = start.labels.ndim == 1
         labels = start.labels if hard else start.labels.astype(float)
         ridges = [target.max_l2 / 2**i for i in range(1, 9)] if l2 is None else [l2]
+        ridge = error = np.inf
         for ridge in ridges:
             images, found, error = _solve(target, pixels, labels, jnp.asarray(ridge))
             if error < 1e-9:
@@ -175,24 +180,6 @@ class _Target(eqx.Module):
         s = self.singular_values
         logits = (coordinates * s) @ self.contrasts[: len(s)]
         return logits if self.intercept is None else logits + self.intercept
-
-
-def _check_solvable(start: DistilledSet, target: _Target) -> None:
-    has_intercept = target.intercept is not None
-    least = len(target.singular_values) + has_intercept
-    if len(start) < least:
-        intercept = ", and one more for its intercept" if has_intercept else ""
-        raise ValueError(
-            f"`start` must have at least {least} images, one for each rank of the "
-            f"weights of `model`{intercept}; got {len(start)}."
-        )
-    if has_intercept and start.labels.ndim == 1:
-        missing = np.setdiff1d(np.arange(target.contrasts.shape[1]), start.labels)
-        if len(missing) > 0:
-            raise ValueError(
-                "`start` must have an image of every class, or soft labels, because "
-                f"`model` has an intercept; got no image of class {missing[0]}."
-            )
 
 
 @eqx.filter_jit

@@ -59,7 +59,6 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
         self.failures = sum((x.failures for x in objectives), ())
 
     def init(self, distilled, *, key):
-        """As [`eqdistill.AbstractObjective`][]."""
         keys = jr.split(key, len(self.objectives))
         return tuple(
             objective.init(distilled, key=own_key)

@@ -120,7 +120,9 @@ class Problem(eqx.Module):
             _learned("learn_objective", objective, learn_objective),
         )
         if not any(jax.tree.leaves(self.learn)):
-            raise ValueError("`learn` or `learn_objective` must pick at least one array.")
+            raise ValueError(
+                "`learn` or `learn_objective` must pick at least one array."
+            )
         distilled = start.decode()
         # Labels are concrete here, and can be checked.
         state = eqx.filter_eval_shape(

@@ -165,9 +165,10 @@ def supervised(
     - `batch_size`: the number of images in a step, from 1 to their total number.
     """
     inner = _training(_adam, 1e-3, updates, batch_size=batch_size)
-    settings = {"updates": updates, "batch_size": batch_size}
     prepare = ft.partial(_relabel, True, 0.0)
-    return _recipe("supervised", make, inner, prepare, **settings)
+    return _recipe(
+        "supervised", make, inner, prepare, updates=updates, batch_size=batch_size
+    )
 
 
 def learned_rates(
@@ -184,17 +185,10 @@ def learned_rates(
     distilled images in order. The loss, labels and ridge are those of the distilled
     set.
 
-    !!! Example
-
-        ```python
-        solver = result.objective.inner  # an `UnrolledSolver` with learned step sizes
-        rates = jnp.exp(solver.log_hyperparameters["learning_rate"])
-        recipe = eqd.recipes.learned_rates(make, learning_rates=rates, batch_size=10)
-        ```
-
     **Arguments:** as for [`eqdistill.recipes.dc`][], except
 
-    - `learning_rates`: the step size of each step: 1 to 100,000 positive numbers.
+    - `learning_rates`: the step size of each step: 1 to 100,000 positive numbers, such
+        as `jnp.exp(result.objective.inner.log_hyperparameters["learning_rate"])`.
     - `batch_size`: the number of distilled images in a step, at least 1.
     - `momentum`: the momentum, in [0, 1); $\beta_1$ for Adam.
     - `adam`: whether to use Adam. Its `eps_root` is 1e-8, so that the steps have a

@@ -33,7 +33,6 @@ class SortedPixels(AbstractData):
         return self.full_batch.num_classes
 
     def mean(self, fn, model, step, *, key):
-        """As [`eqdistill.AbstractData`][]."""
         if fn is example_loss:
             loss, network = model
             if type(loss) is CrossEntropy and takes_pixels(network):

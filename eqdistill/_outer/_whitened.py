@@ -1,6 +1,6 @@
+import functools as ft
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, PyTree
 from threadpoolctl import threadpool_limits
 
 from .._checks import check_positive
-from .._conversions import as_float
 from .._data._dataset import Dataset
 
 
@@ -41,14 +40,6 @@ def whitened(
         A line search stores its last gradient in these coordinates, so
         `optax.value_and_grad_from_state` must not be used.
 
-    !!! Example
-
-        ```python
-        optimiser = optax.lbfgs(learning_rate=1.0, linesearch=None)
-        optimiser = eqd.linear.whitened(optimiser, train)
-        eqd.distill(start, model, train, optimiser=optimiser)
-        ```
-
     **Arguments:**
 
     - `optimiser`: any Optax optimiser.
@@ -72,86 +63,71 @@ def whitened(
     """
     check_positive(damping=damping, scale=scale)
     optimiser = optax.with_extra_args_support(optimiser)
-    coordinates = _Coordinates.of_data(train, damping, scale)
+    first_matrices = _matrices(train, damping, scale)
+    change = ft.partial(_change, train.shape)
 
     def init(params) -> Any:
-        return coordinates, optimiser.init(coordinates.of(params))
+        factor, _ = first_matrices
+        return first_matrices, optimiser.init(change(params, factor, 1 / scale))
 
     def update(updates, state, params=None, **extra_args) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("`whitened` needs `params` in each update.")
         # From the state, because arrays in the closure would be compiled as constants.
-        coordinates, inner = state
+        (factor, inverse), inner = state
+        back = lambda tree: change(tree, inverse, scale)
+        of_gradient = lambda tree: change(tree, inverse.T, scale)
         if "grad" in extra_args:
-            extra_args["grad"] = coordinates.of_gradient(extra_args["grad"])
+            extra_args["grad"] = of_gradient(extra_args["grad"])
         if "value_fn" in extra_args:
             value_fn = extra_args["value_fn"]
-            extra_args["value_fn"] = lambda params: value_fn(coordinates.back(params))
-        updates = coordinates.of_gradient(updates)
-        params = coordinates.of(params)
-        updates, inner = optimiser.update(updates, inner, params, **extra_args)
-        return coordinates.back(updates), (coordinates, inner)
+            extra_args["value_fn"] = lambda params: value_fn(back(params))
+        params = change(params, factor, 1 / scale)
+        updates, inner = optimiser.update(
+            of_gradient(updates), inner, params, **extra_args
+        )
+        return back(updates), ((factor, inverse), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Coordinates(eqx.Module):
-    """Multiplies images by `factor`, and divides other arrays by `scale`."""
+def _matrices(
+    train: Dataset, damping: float, scale: float
+) -> tuple[Float[Array, "p p"], Float[Array, "p p"]]:
+    """Returns $L / s$ and its inverse."""
+    some = Dataset.to_floating(train.images[:: -(-len(train) // 1024)])
+    images = np.asarray(some, jnp.result_type(float)).reshape(len(some), -1)
+    # On one thread, because OpenBLAS's threads keep spinning afterwards.
+    with threadpool_limits(limits=1, user_api="blas"):
+        moments = images.T @ images / len(images)
+        diagonal = damping * np.trace(moments) or 1.0  # If all images are zero.
+        moments[np.diag_indices_from(moments)] += diagonal
+        factor = scipy.linalg.cholesky(moments, lower=True)
+        # It is well conditioned, and products are faster than solves.
+        one = np.eye(len(factor), dtype=factor.dtype)
+        inverse = scipy.linalg.solve_triangular(factor, one, lower=True)
+    return jnp.asarray(factor / scale), jnp.asarray(inverse * scale)
 
-    factor: Float[Array, "p p"]
-    inverse: Float[Array, "p p"]
-    scale: float = eqx.field(static=True, converter=as_float)
-    shape: tuple[int, ...] = eqx.field(static=True)
 
-    @staticmethod
-    def of_data(train: Dataset, damping: float, scale: float) -> "_Coordinates":
-        # On one thread, because OpenBLAS's threads keep spinning afterwards.
-        some = Dataset.to_floating(train.images[:: -(-len(train) // 1024)])
-        images = np.asarray(some, jnp.result_type(float)).reshape(len(some), -1)
-        with threadpool_limits(limits=1, user_api="blas"):
-            moments = images.T @ images / len(images)
-            diagonal = damping * np.trace(moments) or 1.0  # If all images are zero.
-            moments[np.diag_indices_from(moments)] += diagonal
-            factor = scipy.linalg.cholesky(moments, lower=True)
-            # It is well conditioned, and products are faster than solves.
-            (invert,) = scipy.linalg.get_lapack_funcs(["trtri"], [factor])
-            inverse, _ = invert(factor, lower=True)
-        factor, inverse = jnp.asarray(factor / scale), jnp.asarray(inverse * scale)
-        return _Coordinates(factor, inverse, scale, train.shape)
+def _change(
+    shape: tuple[int, ...], tree: PyTree, matrix: Float[Array, "p p"], scale: float
+) -> PyTree:
+    """Multiplies the images in the tree by the matrix, and the rest by the scale.
+    Images are recognised by their name, because soft labels may have the same shape."""
+    as_name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+    shapes = {as_name(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
+    is_images = lambda name: (
+        name.split(".")[-1] == "images" and shapes[name][1:] == shape
+    )
+    if not any(map(is_images, shapes)):
+        raise ValueError(
+            f"`whitened` needs learned `images` of shape {shape}, as in `train`; got "
+            f"{shapes}."
+        )
 
-    def of(self, params: PyTree) -> PyTree:
-        return self._multiply(params, self.factor, 1 / self.scale)
+    def product(path: tuple, x: Array) -> Array:
+        if is_images(as_name(path)):
+            return (x.reshape(len(x), -1) @ matrix).reshape(x.shape)
+        return scale * x
 
-    def back(self, params: PyTree) -> PyTree:
-        return self._multiply(params, self.inverse, self.scale)
-
-    def of_gradient(self, gradient: PyTree) -> PyTree:
-        return self._multiply(gradient, self.inverse.T, self.scale)
-
-    def _multiply(
-        self, tree: PyTree, matrix: Float[Array, "p p"], scale: float
-    ) -> PyTree:
-        """Multiplies the images in the tree by the matrix, and the rest by the scale.
-
-        Images are recognised by their name, because soft labels may have the same
-        shape.
-        """
-        as_name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-        shapes = {as_name(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
-        names = {
-            name
-            for name, shape in shapes.items()
-            if name.split(".")[-1] == "images" and shape[1:] == self.shape
-        }
-        if not names:
-            raise ValueError(
-                f"`whitened` needs learned `images` of shape {self.shape}, as in "
-                f"`train`; got {shapes}."
-            )
-
-        def product(path: tuple, x: Array) -> Array:
-            if as_name(path) in names:
-                return (x.reshape(len(x), -1) @ matrix).reshape(x.shape)
-            return scale * x
-
-        return jax.tree.map_with_path(product, tree)
+    return jax.tree.map_with_path(product, tree)

@@ -144,7 +144,7 @@ def learn_schedules(
         callbacks=[eqd.ProgressBar()],
         key=jr.key(seed),
     )
-    rates = np.exp(result.objective.inner.log_hyperparameters["learning_rate"])
+    rates = learned_rates(result)
     learned = training_loss(rates)
     print(f"schedules, {steps} outer steps, {time.perf_counter() - began:.0f} s")
     print(f"learned                   {to_text(learned)}")
@@ -155,6 +155,10 @@ def learn_schedules(
     print(
         f"files {output / 'maclaurin_images.png'}, {output / 'maclaurin_schedules.png'}"
     )
+
+
+def learned_rates(result) -> np.ndarray:
+    return np.exp(result.objective.inner.log_hyperparameters["learning_rate"])
 
 
 def to_text(losses: np.ndarray) -> str:
