@@ -7,14 +7,12 @@ from ._inner._hessian_solvers import (
 from ._inner._reversible_solver import ReversibleSolver as ReversibleSolver
 from ._inner._unrolled_adjoint import (
     AbstractUnrolledAdjoint as AbstractUnrolledAdjoint,
-    DirectAdjoint as DirectAdjoint,
-    RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
-)
-from ._inner._warm_lbfgs import WarmLBFGS as WarmLBFGS
-from ._inner._window import (
     AbstractWindow as AbstractWindow,
+    DirectAdjoint as DirectAdjoint,
     GradientWindow as GradientWindow,
     LastSteps as LastSteps,
     RandomWindow as RandomWindow,
+    RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
 )
+from ._inner._warm_lbfgs import WarmLBFGS as WarmLBFGS
 from ._outer._clipping import clip_by_running_norm as clip_by_running_norm

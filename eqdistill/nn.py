@@ -5,7 +5,7 @@ from ._classifier import (
     HasPenalised as HasPenalised,
     parameters as parameters,
 )
-from ._nn._fast import (
+from ._nn._convolve import (
     average_pool as average_pool,
     Conv2d as Conv2d,
     fast_convolutions as fast_convolutions,

@@ -147,11 +147,11 @@ def test_any_module_is_initialised():
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
-        (eqx.nn.GRUCell(2, 2, key=KEY), "got GRUCell at `extra`"),
-        (eqx.nn.Embedding(2, 2, key=KEY), "got Embedding at `extra`"),
-        (jnp.ones(2), "got Custom"),
+        (eqx.nn.GRUCell(2, 2, key=KEY), "got `extra.weight_ih`"),
+        (eqx.nn.Embedding(2, 2, key=KEY), "got `extra.weight`"),
+        (jnp.ones(2), "got `extra`"),
         (eqx.filter_vmap(lambda key: eqx.nn.Linear(2, 2, key=key))(jr.split(KEY)),
-         r"got Linear at `extra` with a weight of shape \(2, 2, 2\)"),
+         r"got `extra.weight` of shape \(2, 2, 2\)"),
     ],
 )  # fmt: skip
 def test_layers_that_would_keep_their_weights_are_refused(extra, match):

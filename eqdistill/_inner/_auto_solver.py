@@ -32,9 +32,8 @@ class AutoSolver(AbstractInnerSolver[PyTree]):
 
 def _choose(distilled: DistilledSet, model: PyTree) -> AbstractInnerSolver:
     loss = distilled.loss
-    if not isinstance(model, LinearClassifier) or not isinstance(
-        loss, CrossEntropy | SquaredError
-    ):
+    is_linear = isinstance(model, LinearClassifier)
+    if not is_linear or not isinstance(loss, CrossEntropy | SquaredError):
         return ArgminSolver()
     solver = SpanSolver() if isinstance(loss, CrossEntropy) else RidgeSolver()
     return solver if takes_pixels(model) else RelativeRidge(solver)

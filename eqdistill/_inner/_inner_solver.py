@@ -63,10 +63,6 @@ def gradient_norm(distilled: DistilledSet, model: PyTree) -> Float[Array, ""]:
     return optax.tree.norm(jax.grad(loss)(params))
 
 
-def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
-
-
 def stop_gradient(tree: PyTree) -> PyTree:
     """A tree, of arrays and other leaves, that is not differentiated."""
     return jax.tree.map(
@@ -121,12 +117,7 @@ class AbstractInnerSolver(eqx.Module, Generic[State]):
 
     @abc.abstractmethod
     def __call__(
-        self,
-        distilled: DistilledSet,
-        model: PyTree,
-        state: State,
-        *,
-        key: PRNGKeyArray,
+        self, distilled: DistilledSet, model: PyTree, state: State, *, key: PRNGKeyArray
     ) -> tuple[Fitted, State]:
         """Fits the model to the distilled set.
 

@@ -1,5 +1,3 @@
-from collections.abc import Callable
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -74,13 +72,11 @@ class LinearisedSolver(AbstractInnerSolver[None]):
         assert isinstance(distilled.loss, SquaredError)
         network = eqx.nn.inference_mode(model)
         if isinstance(network, LinearClassifier):
-            network = _Unfrozen(network.features.module, network.head)
+            features = eqx.nn.Lambda(network.features.module)
+            network = eqx.nn.Sequential([features, network.head])
         params, static = eqx.partition(network, parameters(network))
         flat, unravel = ravel_pytree(params)
-
-        def outputs(flat, image):
-            return eqx.combine(unravel(flat), static)(image)
-
+        outputs = lambda flat, image: eqx.combine(unravel(flat), static)(image)
         over_images = lambda fn: jax.vmap(fn, (None, 0))(flat, distilled.images)
         start = over_images(outputs)
         n, c = start.shape
@@ -99,18 +95,5 @@ class LinearisedSolver(AbstractInnerSolver[None]):
         # The gradient is the transpose of the Jacobian times this.
         error = jax.lax.stop_gradient((matrix @ solution - residuals) / n)
         squared_norm = jnp.vdot(error, jax.lax.stop_gradient(kernel) @ error)
-        return Fitted(
-            model=Linearised(Frozen(network), tangent),
-            converged=is_exact,
-            gradient_norm=jnp.sqrt(jnp.maximum(squared_norm, 0)),
-        ), state
-
-
-class _Unfrozen(eqx.Module):
-    """A linear classifier with trainable features."""
-
-    features: Callable
-    head: eqx.nn.Linear
-
-    def __call__(self, image: Array) -> Array:
-        return self.head(self.features(image))
+        norm = jnp.sqrt(jnp.maximum(squared_norm, 0))
+        return Fitted(Linearised(Frozen(network), tangent), is_exact, norm), state

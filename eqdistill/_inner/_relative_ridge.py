@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import replace
 
 import equinox as eqx
@@ -56,6 +55,10 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
         return replace(fitted, model=unscaled), state
 
 
+def _scale_features(features, factor, image):
+    return factor * features(image)
+
+
 def _scale(
     distilled: DistilledSet, model: PyTree
 ) -> tuple[LinearClassifier, Float[Array, ""]]:
@@ -67,13 +70,6 @@ def _scale(
     largest = positive(jnp.max(jnp.abs(jax.lax.stop_gradient(rows))))
     total = positive(jnp.sum((rows / largest) ** 2))
     factor = len(rows) / largest * jax.lax.rsqrt(total)
-    scaled = LinearClassifier(_ScaledFeatures(model.features, factor), model.head)
+    features = eqx.Partial(_scale_features, model.features, factor)
+    scaled = LinearClassifier(features, model.head)
     return with_head(scaled, model.head.weight / factor, model.head.bias), factor
-
-
-class _ScaledFeatures(eqx.Module):
-    features: Callable
-    factor: Float[Array, ""]
-
-    def __call__(self, image: Array) -> Array:
-        return self.factor * self.features(image)

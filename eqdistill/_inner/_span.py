@@ -44,9 +44,7 @@ class Span(eqx.Module):
     shift: Float[Array, " r"]
     contrasts: Float[Array, "k c"]
 
-    def __init__(
-        self, images: Float[Array, "n p"], num_classes: int, use_intercept: bool
-    ):
+    def __init__(self, images: Float[Array, "n p"], num_classes: int, use_intercept):
         self.contrasts = jnp.asarray(scipy.linalg.helmert(num_classes), images.dtype)
         eps = jnp.finfo(images.dtype).eps
         if min(images.shape) * num_classes > _MOST_UNKNOWNS:
@@ -195,9 +193,7 @@ class Solution(eqx.Module):
             residuals = outside + problem.scale * within
         return jax.lax.stop_gradient(Solution(span, y, residuals))
 
-    def weights(
-        self, y: Float[Array, "k m"], problem: SpanProblem
-    ) -> Float[Array, "p c"]:
+    def weights(self, y: Array, problem: SpanProblem) -> Float[Array, "p c"]:
         moving = problem.images.T @ self.residuals / problem.scale
         return _add_derivative(self.span.full_weights(y), moving)
 
@@ -209,7 +205,6 @@ class Solution(eqx.Module):
 @jax.custom_jvp
 def _add_derivative(x: Array, y: Array) -> Array:
     """Returns `x`, with the derivative of `x + y`."""
-    del y
     return x
 
 

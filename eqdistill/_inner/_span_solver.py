@@ -70,11 +70,8 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         return check_linear("SpanSolver", distilled, model, CrossEntropy).head
 
     def __call__(self, distilled: DistilledSet, model, state, *, key):
-        """**Raises:**
-
-        A `TypeError` for another model or loss, and a `NotImplementedError` if the fit
-        is differentiated twice.
-        """
+        """**Raises:** a `TypeError` for another model or loss, and a `RuntimeError` if
+        the fit is differentiated twice."""
         model = check_linear("SpanSolver", distilled, model, CrossEntropy)
         images = jax.vmap(model.features)(distilled.images)
         scale = (len(images) * distilled.l2).astype(images.dtype)
@@ -82,15 +79,7 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         fixed = jax.lax.stop_gradient(problem)
         num_classes = model.head.weight.shape[0]
         span = Span(fixed.images, num_classes, model.head.bias is not None)
-        tolerance = float(jnp.finfo(images.dtype).eps) ** 0.5
-        y, is_solved, steps = _minimise(
-            span,
-            fixed,
-            _start(state, span, fixed),
-            rtol=tolerance if self.rtol is None else self.rtol,
-            atol=tolerance if self.atol is None else self.atol,
-            max_steps=self.max_steps,
-        )
+        y, is_solved, steps = self._minimise(span, fixed, _start(state, span, fixed))
         found = Solution.of(y, span, fixed)
         # The logits already depend on the images and the ridge, so differentiate the
         # gradient directly only in the labels.
@@ -99,13 +88,49 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         y = _implicit(y, gradient, (span, fixed))
         bias = y[:, -1] @ span.contrasts if span.use_intercept else None
         fitted = with_head(model, found.weights(y, problem).T, bias)
-        new_state = jax.tree.map(
-            lambda x, old: jax.lax.stop_gradient(x).astype(old.dtype),
-            fitted.head,
-            state,
-        )
-        norm = _gradient_norm(fitted.head, fixed)
-        return Fitted(fitted, is_solved, norm, stats={"steps": steps}), new_state
+        head = jax.lax.stop_gradient(fitted.head)
+        norm = _gradient_norm(head, fixed)
+        state = jax.tree.map(lambda x, old: x.astype(old.dtype), head, state)
+        return Fitted(fitted, is_solved, norm, stats={"steps": steps}), state
+
+    def _minimise(self, span, problem, y):
+        """Newton's method for the root of the gradient. Returns the solution, whether
+        it is one, and the number of steps.
+
+        A step is halved until the slope of the loss along it is not much above zero.
+        (The slope starts negative and increases along the step.) The last step is small
+        and is taken whole. Values of the loss are not compared, because rounding
+        affects them long before it affects the gradient. Each iteration tries one
+        fraction, so the compiled program contains the gradient once.
+        """
+        norm = lambda y: jnp.max(jnp.abs(span.logits(y)))
+        tol = float(jnp.finfo(y.dtype).eps) ** 0.5
+        rtol = tol if self.rtol is None else self.rtol
+        atol = tol if self.atol is None else self.atol
+
+        def body(carry):
+            y, step, slope, fraction, _, count = carry
+            tried = y + fraction * step
+            gradient = span.gradient(tried, span.logits(tried), problem)
+            is_short = jnp.vdot(gradient, step) <= 0.5 * jnp.abs(slope)
+
+            def accept():
+                step = -_solve(span, span.curvature(tried), problem, gradient, tol)
+                is_last = norm(step) <= atol + rtol * norm(tried)
+                new_y = tried + jnp.where(is_last, 1, 0) * step
+                return new_y, step, jnp.vdot(gradient, step), one, is_last
+
+            def halve():
+                return y, step, slope, fraction / 2, jnp.array(False)
+
+            new = jax.lax.cond(is_short | (fraction <= 1e-6), accept, halve)
+            return *new, count + 1
+
+        one = jnp.ones((), y.dtype)
+        carry = (y, jnp.zeros_like(y), 0 * one, 0 * one, jnp.array(False), jnp.array(0))
+        keep_going = lambda c: ~c[4] & (c[5] < self.max_steps) & jnp.isfinite(c[2])
+        y, *_, is_solved, count = jax.lax.while_loop(keep_going, body, carry)
+        return y, is_solved, count
 
 
 def _start(head: eqx.nn.Linear, span: Span, problem: SpanProblem) -> Array:
@@ -122,46 +147,6 @@ def _start(head: eqx.nn.Linear, span: Span, problem: SpanProblem) -> Array:
     ridge = problem.scale * jnp.sum(span.weights(y) ** 2)
     is_pulled = jnp.vdot(gradient, y) <= 0.5 * ridge
     return jnp.where(is_near & is_pulled, y, zero)
-
-
-def _minimise(span, problem, y, *, rtol, atol, max_steps):
-    """Newton's method for the root of the gradient. Returns the solution, whether it is
-    one, and the number of steps.
-
-    A step is halved until the slope of the loss along it is not much above zero. (The
-    slope starts negative and increases along the step.) The last step is small and is
-    taken whole. Values of the loss are not compared, because rounding affects them long
-    before it affects the gradient.
-
-    Each iteration tries one fraction, so the compiled program contains the gradient
-    once.
-    """
-    norm = lambda y: jnp.max(jnp.abs(span.logits(y)))
-    tolerance = float(jnp.finfo(y.dtype).eps) ** 0.5
-
-    def body(carry):
-        y, step, slope, fraction, _, count = carry
-        tried = y + fraction * step
-        gradient = span.gradient(tried, span.logits(tried), problem)
-        is_short = jnp.vdot(gradient, step) <= 0.5 * jnp.abs(slope)
-
-        def accept():
-            step = -_solve(span, span.curvature(tried), problem, gradient, tolerance)
-            is_last = norm(step) <= atol + rtol * norm(tried)
-            new_y = tried + jnp.where(is_last, 1, 0) * step
-            return new_y, step, jnp.vdot(gradient, step), one, is_last
-
-        def halve():
-            return y, step, slope, fraction / 2, jnp.array(False)
-
-        new = jax.lax.cond(is_short | (fraction <= 1e-6), accept, halve)
-        return *new, count + 1
-
-    one = jnp.ones((), y.dtype)
-    carry = (y, jnp.zeros_like(y), 0 * one, 0 * one, jnp.array(False), jnp.array(0))
-    keep_going = lambda c: ~c[4] & (c[5] < max_steps) & jnp.isfinite(c[2])
-    y, *_, is_solved, count = jax.lax.while_loop(keep_going, body, carry)
-    return y, is_solved, count
 
 
 # Larger systems are solved faster by conjugate gradients, and as accurately if the
@@ -211,20 +196,6 @@ def _solve(
     )
 
 
-@jax.custom_jvp
-def _only_once(y: Array, gradient: Array) -> Array:
-    """Returns `y`. Its derivative raises: a second derivative would be wrong."""
-    del gradient
-    return y
-
-
-@_only_once.defjvp
-def _(primals, tangents):
-    raise NotImplementedError(
-        "`SpanSolver` can be differentiated only once. Use `ArgminSolver`."
-    )
-
-
 @eqx.filter_custom_jvp
 def _implicit(y, gradient, fixed):
     """Returns the solution `y`, with the derivative given by the implicit function
@@ -234,14 +205,16 @@ def _implicit(y, gradient, fixed):
     from a callback, and JAX's persistent compilation cache skips programs with
     callbacks.
     """
-    del gradient, fixed
     return y
 
 
 @_implicit.def_jvp
 def _(primals, tangents):
     y, gradient, (span, problem) = primals
-    curvature = span.curvature(_only_once(y, gradient))
+    # A second derivative would be wrong.
+    message = "`SpanSolver` can be differentiated only once. Use `ArgminSolver`."
+    eqxi.nondifferentiable(gradient, msg=message)
+    curvature = span.curvature(y)
     rtol = float(jnp.finfo(y.dtype).eps) ** 0.75
     y_dot = jax.lax.custom_linear_solve(
         lambda vector: span.hessian_product(curvature, problem, vector),
@@ -256,7 +229,7 @@ def _gradient_norm(head: eqx.nn.Linear, problem: SpanProblem) -> Float[Array, ""
     """As `gradient_norm`, but to full relative precision. With a ridge of 1e-16 the
     gradient of the ridge is smaller than the rounding errors of the probabilities,
     whose differences `gradient_norm` takes."""
-    weight, bias = jax.lax.stop_gradient((head.weight, head.bias))
+    weight, bias = head.weight, head.bias
     logits = problem.images @ weight.T
     logits = logits if bias is None else logits + bias
     residuals = label_residual(logits, problem.labels)

@@ -14,15 +14,8 @@ from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
 from .._data._permutation import batch_at
 from .._typechecking import describe
-from ._inner_solver import (
-    AbstractInnerSolver,
-    all_finite,
-    Fitted,
-    inner_loss,
-    stop_gradient,
-)
-from ._unrolled_adjoint import AbstractUnrolledAdjoint, DirectAdjoint
-from ._window import AbstractWindow
+from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss, stop_gradient
+from ._unrolled_adjoint import AbstractUnrolledAdjoint, AbstractWindow, DirectAdjoint
 
 
 class UnrolledSolver(AbstractInnerSolver[None]):
@@ -158,9 +151,10 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         carry = self.adjoint.loop(step, carry, args, first, length)
         params, _, norm = carry
         params = _check_differentiable(params, self)
+        is_finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
         return Fitted(
             model=eqx.combine(params, static),
-            converged=all_finite(params),
+            converged=jnp.array(is_finite).all(),
             gradient_norm=jax.lax.stop_gradient(norm),
             stats={"steps": first + length},
         ), state
@@ -225,7 +219,6 @@ def has_dropout(model: PyTree) -> bool:
 def _check_differentiable(params: PyTree, solver: UnrolledSolver) -> PyTree:
     """Returns the parameters unchanged. Raises a `ValueError` if they are
     differentiated and the optimiser has no derivative at a zero gradient."""
-    del solver
     return params
 
 

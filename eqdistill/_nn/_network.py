@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._checks import check_at_least
 from .._classifier import Frozen, last_layer
 from .._typechecking import describe
-from ._fast import Conv2d
+from ._convolve import Conv2d
 
 
 class Network(eqx.Module):
@@ -81,10 +81,6 @@ def initialise(network: PyTree, initialiser: Callable, *, key: PRNGKeyArray) -> 
         `eqdistill.nn.lecun`.
     - `key`: a `jax.random.key`. (Keyword only argument.)
 
-    **Returns:**
-
-    The new network.
-
     **Raises:**
 
     A `TypeError` if the network has a floating-point array in any other kind of layer,
@@ -102,27 +98,21 @@ def initialise(network: PyTree, initialiser: Callable, *, key: PRNGKeyArray) -> 
     for i, (node, key) in enumerate(zip(nodes, keys, strict=True)):
         if isinstance(node, _WEIGHT_LAYERS):
             weight = initialiser(key, node.weight.shape, node.weight.dtype)
-            nodes[i] = eqx.tree_at(lambda x: x.weight, node, weight)
-            if node.bias is not None:
-                zeros = jnp.zeros_like(node.bias)
-                nodes[i] = eqx.tree_at(lambda x: x.bias, nodes[i], zeros)
+            zeros = jax.tree.map(jnp.zeros_like, node)
+            nodes[i] = eqx.tree_at(lambda x: x.weight, zeros, weight)
     return jax.tree.unflatten(structure, nodes)
 
 
 def zero_head(
     network: PyTree, where: Callable[[PyTree], eqx.nn.Linear] | None = None
 ) -> PyTree:
-    """Sets the last layer to zero. A few training images cannot undo the effect of a
-    random last layer.
+    """Sets the last layer, and so all outputs, to zero. A few training images cannot
+    undo the effect of a random last layer.
 
     **Arguments:**
 
     - `network`: an `equinox.Module` whose last operation is an `equinox.nn.Linear`.
     - `where`: selects that layer, as for [`eqdistill.linear.last_layer`][].
-
-    **Returns:**
-
-    The new network, whose outputs are all zero.
 
     Source: equivalent to centring, i.e. subtracting the initial function, as in Loo et
     al., *Efficient dataset distillation using random feature approximation*, 2022.
@@ -136,26 +126,19 @@ def zero_head(
 
 def _check_layers(network: PyTree) -> None:
     """Refuses a network with weights that `initialise` would leave unchanged."""
-
     is_known = lambda x: isinstance(x, (*_WEIGHT_LAYERS, *_NORM_LAYERS, Frozen))
-    owns_arrays = lambda x: (
-        isinstance(x, eqx.Module) and any(map(eqx.is_inexact_array, vars(x).values()))
-    )
-    is_node = lambda x: is_known(x) or owns_arrays(x)
-    for path, node in jax.tree.flatten_with_path(network, is_leaf=is_node)[0]:
-        name = "array" if eqx.is_array(node) else type(node).__name__
-        if path:
-            name += f" at `{jax.tree_util.keystr(path, simple=True, separator='.')}`"
-        if not is_known(node) and (owns_arrays(node) or eqx.is_inexact_array(node)):
+    for path, node in jax.tree.leaves_with_path(network, is_leaf=is_known):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if eqx.is_inexact_array(node):
             raise TypeError(
                 "`network` must have floating-point arrays only in linear, convolution "
-                f"and normalisation layers, which `initialise` can redraw; got {name}. "
-                "Draw its weights yourself, or hold it in a `Frozen`."
+                "and normalisation layers, which `initialise` can redraw; got "
+                f"`{name}`. Draw its weights yourself, or hold it in a `Frozen`."
             )
         if isinstance(node, _WEIGHT_LAYERS):
             kernel = () if isinstance(node, eqx.nn.Linear) else node.kernel_size
             if node.weight.ndim != 2 + len(kernel):
                 raise TypeError(
                     "`network` must not have layers with stacked weights; got "
-                    f"{name} with a weight of shape {node.weight.shape}."
+                    f"`{name}.weight` of shape {node.weight.shape}."
                 )

@@ -12,7 +12,7 @@ import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
 from .._conversions import as_int, as_int_or_none, as_ints
-from ._fast import average_pool, Conv2d, max_pool
+from ._convolve import average_pool, Conv2d, max_pool
 from ._network import instance_norm, Network
 
 
@@ -59,10 +59,6 @@ def ConvNet(
     - `key`: a `jax.random.key` for the weights, which are drawn as in PyTorch. For
         another distribution, use [`eqdistill.nn.initialise`][].
 
-    **Returns:**
-
-    An [`eqdistill.nn.Network`][].
-
     **Raises:**
 
     A `ValueError` if `shape` is not the shape of an image, if `size` is smaller than
@@ -77,9 +73,7 @@ def ConvNet(
     for new_channels, key in zip(settings["widths"], keys, strict=True):
         before, after = (None, norm) if norm_last else (norm, None)
         layers += _conv_block(channels, new_channels, activation, norm=before, key=key)
-        layers.append(pool)
-        if after is not None:
-            layers.append(after(new_channels))
+        layers += [pool] if after is None else [pool, after(new_channels)]
         channels, height, width = new_channels, height // 2, width // 2
     if height * width == 0:
         raise ValueError(
@@ -220,12 +214,7 @@ def ResNet18(
     return _network("ResNet18", settings, layers)
 
 
-def _from_plan(
-    name: str,
-    plan: Sequence[tuple[int, int] | None],
-    settings: dict[str, Any],
-    key: PRNGKeyArray,
-) -> Network:
+def _from_plan(name: str, plan, settings: dict[str, Any], key) -> Network:
     """A network of convolutional blocks, given by their width and kernel size, and of
     poolings, given by `None`."""
     layers, (channels, size, _) = _pad_input(settings["shape"], 32)
@@ -291,9 +280,7 @@ class _Residual(eqx.Module):
         return self.activation(self.body(x) + self.shortcut(x))
 
 
-def _pad_input(
-    shape: tuple[int, ...], size: int | None
-) -> tuple[list[Callable], tuple[int, int, int]]:
+def _pad_input(shape, size) -> tuple[list[Callable], tuple[int, int, int]]:
     """The first layer of a network, and the shape of its output."""
     if len(shape) not in (2, 3):
         raise ValueError(
@@ -313,37 +300,15 @@ def _pad_input(
 
 
 def _conv_block(
-    channels: int,
-    new_channels: int,
-    activation: Activation | None,
-    *,
-    norm: Norm | None,
-    kernel_size: int = 3,
-    stride: int = 1,
-    use_bias: bool = True,
-    key: PRNGKeyArray,
+    channels, width, activation, *, norm, kernel_size=3, stride=1, use_bias=True, key
 ) -> list[Callable]:
     """A convolution, a normalisation and an activation."""
-    layers: list[Callable] = [
-        Conv2d(
-            channels,
-            new_channels,
-            kernel_size,
-            stride,
-            padding=kernel_size // 2,
-            use_bias=use_bias,
-            key=key,
-        )
-    ]
-    if norm is not None:
-        layers.append(norm(new_channels))
-    if activation is not None:
-        layers.append(eqx.nn.Lambda(activation))
-    return layers
+    sizes = (channels, width, kernel_size, stride, kernel_size // 2)
+    norms = [] if norm is None else [norm(width)]
+    activations = [] if activation is None else [eqx.nn.Lambda(activation)]
+    return [Conv2d(*sizes, use_bias=use_bias, key=key), *norms, *activations]
 
 
-def _linear_head(
-    in_features: int, settings: dict[str, Any], key: PRNGKeyArray
-) -> list[Callable]:
+def _linear_head(in_features: int, settings, key) -> list[Callable]:
     head = eqx.nn.Linear(in_features, settings["num_classes"], key=key)
     return [eqx.nn.Lambda(jnp.ravel), head]
