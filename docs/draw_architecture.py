@@ -112,9 +112,14 @@ def draw_boxes(axis: Axes, num_modules: dict[str, int]) -> None:
             words = "   ".join(PUBLIC_MODULES)
         text = textwrap.fill(words, 24 if size[0] < 4 else 80)
         centre, middle = (left + right) / 2, (bottom + top) / 2
-        up, down = {"ha": "center", "va": "bottom"}, {"ha": "center", "va": "top"}
-        axis.text(centre, middle + 0.06, title, fontsize=10, **up)
-        axis.text(centre, middle - 0.1, text, fontsize=9, color="0.3", **down)
+        axis.text(centre, middle + 0.06, title, ha="center", va="bottom", fontsize=10)
+        axis.text(
+            *(centre, middle - 0.1, text),
+            ha="center",
+            va="top",
+            fontsize=9,
+            color="0.3",
+        )
 
 
 def draw_arrows(axis: Axes, arrows: set[tuple[str, str]]) -> None:

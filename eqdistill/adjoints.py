@@ -1,7 +1,9 @@
 """Ways to differentiate fits: for unrolled runs and for implicit differentiation."""
 
-from ._inner._damped_cg import DampedCG as DampedCG
-from ._inner._neumann_series import NeumannSeries as NeumannSeries
+from ._inner._hessian_solvers import (
+    DampedCG as DampedCG,
+    NeumannSeries as NeumannSeries,
+)
 from ._inner._reversible_solver import ReversibleSolver as ReversibleSolver
 from ._inner._unrolled_adjoint import (
     AbstractUnrolledAdjoint as AbstractUnrolledAdjoint,

@@ -5,9 +5,9 @@ from ._classifier import (
     HasPenalised as HasPenalised,
     parameters as parameters,
 )
-from ._nn._conv2d import Conv2d as Conv2d
 from ._nn._fast import (
     average_pool as average_pool,
+    Conv2d as Conv2d,
     fast_convolutions as fast_convolutions,
     max_pool as max_pool,
 )

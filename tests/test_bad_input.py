@@ -53,8 +53,8 @@ def test_distilled_set_under_jit():
         (IMAGES.astype(np.int32), LABELS, 3, "`images` must be uint8 or.*int32"),
         (IMAGES[:0], LABELS[:0], 3, r"`images`.*with shape \(0, 3, 3\)"),
         (IMAGES, LABELS.astype(float), 3, "`labels` must be integer.*float64"),
-        (IMAGES, LABELS, 2, r"`labels` must be in \[0, 2\).*from 0 to 2"),
-        (IMAGES, LABELS - 1, 3, r"`labels` must be in \[0, 3\).*from -1 to 1"),
+        (IMAGES, LABELS, 2, r"`labels` must be in \[0, 2\).*got 0 to 2"),
+        (IMAGES, LABELS - 1, 3, r"`labels` must be in \[0, 3\).*got -1 to 1"),
         (IMAGES + np.nan, LABELS, 3, "`images` must be finite; 36 of 36"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The code of the README and of the documentation runs as it stands."""
+"""The code in the README and in the documentation runs as printed."""
 
 import json
 import re
@@ -13,7 +13,6 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
-    "docs/write-a-solver.md",
     pytest.param("docs/evaluation.md", marks=pytest.mark.slow),
     pytest.param("docs/elsewhere.md", marks=pytest.mark.slow),
     pytest.param("docs/networks.md", marks=pytest.mark.slow),
@@ -31,7 +30,7 @@ def test_code_runs(page, tmp_path, monkeypatch):
     exec(compile("\n".join(blocks), page, "exec"), {"__name__": page})
 
 
-def test_no_room_imports_from_below():
+def test_folders_import_only_from_folders_above():
     script = runpy.run_path(str(ROOT / "docs" / "draw_architecture.py"))
     modules, arrows = script["survey"]()
     script["check"](modules, arrows)
@@ -41,7 +40,7 @@ def test_no_room_imports_from_below():
 def test_gallery_is_up_to_date():
     script = runpy.run_path(str(ROOT / "docs" / "make_gallery.py"))
     pictures = script["read"]()
-    # It is written by `python docs/make_gallery.py`.
+    # `python docs/make_gallery.py` writes it.
     assert (ROOT / "docs" / "gallery.md").read_text() == script["page"](pictures)
     for picture in pictures:
         assert (ROOT / "examples" / picture.command.split()[0]).exists()
@@ -50,7 +49,7 @@ def test_gallery_is_up_to_date():
     assert shown >= {f"gallery/{file.name}" for file in gallery.iterdir()}
 
 
-def test_large_pictures_are_made_smaller(tmp_path):
+def test_large_pictures_are_shrunk(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "make_gallery.py"))
     noise = np.random.default_rng(0).integers(0, 256, (600, 1800, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png")
@@ -61,7 +60,7 @@ def test_large_pictures_are_made_smaller(tmp_path):
 
 
 def test_notebook_is_executed():
-    """As it stands, from its first cell to its last: `.ci/run` executes it afresh."""
+    """From its first cell to its last; `.ci/run` executes it again."""
     notebook = json.loads(
         (ROOT / "docs" / "dataset_distillation.ipynb").read_text("utf-8")
     )

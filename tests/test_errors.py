@@ -155,7 +155,7 @@ case(eqd.linear.whitened, {"optimiser": ADAM, "train": DATA}, damping=0, scale=0
 case(eqd.adjoints.DampedCG, rtol=-1, accept=-1, max_residual=-1, max_steps=0)
 case(eqd.adjoints.NeumannSeries, {"terms": 2}, terms=0, step_size=0)
 case(eqd.adjoints.ReversibleSolver, {"learning_rate": 0.1, "steps": 2}, momentum=1,
-     learning_rate=[1.0, np.nan], steps=0, adjoint=eqd.adjoints.DirectAdjoint)
+     learning_rate=[1.0, np.nan], steps=0)
 case(eqd.adjoints.RecursiveCheckpointAdjoint, checkpoints=0)
 case(eqd.adjoints.WarmLBFGS, rtol=-1, atol=-1, warm_up=-1, learning_rate=0)
 case(eqd.adjoints.GradientWindow, {"size": 2}, size=0, power=np.nan)
@@ -343,7 +343,7 @@ def test_unknown_keywords():
     match = "`distill` has no argument `optimizer`; did you mean `optimiser`"
     with pytest.raises(TypeError, match=match):
         eqd.distill(HARD, MODEL, DATA, optimizer=ADAM)
-    with pytest.raises(TypeError, match="`Batches` has no .* you mean `size`"):
+    with pytest.raises(TypeError, match=r"`Batches` has no .* you mean `size`"):
         eqd.Batches(DATA, batch_size=2)
 
 

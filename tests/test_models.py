@@ -182,11 +182,15 @@ def batch_norm(*, key):
     return eqx.nn.make_with_state(sequential)(key=key, between=[layer])[0]
 
 
+def no_last_layer(*, key):
+    return eqx.nn.Sequential([eqx.nn.Lambda(jnp.ravel), eqx.nn.LayerNorm(64)])
+
+
 def test_what_cannot_work_is_refused_by_name(train, start):
     with pytest.raises(TypeError, match="running statistics of batch normalisation"):
         eqd.distill(start, pool(batch_norm), train)
     with pytest.raises(TypeError, match=r"`network` must end with an .*Linear"):
-        eqd.distill(start, pool(lambda *, key: eqx.nn.Identity()), train)
+        eqd.distill(start, pool(no_last_layer), train)
     with pytest.raises(TypeError, match=r"`where` must select an .*Linear"):
         eqd.distill(start, pool(TwoHeads, where=lambda network: network.legs), train)
     five = functools.partial(eqd.nn.ConvNet, (8, 8), 5, widths=(4,))
@@ -194,7 +198,7 @@ def test_what_cannot_work_is_refused_by_name(train, start):
         eqd.distill(start, pool(ConvNet, five), train)
     with pytest.raises(TypeError, match="`makes` must be a function of `key` alone"):
         eqd.Pool(ConvNet(key=KEY))
-    with pytest.raises(TypeError, match="which also needs `shape`, `num_classes`"):
+    with pytest.raises(TypeError, match="missing a required argument: 'shape'"):
         eqd.Pool(eqd.nn.ConvNet)
 
 
@@ -217,7 +221,7 @@ def test_a_fresh_model_in_each_step(digits):
     assert abs(losses[0] - losses[1]) > 1e-3
     state = eqd.Fresh(sequential).init(start, key=KEY)
     drawn = eqd.Fresh(sequential).draw(state, key=jr.key(4))
-    assert_same_bits(drawn, sequential(key=jr.key(4)))
+    assert eqx.tree_equal(drawn, sequential(key=jr.key(4)))
     args = {"optimiser": ADAM, "steps": 2, "key": KEY}
     result = eqd.distill(start, objective, train, **args)
     np.testing.assert_allclose(result.history.loss[0], losses[0], rtol=1e-4)
@@ -262,7 +266,9 @@ def test_real_images_need_no_backward_pass(train, start):
         state = eqx.filter_eval_shape(problem.init, key=KEY)
         data = eqd.Batches(subset(train, n), n)
         step = jax.jit(lambda state: problem.step(state, data)).lower(state)
-        return step.compile().cost_analysis()["flops"]
+        costs = step.compile().cost_analysis()
+        assert costs is not None
+        return costs["flops"]
 
     # A forward pass of the convolution, and less than a backward pass for the rest.
     per_image = (count(200) - count(100)) / 100

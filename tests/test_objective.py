@@ -169,11 +169,12 @@ def test_in_turn_refuses_a_bad_order():
             eqd.InTurn(Count(), Count(), order=order)
 
 
-class Scripted(Count):
-    """Breaks one promise of an objective."""
+class Scripted(eqd.AbstractObjective):
+    """Returns any state."""
 
-    first: object = None
+    first: object
     second: object = None
+    failures: tuple[str, ...] = ()
 
     def init(self, distilled, *, key):
         return self.first

@@ -81,8 +81,8 @@ class Dataset(eqx.Module):
             )
         if labels_.min() < 0 or labels_.max() >= num_classes:
             raise ValueError(
-                f"`labels` must be in [0, {num_classes}), as set by `num_classes`; got "
-                f"values from {labels_.min()} to {labels_.max()}."
+                f"`labels` must be in [0, {num_classes}), by `num_classes` or "
+                f"`class_names`; got {labels_.min()} to {labels_.max()}."
             )
         if not is_bytes:
             with np.errstate(over="ignore"):

@@ -9,7 +9,7 @@ from .._checks import check_at_least
 from .._classifier import Frozen, parameters, squared_norm
 from .._conversions import as_float, as_int
 from .._data._distilled_set import DistilledSet
-from ._damped_cg import DampedCG
+from ._hessian_solvers import DampedCG
 from ._inner_solver import AbstractInnerSolver, Fitted, gradient_norm, inner_loss
 from ._warm_lbfgs import WarmLBFGS
 
@@ -64,13 +64,7 @@ class ArgminSolver(AbstractInnerSolver[None]):
         check_at_least(0, tolerance=self.tolerance)
 
     def init(self, distilled, model, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][].
-
-        **Raises:**
-
-        A `ValueError` if the model has normalisation.
-        """
-        del distilled, key
+        """**Raises:** a `ValueError` if the model has normalisation."""
         is_norm = lambda x: isinstance(x, _NORMALISATIONS | Frozen)
         for path, node in jax.tree.leaves_with_path(model, is_leaf=is_norm):
             if isinstance(node, _NORMALISATIONS):
@@ -82,18 +76,14 @@ class ArgminSolver(AbstractInnerSolver[None]):
                     "`linear.last_layer(model)`; or train it for a number of steps, by "
                     "`UnrolledSolver`."
                 )
-        return None
 
     def __call__(self, distilled: DistilledSet, model, state, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][]."""
-        del key
         model = eqx.nn.inference_mode(model)
         params, static = eqx.partition(model, parameters(model))
         l2 = jax.lax.stop_gradient(distilled.l2)
+        loss = lambda w, distilled: inner_loss(distilled, eqx.combine(w, static))
         solution = optx.minimise(
-            lambda params, distilled: inner_loss(
-                distilled, eqx.combine(params, static)
-            ),
+            loss,
             self.solver,
             params,
             args=distilled,

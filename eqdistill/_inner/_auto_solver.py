@@ -31,12 +31,10 @@ class AutoSolver(AbstractInnerSolver[PyTree]):
 
 
 def _choose(distilled: DistilledSet, model: PyTree) -> AbstractInnerSolver:
-    if not isinstance(model, LinearClassifier):
+    loss = distilled.loss
+    if not isinstance(model, LinearClassifier) or not isinstance(
+        loss, CrossEntropy | SquaredError
+    ):
         return ArgminSolver()
-    if isinstance(distilled.loss, CrossEntropy):
-        solver = SpanSolver()
-    elif isinstance(distilled.loss, SquaredError):
-        solver = RidgeSolver()
-    else:
-        return ArgminSolver()
+    solver = SpanSolver() if isinstance(loss, CrossEntropy) else RidgeSolver()
     return solver if takes_pixels(model) else RelativeRidge(solver)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -25,22 +27,15 @@ class FeatureRegression(AbstractInnerSolver[State]):
     training: AbstractInnerSolver[State]
 
     def init(self, distilled: DistilledSet, model: PyTree, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][]."""
         return self.training.init(distilled, model, key=key)
 
     def __call__(self, distilled: DistilledSet, model: PyTree, state, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][].
-
-        **Raises:**
-
-        A `TypeError` if the model has no last linear layer
-        ([`eqdistill.linear.last_layer`][]).
-        """
+        """**Raises:** a `TypeError` if the model has no last linear layer
+        ([`eqdistill.linear.last_layer`][])."""
         no_ridge = jnp.full_like(distilled.log_l2, -jnp.inf)
         free = eqx.tree_at(lambda d: d.log_l2, distilled, no_ridge)
         trained, state = self.training(free, model, state, key=key)
         last = last_layer(trained.model)
         last = with_head(last, last.head.weight, None)
         fitted, _ = RelativeRidge()(distilled, last, None, key=key)
-        converged = trained.converged & fitted.converged
-        return eqx.tree_at(lambda f: f.converged, fitted, converged), state
+        return replace(fitted, converged=trained.converged & fitted.converged), state

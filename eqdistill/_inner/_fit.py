@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._checks import array_difference, check_model, count_outputs
 from .._data._distilled_set import DistilledSet
+from .._typechecking import describe
 from ._auto_solver import AutoSolver
 from ._inner_solver import AbstractInnerSolver, Fitted
 
@@ -53,8 +56,7 @@ def fit(
     - A `TypeError` or `ValueError` if the model cannot be applied to the distilled
         images, holds state, or does not return a vector; or if the labels are not of
         its classes.
-    - A `TypeError` if the inner solver does not return what
-        [`eqdistill.AbstractInnerSolver`][] promises.
+    - A `TypeError` if the solver breaks [`eqdistill.AbstractInnerSolver`][]'s contract.
     - A `RuntimeError` if the fit fails and `throw` is true.
     """
     check_fit(distilled, model)
@@ -86,8 +88,7 @@ def _throw(fitted: Fitted, is_bad: Bool[Array, ""], message: str) -> Fitted:
 def _fit(distilled, model, inner, key) -> Fitted:
     init_key, solver_key = jr.split(key)
     state = inner.init(distilled, model, key=init_key)
-    fitted, _ = solve(distilled, model, inner, state, solver_key)
-    return fitted
+    return solve(distilled, model, inner, state, solver_key)[0]
 
 
 def solve(
@@ -97,25 +98,17 @@ def solve(
     state: PyTree,
     key: PRNGKeyArray,
 ) -> tuple[Fitted, PyTree]:
-    """Calls an inner solver, and checks what it returns.
-
-    **Raises:**
-
-    A `TypeError` if that is not what [`eqdistill.AbstractInnerSolver`][] promises.
-    """
+    """Calls an inner solver, and checks that it returns what
+    [`eqdistill.AbstractInnerSolver`][] promises."""
     name = type(inner).__name__
     found = inner(distilled, model, state, key=key)
-    if not (isinstance(found, tuple) and len(found) == 2):
+    is_pair = isinstance(found, tuple) and len(found) == 2
+    if not is_pair or not isinstance(found[0], Fitted):
         raise TypeError(
-            f"`inner` must return a pair of a `Fitted` and a state; `{name}` returned "
-            f"a {type(found).__name__}."
+            "`inner` must return a pair of a `Fitted` and a state; "
+            f"`{name}` returned {describe(found)}."
         )
     fitted, new_state = found
-    if not isinstance(fitted, Fitted):
-        raise TypeError(
-            f"`inner` must return a `Fitted` first; `{name}` returned a "
-            f"{type(fitted).__name__}."
-        )
     difference = array_difference(state, new_state)
     if difference is not None:
         raise TypeError(
@@ -125,23 +118,13 @@ def solve(
         )
     count_outputs(f"{name}(...)[0].model", fitted.model, image_struct(distilled))
     # A norm that overflows or is NaN does not indicate a solution.
-    is_finite = jnp.isfinite(fitted.gradient_norm)
-    fitted = eqx.tree_at(lambda f: f.converged, fitted, fitted.converged & is_finite)
-    return fitted, new_state
+    converged = fitted.converged & jnp.isfinite(fitted.gradient_norm)
+    return replace(fitted, converged=converged), new_state
 
 
 def check_fit(distilled: DistilledSet, model: PyTree) -> int:
-    """Checks that a model can be fitted to a distilled set. Traced labels are not
-    checked.
-
-    **Returns:**
-
-    The number of outputs of the model.
-
-    **Raises:**
-
-    A `TypeError` or `ValueError` that names the argument at fault.
-    """
+    """Checks that a model can be fitted to a distilled set, and returns the number of
+    its outputs. Traced labels are not checked."""
     num_outputs = check_model(model, image_struct(distilled))
     labels = distilled.labels
     if labels.ndim == 2:

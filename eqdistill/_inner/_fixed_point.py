@@ -7,8 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 
 # Bits before the binary point, including one for the sign and one in reserve.
@@ -27,96 +26,73 @@ class FixedPoint(eqx.Module):
     - `fits`: whether all numbers have stayed in range so far.
     """
 
-    params: PyTree[Int[Array, "..."]]
-    velocity: PyTree[Int[Array, "..."]]
-    dropped: PyTree[UInt[Array, "..."]]
+    params: Int[Array, " p"]
+    velocity: Int[Array, " p"]
+    dropped: UInt[Array, " p"]
     fits: Bool[Array, ""]
 
 
-def bits_of(params: PyTree) -> int:
+def bits_of(params: Array) -> int:
     """The number of bits of a parameter."""
-    return 8 * jax.tree.leaves(params)[0].dtype.itemsize
+    return 8 * params.dtype.itemsize
 
 
-def to_fixed_point(params: PyTree) -> FixedPoint:
+def to_fixed_point(params: Float[Array, " p"]) -> FixedPoint:
     """The state before the first step."""
     bits = bits_of(params)
-    integer = jnp.int32 if bits == 32 else jnp.int64
-    unsigned = jnp.uint32 if bits == 32 else jnp.uint64
-    scale = 2.0 ** (bits - _PARAMETER_BITS)
     params = jax.lax.stop_gradient(params)
-    fixed = jax.tree.map(lambda x: jnp.round(x * scale).astype(integer), params)
-    state = FixedPoint(
-        fixed,
-        optax.tree.zeros_like(fixed),
-        jax.tree.map(lambda x: jnp.zeros(x.shape, unsigned), fixed),
-        jnp.array(True),
-    )
-    limit = 2.0 ** (_PARAMETER_BITS - 2)
-    small = [(abs(x) < limit).all() for x in jax.tree.leaves(params)]
-    return eqx.tree_at(lambda x: x.fits, state, jnp.array(small).all())
+    fixed = jnp.round(params * 2.0 ** (bits - _PARAMETER_BITS)).astype(f"int{bits}")
+    fits = (abs(params) < 2.0 ** (_PARAMETER_BITS - 2)).all()
+    dropped = jnp.zeros_like(fixed, f"uint{bits}")
+    return FixedPoint(fixed, jnp.zeros_like(fixed), dropped, fits)
 
 
-def to_floats(exact: FixedPoint, like: PyTree) -> tuple[PyTree, PyTree]:
+def to_floats(
+    exact: FixedPoint, like: Float[Array, " p"]
+) -> tuple[Float[Array, " p"], Float[Array, " p"]]:
     """The parameters and the velocities."""
     bits = bits_of(like)
-    of = lambda tree, point: jax.tree.map(
-        lambda x, y: x.astype(y.dtype) * 2.0 ** (point - bits), tree, like
-    )
-    return of(exact.params, _PARAMETER_BITS), of(exact.velocity, _VELOCITY_BITS)
+    to_float = lambda x, point: x.astype(like.dtype) * 2.0 ** (point - bits)
+    params = to_float(exact.params, _PARAMETER_BITS)
+    return params, to_float(exact.velocity, _VELOCITY_BITS)
 
 
 def advance(
     exact: FixedPoint,
-    gradient: PyTree,
+    gradient: Float[Array, " p"],
     rate: Float[Array, ""],
     momentum: fractions.Fraction,
 ) -> FixedPoint:
     """The state after a step."""
     n, d = momentum.numerator, momentum.denominator
-
-    def multiply(v, i):
-        # No integer overflows: the size of `i` is bounded by `blocks`.
-        i = i * d + (v % d).astype(i.dtype)
-        v = v // d * n + (i % n).astype(v.dtype)
-        return v, i // n
-
-    multiplied = jax.tree.map(multiply, exact.velocity, exact.dropped)
-    velocity, dropped = _unzip(multiplied, exact.velocity)
-    pushes = jax.tree.map(lambda g, v: _push(rate, g, v), gradient, velocity)
-    velocity = optax.tree.sub(velocity, pushes)
-    params = jax.tree.map(
-        lambda w, v: w + _to_parameter_scale(v), exact.params, velocity
-    )
-    state = FixedPoint(params, velocity, dropped, exact.fits)
-    fits = exact.fits & _is_in_range(state) & jnp.isfinite(optax.tree.norm(gradient))
-    return eqx.tree_at(lambda x: x.fits, state, fits)
+    v, i = exact.velocity, exact.dropped
+    # No integer overflows: the size of `i` is bounded by `blocks`.
+    i = i * d + (v % d).astype(i.dtype)
+    v = v // d * n + (i % n).astype(v.dtype)
+    v = v - _push(rate, gradient, v)
+    w = exact.params + _to_parameter_scale(v)
+    # Well within the ranges, so that no number overflowed in this step.
+    limit = 2 ** (bits_of(w) - 2)
+    in_range = jnp.array([((x < limit) & (x > -limit)).all() for x in (w, v)]).all()
+    fits = exact.fits & in_range & jnp.isfinite(jnp.linalg.norm(gradient))
+    return FixedPoint(w, v, i // n, fits)
 
 
 def retreat(
     exact: FixedPoint,
-    gradient_of: Callable[[PyTree], PyTree],
+    gradient_of: Callable[[Int[Array, " p"]], Float[Array, " p"]],
     rate: Float[Array, ""],
     momentum: fractions.Fraction,
 ) -> FixedPoint:
     """The state before a step. `gradient_of` returns the gradient at parameters in
     fixed point."""
     n, d = momentum.numerator, momentum.denominator
-    params = jax.tree.map(
-        lambda w, v: w - _to_parameter_scale(v), exact.params, exact.velocity
-    )
-    gradient = gradient_of(params)
-    pushes = jax.tree.map(lambda g, v: _push(rate, g, v), gradient, exact.velocity)
-    velocity = optax.tree.add(exact.velocity, pushes)
-
-    def divide(v, i):
-        i = i * n + (v % n).astype(i.dtype)
-        v = v // n * d + (i % d).astype(v.dtype)
-        return v, i // d
-
-    divided = jax.tree.map(divide, velocity, exact.dropped)
-    velocity, dropped = _unzip(divided, velocity)
-    return FixedPoint(params, velocity, dropped, exact.fits)
+    v, i = exact.velocity, exact.dropped
+    w = exact.params - _to_parameter_scale(v)
+    v = v + _push(rate, gradient_of(w), v)
+    i = i * n + (v % n).astype(i.dtype)
+    v = v // n * d + (i % d).astype(v.dtype)
+    return FixedPoint(w, v, i // d, exact.fits)
 
 
 def blocks(
@@ -146,18 +122,3 @@ def _push(rate, gradient, like):
 def _to_parameter_scale(velocity):
     """A velocity in the fixed point of parameters."""
     return velocity >> (_PARAMETER_BITS - _VELOCITY_BITS)
-
-
-def _is_in_range(exact: FixedPoint) -> Bool[Array, ""]:
-    """Whether all numbers are well within their ranges, so that none overflowed in the
-    last step."""
-    bits = bits_of(exact.params)
-    limit = 2 ** (bits - 2)
-    leaves = jax.tree.leaves((exact.params, exact.velocity))
-    return jnp.array([((x < limit) & (x > -limit)).all() for x in leaves]).all()
-
-
-def _unzip(pairs: PyTree, like: PyTree) -> tuple[PyTree, PyTree]:
-    return jax.tree.transpose(
-        jax.tree.structure(like), jax.tree.structure((0, 0)), pairs
-    )

@@ -63,6 +63,10 @@ def gradient_norm(distilled: DistilledSet, model: PyTree) -> Float[Array, ""]:
     return optax.tree.norm(jax.grad(loss)(params))
 
 
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    return jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
 def stop_gradient(tree: PyTree) -> PyTree:
     """A tree, of arrays and other leaves, that is not differentiated."""
     return jax.tree.map(

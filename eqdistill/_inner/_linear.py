@@ -10,12 +10,7 @@ from .._typechecking import describe
 def check_linear(
     solver: str, distilled: DistilledSet, model: PyTree, loss: type[AbstractLoss]
 ) -> LinearClassifier:
-    """Checks that the model and the loss are those that a convex solver can fit.
-
-    **Raises:**
-
-    A `TypeError` that names the solver.
-    """
+    """Checks that the model and the loss are those that a convex solver can fit."""
     if not isinstance(model, LinearClassifier):
         raise TypeError(
             f"`model` must be a `LinearClassifier` for `{solver}`; got "
@@ -27,17 +22,14 @@ def check_linear(
 
 
 def check_loss(solver: str, distilled: DistilledSet, loss: type[AbstractLoss]) -> None:
-    """**Raises:**
-
-    A `TypeError` if the solver cannot minimise the loss of the distilled set.
-    """
+    """Checks that the solver can minimise the loss of the distilled set."""
     if not isinstance(distilled.loss, loss):
         raise TypeError(
             f"`distilled.loss` must be `{loss.__name__}` for `{solver}`; got "
             f"`{type(distilled.loss).__name__}`."
         )
-    is_tempered = getattr(distilled.loss, "log_temperature", None) is not None
-    if isinstance(distilled.loss, CrossEntropy) and is_tempered:
+    inner = distilled.loss
+    if isinstance(inner, CrossEntropy) and inner.log_temperature is not None:
         raise ValueError(
             f"`distilled.loss` must have no temperature for `{solver}`. Give the outer "
             "loss one, `Bilevel(model, loss=CrossEntropy(0.2))`."
@@ -50,9 +42,5 @@ def with_head(
     bias: Float[Array, " c"] | None,
 ) -> LinearClassifier:
     """The model with its head replaced."""
-    return eqx.tree_at(
-        lambda m: (m.head.weight, m.head.bias),
-        model,
-        (weight, bias),
-        is_leaf=lambda x: x is None,
-    )
+    where = lambda m: (m.head.weight, m.head.bias)
+    return eqx.tree_at(where, model, (weight, bias), is_leaf=lambda x: x is None)

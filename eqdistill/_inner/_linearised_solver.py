@@ -66,17 +66,10 @@ class LinearisedSolver(AbstractInnerSolver[None]):
     """
 
     def init(self, distilled, model, *, key):
-        del distilled, model, key
         return None
 
     def __call__(self, distilled: DistilledSet, model, state, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][].
-
-        **Raises:**
-
-        A `TypeError` if the loss is not [`eqdistill.SquaredError`][].
-        """
-        del key
+        """**Raises:** a `TypeError` if the loss is not [`eqdistill.SquaredError`][]."""
         check_loss("LinearisedSolver", distilled, SquaredError)
         assert isinstance(distilled.loss, SquaredError)
         network = eqx.nn.inference_mode(model)

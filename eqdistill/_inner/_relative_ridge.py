@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -8,6 +9,7 @@ from jaxtyping import Array, Float, PyTree
 from .._classifier import LinearClassifier
 from .._data._distilled_set import DistilledSet
 from .._losses import AbstractLoss
+from .._typechecking import describe
 from ._inner_solver import AbstractInnerSolver
 from ._linear import check_linear, with_head
 from ._ridge_solver import RidgeSolver
@@ -27,42 +29,31 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
 
     Source: Zhou et al., *Dataset distillation using neural feature regression* (FRePo),
     2022, whose ridge is relative to the trace of the kernel.
+
+    **Attributes:**
+
+    - `inner`: the solver for the model with scaled features. Must return an
+        [`eqdistill.linear.LinearClassifier`][].
     """
 
-    inner: AbstractInnerSolver
-
-    def __init__(self, inner: AbstractInnerSolver = RidgeSolver()):
-        """**Arguments:**
-
-        - `inner`: the solver for the model with scaled features. Must return an
-            [`eqdistill.linear.LinearClassifier`][].
-        """
-        self.inner = inner
+    inner: AbstractInnerSolver = RidgeSolver()
 
     def init(self, distilled, model, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][]. Raises the same errors as a call."""
         scaled, _ = _scale(distilled, model)
         return self.inner.init(distilled, scaled, key=key)
 
     def __call__(self, distilled: DistilledSet, model, state, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][].
-
-        **Raises:**
-
-        A `TypeError` if the model is not an [`eqdistill.linear.LinearClassifier`][],
-        or if `inner` refuses it.
-        """
+        """**Raises:** a `TypeError` for another model, or if `inner` refuses it."""
         scaled, factor = _scale(distilled, model)
         fitted, state = self.inner(distilled, scaled, state, key=key)
         if not isinstance(fitted.model, LinearClassifier):
             raise TypeError(
                 "`inner` of `RelativeRidge` must return a `LinearClassifier`; "
-                f"`{type(self.inner).__name__}` returned a "
-                f"{type(fitted.model).__name__}."
+                f"`{type(self.inner).__name__}` returned {describe(fitted.model)}."
             )
         head = fitted.model.head
         unscaled = with_head(model, factor * head.weight, head.bias)
-        return eqx.tree_at(lambda f: f.model, fitted, unscaled), state
+        return replace(fitted, model=unscaled), state
 
 
 def _scale(

@@ -1,10 +1,13 @@
 import fractions
+import functools as ft
+from dataclasses import replace
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import check_at_least
 from .._classifier import parameters
@@ -14,12 +17,12 @@ from ._fixed_point import (
     advance,
     bits_of,
     blocks,
+    FixedPoint,
     retreat,
     to_fixed_point,
     to_floats,
 )
 from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss, stop_gradient
-from ._unrolled_adjoint import AbstractUnrolledAdjoint, with_zeros
 from ._unrolled_solver import log_positive
 
 
@@ -42,54 +45,30 @@ class ReversibleSolver(AbstractInnerSolver[None]):
     off.
 
     If the backward pass does not end exactly at the initial parameters, the
-    hypergradient is NaN.
-
-    !!! example
-
-        ```python
-        inner = eqd.adjoints.ReversibleSolver(0.1, momentum=0.98, steps=1000)
-        ```
+    hypergradient is NaN. The result reports the number of bits kept for each parameter
+    and step in `stats["kept_bits"]`.
 
     Source: Maclaurin, Duvenaud and Adams, *Gradient-based hyperparameter optimization
     through reversible learning*, 2015, Algorithms 2 and 3.
-
-    **Attributes:**
-
-    - `log_learning_rate`: the logarithm of the step size $\alpha$, or one logarithm for
-        each step.
-    - `momentum`: the momentum $\gamma$, as a fraction.
-    - `steps`: the number of steps $T$.
-    - `adjoint`: how the steps are differentiated, or `None` for exact reversal.
     """
 
     log_learning_rate: Float[Array, ""] | Float[Array, " steps"]
     momentum: fractions.Fraction = eqx.field(static=True)
     steps: int = eqx.field(static=True, converter=as_int)
-    adjoint: AbstractUnrolledAdjoint | None
 
     def __init__(
-        self,
-        learning_rate: ArrayOrList,
-        *,
-        momentum: float = 0.98,
-        steps: int,
-        adjoint: AbstractUnrolledAdjoint | None = None,
+        self, learning_rate: ArrayOrList, *, momentum: float = 0.98, steps: int
     ):
         r"""**Arguments:**
 
-        - `learning_rate`: the step size $\alpha > 0$, or one for each step.
+        - `learning_rate`: the step size $\alpha > 0$, or one for each step. Its
+            logarithm is stored.
 
         All other arguments are keyword only.
 
         - `momentum`: the momentum $\gamma$, from 0.01 to 0.99, rounded to a fraction
             with a denominator of at most 100.
-        - `steps`: the number of steps, at least 1.
-        - `adjoint`: an [`eqdistill.adjoints.AbstractUnrolledAdjoint`][] that
-            differentiates the same run instead. Defaults to exact reversal.
-
-        **Raises:**
-
-        A `ValueError` for an argument out of range or of the wrong shape.
+        - `steps`: the number of steps $T$, at least 1.
         """
         check_at_least(1, steps=steps)
         if not 0.01 <= momentum <= 0.99:
@@ -102,16 +81,10 @@ class ReversibleSolver(AbstractInnerSolver[None]):
             )
         self.momentum = fractions.Fraction(float(momentum)).limit_denominator(100)
         self.steps = steps
-        self.adjoint = adjoint
 
     def init(self, distilled, model, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][].
-
-        **Raises:**
-
-        A `TypeError` if the parameters are not all float32 or all float64.
-        """
-        del distilled, key
+        """**Raises:** a `TypeError` if the parameters are not all float32 or all
+        float64."""
         params = eqx.filter(model, parameters(model))
         dtypes = {x.dtype.name for x in jax.tree.leaves(params)}
         if len(dtypes) > 1 or not dtypes <= {"float32", "float64"}:
@@ -119,63 +92,25 @@ class ReversibleSolver(AbstractInnerSolver[None]):
                 "`model` must have parameters that are all float32 or all float64 for "
                 f"`ReversibleSolver`; got {sorted(dtypes)}."
             )
-        return None
 
     def __call__(self, distilled: DistilledSet, model, state, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][]."""
-        del key
         model = eqx.nn.inference_mode(model)
         params, static = eqx.partition(model, parameters(model))
-        args = (distilled, self.log_learning_rate, static)
-        # Everything that is differentiated is an argument of a step.
-        fixed = stop_gradient(self)
-        if self.adjoint is None:
-            params, fits, norm = _reversed_run((params, args), fixed)
-            bits = bits_of(params)
-            # Half a word after each block, and a whole word at the end.
-            num_blocks = blocks(self.steps, self.momentum, bits).shape[1]
-            kept_bits = (num_blocks * bits // 2 + bits) / self.steps
-        else:
-            floats = (params, optax.tree.zeros_like(params))
-            carry = (
-                to_fixed_point(params),
-                floats,
-                jnp.zeros_like(optax.tree.norm(params)),
-            )
-            exact, (params, _), norm = self.adjoint.loop(
-                fixed._step, carry, args, jnp.array(0), self.steps
-            )
-            fits, kept_bits = exact.fits, 0.0
-        finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
+        params, unravel = ravel_pytree(params)
+        args = (distilled, self.log_learning_rate, static, unravel)
+        # Everything that is differentiated is in the first argument.
+        solver = stop_gradient(self)
+        params, fits, norm = _reversed_run((params, args), solver)
+        bits = bits_of(params)
+        # Half a word after each block, and a whole word at the end.
+        num_blocks = blocks(self.steps, self.momentum, bits).shape[1]
+        kept_bits = (num_blocks * bits // 2 + bits) / self.steps
         return Fitted(
-            model=eqx.combine(params, static),
-            converged=fits & jnp.array(finite).all(),
+            model=eqx.combine(unravel(params), static),
+            converged=fits & jnp.isfinite(params).all(),
             gradient_norm=jax.lax.stop_gradient(norm),
-            stats={
-                "steps": jnp.array(self.steps),
-                "kept_bits": jnp.array(kept_bits),
-            },
+            stats={"steps": jnp.array(self.steps), "kept_bits": jnp.array(kept_bits)},
         ), state
-
-    def _rate(self, log_learning_rate, step):
-        rate = jnp.exp(log_learning_rate)
-        return rate[step] if rate.ndim else rate
-
-    def _step(self, carry, args, step):
-        """One step in fixed point, with the derivative of the step in floats."""
-        exact, (params, velocity), _ = carry
-        gradient = _gradient(params, args)
-        rate = self._rate(args[1], step)
-        moved = self._move(params, velocity, gradient, rate)
-        exact = advance(exact, *jax.lax.stop_gradient((gradient, rate)), self.momentum)
-        params = _with_derivative_of(to_floats(exact, params), moved)
-        return exact, params, _norm(gradient)
-
-    def _move(self, params, velocity, gradient, rate):
-        """The parameters and velocities after a step, in floats."""
-        gamma = float(self.momentum)
-        velocity = jax.tree.map(lambda v, g: gamma * v - rate * g, velocity, gradient)
-        return optax.tree.add(params, velocity), velocity
 
 
 def _forward_run(operands: PyTree, solver: ReversibleSolver):
@@ -185,36 +120,31 @@ def _forward_run(operands: PyTree, solver: ReversibleSolver):
 
     def one(step, carry):
         exact, _ = carry
-        gradient = _isolated_gradient(to_floats(exact, params)[0], args)
-        rate = solver._rate(args[1], step)
-        return advance(exact, gradient, rate, solver.momentum), _norm(gradient)
+        gradient = _isolated_gradient(exact, params, args)
+        exact = advance(exact, gradient, _rate(args, step), solver.momentum)
+        return exact, jnp.linalg.norm(gradient)
 
     def run_block(carry, block):
         first, last = block
         exact, norm = jax.lax.fori_loop(first, last, one, carry)
-        stored = jax.tree.map(lambda i: i.astype(f"uint{half}"), exact.dropped)
-        rest = jax.tree.map(lambda i: i >> half, exact.dropped)
-        return (eqx.tree_at(lambda x: x.dropped, exact, rest), norm), stored
+        stored = exact.dropped.astype(f"uint{half}")
+        return (replace(exact, dropped=exact.dropped >> half), norm), stored
 
-    carry = (to_fixed_point(params), jnp.zeros_like(optax.tree.norm(params)))
-    (exact, norm), stored = jax.lax.scan(
-        run_block, carry, tuple(blocks(solver.steps, solver.momentum, 2 * half))
-    )
-    return exact, norm, stored
+    carry = (to_fixed_point(params), jnp.zeros((), params.dtype))
+    in_blocks = tuple(blocks(solver.steps, solver.momentum, 2 * half))
+    (exact, norm), stored = jax.lax.scan(run_block, carry, in_blocks)
+    return (to_floats(exact, params)[0], exact.fits, norm), (exact, stored)
 
 
 @eqx.filter_custom_vjp
 def _reversed_run(operands: PyTree, solver: ReversibleSolver):
-    exact, norm, _ = _forward_run(operands, solver)
-    return to_floats(exact, operands[0])[0], exact.fits, norm
+    return _forward_run(operands, solver)[0]
 
 
 @_reversed_run.def_fwd
 def _(perturbed, operands, solver):
     del perturbed
-    exact, norm, stored = _forward_run(operands, solver)
-    out = (to_floats(exact, operands[0])[0], exact.fits, norm)
-    return out, (exact, stored)
+    return _forward_run(operands, solver)
 
 
 @_reversed_run.def_bwd
@@ -224,76 +154,58 @@ def _(residuals, cotangent, perturbed, operands, solver):
     half = bits_of(params) // 2
     diff_args, other_args = eqx.partition(args, eqx.is_inexact_array)
 
-    def float_step(params, velocity, diff_args, step):
-        args = eqx.combine(diff_args, other_args)
-        rate = solver._rate(args[1], step)
-        return solver._move(params, velocity, _gradient(params, args), rate)
-
     def one(i, carry, last):
         step = last - 1 - i
         exact, of_state, of_args = carry
+
+        def float_step(params, velocity, diff_args):
+            args = eqx.combine(diff_args, other_args)
+            push = _rate(args, step) * _gradient(params, args)
+            velocity = float(solver.momentum) * velocity - push
+            return params + velocity, velocity
+
         gradient_of = lambda w: _isolated_gradient(
-            to_floats(eqx.tree_at(lambda x: x.params, exact, w), params)[0], args
+            replace(exact, params=w), params, args
         )
-        exact = retreat(
-            exact, gradient_of, solver._rate(args[1], step), solver.momentum
-        )
-        at = (*to_floats(exact, params), diff_args)
-        _, pull_back = jax.vjp(lambda w, v, args: float_step(w, v, args, step), *at)
-        *of_state, of_args_here = pull_back(tuple(of_state))
+        exact = retreat(exact, gradient_of, _rate(args, step), solver.momentum)
+        _, pull_back = jax.vjp(float_step, *to_floats(exact, params), diff_args)
+        *of_state, of_args_here = pull_back(of_state)
         return exact, tuple(of_state), optax.tree.add(of_args, of_args_here)
 
     def run_block(carry, block_and_stored):
         (first, last), stored = block_and_stored
         exact, *rest = carry
-        dropped = jax.tree.map(
-            lambda i, low: (i << half) | low.astype(i.dtype), exact.dropped, stored
-        )
-        exact = eqx.tree_at(lambda x: x.dropped, exact, dropped)
-        carry = jax.lax.fori_loop(
-            0, last - first, lambda i, carry: one(i, carry, last), (exact, *rest)
-        )
-        return carry, None
+        dropped = (exact.dropped << half) | stored.astype(exact.dropped.dtype)
+        body = ft.partial(one, last=last)
+        carry = (replace(exact, dropped=dropped), *rest)
+        return jax.lax.fori_loop(0, last - first, body, carry), None
 
-    zeros = optax.tree.zeros_like(params)
-    of_params = with_zeros(cotangent[0], zeros)
+    zeros = jnp.zeros_like(params)
+    of_params = zeros if cotangent[0] is None else cotangent[0]
     carry = (exact, (of_params, zeros), optax.tree.zeros_like(diff_args))
     in_blocks = tuple(blocks(solver.steps, solver.momentum, 2 * half))
     carry, _ = jax.lax.scan(run_block, carry, (in_blocks, stored), reverse=True)
     exact, (of_params, _), of_args = carry
-    start = to_fixed_point(params)
-    is_back = eqx.tree_equal(
-        (exact.params, exact.velocity, exact.dropped),
-        (start.params, start.velocity, start.dropped),
-    )
+    start = replace(to_fixed_point(params), fits=exact.fits)
+    is_back = eqx.tree_equal(exact, start)
     return jax.tree.map(lambda x: jnp.where(is_back, x, jnp.nan), (of_params, of_args))
 
 
-def _gradient(params: PyTree, args: PyTree) -> PyTree:
-    distilled, _, static = args
-    loss = lambda params: inner_loss(distilled, eqx.combine(params, static))
+def _rate(args: PyTree, step: Int[Array, ""]) -> Float[Array, ""]:
+    rate = jnp.exp(args[1])
+    return rate[step] if rate.ndim else rate
+
+
+def _gradient(params: Float[Array, " p"], args: PyTree) -> Float[Array, " p"]:
+    distilled, _, static, unravel = args
+    loss = lambda params: inner_loss(distilled, eqx.combine(unravel(params), static))
     return jax.grad(loss)(params)
 
 
-def _isolated_gradient(params: PyTree, args: PyTree) -> PyTree:
+def _isolated_gradient(exact: FixedPoint, like: Array, args: PyTree) -> Array:
     """The gradient between optimisation barriers, so that it has the same bits in the
     forward and in the backward pass."""
+    params, _ = to_floats(exact, like)
     dynamic, static = eqx.partition((params, args), eqx.is_inexact_array)
     params, args = eqx.combine(jax.lax.optimization_barrier(dynamic), static)
     return jax.lax.optimization_barrier(_gradient(params, args))
-
-
-def _norm(gradient: PyTree) -> Float[Array, ""]:
-    return optax.tree.norm(jax.lax.stop_gradient(gradient))
-
-
-@jax.custom_jvp
-def _with_derivative_of(exact: PyTree, floats: PyTree) -> PyTree:
-    """The values of the first argument with the derivative of the second."""
-    del floats
-    return exact
-
-
-@_with_derivative_of.defjvp
-def _(primals, tangents):
-    return primals[0], tangents[1]

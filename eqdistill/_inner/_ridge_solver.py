@@ -30,25 +30,16 @@ class RidgeSolver(AbstractInnerSolver[None]):
     """
 
     def init(self, distilled, model, *, key):
-        del distilled, model, key
         return None
 
     def __call__(self, distilled: DistilledSet, model: PyTree, state, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][].
-
-        **Raises:**
-
-        A `TypeError` if the model is not an [`eqdistill.linear.LinearClassifier`][],
-        or if the loss is not [`eqdistill.SquaredError`][].
-        """
-        del key
+        """**Raises:** a `TypeError` for another model or loss."""
         model = check_linear("RidgeSolver", distilled, model, SquaredError)
         assert isinstance(distilled.loss, SquaredError)
         features = jax.vmap(model.features)(distilled.images)
         n, p = features.shape
-        targets = distilled.loss.targets(
-            distilled.labels, model.head.weight.shape[0]
-        ).astype(features.dtype)
+        targets = distilled.loss.targets(distilled.labels, len(model.head.weight))
+        targets = targets.astype(features.dtype)
         use_intercept = model.head.bias is not None
         means = jnp.mean(features, axis=0), jnp.mean(targets, axis=0)
         if use_intercept:
@@ -63,11 +54,7 @@ class RidgeSolver(AbstractInnerSolver[None]):
             weight = solution.T
         bias = means[1] - weight @ means[0] if use_intercept else None
         fitted = with_head(model, weight, bias)
-        return Fitted(
-            model=fitted,
-            converged=is_exact,
-            gradient_norm=gradient_norm(distilled, fitted),
-        ), state
+        return Fitted(fitted, is_exact, gradient_norm(distilled, fitted)), state
 
 
 def solve_cholesky(

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import jax.scipy.linalg
 import jax.scipy.sparse.linalg
 import optax
-import optimistix as optx
 from jaxtyping import Array, Float
 
 from .._checks import check_at_least
@@ -13,10 +12,9 @@ from .._conversions import as_float_or_none, as_int
 from .._data._distilled_set import DistilledSet
 from .._losses import CrossEntropy
 from .._softmax import label_residual
-from ._convex_newton import ConvexNewton
 from ._inner_solver import AbstractInnerSolver, Fitted
 from ._linear import check_linear, with_head
-from ._span import Coordinates, Solution, Span, SpanProblem
+from ._span import Solution, Span, SpanProblem
 
 
 class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
@@ -69,134 +67,101 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         check_at_least(1, max_steps=self.max_steps)
 
     def init(self, distilled, model, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][]. Raises the same errors as a call."""
-        del key
         return check_linear("SpanSolver", distilled, model, CrossEntropy).head
 
     def __call__(self, distilled: DistilledSet, model, state, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][].
+        """**Raises:**
 
-        **Raises:**
-
-        - A `TypeError` if the model is not an [`eqdistill.linear.LinearClassifier`][],
-            or if the loss is not [`eqdistill.CrossEntropy`][].
-        - A `NotImplementedError` if the fit is differentiated twice.
+        A `TypeError` for another model or loss, and a `NotImplementedError` if the fit
+        is differentiated twice.
         """
-        del key
         model = check_linear("SpanSolver", distilled, model, CrossEntropy)
         images = jax.vmap(model.features)(distilled.images)
-        dtype = images.dtype
-        n = len(images)
-        problem = SpanProblem(
-            images, distilled.labels, (n * distilled.l2).astype(dtype)
-        )
+        scale = (len(images) * distilled.l2).astype(images.dtype)
+        problem = SpanProblem(images, distilled.labels, scale)
         fixed = jax.lax.stop_gradient(problem)
-        span = Span.of(fixed.images, model.head.weight.shape[0])
-
-        tolerance = float(jnp.finfo(dtype).eps) ** 0.5
-        solution = optx.root_find(
-            lambda y, problem: span.gradient(y, span.logits(y), problem),
-            ConvexNewton(
-                rtol=tolerance if self.rtol is None else self.rtol,
-                atol=tolerance if self.atol is None else self.atol,
-                norm=lambda y: jnp.max(jnp.abs(span.logits(y))),
-                solve=lambda y, vector: _solve(
-                    span, span.curvature(y), fixed, vector, tolerance
-                ),
-            ),
+        num_classes = model.head.weight.shape[0]
+        span = Span(fixed.images, num_classes, model.head.bias is not None)
+        tolerance = float(jnp.finfo(images.dtype).eps) ** 0.5
+        y, is_solved, steps = _minimise(
+            span,
+            fixed,
             _start(state, span, fixed),
-            args=fixed,
+            rtol=tolerance if self.rtol is None else self.rtol,
+            atol=tolerance if self.atol is None else self.atol,
             max_steps=self.max_steps,
-            throw=False,
         )
-        found = Solution.of(solution.value, span, fixed)
+        found = Solution.of(y, span, fixed)
         # The logits already depend on the images and the ridge, so differentiate the
         # gradient directly only in the labels.
         by_labels = eqx.tree_at(lambda p: p.labels, fixed, problem.labels)
-        coordinates = _implicit(
-            solution.value,
-            span.gradient(solution.value, found.logits(problem), by_labels),
-            (span, fixed),
-        )
-        weight = found.weights(coordinates, problem).T
-        bias = coordinates.intercept
-        if bias is not None:
-            bias = bias @ span.contrasts
-        fitted = with_head(model, weight, bias)
-        return Fitted(
-            model=fitted,
-            converged=solution.result == optx.RESULTS.successful,
-            gradient_norm=_gradient_norm(fitted.head, fixed),
-            stats={"steps": solution.stats["num_steps"]},
-        ), jax.tree.map(
+        gradient = span.gradient(y, found.logits(problem), by_labels)
+        y = _implicit(y, gradient, (span, fixed))
+        bias = y[:, -1] @ span.contrasts if span.use_intercept else None
+        fitted = with_head(model, found.weights(y, problem).T, bias)
+        new_state = jax.tree.map(
             lambda x, old: jax.lax.stop_gradient(x).astype(old.dtype),
             fitted.head,
             state,
         )
+        norm = _gradient_norm(fitted.head, fixed)
+        return Fitted(fitted, is_solved, norm, stats={"steps": steps}), new_state
 
 
-def _start(head: eqx.nn.Linear, span: Span, problem: SpanProblem) -> Coordinates:
+def _start(head: eqx.nn.Linear, span: Span, problem: SpanProblem) -> Array:
     """The coordinates of `head` if they are close to a solution, otherwise zero.
 
     They are close if the gradient is less than a tenth of the gradient at zero, and the
     loss cancels at least half of the ridge's gradient along them. Where the softmax is
     saturated, Newton's method may not converge.
     """
-    y = jax.tree.map(
-        lambda x: jax.lax.stop_gradient(x).astype(span.features.dtype),
-        span.coordinates(head),
-    )
-    zero = optax.tree.zeros_like(y)
+    y = jax.lax.stop_gradient(span.coordinates(head)).astype(span.features.dtype)
+    zero = jnp.zeros_like(y)
     gradient, at_zero = (span.gradient(x, span.logits(x), problem) for x in (y, zero))
-    is_near = optax.tree.norm(gradient) < 0.1 * optax.tree.norm(at_zero)
+    is_near = jnp.linalg.norm(gradient) < 0.1 * jnp.linalg.norm(at_zero)
     ridge = problem.scale * jnp.sum(span.weights(y) ** 2)
-    is_pulled = optax.tree.vdot(gradient, y) <= 0.5 * ridge
-    return optax.tree.where(is_near & is_pulled, y, zero)
+    is_pulled = jnp.vdot(gradient, y) <= 0.5 * ridge
+    return jnp.where(is_near & is_pulled, y, zero)
 
 
-def _solve(
-    span: Span,
-    curvature: Float[Array, "n k k"],
-    problem: SpanProblem,
-    vector: Coordinates,
-    rtol: float,
-) -> Coordinates:
-    """Applies the inverse of the Hessian with this curvature to a vector."""
-    num_unknowns = sum(x.size for x in jax.tree.leaves(vector))
+def _minimise(span, problem, y, *, rtol, atol, max_steps):
+    """Newton's method for the root of the gradient. Returns the solution, whether it is
+    one, and the number of steps.
 
-    def solve_cholesky(vector):
-        use_intercept = vector.intercept is not None
-        hessian = span.hessian(curvature, problem, use_intercept)
-        factor = jax.scipy.linalg.cho_factor(hessian, lower=True)
-        solution = jax.scipy.linalg.cho_solve(factor, span.flatten(vector))
-        return span.unflatten(solution, use_intercept)
+    A step is halved until the slope of the loss along it is not much above zero. (The
+    slope starts negative and increases along the step.) The last step is small and is
+    taken whole. Values of the loss are not compared, because rounding affects them long
+    before it affects the gradient.
 
-    def solve_cg(vector):
-        # Scale the largest entry to one, so that no square underflows.
-        size = optax.tree.norm(vector, ord="inf")
-        size = jnp.where(size > 0, size, 1)
-        solution, _ = jax.scipy.sparse.linalg.cg(
-            lambda vector: span.hessian_product(curvature, problem, vector),
-            optax.tree.scale(1 / size, vector),
-            tol=rtol,
-            maxiter=1000,
-        )
-        return optax.tree.scale(size, solution)
+    Each iteration tries one fraction, so the compiled program contains the gradient
+    once.
+    """
+    norm = lambda y: jnp.max(jnp.abs(span.logits(y)))
+    tolerance = float(jnp.finfo(y.dtype).eps) ** 0.5
 
-    if num_unknowns <= _MOST_FOR_CHOLESKY:
-        return solve_cholesky(vector)
-    if span.basis is None:
-        return solve_cg(vector)
-    largest = jnp.max(jnp.sum(span.features**2, axis=0))
-    condition = largest * jnp.max(jnp.trace(curvature, axis1=1, axis2=2))
-    # One decision for all problems of a `vmap`, so that only one of the solves runs.
-    is_well_conditioned = condition / _LARGEST_CONDITION <= problem.scale
-    return jax.lax.cond(
-        eqxi.unvmap_all(is_well_conditioned),
-        solve_cg,
-        solve_cholesky,
-        vector,
-    )
+    def body(carry):
+        y, step, slope, fraction, _, count = carry
+        tried = y + fraction * step
+        gradient = span.gradient(tried, span.logits(tried), problem)
+        is_short = jnp.vdot(gradient, step) <= 0.5 * jnp.abs(slope)
+
+        def accept():
+            step = -_solve(span, span.curvature(tried), problem, gradient, tolerance)
+            is_last = norm(step) <= atol + rtol * norm(tried)
+            new_y = tried + jnp.where(is_last, 1, 0) * step
+            return new_y, step, jnp.vdot(gradient, step), one, is_last
+
+        def halve():
+            return y, step, slope, fraction / 2, jnp.array(False)
+
+        new = jax.lax.cond(is_short | (fraction <= 1e-6), accept, halve)
+        return *new, count + 1
+
+    one = jnp.ones((), y.dtype)
+    carry = (y, jnp.zeros_like(y), 0 * one, 0 * one, jnp.array(False), jnp.array(0))
+    keep_going = lambda c: ~c[4] & (c[5] < max_steps) & jnp.isfinite(c[2])
+    y, *_, is_solved, count = jax.lax.while_loop(keep_going, body, carry)
+    return y, is_solved, count
 
 
 # Larger systems are solved faster by conjugate gradients, and as accurately if the
@@ -205,8 +170,49 @@ _MOST_FOR_CHOLESKY = 100
 _LARGEST_CONDITION = 3e5
 
 
+def _solve(
+    span: Span,
+    curvature: Float[Array, "n k k"],
+    problem: SpanProblem,
+    vector: Float[Array, "k m"],
+    rtol: float,
+) -> Float[Array, "k m"]:
+    """Applies the inverse of the Hessian with this curvature to a vector."""
+
+    def solve_cholesky(vector):
+        hessian = span.hessian(curvature, problem)
+        factor = jax.scipy.linalg.cho_factor(hessian, lower=True)
+        solution = jax.scipy.linalg.cho_solve(factor, jnp.ravel(vector.T))
+        return solution.reshape(vector.T.shape).T
+
+    def solve_cg(vector):
+        # Scale the largest entry to one, so that no square underflows.
+        size = jnp.max(jnp.abs(vector))
+        size = jnp.where(size > 0, size, 1)
+        solution, _ = jax.scipy.sparse.linalg.cg(
+            lambda vector: span.hessian_product(curvature, problem, vector),
+            vector / size,
+            tol=rtol,
+            maxiter=1000,
+        )
+        return size * solution
+
+    if vector.size <= _MOST_FOR_CHOLESKY:
+        return solve_cholesky(vector)
+    if span.basis is None:
+        return solve_cg(vector)
+    features = span.features[:, : len(span.shift)]
+    largest = jnp.max(jnp.sum(features**2, axis=0))
+    condition = largest * jnp.max(jnp.trace(curvature, axis1=1, axis2=2))
+    # One decision for all problems of a `vmap`, so that only one of the solves runs.
+    is_well_conditioned = condition / _LARGEST_CONDITION <= problem.scale
+    return jax.lax.cond(
+        eqxi.unvmap_all(is_well_conditioned), solve_cg, solve_cholesky, vector
+    )
+
+
 @jax.custom_jvp
-def _only_once(y: Coordinates, gradient: Coordinates) -> Coordinates:
+def _only_once(y: Array, gradient: Array) -> Array:
     """Returns `y`. Its derivative raises: a second derivative would be wrong."""
     del gradient
     return y
@@ -214,7 +220,6 @@ def _only_once(y: Coordinates, gradient: Coordinates) -> Coordinates:
 
 @_only_once.defjvp
 def _(primals, tangents):
-    del primals, tangents
     raise NotImplementedError(
         "`SpanSolver` can be differentiated only once. Use `ArgminSolver`."
     )
@@ -236,16 +241,15 @@ def _implicit(y, gradient, fixed):
 @_implicit.def_jvp
 def _(primals, tangents):
     y, gradient, (span, problem) = primals
-    _, gradient_dot, _ = tangents
     curvature = span.curvature(_only_once(y, gradient))
-    rtol = float(jnp.finfo(span.features.dtype).eps) ** 0.75
+    rtol = float(jnp.finfo(y.dtype).eps) ** 0.75
     y_dot = jax.lax.custom_linear_solve(
         lambda vector: span.hessian_product(curvature, problem, vector),
-        gradient_dot,
+        tangents[1],
         lambda _, vector: _solve(span, curvature, problem, vector, rtol),
         symmetric=True,
     )
-    return y, optax.tree.scale(-1.0, y_dot)
+    return y, -y_dot
 
 
 def _gradient_norm(head: eqx.nn.Linear, problem: SpanProblem) -> Float[Array, ""]:

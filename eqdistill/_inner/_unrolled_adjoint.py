@@ -23,9 +23,7 @@ class AbstractUnrolledAdjoint(eqx.Module):
     def loop(
         self, step: Step, carry: Carry, args: PyTree, first: Int[Array, ""], length: int
     ) -> Carry:
-        """Runs some steps of a training run.
-
-        **Arguments:**
+        """**Arguments:**
 
         - `step`: one step, a pure function of the carry, `args` and the index of the
             step. It must not close over differentiated arrays.
@@ -49,8 +47,6 @@ class DirectAdjoint(AbstractUnrolledAdjoint):
     """
 
     def loop(self, step, carry, args, first, length):
-        """As [`eqdistill.adjoints.AbstractUnrolledAdjoint`][]."""
-
         @jax.checkpoint
         def body(carry, i):
             return step(carry, args, i), None
@@ -80,23 +76,10 @@ class RecursiveCheckpointAdjoint(AbstractUnrolledAdjoint):
         check_at_least(1, checkpoints=self.checkpoints)
 
     def loop(self, step, carry, args, first, length):
-        """As [`eqdistill.adjoints.AbstractUnrolledAdjoint`][]."""
-        body = lambda carry, i: (step(carry, args, i), None)
-        carry, _ = eqxi.scan(
-            body,
+        return eqxi.scan(
+            lambda carry, i: (step(carry, args, i), None),
             carry,
             first + jnp.arange(length),
             kind="checkpointed",
             checkpoints=self.checkpoints,
-        )
-        return carry
-
-
-def with_zeros(cotangent: PyTree, zeros: PyTree) -> PyTree:
-    """A cotangent with its missing leaves replaced by zeros."""
-    return jax.tree.map(
-        lambda zero, x: zero if x is None else x,
-        zeros,
-        cotangent,
-        is_leaf=lambda x: x is None,
-    )
+        )[0]

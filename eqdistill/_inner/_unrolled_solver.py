@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_at_least, error_if
 from .._classifier import parameters
@@ -14,7 +14,13 @@ from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
 from .._data._permutation import batch_at
 from .._typechecking import describe
-from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss, stop_gradient
+from ._inner_solver import (
+    AbstractInnerSolver,
+    all_finite,
+    Fitted,
+    inner_loss,
+    stop_gradient,
+)
 from ._unrolled_adjoint import AbstractUnrolledAdjoint, DirectAdjoint
 from ._window import AbstractWindow
 
@@ -42,28 +48,6 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         inner = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.1}, steps=100)
         ```
 
-        Learn one step size for each step, and use the images in order:
-
-        ```python
-        def make(learning_rate):
-            return optax.sgd(lambda step: learning_rate[step])
-
-
-        inner = eqd.UnrolledSolver(
-            make,
-            {"learning_rate": jnp.full(30, 0.02)},
-            steps=30,
-            batch_size=10,
-            shuffle=False,
-        )
-        result = eqd.distill(
-            start,
-            eqd.Bilevel(model, inner),
-            train,
-            learn_objective=lambda o: o.inner.log_hyperparameters,
-        )
-        ```
-
     !!! warning
 
         Adam divides by the square root of its second moment, which has no derivative at
@@ -72,18 +56,6 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
     Source: Maclaurin et al., *Gradient-based hyperparameter optimization through
     reversible learning*, 2015; Wang et al., *Dataset distillation*, 2018.
-
-    **Attributes:**
-
-    - `make`: constructs the optimiser, with the hyperparameters as keyword arguments.
-    - `log_hyperparameters`: the logarithms of the hyperparameters, so that they stay
-        positive when they are learned.
-    - `steps`: the number of steps $T$.
-    - `batch_size`: the number of distilled images in a step, or `None` for all.
-    - `shuffle`: whether batches are drawn at random or taken in order.
-    - `augmentation`: the augmentation of the distilled images, or `None`.
-    - `window`: the steps that are differentiated, or `None` for all.
-    - `adjoint`: how these steps are differentiated.
     """
 
     make: Callable[..., optax.GradientTransformation] = eqx.field(static=True)
@@ -109,11 +81,13 @@ class UnrolledSolver(AbstractInnerSolver[None]):
     ):
         """**Arguments:**
 
-        - `make`: as above. Define it once, outside any loop: each new function
-            recompiles the solver.
+        - `make`: constructs the optimiser, with the hyperparameters as keyword
+            arguments. Define it once, outside any loop: each new function recompiles
+            the solver.
         - `hyperparameters`: positive numbers or arrays of positive numbers, for example
-            one for each step.
-        - `steps`: the number of steps, at least 1.
+            one for each step. Their logarithms are stored, so that they stay positive
+            when they are learned.
+        - `steps`: the number of steps $T$, at least 1.
 
         All other arguments are keyword only.
 
@@ -125,15 +99,11 @@ class UnrolledSolver(AbstractInnerSolver[None]):
             none.
         - `window`: the steps that are differentiated, such as
             [`eqdistill.adjoints.LastSteps`][] or
-            [`eqdistill.adjoints.RandomWindow`][]. The run ends with the window.
-            Defaults to all steps.
+            [`eqdistill.adjoints.RandomWindow`][], at most as many as `steps`. The run
+            ends with the window. Defaults to all steps.
         - `adjoint`: [`eqdistill.adjoints.DirectAdjoint`][], or
             [`eqdistill.adjoints.RecursiveCheckpointAdjoint`][] for runs that do not fit
             in memory.
-
-        **Raises:**
-
-        A `ValueError` for an argument out of range.
         """
         check_at_least(1, steps=steps, batch_size=batch_size)
         if window is not None and not 1 <= window.size <= steps:
@@ -154,53 +124,43 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         self.adjoint = adjoint
 
     def init(self, distilled, model, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][].
-
-        **Raises:**
-
-        A `ValueError` if `batch_size` exceeds the number of distilled images.
-        """
-        del model, key
+        """**Raises:** a `ValueError` if `batch_size` exceeds the number of distilled
+        images."""
         if self.batch_size is not None and self.batch_size > len(distilled):
             raise ValueError(
                 f"`batch_size` must be at most {len(distilled)}, the number of "
                 f"distilled images; got {self.batch_size}."
             )
-        return None
 
     def __call__(self, distilled: DistilledSet, model: PyTree, state, *, key):
-        """As [`eqdistill.AbstractInnerSolver`][].
-
-        **Raises:**
-
-        A `ValueError` if the fit is differentiated and the optimiser has no derivative
-        at a zero gradient.
-        """
+        """**Raises:** a `ValueError` if the fit is differentiated and the optimiser has
+        no derivative at a zero gradient."""
         params, static = eqx.partition(model, parameters(model))
         window_key, *keys = jr.split(key, 4)
         args = (distilled, self.log_hyperparameters, static, keys)
         zero = jnp.zeros_like(optax.tree.norm(params))
         carry = (params, self._optimiser(self.log_hyperparameters).init(params), zero)
-        if self.window is None:
-            first, length = jnp.array(0), self.steps
-        else:
-            fixed_carry, fixed_args = stop_gradient((carry, args))
-            one = lambda carry, i: self._step(carry, fixed_args, i)
-            norms = lambda: _norms(one, fixed_carry, self.steps)
+        first, length = jnp.array(0), self.steps
+        if self.window is not None:
+            carry, fixed_args = stop_gradient((carry, args))
+            one = lambda i, carry: self._step(carry, fixed_args, i)
+
+            def norm_after(carry, i):
+                carry = one(i, carry)
+                return carry, carry[2]
+
+            norms = lambda: jax.lax.scan(norm_after, carry, jnp.arange(self.steps))[1]
             first = self.window.start(self.steps, norms, key=window_key)
             length = self.window.size
-            carry = jax.lax.fori_loop(
-                0, first, lambda i, carry: one(carry, i), fixed_carry
-            )
+            carry = jax.lax.fori_loop(0, first, one, carry)
         # Everything that is differentiated is an argument of the step.
         step = stop_gradient(self)._step
         carry = self.adjoint.loop(step, carry, args, first, length)
         params, _, norm = carry
         params = _check_differentiable(params, self)
-        finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
         return Fitted(
             model=eqx.combine(params, static),
-            converged=jnp.array(finite).all(),
+            converged=all_finite(params),
             gradient_norm=jax.lax.stop_gradient(norm),
             stats={"steps": first + length},
         ), state
@@ -229,14 +189,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         norm = optax.tree.norm(jax.lax.stop_gradient(gradient)).astype(carry[2].dtype)
         return eqx.apply_updates(params, updates), optimiser_state, norm
 
-    def _batch(
-        self,
-        distilled: DistilledSet,
-        step: Int[Array, ""],
-        batch_key: PRNGKeyArray,
-        augmentation_key: PRNGKeyArray,
-    ) -> DistilledSet:
-        """The batch of a step, augmented."""
+    def _batch(self, distilled, step, batch_key, augmentation_key) -> DistilledSet:
         images, labels, n = distilled.images, distilled.labels, len(distilled)
         size = self.batch_size
         if size is not None:
@@ -252,21 +205,14 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
 
 def log_positive(name: str, value: ArrayOrList) -> Float[Array, "..."]:
-    """The logarithm of a positive number or of an array of positive numbers.
-
-    **Raises:**
-
-    An error if a value is not positive and finite, at run time if the values are
-    traced.
-    """
-    array = as_array(name, value)
-    return jnp.log(
-        error_if(
-            jnp.asarray(array, jnp.result_type(float)),
-            lambda x: ~((x > 0) & (x < jnp.inf)).all(),
-            f"`{name}` must be positive and finite; got {describe(value)}.",
-        )
+    """The logarithm of a positive number or of an array of positive numbers. Raises
+    an error if a value is not positive and finite, at run time if it is traced."""
+    array = error_if(
+        jnp.asarray(as_array(name, value), jnp.result_type(float)),
+        lambda x: ~((x > 0) & (x < jnp.inf)).all(),
+        f"`{name}` must be positive and finite; got {describe(value)}.",
     )
+    return jnp.log(array)
 
 
 def has_dropout(model: PyTree) -> bool:
@@ -275,25 +221,10 @@ def has_dropout(model: PyTree) -> bool:
     return any(is_dropout(x) and not x.inference for x in nodes)
 
 
-def _norms(step, carry, steps: int) -> Float[Array, " steps"]:
-    """The norm of the gradient in each step."""
-
-    def body(carry, i):
-        carry = step(carry, i)
-        return carry, carry[2]
-
-    return jax.lax.scan(body, carry, jnp.arange(steps))[1]
-
-
 @eqx.filter_custom_jvp
 def _check_differentiable(params: PyTree, solver: UnrolledSolver) -> PyTree:
-    """Returns the parameters unchanged.
-
-    **Raises:**
-
-    A `ValueError` if they are differentiated and the optimiser has no derivative at a
-    zero gradient.
-    """
+    """Returns the parameters unchanged. Raises a `ValueError` if they are
+    differentiated and the optimiser has no derivative at a zero gradient."""
     del solver
     return params
 
@@ -304,12 +235,10 @@ def _(primals, tangents):
     # Any values will do, but they must be concrete.
     with jax.ensure_compile_time_eval():
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
-        optimiser = solver.make(
-            **{k: jnp.full(x.shape, 0.5) for k, x in solver.log_hyperparameters.items()}
-        )
+        shapes = {k: x.shape for k, x in solver.log_hyperparameters.items()}
+        optimiser = solver.make(**{k: jnp.full(x, 0.5) for k, x in shapes.items()})
         update = lambda g: optimiser.update(g, optimiser.init(zeros), zeros)[0]
-        ones = jax.tree.map(jnp.ones_like, zeros)
-        _, changes = jax.jvp(update, (zeros,), (ones,))
+        _, changes = jax.jvp(update, (zeros,), (optax.tree.ones_like(zeros),))
         is_nan = any(bool(jnp.isnan(x).any()) for x in jax.tree.leaves(changes))
     if is_nan:
         raise ValueError(

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -10,6 +11,9 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._checks import check_at_least, check_positive
 from .._conversions import as_float, as_float_or_none, as_int
+
+
+_LBFGS = optax.scale_by_lbfgs(memory_size=20)
 
 
 class _State(eqx.Module):
@@ -76,7 +80,6 @@ class WarmLBFGS(optx.AbstractMinimiser):
         return optax.adam(optax.cosine_decay_schedule(self.learning_rate, steps))
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del fn, args, options, f_struct, aux_struct, tags
         point, _ = ravel_pytree(y)
         zero, inf = jnp.zeros((), point.dtype), jnp.full((), jnp.inf, point.dtype)
         return _State(
@@ -93,7 +96,6 @@ class WarmLBFGS(optx.AbstractMinimiser):
         )
 
     def step(self, fn, y, args, options, state: _State, tags):
-        del options, tags
         (value, aux), gradient = eqx.filter_value_and_grad(fn, has_aux=True)(y, args)
         trial, unravel = ravel_pytree(y)
         gradient, _ = ravel_pytree(gradient)
@@ -112,40 +114,35 @@ class WarmLBFGS(optx.AbstractMinimiser):
 
         def warm_up():
             update, adam = self._adam().update(gradient, state.adam)
-            where = lambda s: (s.point, s.adam)
-            return eqx.tree_at(where, state, (optax.tree.add(trial, update), adam))
+            return replace(state, point=optax.tree.add(trial, update), adam=adam)
 
         def continue_search():
             low = jnp.where(is_too_short, state.size, state.low)
             high = jnp.where(is_too_long, state.size, state.high)
             size = jnp.where(jnp.isinf(high), 2 * low, (low + high) / 2)
-            where = lambda s: (s.size, s.low, s.high)
-            return eqx.tree_at(where, state, (size, low, high))
+            return replace(state, size=size, low=low, high=high)
 
         def accept():
             update, lbfgs = _LBFGS.update(gradient, state.lbfgs, trial)
-            zero, one = jnp.zeros_like(value), jnp.ones_like(value)
-            return _State(
+            return replace(
+                state,
                 point=trial,
                 value=value,
                 gradient=gradient,
                 direction=optax.tree.scale(-1.0, update),
-                size=one,
-                low=zero,
+                size=jnp.ones_like(value),
+                low=jnp.zeros_like(value),
                 high=jnp.full_like(value, jnp.inf),
                 lbfgs=lbfgs,
-                adam=state.adam,
-                count=state.count,
             )
 
         searches = jnp.where(is_too_long | is_too_short, 1, 2)
         branch = jnp.where(state.count < self.warm_up, 0, searches)
         state = jax.lax.switch(branch, [warm_up, continue_search, accept])
-        state = eqx.tree_at(lambda s: s.count, state, state.count + 1)
+        state = replace(state, count=state.count + 1)
         return unravel(state.point + state.size * state.direction), state, aux
 
     def terminate(self, fn, y, args, options, state: _State, tags):
-        del fn, y, args, tags
         is_double = jnp.finfo(state.point.dtype).eps < 1e-10
         rtol = (1e-9 if is_double else 1e-3) if self.rtol is None else self.rtol
         atol = (1e-14 if is_double else 1e-7) if self.atol is None else self.atol
@@ -155,9 +152,5 @@ class WarmLBFGS(optx.AbstractMinimiser):
         return is_small | is_stuck, optx.RESULTS.successful
 
     def postprocess(self, fn, y, aux, args, options, state: _State, tags, result):
-        del fn, args, options, tags, result
         _, unravel = ravel_pytree(y)
         return unravel(state.point), aux, {}
-
-
-_LBFGS = optax.scale_by_lbfgs(memory_size=20)

@@ -22,6 +22,9 @@ class AbstractWindow(eqx.Module):
 
     size: eqx.AbstractVar[int]
 
+    def __check_init__(self):
+        check_at_least(1, size=self.size)
+
     @abc.abstractmethod
     def start(
         self,
@@ -30,9 +33,7 @@ class AbstractWindow(eqx.Module):
         *,
         key: PRNGKeyArray,
     ) -> Int[Array, ""]:
-        """Chooses the first step of the window.
-
-        **Arguments:**
+        """**Arguments:**
 
         - `steps`: the number of steps of the whole run.
         - `norms`: computes the norm of the gradient at each step of the whole run. A
@@ -51,20 +52,11 @@ class LastSteps(AbstractWindow):
     Source: Williams and Peng, *An efficient gradient-based algorithm for on-line
     training of recurrent network trajectories*, 1990; Shaban et al., *Truncated
     back-propagation for bilevel optimization*, 2019.
-
-    **Attributes:**
-
-    - `size`: the number of steps that are differentiated.
     """
 
     size: int = eqx.field(converter=as_int)
 
-    def __check_init__(self):
-        check_at_least(1, size=self.size)
-
     def start(self, steps, norms, *, key):
-        """As [`eqdistill.adjoints.AbstractWindow`][]."""
-        del norms, key
         return jnp.array(steps - self.size)
 
 
@@ -73,20 +65,11 @@ class RandomWindow(AbstractWindow):
 
     Source: Feng, Vedantam and Kempe, *Embarrassingly simple dataset distillation*
     (RaT-BPTT), 2024, with 200 steps and a window of 60.
-
-    **Attributes:**
-
-    - `size`: the number of steps that are differentiated.
     """
 
     size: int = eqx.field(converter=as_int)
 
-    def __check_init__(self):
-        check_at_least(1, size=self.size)
-
     def start(self, steps, norms, *, key):
-        """As [`eqdistill.adjoints.AbstractWindow`][]."""
-        del norms
         return jr.randint(key, (), 0, steps - self.size + 1, dtype=jnp.int32)
 
 
@@ -114,11 +97,9 @@ class GradientWindow(AbstractWindow):
     power: float = eqx.field(default=1.0, converter=as_float)
 
     def __check_init__(self):
-        check_at_least(1, size=self.size)
         check_at_least(-math.inf, power=self.power)
 
     def start(self, steps, norms, *, key):
-        """As [`eqdistill.adjoints.AbstractWindow`][]."""
         total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(norms())])
         sums = total[self.size :] - total[: -self.size]
         # A diverged run needs a valid start as well.

@@ -85,10 +85,10 @@ def select_network(
     """The last layer of one of several networks, without its bias. Features are padded
     with zeros to the widest last layer: ridge regression does not see them."""
     models = [x.last_layer(flat) for x, flat in zip(networks, flats, strict=True)]
-    width = max(x.head.in_features for x in models)
+    width = max(x.head.weight.shape[1] for x in models)
     pad = lambda weight: jnp.pad(weight, ((0, 0), (0, width - weight.shape[1])))
     weight = jnp.stack([pad(x.head.weight) for x in models])[index]
-    widest = max((x.head for x in models), key=lambda head: head.in_features)
+    widest = max((x.head for x in models), key=lambda head: head.weight.shape[1])
     head = eqx.tree_at(
         lambda h: (h.weight, h.bias), widest, (weight, None), is_leaf=_is_none
     )

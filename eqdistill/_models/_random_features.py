@@ -55,10 +55,10 @@ class RandomFeatures(AbstractModels[None]):
         del state
         flats = jax.lax.map(self.networks.draw, jr.split(key, self.num_networks))
         stacked = eqx.filter_vmap(self.networks.network)(flats)
-        head = self.networks.head
-        width = self.num_networks * head.in_features
-        dtype = head.weight.dtype
-        head = LogisticRegression(width, head.out_features, dtype=dtype).head
+        num_outputs, width = self.networks.head.weight.shape
+        dtype = self.networks.head.weight.dtype
+        width = self.num_networks * width
+        head = LogisticRegression(width, num_outputs, dtype=dtype).head
         return LinearClassifier(_Concatenated(stacked, self.networks.where), head)
 
     def update(self, state, distilled, *, key):

@@ -3,7 +3,6 @@
 import functools as ft
 import itertools as it
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,24 +26,20 @@ def convolve(
 ) -> Float[Array, "out_channels new_height new_width"]:
     """The convolution, computed in the way that is fast on the device."""
     # The device is unknown until the program is lowered: don't ask for the backend.
+    layout = ("NCHW", "OIHW", "NCHW")
     return lax.platform_dependent(
         image,
         weight,
         cpu=ft.partial(_convolve_cpu, settings=settings),
-        default=ft.partial(
-            convolve_xla, settings=settings, layout=("NCHW", "OIHW", "NCHW")
-        ),
+        default=ft.partial(convolve_xla, settings=settings, layout=layout),
     )
 
 
 def convolve_xla(
-    image: Float[Array, "_ _ _"],
-    weight: Float[Array, "_ _ _ _"],
-    settings: ConvSettings,
-    layout: tuple[str, str, str],
-) -> Float[Array, "_ _ _"]:
+    image: Array, weight: Array, settings: ConvSettings, layout: tuple[str, str, str]
+) -> Array:
     """XLA's own convolution."""
-    out = lax.conv_general_dilated(
+    return lax.conv_general_dilated(
         image[None],
         weight,
         settings.stride,
@@ -52,8 +47,7 @@ def convolve_xla(
         rhs_dilation=settings.dilation,
         dimension_numbers=layout,
         feature_group_count=settings.groups,
-    )
-    return out[0]
+    )[0]
 
 
 def _convolve_cpu(image, weight, settings):
@@ -87,23 +81,20 @@ def _(settings, primals, tangents):
     # The convolution is linear in the image and in the weight. Both products use
     # patches, so higher derivatives do too. Images are often constants: skip products
     # with a tangent that is known to be zero.
-    image, weight = primals
-    d_image, d_weight = tangents
-    out = _convolve_channels_last(image, weight, settings)
-    if isinstance(d_image, SymbolicZero):
-        return out, _convolve_patches(image, d_weight, settings)
-    d_out = _convolve_patches(d_image, weight, settings)
-    if isinstance(d_weight, SymbolicZero):
-        return out, d_out
-    return out, d_out + _convolve_patches(image, d_weight, settings)
+    (image, weight), (d_image, d_weight) = primals, tangents
+    pairs = [(d_image, weight), (image, d_weight)]
+    changes = [
+        _convolve_patches(*pair, settings)
+        for pair in pairs
+        if not any(isinstance(x, SymbolicZero) for x in pair)
+    ]
+    return _convolve_channels_last(image, weight, settings), sum(
+        changes[1:], changes[0]
+    )
 
 
-def _convolve_patches(
-    image: Float[Array, "height width in_channels"],
-    weight: Float[Array, "kernel_height kernel_width group_channels out_channels"],
-    settings: ConvSettings,
-) -> Float[Array, "new_height new_width out_channels"]:
-    """The convolution as one matrix product over the patches of the image."""
+def _convolve_patches(image, weight, settings):
+    """The convolution, channels last, as one matrix product over the patches."""
     *kernel, in_channels, out_channels = weight.shape
     patches = jnp.stack(_shift_image(image, kernel, settings), axis=2)
     height, width, *_ = patches.shape
@@ -116,25 +107,20 @@ def _convolve_patches(
     return out.reshape(height, width, out_channels)
 
 
-def _shift_image(
-    image: Float[Array, "height width in_channels"],
-    kernel: Sequence[int],
-    settings: ConvSettings,
-) -> list[Float[Array, "new_height new_width in_channels"]]:
-    """For each point of the kernel, the pixels that it is multiplied by."""
+def _shift_image(image, kernel, settings) -> list[Array]:
+    """For each point of the kernel, the pixels that it is multiplied by, of shape
+    `(new_height, new_width, in_channels)`."""
     stride, padding, dilation, _ = settings
-    zero = jnp.zeros((), image.dtype)
-    image = lax.pad(
-        image, zero, (*((low, high, 0) for low, high in padding), (0, 0, 0))
-    )
-    last = tuple(
+    pads = [(low, high, 0) for low, high in (*padding, (0, 0))]
+    image = lax.pad(image, jnp.zeros((), image.dtype), pads)
+    last = [
         (n - d * (k - 1) - 1) // s * s
         for n, k, s, d in zip(image.shape[:2], kernel, stride, dilation, strict=True)
-    )
+    ]
     shifted = []
     for point in it.product(*map(range, kernel)):
-        start = tuple(p * d for p, d in zip(point, dilation, strict=True))
-        stop = tuple(a + b + 1 for a, b in zip(start, last, strict=True))
+        start = [p * d for p, d in zip(point, dilation, strict=True)]
+        stop = [a + b + 1 for a, b in zip(start, last, strict=True)]
         shifted.append(
             lax.slice(image, (*start, 0), (*stop, image.shape[2]), (*stride, 1))
         )

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._checks import check_at_least
 from .._classifier import Frozen, last_layer
 from .._typechecking import describe
-from ._conv2d import Conv2d
+from ._fast import Conv2d
 
 
 class Network(eqx.Module):
@@ -30,18 +30,8 @@ class Network(eqx.Module):
     settings: tuple[tuple[str, Any], ...] = eqx.field(static=True)
 
     def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, " c"]:
-        """**Arguments:**
-
-        - `image`: one image, of the shape that the network was made for.
-
-        **Returns:**
-
-        The logits.
-
-        **Raises:**
-
-        A `ValueError` if the image has another shape.
-        """
+        """Returns the outputs for one image. Raises a `ValueError` if its shape is not
+        the one that the network was made for."""
         wanted = dict(self.settings)["shape"]
         if image.shape != wanted:
             raise ValueError(
@@ -75,12 +65,7 @@ he = jax.nn.initializers.he_normal(in_axis=1, out_axis=0)
 lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
 
 _WEIGHT_LAYERS = (Conv2d, eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Linear)
-_NORM_LAYERS = (
-    eqx.nn.BatchNorm,
-    eqx.nn.GroupNorm,
-    eqx.nn.LayerNorm,
-    eqx.nn.RMSNorm,
-)
+_NORM_LAYERS = (eqx.nn.BatchNorm, eqx.nn.GroupNorm, eqx.nn.LayerNorm, eqx.nn.RMSNorm)
 
 
 def initialise(network: PyTree, initialiser: Callable, *, key: PRNGKeyArray) -> PyTree:
@@ -102,8 +87,8 @@ def initialise(network: PyTree, initialiser: Callable, *, key: PRNGKeyArray) -> 
 
     **Raises:**
 
-    A `TypeError` if the network has no such layer, or a floating-point array in any
-    other kind of layer, or a layer whose weights are stacked.
+    A `TypeError` if the network has a floating-point array in any other kind of layer,
+    or a layer whose weights are stacked.
     """
     _check_layers(network)
     is_layer = lambda x: isinstance(x, (*_WEIGHT_LAYERS, Frozen))
@@ -138,10 +123,6 @@ def zero_head(
     **Returns:**
 
     The new network, whose outputs are all zero.
-
-    **Raises:**
-
-    A `TypeError` if the network has no such layer.
 
     Source: equivalent to centring, i.e. subtracting the initial function, as in Loo et
     al., *Efficient dataset distillation using random feature approximation*, 2022.

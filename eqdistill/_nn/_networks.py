@@ -1,5 +1,6 @@
 """The standard networks of dataset distillation."""
 
+import functools as ft
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,17 +12,13 @@ import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
 from .._conversions import as_int, as_int_or_none, as_ints
-from ._blocks import (
-    Activation,
-    conv_block,
-    linear_head,
-    Norm,
-    pad_input,
-    Residual,
-)
-from ._conv2d import Conv2d
-from ._fast import average_pool, max_pool
+from ._fast import average_pool, Conv2d, max_pool
 from ._network import instance_norm, Network
+
+
+Activation = Callable[[Array], Array]
+# Makes a normalisation layer for a number of channels.
+Norm = Callable[[int], Callable]
 
 
 def ConvNet(
@@ -75,11 +72,11 @@ def ConvNet(
     Zhou et al., *Dataset distillation using neural feature regression*, 2022.
     """
     settings = _settings(locals())
-    layers, (channels, height, width) = pad_input(settings["shape"], settings["size"])
+    layers, (channels, height, width) = _pad_input(settings["shape"], settings["size"])
     *keys, head_key = jr.split(key, len(widths) + 1)
     for new_channels, key in zip(settings["widths"], keys, strict=True):
         before, after = (None, norm) if norm_last else (norm, None)
-        layers += conv_block(channels, new_channels, activation, norm=before, key=key)
+        layers += _conv_block(channels, new_channels, activation, norm=before, key=key)
         layers.append(pool)
         if after is not None:
             layers.append(after(new_channels))
@@ -89,9 +86,7 @@ def ConvNet(
             "`widths` must have no more entries than an image can be halved; got "
             f"{len(widths)} for images of shape {settings['shape']}."
         )
-    layers += linear_head(
-        channels * height * width, settings["num_classes"], key=head_key
-    )
+    layers += _linear_head(channels * height * width, settings, head_key)
     return _network("ConvNet", settings, layers)
 
 
@@ -110,7 +105,7 @@ def LeNet(
     1998, as modified by Zhao et al. 2021.
     """
     settings = _settings(locals())
-    layers, (channels, _, _) = pad_input(settings["shape"], 32)
+    layers, (channels, _, _) = _pad_input(settings["shape"], 32)
     keys = jr.split(key, 5)
     function = eqx.nn.Lambda(activation)
     layers += [
@@ -166,7 +161,7 @@ def AlexNet(
     """
     settings = _settings(locals())
     plan = [(128, 5), None, (192, 5), None, (256, 3), (192, 3), (192, 3), None]
-    return _from_plan("AlexNet", plan, settings, key=key)
+    return _from_plan("AlexNet", plan, settings, key)
 
 
 def VGG11(
@@ -186,7 +181,7 @@ def VGG11(
     """
     settings = _settings(locals())
     widths = [64, None, 128, None, 256, 256, None, 512, 512, None, 512, 512, None]
-    return _from_plan("VGG11", [w and (w, 3) for w in widths], settings, key=key)
+    return _from_plan("VGG11", [w and (w, 3) for w in widths], settings, key)
 
 
 def ResNet18(
@@ -204,18 +199,24 @@ def ResNet18(
     Source: He et al., *Deep residual learning*, 2016, as modified by Zhao et al. 2021.
     """
     settings = _settings(locals())
-    layers, (channels, _, _) = pad_input(settings["shape"], 32)
+    layers, (channels, _, _) = _pad_input(settings["shape"], 32)
     first_key, head_key, *keys = jr.split(key, 10)
-    layers += conv_block(
-        channels, 64, activation, norm=norm, use_bias=False, key=first_key
-    )
+    conv = ft.partial(_conv_block, norm=norm, use_bias=False)
+    layers += conv(channels, 64, activation, key=first_key)
     channels = 64
     for i, key in enumerate(keys):
         width, stride = 64 * 2 ** (i // 2), 2 if i in (2, 4, 6) else 1
-        layers.append(Residual(channels, width, stride, norm, activation, key=key))
+        *block_keys, key = jr.split(key, 3)
+        body = conv(channels, width, activation, stride=stride, key=block_keys[0])
+        body += conv(width, width, None, key=block_keys[1])
+        shortcut = []
+        if stride == 2:
+            shortcut = conv(channels, width, None, kernel_size=1, stride=2, key=key)
+        both = map(eqx.nn.Sequential, (body, shortcut))
+        layers.append(_Residual(*both, activation=activation))
         channels = width
     layers.append(eqx.nn.Lambda(_mean_over_pixels))
-    layers += linear_head(channels, settings["num_classes"], key=head_key)
+    layers += _linear_head(channels, settings, head_key)
     return _network("ResNet18", settings, layers)
 
 
@@ -223,39 +224,29 @@ def _from_plan(
     name: str,
     plan: Sequence[tuple[int, int] | None],
     settings: dict[str, Any],
-    *,
     key: PRNGKeyArray,
 ) -> Network:
     """A network of convolutional blocks, given by their width and kernel size, and of
     poolings, given by `None`."""
-    layers, (channels, size, _) = pad_input(settings["shape"], 32)
+    layers, (channels, size, _) = _pad_input(settings["shape"], 32)
     *keys, head_key = jr.split(key, len(plan) + 1)
+    block = ft.partial(
+        _conv_block, activation=settings["activation"], norm=settings["norm"]
+    )
     for entry, key in zip(plan, keys, strict=True):
         if entry is None:
             layers.append(max_pool)
             size //= 2
         else:
             width, kernel_size = entry
-            layers += conv_block(
-                channels,
-                width,
-                settings["activation"],
-                norm=settings["norm"],
-                kernel_size=kernel_size,
-                key=key,
-            )
+            layers += block(channels, width, kernel_size=kernel_size, key=key)
             channels = width
-    layers += linear_head(channels * size**2, settings["num_classes"], key=head_key)
+    layers += _linear_head(channels * size**2, settings, head_key)
     return _network(name, settings, layers)
 
 
 def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a network without its key, with sizes as Python integers.
-
-    **Raises:**
-
-    A `TypeError` or `ValueError` if a size is not a positive integer.
-    """
+    """The arguments of a network without its key, with sizes as Python integers."""
     settings = {name: x for name, x in arguments.items() if name != "key"}
     for name in settings.keys() & {"shape", "widths"}:
         settings[name] = as_ints(name, settings[name])
@@ -277,3 +268,82 @@ def _network(name: str, settings: dict[str, Any], layers: list[Callable]) -> Net
 
 def _mean_over_pixels(x: Array) -> Array:
     return jnp.mean(x, axis=(1, 2))
+
+
+class _Pad(eqx.Module):
+    """Adds a channel axis to an image without one, and pads the image with zeros."""
+
+    padding: tuple[tuple[int, int], ...] = eqx.field(static=True)
+
+    def __call__(self, image: Array, *, key: PRNGKeyArray | None = None) -> Array:
+        image = image[None] if image.ndim == 2 else image
+        return jnp.pad(image, self.padding)
+
+
+class _Residual(eqx.Module):
+    """A residual block."""
+
+    body: eqx.nn.Sequential
+    shortcut: eqx.nn.Sequential
+    activation: Activation
+
+    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
+        return self.activation(self.body(x) + self.shortcut(x))
+
+
+def _pad_input(
+    shape: tuple[int, ...], size: int | None
+) -> tuple[list[Callable], tuple[int, int, int]]:
+    """The first layer of a network, and the shape of its output."""
+    if len(shape) not in (2, 3):
+        raise ValueError(
+            "`shape` must be (height, width) or (channels, height, width); got "
+            f"{shape}."
+        )
+    channels, *lengths = (1, *shape)[-3:]
+    if size is not None and max(lengths) > size:
+        raise ValueError(
+            f"`shape` must be at most {size} x {size}, the `size` that images are "
+            f"padded to; got {shape}."
+        )
+    height, width = lengths if size is None else (size, size)
+    margins = (height - lengths[0], width - lengths[1])
+    padding = ((0, 0), *((n // 2, n - n // 2) for n in margins))
+    return [_Pad(padding)], (channels, height, width)
+
+
+def _conv_block(
+    channels: int,
+    new_channels: int,
+    activation: Activation | None,
+    *,
+    norm: Norm | None,
+    kernel_size: int = 3,
+    stride: int = 1,
+    use_bias: bool = True,
+    key: PRNGKeyArray,
+) -> list[Callable]:
+    """A convolution, a normalisation and an activation."""
+    layers: list[Callable] = [
+        Conv2d(
+            channels,
+            new_channels,
+            kernel_size,
+            stride,
+            padding=kernel_size // 2,
+            use_bias=use_bias,
+            key=key,
+        )
+    ]
+    if norm is not None:
+        layers.append(norm(new_channels))
+    if activation is not None:
+        layers.append(eqx.nn.Lambda(activation))
+    return layers
+
+
+def _linear_head(
+    in_features: int, settings: dict[str, Any], key: PRNGKeyArray
+) -> list[Callable]:
+    head = eqx.nn.Linear(in_features, settings["num_classes"], key=key)
+    return [eqx.nn.Lambda(jnp.ravel), head]

@@ -1,5 +1,3 @@
-from typing import ClassVar
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
@@ -36,10 +34,12 @@ class Bilevel(AbstractObjective[PyTree]):
     gradient by implicit differentiation, Pedregosa 2016, equation (2).
     """
 
-    failures: ClassVar[tuple[str, ...]] = (NOT_CONVERGED, COLLAPSED)
     models: AbstractModels
     inner: AbstractInnerSolver
     loss: AbstractLoss | None
+    failures: tuple[str, ...] = eqx.field(
+        default=(NOT_CONVERGED, COLLAPSED), static=True
+    )
 
     def __init__(
         self,

@@ -3,6 +3,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,6 +16,7 @@ from .._checks import array_difference, check_at_least
 from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._parameterisation import AbstractParameterisation
+from .._models._models import as_models
 from ._bilevel import Bilevel
 from ._callbacks import AbstractCallback, AbstractCheckpoints, Snapshot
 from ._data import AbstractData, check_cached
@@ -99,7 +101,8 @@ def distill(
     """
     steps = as_int(steps)
     if not isinstance(objective, AbstractObjective):
-        objective = Bilevel(objective)
+        wanted = "`objective` must be an `AbstractObjective`,"
+        objective = Bilevel(as_models(objective, wanted))
     problem = Problem(
         start,
         objective,
@@ -135,12 +138,12 @@ class _Run:
         self.order = [is_store(x) for x in callbacks]
         self.callbacks = [x for x in callbacks if not is_store(x)]
         self.checkpoints = next(filter(is_store, callbacks), None)
-        self.compiled = None
+        self.compiled: CompiledStep | None = None
         self.own = []
         for i, callback in enumerate(self.callbacks):
             self.own.append(callback.init(problem, state, steps))
             stack.callback(lambda i=i: self.callbacks[i].close(self.own[i]))
-        self.store = None
+        self.store: Any = None
         is_found = False
         if self.checkpoints is not None:
             self.store = self.checkpoints.open(problem, state)
@@ -189,14 +192,8 @@ class _Run:
         """Takes the steps until a callback is due, and calls it."""
         step = self.step
         num_steps = min(self.steps - step, *(n - step % n for n in self.every))
-        records = self._take_steps(step, num_steps)
-        state = self.compiled.state()
-        self.snapshot = dataclasses.replace(
-            self.snapshot,
-            state=state,
-            history=_extended(self.snapshot.history, records[: int(state.step) - step]),
-        )
-        status = int(state.status)
+        self._take_steps(step, num_steps)
+        status = int(self.snapshot.state.status)
         if status != Status.RUNNING:
             reasons = (*REASONS, *self.problem.objective.failures)
             raise self._error(
@@ -209,7 +206,8 @@ class _Run:
             is_last = self.has_ended()
             # Before the last calls of the other callbacks: a run that continues to more
             # steps must not contain what they make of a step that is the last one now.
-            if self.store and (is_last or step % self.checkpoints.every == 0):
+            is_due = self.checkpoints and step % self.checkpoints.every == 0
+            if self.store and (is_last or is_due):
                 snapshot = dataclasses.replace(self.snapshot, callbacks=self._arrays())
                 self.store.save(snapshot)
             if is_last:
@@ -219,12 +217,13 @@ class _Run:
                 f"at step {step}: a callback raised the error above"
             ) from e
 
-    def _take_steps(self, step: int, num_steps: int) -> list[Record]:
+    def _take_steps(self, step: int, num_steps: int) -> None:
         records: list[Record] = []
         for i in range(num_steps):
             try:
                 data = self.data_at(step + i)
             except Exception as e:
+                self._fetch(records)
                 message = f"at step {step + i}: `data` raised the error above"
                 raise self._error(message, has_failed=True) from e
             try:
@@ -240,16 +239,29 @@ class _Run:
                 else:
                     records.append(self.compiled(data))
                 # At most two steps are under way, so that Ctrl-C is prompt.
-                jax.block_until_ready(
-                    records[max(i - 1, 0)] if i + 1 < num_steps else records
-                )
+                jax.block_until_ready(records[max(i - 1, 0)])
+                if i + 1 == num_steps:
+                    self._fetch(records)
             except jax.errors.JaxRuntimeError as e:
                 message = (
                     f"in the {num_steps} steps after step {step}: the objective raised "
                     "the error above"
                 )
                 raise self._error(message, has_failed=True) from e
-        return records
+
+    def _fetch(self, records: list[Record]) -> None:
+        """Waits for the steps, and reads their state and their metrics."""
+        if self.compiled is None or not records:
+            return
+        state = self.compiled.state()
+        # A run that has failed takes no further steps.
+        values = np.stack(jax.device_get([x.values for x in records]))
+        values = values[: int(state.step) - self.step]
+        history = dict(self.snapshot.history)
+        for i, name in enumerate(records[0].names):
+            before = history.get(name, values[:0, i])
+            history[name] = np.concatenate([before, values[:, i]])
+        self.snapshot = dataclasses.replace(self.snapshot, state=state, history=history)
 
     def _error(self, message: str, *, has_failed: bool = False) -> DistillationError:
         result = self.result(has_failed=has_failed)
@@ -265,19 +277,6 @@ class _Run:
                 )
                 stops = stops or bool(stop)
         return stops
-
-
-def _extended(
-    history: dict[str, np.ndarray], records: list[Record]
-) -> dict[str, np.ndarray]:
-    if not records:
-        return history
-    columns = np.stack(jax.device_get([x.values for x in records]), axis=1)
-    empty = columns[0, :0]
-    return {
-        name: np.concatenate([history.get(name, empty), column])
-        for name, column in zip(records[0].names, columns, strict=True)
-    }
 
 
 def _as_function(objective, data) -> Callable[[int], AbstractData]:

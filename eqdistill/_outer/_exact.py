@@ -102,6 +102,7 @@ def distill_exactly(
         pixels = jnp.asarray(start.images, float).reshape(len(start), -1)
         labels = start.labels if hard else start.labels.astype(float)
         ridges = [target.max_l2 / 2**i for i in range(1, 9)] if l2 is None else [l2]
+        ridge = error = np.inf
         for ridge in ridges:
             images, found, error = _solve(target, pixels, labels, jnp.asarray(ridge))
             if error < 1e-9:

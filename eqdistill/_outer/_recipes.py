@@ -165,9 +165,10 @@ def supervised(
     - `batch_size`: the number of images in a step, from 1 to their total number.
     """
     inner = _training(_adam, 1e-3, updates, batch_size=batch_size)
-    settings = {"updates": updates, "batch_size": batch_size}
     prepare = ft.partial(_relabel, True, 0.0)
-    return _recipe("supervised", make, inner, prepare, **settings)
+    return _recipe(
+        "supervised", make, inner, prepare, updates=updates, batch_size=batch_size
+    )
 
 
 def learned_rates(
