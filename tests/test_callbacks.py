@@ -130,14 +130,15 @@ def test_progress_bar_in_a_terminal(logistic, monkeypatch):
     assert shown.count("\r") >= 2
 
 
-@pytest.mark.parametrize(("every", "steps"), [(10, 12), (1, 37)])
-def test_progress_bar_in_a_log_file(logistic, capsys, every, steps):
-    run(logistic, eqd.ProgressBar(every=every), steps=steps)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines.pop(0) == "Compiling the first step..."
-    assert len(lines) == min(steps // every + (steps % every > 0), 10)
-    assert f"{steps}/{steps}" in lines[-1]
-    assert all("loss=" in line for line in lines)
+@pytest.mark.parametrize("every", [1, 10])
+def test_progress_bar_in_a_log_file(logistic, capsys, every):
+    run(logistic, eqd.ProgressBar(every=every), steps=37)
+    shown = capsys.readouterr().err
+    assert "compiling the first step" in shown
+    assert "37/37" in shown
+    assert "loss=" in shown
+    # It does not fill the file.
+    assert shown.count("\r") <= 4
 
 
 def test_early_stopping(logistic, digits):

@@ -126,7 +126,7 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="`reference` must fit the model"):
         hypergradient_error(start, model, real, OneStep(), reference=Fails())
     source = eqd.Fresh(lambda *, key: model)
-    with pytest.raises(TypeError, match="`model` must be one model; got a `Fresh`"):
+    with pytest.raises(TypeError, match="`model` must be one model; got a Fresh"):
         hypergradient_error(start, source, real)
 
 
