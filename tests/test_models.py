@@ -198,11 +198,7 @@ def test_what_cannot_work_is_refused_by_name(train, start):
         eqd.distill(start, pool(ConvNet, five), train)
     with pytest.raises(TypeError, match="`makes` must be a function of `key` alone"):
         eqd.Pool(ConvNet(key=KEY))
-<<<<<<< HEAD
-    with pytest.raises(TypeError, match="missing a required argument: 'shape'"):
-=======
     with pytest.raises(TypeError, match=r"missing a required argument: .shape"):
->>>>>>> w-tests
         eqd.Pool(eqd.nn.ConvNet)
 
 
