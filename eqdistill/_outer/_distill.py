@@ -169,7 +169,8 @@ class _Run:
         return int(self.snapshot.state.step)
 
     def _arrays(self) -> tuple[PyTree, ...]:
-        return tuple(eqx.filter(own, eqx.is_array) for own in self.own)
+        is_array = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic)
+        return tuple(eqx.filter(own, is_array) for own in self.own)
 
     def _restore(self) -> bool:
         template = dataclasses.replace(self.snapshot, callbacks=self._arrays())
@@ -184,7 +185,8 @@ class _Run:
         return self.snapshot.has_stopped or self.step >= self.steps
 
     def result(self, *, has_failed: bool = False) -> Distillation:
-        own = iter(self._arrays())
+        is_data = lambda x: eqx.is_array_like(x) or isinstance(x, str)
+        own = iter(eqx.filter(self.own, is_data))
         callbacks = tuple(None if is_store else next(own) for is_store in self.order)
         return to_result(
             self.problem,

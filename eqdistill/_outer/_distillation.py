@@ -50,8 +50,8 @@ class Distillation(eqx.Module):
         checkpoints it continued.
     - `learned`: the names of the learned arrays, such as `"images"` and `"log_l2"`.
     - `state`: the last state, from which [`eqdistill.distill`][] can continue.
-    - `callbacks`: the arrays in the last states of the callbacks; `None` for
-        [`eqdistill.Checkpoints`][].
+    - `callbacks`: the last states of the callbacks, without leaves that are not data,
+        such as an open file; `None` for [`eqdistill.Checkpoints`][].
     """
 
     distilled: DistilledSet
