@@ -76,7 +76,7 @@ def wrong_outputs(distilled, model, state):
     ("returns", "first", "match"),
     [
         (lambda d, m, s: m, None, "must return a pair.*returned a LinearClassifier"),
-        (lambda d, m, s: (m, s), None, "must return a pair of a `Fitted`"),
+        (lambda d, m, s: (m, s), None, "must return a pair.*returned a tuple"),
         (lambda d, m, s: (good(d, m, s)[0], 1.0), None, "nothing wanted, 1.0 got"),
         (
             lambda d, m, s: (good(d, m, s)[0], jnp.zeros(3)),
