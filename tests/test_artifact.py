@@ -656,8 +656,8 @@ NO_CLAIM = {"artifact__accuracy": None, "artifact__num_models": 0}
     ("args", "changes", "match"),
     [
         (["--dataset", "mnist"], {}, "is of 'digits', but --dataset is 'mnist'"),
-        (["--tolerance", "-1"], {}, "--tolerance: must be from 0 to 1; got -1"),
-        (["--tolerance", "nan"], {}, "--tolerance: must be from 0 to 1; got nan"),
+        (["--tolerance", "-1"], {}, "`tolerance` must be from 0 to 1; got -1"),
+        (["--tolerance", "nan"], {}, "`tolerance` must be from 0 to 1; got nan"),
         (["--data-dir"], {}, "--data-dir: expected one argument"),
         ([], {"artifact__seed": "\x1b[31m"}, "seed` must be"),
         ([], NO_CLAIM, "claims no accuracy"),

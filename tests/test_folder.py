@@ -117,7 +117,7 @@ def save(root, picture):
 
 NOT_A_FILE = r"x.png is not one \(not a file"
 REFUSED = {
-    "empty": (lambda root: (root / "d").mkdir(), "images of each class; .*d is empty"),
+    "empty": (lambda root: (root / "d").mkdir(), "images for each class; .*d has none"),
     "text": (lambda root: (root / "a" / "x.png").write_text("Hello"), "x.png is not"),
     "no bytes": (lambda root: (root / "a" / "x.png").touch(), "cannot identify"),
     "folder": (lambda root: (root / "a" / "x.png").mkdir(), NOT_A_FILE),
