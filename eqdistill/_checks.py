@@ -19,10 +19,7 @@ from ._typechecking import describe
 
 def error_if(x: Array, is_bad: Callable, message: str) -> Array:
     """Like `equinox.error_if`, but raises a plain `ValueError` if `x` is not traced.
-
-    `is_bad` is applied to `x` if `x` is traced, and otherwise to a NumPy array of its
-    values, so that nothing is compiled.
-    """
+    `is_bad` is then applied to a NumPy array, so that nothing is compiled."""
     if isinstance(x, jax.core.Tracer):
         return eqx.error_if(x, is_bad(x), message)
     if is_bad(np.asarray(x)):
@@ -58,9 +55,8 @@ def needs(name: str, package: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as e:
-        raise ImportError(
-            f"{name} needs {package}: pip install 'eqdistill[{extra}]'."
-        ) from e
+        hint = f"pip install 'eqdistill[{extra}]'"
+        raise ImportError(f"{name} needs {package}: {hint}.") from e
 
 
 def check_callable(model: Any) -> None:

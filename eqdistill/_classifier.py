@@ -159,7 +159,7 @@ def last_layer(
         `equinox.nn.Linear` of the network, in the order of its fields, that is not
         inside an [`eqdistill.nn.Frozen`][].
 
-    **Returns:** an [`eqdistill.linear.LinearClassifier`][] with the outputs of the network.
+    **Returns:** an [`eqdistill.linear.LinearClassifier`][] with the same outputs.
     """
     select = _last_linear if where is None else where
     try:

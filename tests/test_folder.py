@@ -127,10 +127,13 @@ REFUSED = {
     "16 bits": (lambda root: save(root, GREY[0].astype(np.uint16)), "mode 'I;16'"),
     "link": (link_file, "links to outside .*x.png links to .*outside.png"),
     "linked folder": (link_folder, "links to outside .*d links to .*outside"),
-    "mixed": (lambda root: save(root, COLOUR[0]), "grey, and .*x.png is in colour"),
+    "mixed": (
+        lambda root: save(root, COLOUR[0]),
+        "grey, and .*x.png is .* and in colour",
+    ),
     "sizes": (
         lambda root: save(root, GREY[0].T),
-        r"the same size; .*000.png is 5 x 4, and .*x.png is 4 x 5. Pass `size=",
+        r"the same size, .*000.png is 5 x 4 and .*x.png is 4 x 5 and .* Pass `size=",
     ),
     "bomb": (lambda root: save(root, np.zeros((9, 9), "u1")), "81 pixels; .* is 80"),
     "big bomb": (lambda root: save(root, np.zeros((99, 9), "u1")), "limit of 160"),

@@ -44,7 +44,6 @@ class OneOf(AbstractAugmentation):
     image or for each batch.
 
     !!! Example
-
         The augmentation of DSA and FRePo for images of 32 x 32 pixels:
 
         ```python
@@ -254,8 +253,7 @@ class ColourJitter(AbstractAugmentation):
     contrast: float = eqx.field(default=0.5, converter=as_float, kw_only=True)
 
     def __check_init__(self):
-        check_at_least(0, brightness=self.brightness, saturation=self.saturation)
-        check_at_least(0, contrast=self.contrast)
+        check_at_least(0, **vars(self))
 
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
         draws = jr.uniform(key, (3,), image.dtype, -1, 1)

@@ -135,7 +135,6 @@ class DistilledSet(AbstractParameterisation):
         - `scale`: the standard deviation $s > 0$. Linear models work best from weak
             noise: JAXopt's notebook takes one over the number of pixels of an image.
             Networks need noise as strong as the data, such as 0.3.
-        - `key`: a `jax.random.key`.
 
         Source: the start of JAXopt's dataset-distillation notebook.
         """

@@ -89,18 +89,13 @@ def _read_all(files: list[Path], size: Sequence[int] | None) -> np.ndarray:
 
     def fill(i: int) -> None:
         image = _read(files[i], size)
-        if image.ndim != first.ndim:
-            kinds = {2: "grey", 3: "in colour"}
-            raise ValueError(
-                "The images in `path` must be either all grey or all in colour; "
-                f"{files[0]} is {kinds[first.ndim]}, and {files[i]} is "
-                f"{kinds[image.ndim]}."
-            )
         if image.shape != first.shape:
-            a, b = (f"{x.shape[0]} x {x.shape[1]}" for x in (first, image))
+            words = {2: "{} x {} and grey", 3: "{} x {} and in colour"}
+            a, b = (words[x.ndim].format(*x.shape) for x in (first, image))
             raise ValueError(
-                f"The images in `path` must have the same size; {files[0]} is {a}, and "
-                f"{files[i]} is {b}. Pass `size=(height, width)` to resize them."
+                "The images in `path` must have the same size, and be all grey or all "
+                f"in colour; {files[0]} is {a}, and {files[i]} is {b}. Pass "
+                "`size=(height, width)` to resize them."
             )
         images[i] = image
 

@@ -1,8 +1,5 @@
-"""Functions that represent the images of one class by a few images.
-
-Each takes the images of one class as rows, and returns `k` rows. They run once, on the
-host, so they are in NumPy.
-"""
+"""Functions that represent the images of one class by a few images. Each takes the
+images of one class as rows, and returns `k` rows. They run once, on the host."""
 
 from collections.abc import Callable
 from typing import Any

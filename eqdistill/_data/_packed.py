@@ -15,7 +15,6 @@ class Packed(AbstractParameterisation):
     interpolation.
 
     !!! Example
-
         ```python
         real = eqd.DistilledSet.from_real(train, 40, l2=1e-3, key=jax.random.key(0))
         start = eqd.Packed.from_distilled(real, 2)  # as many pixels as ten images

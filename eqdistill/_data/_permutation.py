@@ -33,8 +33,8 @@ def _permute(
     Source: Black and Rogaway, *Ciphers with arbitrary finite domains*, 2002.
     """
     # Half of the number of bits of the largest index, rounded up.
-    half = (33 - jax.lax.clz(jnp.asarray(num_images - 1, jnp.uint32))) // 2
-    half = jnp.maximum(half, 1)
+    bits = 32 - jax.lax.clz(jnp.asarray(num_images - 1, jnp.uint32))
+    half = jnp.maximum((bits + 1) // 2, 1)
     mask = (np.uint32(1) << half) - 1
     round_keys = jr.bits(key, (8,), jnp.uint32)
 
@@ -47,10 +47,7 @@ def _permute(
             left, right = right, left ^ ((mixed ^ (mixed >> 16)) & mask)
         return (left << half) | right
 
-    is_out_of_range = lambda x: x >= num_images
-    found = jax.lax.while_loop(
-        lambda x: jnp.any(is_out_of_range(x)),
-        lambda x: jnp.where(is_out_of_range(x), once(x), x),
-        once(place.astype(jnp.uint32)),
-    )
-    return found.astype(place.dtype)
+    again = lambda x: jnp.where(x >= num_images, once(x), x)
+    is_out_of_range = lambda x: jnp.any(x >= num_images)
+    first = once(place.astype(jnp.uint32))
+    return jax.lax.while_loop(is_out_of_range, again, first).astype(place.dtype)

@@ -1,7 +1,4 @@
-"""Files that hold a distilled set and everything needed to check its accuracy.
-
-A file is in the safetensors format. Its metadata is one JSON text.
-"""
+"""Files that hold a distilled set and everything needed to check its accuracy."""
 
 import dataclasses
 import importlib.metadata

@@ -22,7 +22,6 @@ class Checkpoints(AbstractCheckpoints):
     run. Needs Orbax, from `eqdistill[checkpoints]`.
 
     !!! Example
-
         ```python
         checkpoints = eqd.Checkpoints("checkpoints/digits")
         result = eqd.distill(start, model, train, callbacks=[checkpoints])

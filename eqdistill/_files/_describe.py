@@ -48,8 +48,8 @@ def _describe(x: Any, path: str, found: dict[str, str], above: tuple[int, ...]) 
         found[path] = f"{x.dtype} of shape {x.shape}"
         if x.size <= 8 and not isinstance(x, jax.ShapeDtypeStruct):
             is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-            values: Any = jr.key_data(x) if is_key else x
-            found[path] += f" {np.asarray(values).tolist()}"
+            to_values: Any = jr.key_data if is_key else np.asarray
+            found[path] += f" {to_values(x).tolist()}"
     elif id(x) not in above:  # Functions may refer to themselves.
         named = x if hasattr(x, "__qualname__") else type(x)
         found[path] = f"{named.__module__}.{named.__qualname__}"

@@ -1,8 +1,6 @@
-"""The table of what a file can rebuild: one entry for each class or function.
-
-An object becomes a JSON object `{"class": name, field: value, ...}`. Its arrays are
-stored next to the JSON, each under the path of its field.
-"""
+"""The table of what a file can rebuild: one entry for each class or function. An object
+becomes a JSON object `{"class": name, field: value, ...}`, and its arrays are stored
+under the paths of their fields."""
 
 import functools as ft
 import inspect
@@ -73,18 +71,17 @@ TABLE: dict[str, Entry] = {}
 
 
 def register(
-    cls: Callable[..., Any],
+    cls: Callable,
     fields: dict[str, Any],
     *,
-    build: Callable[..., Any] | None = None,
-    read: Callable[[Any], dict[str, Any]] | None = None,
+    build: Callable | None = None,
+    read: Callable | None = None,
     nbytes: Callable[..., int] = lambda **_: 0,
 ) -> None:
     """Lets [`eqdistill.save`][] store a class of your own and [`eqdistill.load`][]
     rebuild it: a loss, a parameterisation, a preprocessing or an inner solver.
 
     !!! Example
-
         ```python
         register(Huber, {"width": (0.0, 1e3)})  # stores Huber(width=1.0)
         ```

@@ -68,9 +68,8 @@ class Distillation(eqx.Module):
         """
         average = average_of(self.state.optimiser_state)
         start, objective = eqx.combine(average, (self.start, self.objective))
-        return dataclasses.replace(
-            self, distilled=start.decode(), start=start, objective=objective
-        )
+        changed = {"distilled": start.decode(), "start": start, "objective": objective}
+        return dataclasses.replace(self, **changed)
 
     def __repr__(self) -> str:
         loss = f", loss {self.history.loss[-1]:.4g}" if len(self.history) else ""
@@ -112,12 +111,6 @@ def to_result(
     if has_failed:
         state = eqx.tree_at(lambda s: s.learned, state, state.last_good)
     start, objective = problem.pair(state)
-    return Distillation(
-        distilled=start.decode(),
-        start=start,
-        objective=objective,
-        history=History.of(columns),
-        learned=learned_names(problem.learn),
-        state=state,
-        callbacks=callbacks,
-    )
+    distilled, history = start.decode(), History.of(columns)
+    learned = learned_names(problem.learn)
+    return Distillation(distilled, start, objective, history, learned, state, callbacks)

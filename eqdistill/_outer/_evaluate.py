@@ -91,7 +91,6 @@ def evaluate(
     sets, evaluate on held-out training data.
 
     !!! Example
-
         ```python
         make = functools.partial(eqd.nn.ConvNet, test.shape, test.num_classes)
         recipe = eqd.recipes.feature_regression(make)
@@ -126,10 +125,8 @@ def evaluate(
         models = as_models(recipe, "`recipe` must be a `Recipe`,")
         recipe = Recipe(models, AutoSolver() if inner is None else inner)
     elif inner is not None:
-        raise ValueError(
-            "`inner` must be left out with a `Recipe`, which has an inner solver; got "
-            f"{describe(inner)}."
-        )
+        got = describe(inner)
+        raise ValueError(f"`inner` must be left out with a `Recipe`; got {got}.")
     if num_models is None:
         num_models = 1 if isinstance(recipe.models, Fixed) else 5
     key = jr.key(0) if key is None else key

@@ -64,7 +64,7 @@ def distill_exactly(
     Regression*, 2024.
     """
     if not takes_pixels(model):
-        raise TypeError(f"`model` must be logistic regression; got {describe(model)}.")
+        raise TypeError(f"`model` must be `LogisticRegression`; got {describe(model)}.")
     if not isinstance(start.loss, CrossEntropy):
         got = describe(start.loss)
         raise TypeError(f"`start` must have the loss `CrossEntropy`; got {got}.")
@@ -136,8 +136,9 @@ class _Target(eqx.Module):
         if rank == 0:
             raise ValueError("`model` must have weights that differ between classes.")
         intercept = None if head.bias is None else jnp.asarray(bias - bias.mean())
-        arrays = map(jnp.asarray, (q[:, :rank], s[:rank], gt @ contrasts))
-        return _Target(*arrays, intercept)
+        arrays = q[:, :rank], s[:rank], gt @ contrasts
+        basis, values, contrasts = map(jnp.asarray, arrays)
+        return _Target(basis, values, contrasts, intercept)
 
     @property
     def max_l2(self) -> float:

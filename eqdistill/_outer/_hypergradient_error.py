@@ -71,8 +71,6 @@ def hypergradient_error(
         [`eqdistill.ArgminSolver`][].
     - `key`: as for [`eqdistill.fit`][].
 
-    **Returns:** a [`eqdistill.linear.HypergradientError`][].
-
     **Raises:** a `ValueError` if the fit of the reference does not converge.
 
     Source: Blondel et al., *Efficient and modular implicit differentiation*, 2022,
@@ -80,10 +78,7 @@ def hypergradient_error(
     2016, Theorem 1, for the bound; `docs/mathematics.md` for its proof.
     """
     if isinstance(model, AbstractModels):
-        raise TypeError(
-            f"`model` must be one model; got {describe(model)}, which draws other "
-            "models in double precision."
-        )
+        raise TypeError(f"`model` must be one model; got {describe(model)}.")
     key = jr.key(0) if key is None else key
     gradient, fitted = _hypergradient(start, model, FullBatch(data), inner, key)
     with jax.enable_x64(True):
@@ -94,13 +89,11 @@ def hypergradient_error(
         real = Dataset(_to_double(data.floating()), data.labels, data.num_classes)
         wanted, found = _hypergradient(start, model, FullBatch(real), reference, key)
         if not found.converged:
-            raise ValueError(
-                "`reference` must fit the model; it did not converge, and left a "
-                f"gradient of norm {found.gradient_norm:.2g}."
-            )
-        bound, is_plain = jnp.inf, isinstance(start, DistilledSet)
-        is_linear = takes_pixels(model) and model.head.bias is None
-        if is_linear and is_plain and isinstance(start.loss, CrossEntropy):
+            norm = f"a gradient of norm {found.gradient_norm:.2g}"
+            raise ValueError(f"`reference` must fit the model; it left {norm}.")
+        bound, is_linear = jnp.inf, takes_pixels(model) and model.head.bias is None
+        is_plain = isinstance(start, DistilledSet)
+        if is_plain and is_linear and isinstance(start.loss, CrossEntropy):
             bound = _bound(start, at.head.weight.T, real, gradient)
         error = optax.tree.norm(optax.tree.sub(gradient, wanted))
         values = optax.tree.norm(gradient), error, bound, fitted.gradient_norm

@@ -20,7 +20,6 @@ def averaged(
     `average` of the resulting [`Distillation`][] returns the average.
 
     !!! Example
-
         ```python
         optimiser = eqd.averaged(optax.adam(0.02), decay=0.99)
         result = eqd.distill(start, model, train, optimiser=optimiser)
@@ -62,10 +61,7 @@ def averaged(
 def average_of(state: PyTree) -> PyTree:
     """The average in the state of an optimiser."""
     if not isinstance(state, _State):
-        raise ValueError(
-            "The optimiser must be wrapped by `eqdistill.averaged` to have an average; "
-            f"its state is a {type(state).__name__}."
-        )
+        raise ValueError("The optimiser must be wrapped by `eqdistill.averaged`.")
     return state.average
 
 
@@ -90,7 +86,6 @@ def clip_by_running_norm(
     have a few norms that are far beyond all others.
 
     !!! Example
-
         ```python
         optimiser = optax.chain(eqd.clip_by_running_norm(), optax.adam(1e-3))
         ```

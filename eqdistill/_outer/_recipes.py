@@ -36,7 +36,6 @@ class Recipe(eqx.Module):
     on it, and how. The functions in `eqdistill.recipes` return published recipes.
 
     !!! Example
-
         ```python
         make = functools.partial(eqd.nn.ConvNet, test.shape, test.num_classes)
         training = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.1}, steps=100)
@@ -62,9 +61,7 @@ class Recipe(eqx.Module):
     settings: tuple[tuple[str, Any], ...] = eqx.field(static=True, default=())
 
 
-def dc(
-    make: Callable[..., PyTree], *, updates: int = 300, augment: bool = False
-) -> Recipe:
+def dc(make: Callable, *, updates: int = 300, augment: bool = False) -> Recipe:
     """The recipe of dataset condensation: cross-entropy on hard labels, by stochastic
     gradient descent on all distilled images. The learning rate is 0.01, and 0.001 in
     the second half of the steps. The momentum is 0.9 and the weight decay 5e-4.
@@ -88,9 +85,7 @@ def dc(
     return _recipe("dc", make, inner, relabel, updates=updates, augment=augment)
 
 
-def frepo(
-    make: Callable[..., PyTree], *, updates: int = 1000, augment: bool = False
-) -> Recipe:
+def frepo(make: Callable, *, updates: int = 1000, augment: bool = False) -> Recipe:
     """The recipe of neural feature regression: squared error on centred targets, from
     LeCun's initial weights, by Adam on all distilled images. The learning rate rises to
     3e-4 over 500 steps, or half of the steps if that is less. It then decays by a
@@ -115,7 +110,7 @@ def frepo(
     return _recipe("frepo", make, inner, _TO_TARGETS, redraw=True, **settings)
 
 
-def zero_start(make: Callable[..., PyTree], *, updates: int = 500) -> Recipe:
+def zero_start(make: Callable, *, updates: int = 500) -> Recipe:
     """This package's recipe for training all layers: squared error on centred targets,
     as in [`eqdistill.recipes.frepo`][], with a last layer that starts at zero. Few
     images cannot undo the effect of a random one. The training is by Adam, with a
@@ -128,7 +123,7 @@ def zero_start(make: Callable[..., PyTree], *, updates: int = 500) -> Recipe:
     return _recipe("zero_start", make, inner, _TO_TARGETS, zero=True, updates=updates)
 
 
-def feature_regression(make: Callable[..., PyTree], *, updates: int = 100) -> Recipe:
+def feature_regression(make: Callable, *, updates: int = 100) -> Recipe:
     """This package's recipe for images that were distilled with an
     [`eqdistill.Pool`][]: a short training by squared error on centred targets, after
     which the last layer is fitted as in the distillation. The training is as in
@@ -145,9 +140,7 @@ def feature_regression(make: Callable[..., PyTree], *, updates: int = 100) -> Re
     return _recipe(name, make, inner, prepare, redraw=True, zero=True, updates=updates)
 
 
-def supervised(
-    make: Callable[..., PyTree], *, updates: int = 1000, batch_size: int = 128
-) -> Recipe:
+def supervised(make: Callable, *, updates: int = 1000, batch_size: int = 128) -> Recipe:
     """Ordinary training on real data, for comparison: cross-entropy on hard labels, by
     Adam on batches. The learning rate decays by a cosine from 1e-3 to a hundredth. Pass
     all real images as the distilled set.
@@ -158,12 +151,12 @@ def supervised(
     """
     inner = _training(_adam, 1e-3, updates, batch_size=batch_size)
     relabel = ft.partial(_relabel, True, 0.0)
-    settings = {"updates": updates, "batch_size": batch_size}
+    settings: dict[str, Any] = {"updates": updates, "batch_size": batch_size}
     return _recipe("supervised", make, inner, relabel, **settings)
 
 
 def learned_rates(
-    make: Callable[..., PyTree],
+    make: Callable,
     *,
     learning_rates: ArrayOrList,
     batch_size: int,
@@ -210,7 +203,7 @@ def learned_rates(
 
 def _recipe(
     name: str,
-    make: Callable[..., PyTree],
+    make: Callable,
     inner: AbstractInnerSolver,
     prepare: Callable,
     *,

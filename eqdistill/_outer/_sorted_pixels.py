@@ -33,7 +33,7 @@ class SortedPixels(AbstractData):
         return self.full_batch.num_classes
 
     def mean(self, fn, model, step, *, key):
-        loss, network = model if fn is example_loss else (None, None)
+        loss, network = model if fn is example_loss else (fn, model)
         if type(loss) is not CrossEntropy or not takes_pixels(network):
             return self.full_batch.mean(fn, model, step, key=key)
         head = network.head

@@ -32,7 +32,6 @@ def whitened(
     spaced real images.
 
     !!! warning
-
         L-BFGS without a line search may diverge from a start at which the loss is far
         from convex. On MNIST it diverges from ten real images, but not from noise or
         class means. From real images, use `optax.lbfgs()` without `whitened`.
@@ -94,11 +93,10 @@ def _matrices(
     # On one thread, because OpenBLAS's threads keep spinning afterwards.
     with threadpool_limits(limits=1, user_api="blas"):
         moments = images.T @ images / len(images)
-        diagonal = damping * np.trace(moments) or 1.0  # If all images are zero.
-        moments[np.diag_indices_from(moments)] += diagonal
+        one = np.eye(len(moments), dtype=moments.dtype)
+        moments += one * (damping * np.trace(moments) or 1.0)  # If all images are zero.
         factor = scipy.linalg.cholesky(moments, lower=True)
         # It is well conditioned, and products are faster than solves.
-        one = np.eye(len(factor), dtype=factor.dtype)
         inverse = scipy.linalg.solve_triangular(factor, one, lower=True)
     return jnp.asarray(factor / scale), jnp.asarray(inverse * scale)
 
