@@ -127,7 +127,7 @@ def test_values_that_do_not_fit():
         eqd.DistilledSet(images, np.array([0, 1, 2**32 + 1]), l2=0.1)
     with pytest.raises(ValueError, match="got 3 different labels from 0 to 10995"):
         eqd.Dataset(images, np.array([0, 1, 2**40]))
-    with pytest.raises(ValueError, match=r"`num_classes` must be .*below 2\^31"):
+    with pytest.raises(ValueError, match=r"`num_classes` must be from 1 to 2147483647"):
         eqd.Dataset(images, np.array([0, 1, 2**40]), 2**41)
     with pytest.raises(ValueError, match="`images` must be finite; 1 of 12"):
         eqd.Dataset(images * np.eye(12)[0].reshape(3, 2, 2) * 1e300, np.arange(3))

@@ -7,6 +7,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from .._checks import check_between
 from .._conversions import ArrayOrList, as_array, as_int
 from .._typechecking import describe
 
@@ -67,10 +68,7 @@ class Dataset(eqx.Module):
                 f"`class_names` must have one name for each of the {num_classes} "
                 f"classes, all different; got {len(names)}."
             )
-        if not 1 <= num_classes < 2**31:
-            raise ValueError(
-                f"`num_classes` must be at least 1 and below 2^31; got {num_classes}."
-            )
+        check_between(1, 2**31 - 1, num_classes=num_classes)
         if labels_.min() < 0 or labels_.max() >= num_classes:
             raise ValueError(
                 f"`labels` must be in [0, {num_classes}), by `num_classes` or "

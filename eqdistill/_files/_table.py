@@ -292,18 +292,11 @@ def _settings(function: Callable) -> dict[str, Any]:
     return {name: _SETTINGS.get(name, Any) for name in names if name != "key"}
 
 
-_SETTINGS = {
-    "in_features": (1, MAX_BYTES),
-    "num_classes": (1, 2**16),
-    "shape": (1, MAX_BYTES),
-    "widths": (1, 512, 8),
-    "size": (1, 64),
-    "updates": (2, 100_000),
-    "batch_size": (1, 100_000),
-    "learning_rates": (0.0, 1e9),
-    "momentum": (0.0, 1.0),
-    "seed": (0, 2**31 - 1),
-}
+_SETTINGS: dict[str, Any] = dict.fromkeys(("in_features", "shape"), (1, MAX_BYTES))
+_SETTINGS |= {"num_classes": (1, 2**16), "widths": (1, 512, 8), "size": (1, 64)}
+_SETTINGS |= {"updates": (2, 100_000), "batch_size": (1, 100_000)}
+_SETTINGS |= {"learning_rates": (0.0, 1e9), "momentum": (0.0, 1.0)}
+_SETTINGS |= {"seed": (0, 2**31 - 1)}
 register(
     LogisticRegression,
     _settings(LogisticRegression),

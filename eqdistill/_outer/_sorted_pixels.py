@@ -33,10 +33,10 @@ class SortedPixels(AbstractData):
         return self.full_batch.num_classes
 
     def mean(self, fn, model, step, *, key):
-        loss, network = model if fn is example_loss else (fn, model)
-        if type(loss) is not CrossEntropy or not takes_pixels(network):
+        is_known = fn is example_loss and type(model[0]) is CrossEntropy
+        if not is_known or not takes_pixels(model[1]):
             return self.full_batch.mean(fn, model, step, key=key)
-        head = network.head
+        loss, head = model[0], model[1].head
         if loss.log_temperature is not None:
             scale = jnp.exp(-loss.log_temperature)
             head = jax.tree.map(lambda x: x * scale.astype(x.dtype), head)
