@@ -101,15 +101,15 @@ class FullBatch(AbstractData):
         dataset: Dataset,
         *,
         cached: Sequence[Cached] = (),
-        chunk_bytes: int = 2**27,
+        chunk_bytes: int = 2**24,
     ):
         """**Arguments:**
 
         - `dataset`: the real data.
         - `cached`: the parts of models whose outputs are computed once, here, and kept
             in memory. (Keyword only argument.)
-        - `chunk_bytes`: the memory for the activations of a chunk, in bytes. (Keyword
-            only argument.)
+        - `chunk_bytes`: the memory for the activations of a chunk, in bytes. The
+            default suits the cache of a CPU. (Keyword only argument.)
 
         **Raises:**
 
