@@ -12,9 +12,6 @@ from typing import Any
 from unittest import mock
 
 import equinox as eqx
-import hypothesis as hp
-import hypothesis.extra.numpy as hpn
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -84,27 +81,17 @@ def change(path, tensors=None, **changes):
 # Round trips.
 
 
-@st.composite
-def distilled_sets(draw):
-    # Few shapes, because JAX compiles for each.
-    shape = draw(st.sampled_from([(1, 1), (4, 3), (3, 1, 2, 2)]))
-    floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
-    images = draw(hpn.arrays(np.float32, shape, elements=floats))
-    if draw(st.booleans()):
-        labels = draw(hpn.arrays(np.float32, (shape[0], C), elements=floats))
-        hp.assume(not np.allclose(labels.sum(1), 1))
-    else:
-        dtype = draw(st.sampled_from([np.int32, np.uint8, np.int16]))
-        labels = draw(hpn.arrays(dtype, shape[0], elements=st.integers(0, C - 1)))
-    temperatures = st.floats(1e-30, 1e30).map(eqd.CrossEntropy)
-    loss = draw(st.one_of(temperatures, st.just(eqd.SquaredError())))
-    return eqd.DistilledSet(images, labels, l2=draw(st.floats(1e-30, 1e30)), loss=loss)
+SETS = [
+    small(),
+    small(soft=True, loss=eqd.CrossEntropy(1e-30)),
+    small(loss=eqd.SquaredError()),
+    eqd.DistilledSet(np.float32([[-0.0, 1e-45, 3e38]]), np.uint8([2]), l2=1e-30),
+]
 
 
-@hp.settings(deadline=None, max_examples=20)
-@hp.given(distilled_sets())
-def test_sets_make_a_round_trip(tmp_path_factory, distilled):
-    path = tmp_path_factory.mktemp("round") / "trip.safetensors"
+@pytest.mark.parametrize("distilled", SETS)
+def test_sets_make_a_round_trip(tmp_path, distilled):
+    path = tmp_path / "trip.safetensors"
     eqd.save(path, distilled)
     artifact = eqd.load(path)
     assert_same_bits(artifact.distilled, distilled)
@@ -247,7 +234,6 @@ class Huber(eqd.AbstractLoss):
 class Scaled(eqd.AbstractParameterisation):
     distilled: eqd.DistilledSet
     factor: jax.Array
-    extra: int = eqx.field(static=True, default=0)
 
     def decode(self):
         images = self.factor * self.distilled.images
@@ -272,8 +258,10 @@ def test_registered_classes_make_a_round_trip(path):
     change(path, {"artifact.start.factor": np.float32(10)})
     with pytest.raises(ValueError, match=r"`artifact.start.factor` must be from"):
         eqd.load(path)
+    register(Scaled, {"distilled": Any})
     with pytest.raises(ValueError, match="start has fields that are not registered"):
-        eqd.save(path, dataclasses.replace(start, extra=1))
+        eqd.save(path, start)
+    register(Scaled, {"distilled": Any, "factor": (0.0, 9.0)})
     eqd.save(path, start)
     del TABLE["Huber"]
     with pytest.raises(ValueError, match="'Huber'"):
@@ -300,7 +288,7 @@ def test_refuses_to_save(tmp_path, path):
         ("labels", jnp.array([0, 1, 2, -3])),
     ):
         distilled = eqx.tree_at(lambda d, name=name: getattr(d, name), small(), value)
-        with pytest.raises(ValueError, match=f"Cannot save {path}: .*{name}"):
+        with pytest.raises(ValueError, match=f"Cannot save {path}: "):
             eqd.save(path, distilled)
     with pytest.raises(FileNotFoundError, match=r"`path`.*folder that exists; got '.*"):
         eqd.save(tmp_path / "no" / "a.safetensors", small())
