@@ -30,13 +30,8 @@ EVERY = 5
 def _linear(train):
     train, held_out = train.split(0.1, key=jr.key(2))
     start = eqd.DistilledSet.from_noise(train, l2=0.1, scale=1 / 784, key=jr.key(0))
-    objective = eqd.linear.LogisticRegression(784, 10)
-    return (
-        start,
-        objective,
-        train,
-        (eqd.EarlyStopping(held_out, every=3, patience=STEPS),),
-    )
+    stopping = eqd.EarlyStopping(held_out, every=3, patience=STEPS)
+    return start, eqd.linear.LogisticRegression(784, 10), train, (stopping,)
 
 
 def _pool(train):
@@ -64,16 +59,9 @@ def distil(kind: str, folder: str | None, output: str) -> None:
     if folder is not None:
         callbacks += (eqd.Checkpoints(folder, every=EVERY),)
     schedule = optax.adam(optax.cosine_decay_schedule(0.02, STEPS))
-    result = eqd.distill(
-        start,
-        objective,
-        data,
-        optimiser=eqd.averaged(schedule, 0.95),
-        steps=STEPS,
-        learn=lambda s: (s.images, s.log_l2),
-        callbacks=callbacks,
-        key=jr.key(1),
-    )
+    args = {"optimiser": eqd.averaged(schedule, 0.95), "steps": STEPS, "key": jr.key(1)}
+    args["learn"] = lambda s: (s.images, s.log_l2)
+    result = eqd.distill(start, objective, data, callbacks=callbacks, **args)
     trees = (result.start, result.average().start, result.history)
     np.savez(output, *jax.tree.leaves(eqx.filter(trees, eqx.is_array_like)))
 

@@ -61,11 +61,3 @@ def test_an_update_that_is_not_made_is_not_averaged(logistic):
     with pytest.raises(eqd.DistillationError) as error:
         eqd.distill(start, objective, train, optimiser=optimiser)
     assert_same_bits(error.value.distillation.average().distilled, start)
-
-
-def test_bad_input():
-    for decay in (0.0, 1.0):
-        with pytest.raises(ValueError, match=f"`decay` must be between.*got {decay}"):
-            eqd.averaged(optax.sgd(0.1), decay)
-    with pytest.raises(ValueError, match="`averaged` must be given `params`"):
-        OPTIMISER.update(np.ones(2), OPTIMISER.init(np.ones(2)))

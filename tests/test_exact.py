@@ -79,14 +79,6 @@ def test_random_weights(log_scale, intercept_scale, seed):
     assert error_of_fit(exact, model) <= 1e-6
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("x64")
-def test_a_hundred_classes():
-    model = linear(np.random.default_rng(0).normal(size=(100, 784)))
-    start = eqd.DistilledSet(np.zeros((100, 784)), np.arange(100), l2=0.1)
-    assert error_of_fit(eqd.linear.distill_exactly(start, model), model) <= 1e-6
-
-
 @pytest.fixture(scope="module")
 def mnist_weights(mnist):
     """The weights and the intercept of a quick fit of squared errors, enlarged."""
@@ -120,14 +112,6 @@ def test_mnist(mnist, mnist_weights, name, n, soft, use_intercept):
     assert exact.images.shape == (n, 28, 28)
     assert error_of_fit(exact, model) <= 1e-6
     assert error_of_scikit_learn(exact, model) <= 1e-4
-
-
-@pytest.mark.slow
-def test_in_single_precision(mnist, mnist_weights):
-    model = linear(*(x.astype(np.float32) for x in mnist_weights))
-    exact = eqd.linear.distill_exactly(mnist_start(mnist, "noise", 10), model)
-    assert exact.images.dtype == jnp.float32
-    assert error_of_fit(exact, model) <= 1e-4
 
 
 @pytest.mark.slow

@@ -12,39 +12,24 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
 
 import eqdistill as eqd
 from eqdistill import linear, nn, recipes
-from eqdistill._outer._evaluate import Evaluation
 from eqdistill.datasets import Standardisation, ZCA
+
+from .conftest import evaluation
 
 
 VALUES = [
     *(None, True, 0, -1, 1, 3, 255, 700, 10**6, 2**31 - 1, 2**31, 2**53, 2**63, 2**64),
     *(0.5, -0.5, 1e-300, 1e308, float("nan"), float("inf"), "", "x" * 1000, "Packed"),
-    *(
-        [],
-        {},
-        [1],
-        [2**20, 2**20],
-        [[]] * 100,
-        {"class": "ZCA"},
-        {"a": {"a": {"a": 1}}},
-    ),
+    *([], {}, [1], [2**20, 2**20], [[]] * 100, {"class": "ZCA"}, {"a": {"a": {}}}),
     *(2, 5, 8, 9, 64, 1024, 4096, 1.0, 1e-3, 5.0, [1, 1], [8, 8], [64, 64], [4096, 4]),
     *("SpanSolver", "ArgminSolver", "LogisticRegression", "Recipe", "F64", "I64"),
     *("ConvNet", "dc", "relu", {"class": "RidgeSolver"}, {"tensor": "artifact.start"}),
 ]
-
-
-def evaluation(recipe):
-    fitted = eqd.Fitted(None, jnp.array(True), jnp.array(0.0))
-    accuracies = np.array([[0.5, 0.7]])
-    return Evaluation(accuracies, accuracies, recipe, fitted, jr.key(0))
 
 
 def good_artifacts(folder):

@@ -112,19 +112,11 @@ def test_no_bound_is_known(case):
     assert 0 < found.error < 1e-4 * found.norm
 
 
-class Fails(eqd.AbstractInnerSolver[None]):
-    def init(self, distilled, model, *, key):
-        return None
-
-    def __call__(self, distilled, model, state, *, key):
-        fitted, state = OneStep()(distilled, model, state, key=key)
-        return eqx.tree_at(lambda f: f.converged, fitted, jnp.array(False)), state
-
-
 def test_what_cannot_be_measured_is_refused():
     start, model, real = soft_start(dtype=np.float32), LogisticRegression(P, C), data()
+    reference = SpanSolver(max_steps=1)
     with pytest.raises(ValueError, match="`reference` must fit the model"):
-        hypergradient_error(start, model, real, OneStep(), reference=Fails())
+        hypergradient_error(start, model, real, OneStep(), reference=reference)
     source = eqd.Fresh(lambda *, key: model)
     with pytest.raises(TypeError, match="`model` must be one model; got a Fresh"):
         hypergradient_error(start, source, real)

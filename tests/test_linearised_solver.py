@@ -91,9 +91,3 @@ def test_dropout_is_off(digits):
         for x in (network, eqx.nn.Sequential([eqx.nn.Dropout(0.5), *network]))
     ]
     np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
-
-
-def test_refuses_other_losses(digits):
-    start = eqd.DistilledSet.from_real(digits[0], 10, l2=0.1, key=KEY)
-    with pytest.raises(TypeError, match=r"`SquaredError` for `LinearisedSolver`"):
-        eqd.fit(start, LogisticRegression(64, 10), LinearisedSolver())

@@ -58,11 +58,6 @@ def test_with_targets():
 
 
 def test_bad_shapes():
-    distilled = make_set((6, 4))
-    with pytest.raises(ValueError, match=r"`factor` must divide.*got 3"):
-        eqd.Packed.from_distilled(distilled, 3)
-    with pytest.raises(ValueError, match=r"`shape` must be.*for \(6, 4\)"):
-        eqd.Packed(distilled, (12, 12))
     for shape in ((6, 6, 3), (5,)):
         with pytest.raises(ValueError, match=r"\(channels, height, width\); got "):
             eqd.Packed.from_distilled(make_set(shape))

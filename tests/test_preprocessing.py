@@ -84,8 +84,6 @@ def test_map_may_change_the_shape():
 
 def test_bad_arguments():
     constant = eqd.Dataset(np.ones((4, 2, 2, 2), np.float32), np.arange(4))
-    with pytest.raises(ValueError, match=r"`train` must have channels that vary.*0\. "):
-        Standardisation.fit(constant)
     few = eqd.Dataset(BYTES[:20], np.arange(20))
     for train, regularisation in ((constant, 0.1), (few, 0.0)):
         match = rf"`regularisation` must be larger.*got {regularisation}"

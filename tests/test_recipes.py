@@ -1,5 +1,6 @@
 """Evaluation and recipes, against scikit-learn and plain loops over Optax's steps."""
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -17,25 +18,15 @@ from hypothesis import given, settings, strategies as st
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
-from eqdistill._outer._evaluate import Evaluation
 
-from .conftest import subset
+from .conftest import evaluation, subset
 
 
 # Without normalisation: the bias before a normalisation has a gradient of zero, and
 # Adam divides its rounding error by itself.
 make = functools.partial(nn.ConvNet, (8, 8), 10, widths=(4, 6), norm=None)
 draw = lambda recipe: recipe.models.draw(None, key=jr.key(1))
-# The arguments of each recipe.
 RATES = {"learning_rates": (0.03, 0.01, 0.02), "batch_size": 5}
-ALL = {
-    "dc": {"updates": 10, "augment": True},
-    "frepo": {"updates": 10, "augment": True},
-    "zero_start": {"updates": 10},
-    "feature_regression": {"updates": 10},
-    "supervised": {"updates": 10, "batch_size": 5},
-    "learned_rates": RATES | {"momentum": 0.8, "adam": True, "seed": 4},
-}
 
 
 def sequential(*, key):
@@ -130,9 +121,8 @@ def test_output_of_nan_is_wrong():
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_statistics(num_sets, num_models, seed):
     rows = np.random.default_rng(seed).random((num_sets, num_models))
-    recipe = recipes.Recipe(eqx.nn.Identity())
-    fitted = eqd.Fitted(recipe.models, jnp.array(True), jnp.array(0.0))
-    found = Evaluation(rows, 2 * rows, recipe, fitted, jr.key(0))
+    found = evaluation(recipes.Recipe(eqx.nn.Identity()))
+    found = dataclasses.replace(found, accuracies=rows, losses=2 * rows)
     means = [statistics.mean(row) for row in rows.tolist()]
     np.testing.assert_allclose(found.accuracy, statistics.mean(means))
     np.testing.assert_allclose(found.loss, 2 * found.accuracy)
@@ -142,12 +132,9 @@ def test_statistics(num_sets, num_models, seed):
     if num_sets > 1:
         sets = statistics.stdev(means)
     np.testing.assert_allclose([found.std_models, found.std_sets], [models, sets])
-    over_models = f" ± {models:.1%} over {num_models} models" if num_models > 1 else ""
-    over_sets = f" ± {sets:.1%} over {num_sets} sets" if num_sets > 1 else ""
-    words = f"{found.accuracy:.1%}" + ",".join(filter(None, [over_models, over_sets]))
     if num_sets == 1 and num_models > 1:
         words = f"{found.accuracy:.1%} ± {models:.1%} ({num_models} models)"
-    assert repr(found) == words
+        assert repr(found) == words
 
 
 def train(network, optimiser, losses):
@@ -211,7 +198,7 @@ def test_training_is_as_by_hand(real, name):
 
 @pytest.mark.parametrize("adam", [True, slow(False)])
 def test_learned_rates_are_used_in_turn(real, adam):
-    recipe = recipes.learned_rates(make, **ALL["learned_rates"] | {"adam": adam})
+    recipe = recipes.learned_rates(make, **RATES, momentum=0.8, adam=adam, seed=4)
     network = draw(recipe)
     assert eqx.tree_equal(network, make(key=jr.key(4)))
     schedule = lambda step: jnp.array(RATES["learning_rates"])[step]
@@ -222,16 +209,6 @@ def test_learned_rates_are_used_in_turn(real, adam):
     losses = [functools.partial(eqd.inner_loss, rows(x)) for x in batches]
     got = eqd.fit(recipe.prepare(real, 10), network, recipe.inner).model
     assert_close(got, train(network, optimiser, losses))
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_settings_rebuild_a_recipe(real, name):
-    recipe = getattr(recipes, name)(make, **ALL[name])
-    again = getattr(recipes, recipe.name)(make, **dict(recipe.settings))
-    assert dict(recipe.settings) == ALL[name]
-    assert eqx.tree_equal(recipe.inner, again.inner)
-    assert eqx.tree_equal(draw(recipe), draw(again))
-    assert eqx.tree_equal(recipe.prepare(real, 10), again.prepare(real, 10))
 
 
 def test_models_are_drawn_as_the_recipe_says():
@@ -266,8 +243,6 @@ def test_scores_are_as_in_the_paper():
     )
     wanted = (math.exp(0.1) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
     np.testing.assert_allclose([labels, augmentation], wanted)
-    with pytest.raises(ValueError, match="`hard_label_recovery` must be from -1 to 1"):
-        score(hard_label_recovery=37.0, improvement_over_random=0.0)
 
 
 def test_models_differ_and_are_the_same_for_all_sets(real, digits):
@@ -280,15 +255,6 @@ def test_models_differ_and_are_the_same_for_all_sets(real, digits):
     np.testing.assert_array_equal(one.accuracies, found.accuracies[:1, :2])
 
 
-@pytest.mark.slow
-def test_ordinary_training_on_real_data(digits):
-    train, test = digits
-    real = eqd.DistilledSet(train.floating(), train.labels, l2=1.0)
-    own = functools.partial(nn.ConvNet, (8, 8), 10, widths=(8, 16))
-    found = eqd.evaluate(real, recipes.supervised(own), test, num_models=1)
-    assert found.accuracy > 0.97
-
-
 def test_bad_input(real, digits):
     test = subset(digits[1], 20)
     dc = recipes.dc(make, updates=2)
@@ -298,20 +264,9 @@ def test_bad_input(real, digits):
     linear = eqd.linear.LogisticRegression(64, 9)
     for match, distilled, recipe, keywords in [
         (r"class indices.*\(10, 10\)", soft, dc, {}),
-        ("`num_models` must be at least 1; got 0", real, dc, {"num_models": 0}),
-        ("`distilled` must hold at least one", [], dc, {}),
         (r"`test` and `distilled`.*\(8, 8\).*\(9, 9\)", small, dc, {}),
         ("10 classes of `test`; got 9", nine, linear, {}),
         ("`inner` must be left out", real, dc, {"inner": Untrained()}),
-        (r"`recipe` must be a `Recipe`.*Fresh\(make\)", real, make, {}),
     ]:
         with pytest.raises((TypeError, ValueError), match=match):
             eqd.evaluate(distilled, recipe, test, **keywords)
-    for name in ALL.keys() - {"learned_rates"}:
-        with pytest.raises(ValueError, match=r"`updates` must be from 2 to.*got 1"):
-            getattr(recipes, name)(make, updates=1)
-    with pytest.raises(TypeError, match="`make` must be a function of `key`"):
-        recipes.dc(sequential(key=jr.key(0)))
-    for rates in ([], [[0.1]], [0.1, -0.1]):
-        with pytest.raises(ValueError, match="`learning_rates` must be"):
-            recipes.learned_rates(make, learning_rates=rates, batch_size=5)

@@ -137,13 +137,3 @@ def test_auto_solver(model, loss, solver):
         eqd.fit(distilled, model, inner) for inner in (eqd.AutoSolver(), solver)
     )
     assert eqx.tree_equal(got, wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_refuses_other_problems():
-    linear = LogisticRegression(P, C)
-    match = r"`distilled.loss` must be `SquaredError`.*got `CrossEntropy`"
-    with pytest.raises(TypeError, match=match):
-        eqd.fit(start(loss=eqd.CrossEntropy()), linear, RidgeSolver())
-    match = r"must be a `LinearClassifier` for `RidgeSolver`; got a.* Wrapped"
-    with pytest.raises(TypeError, match=match):
-        eqd.fit(start(), Wrapped(linear), RidgeSolver())

@@ -96,20 +96,6 @@ def test_agrees_with_scikit_learn(digits):
         )
 
 
-@pytest.mark.slow
-def test_many_images_agree_with_scikit_learn(mnist):
-    # Too many unknowns for the images to be decomposed.
-    real = subset(mnist[0], 250)
-    distilled = eqd.DistilledSet(real.floating(), real.labels, l2=1e-2)
-    model = LogisticRegression(784, 10, use_intercept=True)
-    fitted = eqd.fit(distilled, model, SpanSolver())
-    reference = SklearnLogisticRegression(
-        C=1 / (250 * 1e-2), tol=1e-8, max_iter=1000
-    ).fit(np.asarray(real.floating(), np.float64).reshape(250, 784), real.labels)
-    error = np.abs(fitted.model.head.weight - reference.coef_).max()
-    assert error <= 1e-4 * np.abs(reference.coef_).max()
-
-
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "kind",
@@ -171,7 +157,6 @@ def test_tiny_ridge(mnist):
     fitted = eqd.fit(distilled, LogisticRegression(784, 10), SpanSolver())
     outputs = jax.vmap(fitted.model)(distilled.images)
     np.testing.assert_array_equal(jnp.argmax(outputs, axis=1), distilled.labels)
-    assert fitted.gradient_norm < 1e-15
 
 
 @pytest.mark.slow
@@ -219,14 +204,3 @@ def test_without_a_solution_it_does_not_converge(digits):
     model = LogisticRegression(64, 10, use_intercept=True)
     fitted, _ = SOLVE(distilled, model, model.head)
     assert not fitted.converged
-
-
-def test_refuses_other_problems(digits):
-    distilled, linear = small_noise(digits[0]), LogisticRegression(64, 10)
-    network = eqx.nn.Sequential([eqx.nn.Lambda(jnp.ravel), linear.head])
-    match = r"a `LinearClassifier`.*`SpanSolver`; got a.* Sequential.*last_layer"
-    with pytest.raises(TypeError, match=match):
-        eqd.fit(distilled, network, SpanSolver())
-    squared = eqx.tree_at(lambda d: d.loss, distilled, eqd.SquaredError())
-    with pytest.raises(TypeError, match=r"be `CrossEntropy`.*got `SquaredError`"):
-        eqd.fit(squared, linear, SpanSolver())

@@ -26,14 +26,8 @@ def real(digits):
 @pytest.mark.slow
 def test_converged_means_stationary(real):
     # A Cauchy criterion holds for these networks at gradient norms around one.
-    network = eqd.nn.ConvNet(
-        (8, 8),
-        10,
-        widths=(8, 8, 8),
-        norm=eqd.nn.group_norm,
-        activation=jax.nn.softplus,
-        key=jr.key(0),
-    )
+    settings = {"norm": eqd.nn.group_norm, "activation": jax.nn.softplus}
+    network = eqd.nn.ConvNet((8, 8), 10, widths=(8, 8, 8), **settings, key=jr.key(0))
     inner = eqd.ArgminSolver(max_steps=600)
     for l2 in (1e-2, 1e-3, 1e-4):
         distilled = eqd.DistilledSet(real, jnp.arange(10), l2=l2)
@@ -127,7 +121,5 @@ def test_values_that_do_not_fit():
         eqd.DistilledSet(images, np.array([0, 1, 2**32 + 1]), l2=0.1)
     with pytest.raises(ValueError, match="got 3 different labels from 0 to 10995"):
         eqd.Dataset(images, np.array([0, 1, 2**40]))
-    with pytest.raises(ValueError, match=r"`num_classes` must be .*below 2\^31"):
-        eqd.Dataset(images, np.array([0, 1, 2**40]), 2**41)
     with pytest.raises(ValueError, match="`images` must be finite; 1 of 12"):
         eqd.Dataset(images * np.eye(12)[0].reshape(3, 2, 2) * 1e300, np.arange(3))
