@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from . import datasets
+from ._checks import check_between
 from ._data._dataset import Dataset
-from ._data._preprocessing import AbstractPreprocessing, ZCA
+from ._data._preprocessing import ZCA
 from ._files._artifact import load
 from ._outer._evaluate import evaluate
 from .datasets import _published_hashes
@@ -19,13 +20,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         # One line. The base class would print its usage too.
         self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _tolerance(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1; got {text}")
-    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-dir", metavar="DIR", help="the folder with the files of the dataset")
     add(
         "--tolerance",
-        type=_tolerance,
+        type=float,
         metavar="T",
         help="the largest difference allowed between the accuracies, which are from 0 "
         "to 1. Defaults to the measured standard deviation over models, but at least "
@@ -56,12 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(file: str, dataset: str | None, data_dir: str | None) -> tuple:
-    """The name of the dataset, the claimed accuracy, and the new evaluation.
-
-    **Raises:**
-
-    A `ValueError` if the file cannot be checked.
-    """
+    """The name of the dataset, the claimed accuracy, and the new evaluation."""
     with jax.enable_x64(load(file).x64):
         artifact = load(file)
         name = artifact.dataset or dataset
@@ -86,36 +75,30 @@ def _check(file: str, dataset: str | None, data_dir: str | None) -> tuple:
         if artifact.preprocessing is not None:
             _check_preprocessing(file, artifact.preprocessing, train)
             test = test.map(artifact.preprocessing)
-        found = evaluate(
-            artifact.distilled,
-            artifact.recipe,
-            test,
-            num_models=artifact.num_models,
-            key=artifact.key,
-        )
+        models = {"num_models": artifact.num_models, "key": artifact.key}
+        found = evaluate(artifact.distilled, artifact.recipe, test, **models)
     return name, artifact.accuracy, found
 
 
-def _check_preprocessing(
-    file: str, preprocessing: AbstractPreprocessing, train: Dataset
-) -> None:
+def _check_preprocessing(file: str, preprocessing: Any, train: Dataset) -> None:
     """Checks that a preprocessing is the one fitted to the training data. Otherwise it
     could hold everything that is to be learned."""
-    is_zca = isinstance(preprocessing, ZCA)
-    settings = {"regularisation": preprocessing.regularisation} if is_zca else {}
-    cls: Any = type(preprocessing)
-    wanted = cls.fit(train, **settings)
-    pairs = zip(jax.tree.leaves(preprocessing), jax.tree.leaves(wanted), strict=True)
-    for x, y in pairs:
+    if isinstance(preprocessing, ZCA):
+        wanted = ZCA.fit(train, regularisation=preprocessing.regularisation)
+    else:
+        wanted = type(preprocessing).fit(train)
+    pairs = map(jax.tree.leaves, (preprocessing, wanted))
+    for x, y in zip(*pairs, strict=True):
         if x.shape != y.shape or not np.allclose(x, y, 1e-2, 1e-3 * np.abs(y).max()):
-            raise ValueError(
-                f"The preprocessing in {file} is not fitted to the training data."
-            )
+            problem = "is not fitted to the training data."
+            raise ValueError(f"The preprocessing in {file} {problem}")
 
 
 def _main() -> int:
     args = _parser().parse_args()
     try:
+        if args.tolerance is not None:
+            check_between(0, 1, tolerance=args.tolerance)
         name, claimed, found = _check(args.file, args.dataset, args.data_dir)
     # Every error: exit status 1 is only for accuracies that differ.
     except (Exception, KeyboardInterrupt) as e:
@@ -123,7 +106,7 @@ def _main() -> int:
         return args.error(lines[0][:1000] if lines else type(e).__name__)
     tolerance = args.tolerance
     if tolerance is None:
-        tolerance = float(np.nanmax([found.std_models, 1e-4]))
+        tolerance = np.nanmax([found.std_models, 1e-4])
     # Accuracies are float32 fractions, so further digits are rounding.
     difference = round(abs(claimed - found.accuracy), 6)
     print(

@@ -1,8 +1,9 @@
 """Checks of arguments whose types are right, but whose values are not."""
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -42,6 +43,24 @@ def check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"`{name}` must be positive and finite; got {value}.")
+
+
+def check_between(low: float, high: float, **values: float) -> None:
+    """Checks that numbers are from `low` to `high`."""
+    for name, value in values.items():
+        if not low <= value <= high:
+            raise ValueError(f"`{name}` must be from {low} to {high}; got {value}.")
+
+
+@contextlib.contextmanager
+def needs(name: str, package: str, extra: str) -> Iterator[None]:
+    """Adds to an `ImportError` how to install the package that `name` needs."""
+    try:
+        yield
+    except ImportError as e:
+        raise ImportError(
+            f"{name} needs {package}: pip install 'eqdistill[{extra}]'."
+        ) from e
 
 
 def check_callable(model: Any) -> None:
@@ -126,6 +145,6 @@ def array_difference(wanted: PyTree, got: PyTree) -> str | None:
     ]
     structures = jax.tree.structure(wanted), jax.tree.structure(got)
     if not lines and structures[0] != structures[1]:
-        lines = [f"structure {structures[0]} wanted, {structures[1]} got"]
+        lines = ["structure {} wanted, {} got".format(*structures)]
     more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
     return "; ".join(lines[:3]) + more or None

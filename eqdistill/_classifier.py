@@ -17,9 +17,7 @@ class Frozen(eqx.Module):
     `jax.lax.stop_gradient` is not a substitute, because the ridge would still shrink
     the arrays.
 
-    **Arguments:**
-
-    - `module`: any pytree, such as the trained layers below a new head.
+    **Arguments:** `module`: any pytree, such as the trained layers below a new head.
     """
 
     module: PyTree
@@ -132,9 +130,7 @@ def LogisticRegression(
     - `in_features`: the number of pixels $p$ of one image, of any shape.
     - `num_classes`: the number of classes $c$.
     - `use_intercept`: whether to add the intercept $b$, which is not part of the ridge.
-        (Keyword only argument.)
     - `dtype`: the dtype of the parameters. Defaults to JAX's default floating dtype.
-        (Keyword only argument.)
 
     **Returns:**
 
@@ -148,10 +144,9 @@ def LogisticRegression(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`dtype` must be a floating dtype; got {dtype}.")
     sizes = as_int(in_features), as_int(num_classes)
-    make = lambda key: eqx.nn.Linear(*sizes, use_intercept, dtype, key=key)
-    head = eqx.filter_eval_shape(make, jax.random.key(0))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), head)
-    return LinearClassifier(Pixels(), zeros)
+    linear, key = eqx.nn.Linear, jax.random.key(0)
+    head = eqx.filter_eval_shape(linear, *sizes, use_intercept, dtype, key=key)
+    return LinearClassifier(Pixels(), jax.tree.map(jnp.zeros_like, head))
 
 
 def last_layer(

@@ -46,9 +46,8 @@ def as_array(name: str, x: ArrayOrList) -> Array | np.ndarray:
     except jax.errors.TracerArrayConversionError:
         return jnp.asarray(x)  # A list of traced arrays.
     except ValueError:
-        raise ValueError(
-            f"`{name}` must have rows of equal shape; got {describe(x)}."
-        ) from None
+        problem = f"`{name}` must have rows of equal shape; got {describe(x)}."
+        raise ValueError(problem) from None
     if array.dtype.kind in "OSUMmc":
         raise TypeError(f"`{name}` must be real numbers; got {describe(x)}.")
     return array

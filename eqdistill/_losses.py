@@ -44,8 +44,8 @@ class AbstractLoss(eqx.Module):
 
     def default_outer_loss(self) -> "AbstractLoss":
         """Returns the loss that real data are scored with, if a model was fitted by
-        this loss and [`eqdistill.Bilevel`][] is given no other: this loss itself,
-        unless a subclass returns another."""
+        this loss and [`eqdistill.Bilevel`][] is given no other: this loss, by
+        default."""
         return self
 
 
@@ -58,10 +58,8 @@ class CrossEntropy(AbstractLoss):
     labels: $t_i$ is their softmax. The unit is nats per example. The loss and its
     gradient are NaN if a class index is not in $[0, c)$.
 
-    **Attributes:**
-
-    - `log_temperature`: $\log T$, so that $T$ stays positive when it is learned; or
-        `None`, for a temperature of one.
+    **Attributes:** `log_temperature`: $\log T$, so that $T$ stays positive when it is
+    learned; or `None`, for a temperature of one.
     """
 
     log_temperature: Float[Array, ""] | None
@@ -73,15 +71,14 @@ class CrossEntropy(AbstractLoss):
             not learned. Only the outer loss has a use for another: a fitted model
             adapts to any temperature.
         """
-        if temperature is None:
-            self.log_temperature = None
-            return
-        t = np.asarray(as_array("temperature", temperature), np.float64)
-        if t.shape != () or not 0 < t < np.inf:
-            raise ValueError(
-                f"`temperature` must be a positive and finite scalar; got {t}."
-            )
-        self.log_temperature = jnp.asarray(np.log(t), jnp.result_type(float))
+        self.log_temperature = None
+        if temperature is not None:
+            t = np.asarray(as_array("temperature", temperature), np.float64)
+            if t.shape != () or not 0 < t < np.inf:
+                raise ValueError(
+                    f"`temperature` must be a positive and finite scalar; got {t}."
+                )
+            self.log_temperature = jnp.asarray(np.log(t), float)
 
     def __call__(self, outputs, labels):
         if self.log_temperature is not None:

@@ -11,8 +11,8 @@ def label_residual(
     logits: Float[Array, "n c"],
     labels: Int[Array, " n"] | Float[Array, "n c"],
 ) -> Float[Array, "n c"]:
-    r"""The label probabilities minus the predicted probabilities,
-    $t - \mathrm{softmax}(z)$."""
+    r"""The label probabilities minus the predicted probabilities, $t -
+    \mathrm{softmax}(z)$."""
     log_p = jax.nn.log_softmax(logits)
     c = logits.shape[1]
     if labels.ndim == 1:

@@ -26,13 +26,8 @@ _OVERRIDES: Any = {
     float: Annotated[int | float | np.integer | np.floating, _NOT_BOOL],
 } | dict.fromkeys(_OLD_KEYS, _NEW_KEY)
 _CONF = BeartypeConf(hint_overrides=FrozenDict(_OVERRIDES))
-_WORDS: Any = {
-    bool: "True or False",
-    float: "a number",
-    int: "an integer",
-    str: "a string",
-    type(None): "None",
-}
+_WORDS: Any = {bool: "True or False", float: "a number", int: "an integer"}
+_WORDS |= {str: "a string", type(None): "None"}
 _UNIONS = {
     "an array, a list or a number": {*get_args(ArrayLike), list, tuple},
     "an array or a number": {*get_args(ArrayLike)},
@@ -62,7 +57,7 @@ def typechecked(fn: _Fn) -> _Fn:
             message = _describe_violation(name, signature.parameters, given)
         except roar.BeartypeCallHintReturnViolation:
             # Jaxtyping passes the result as the last keyword argument.
-            result = describe(next(reversed(kwargs.values())))
+            result = describe([*kwargs.values()][-1])
             wanted = _describe_hint(signature.return_annotation)
             message = f"`{name}` must return {wanted}; got {result}."
         raise ArgumentError(message)
@@ -78,10 +73,8 @@ def suggest_arguments(fn: Callable) -> Callable:
     def wrapper(*args, **kwargs):
         for name in kwargs.keys() - names:
             (close,) = difflib.get_close_matches(name, names, 1, 0)
-            owner = fn.__qualname__.removesuffix(".__init__")
-            raise TypeError(
-                f"`{owner}` has no argument `{name}`; did you mean `{close}`?"
-            )
+            hint = f"has no argument `{name}`; did you mean `{close}`?"
+            raise TypeError(f"`{fn.__qualname__.removesuffix('.__init__')}` {hint}")
         return fn(*args, **kwargs)
 
     return wrapper
@@ -139,14 +132,12 @@ def _describe_hint(hint: Any) -> str:
     text = hint.__qualname__ if is_class else str(hint)
     # Without the modules, as the public names have others.
     text = f"`{re.sub(r'[A-Za-z_][A-Za-z_0-9]*[.](?=[A-Za-z_])', '', text)}`"
-    if is_class and not issubclass(hint, AbstractArray):
-        text = _with_article(text)
-    return _WORDS.get(hint, text)
+    is_plain = is_class and not issubclass(hint, AbstractArray)
+    return _WORDS.get(hint, _with_article(text) if is_plain else text)
 
 
 def describe(x: Any) -> str:
-    """Describes a scalar by its value, an array by its dtype and shape, and any other
-    object by its type."""
+    """Describes a scalar by value, an array by dtype and shape, and others by type."""
     if isinstance(x, bool | int | float | str | np.generic | None):
         return repr(x)[:60]
     if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ._checks import needs
 from ._data._dataset import Dataset
 from ._data._image_folder import from_folder as from_folder
 from ._data._preprocessing import (
@@ -19,8 +20,8 @@ from ._data._readers import read_cifar10, read_idx
 
 
 class _Source(NamedTuple):
-    """Where a dataset is published, and how its files are read. `registry` maps each
-    download to its hash, and `files` each unpacked file to its SHA-256."""
+    """Where a dataset is published, and how its files are read: the hash of each
+    download, and the SHA-256 of each unpacked file."""
 
     url: str
     registry: dict[str, str]
@@ -29,11 +30,8 @@ class _Source(NamedTuple):
     system: Path | None = None
 
 
-_IDX = [
-    f"{part}-{kind}-ubyte"
-    for part in ("train", "t10k")
-    for kind in ("images-idx3", "labels-idx1")
-]
+_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+_IDX = [f"{part}-{kind}" for part in ("train", "t10k") for kind in _KINDS]
 _CIFAR10 = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
 
 
@@ -85,8 +83,8 @@ def load(
     | `"digits"` | 8 x 8 handwritten digits, from scikit-learn | 10 | 1,347 | 450 |
 
     The files are the IDX files of MNIST and Fashion-MNIST, compressed by gzip or not,
-    and the binary version of CIFAR-10, as one archive or as six files. Their SHA-256
-    is checked; for CIFAR-10 the MD5 of a download, and of local files the size and the
+    and the binary version of CIFAR-10, as one archive or as six files. Their SHA-256 is
+    checked; for CIFAR-10 the MD5 of a download, and of local files the size and the
     number of labels.
 
     **Arguments:**
@@ -115,18 +113,15 @@ def load(
     if name == "digits":
         return _load_digits()
     if name not in _SOURCES:
-        known = ", ".join(repr(known) for known in (*_SOURCES, "digits"))
-        raise ValueError(f"`name` must be one of {known}; got {name!r}.")
+        names = [*_SOURCES, "digits"]
+        raise ValueError(f"`name` must be one of {names}; got {name!r}.")
     source = _SOURCES[name]
     shipped = Path(__file__).parents[1] / "examples" / "data"
     roots = [os.environ.get("EQDISTILL_DATA_DIR"), shipped, source.system]
     cifar = "cifar-10-batches-bin"
-    folders = [
-        Path(root) / subfolder
-        for root in (roots if data_dir is None else [data_dir])
-        for subfolder in (name, f"{name}/{cifar}", "", cifar)
-        if root
-    ]
+    roots = [root for root in (roots if data_dir is None else [data_dir]) if root]
+    subfolders = (name, f"{name}/{cifar}", "", cifar)
+    folders = [Path(root, subfolder) for root in roots for subfolder in subfolders]
     for folder in folders:
         for files in (source.registry, source.files):
             paths = [folder / file for file in files]
@@ -166,13 +161,9 @@ def _download(name: str, folders: list[Path]) -> list[Path]:
 
 
 def _load_digits() -> tuple[Dataset, Dataset]:
-    try:
+    with needs("The dataset 'digits'", "scikit-learn", "data"):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
-    except ImportError as e:
-        raise ImportError(
-            "The dataset 'digits' needs scikit-learn: pip install 'eqdistill[data]'."
-        ) from e
     pixels, labels = load_digits(return_X_y=True)
     # The pixels are from 0 to 16.
     images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)

@@ -12,7 +12,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 import scipy.special
 
-from ._checks import check_at_least
+from ._checks import check_at_least, needs
 from ._data._distilled_set import DistilledSet
 from ._data._pictures import to_pictures
 from ._losses import CrossEntropy
@@ -44,9 +44,9 @@ def images(
         of size 1, or of colour images of shape `(3, height, width)` or
         `(height, width, 3)`.
     - `columns`: the largest number of images in a row. Defaults to 5, or to 50 in a
-        mosaic. (Keyword only argument.)
+        mosaic.
     - `ax`: the axes to draw into. Defaults to a new figure, which has a colour bar for
-        grey images. (Keyword only argument.)
+        grey images.
 
     **Returns:**
 
@@ -58,12 +58,11 @@ def images(
     labels = np.asarray(distilled.labels)
     classes = labels if labels.ndim == 1 else labels.argmax(axis=1)
     tiny = np.finfo(np.float32).tiny  # Avoids 0 / 0 if all pixels are equal.
+    limit, scale = max(float(np.abs(pictures).max()), tiny), {}
     if pictures.ndim == 4:
-        low, high = float(pictures.min()), float(pictures.max())
-        pictures = (pictures - low) / max(high - low, tiny)
-        scale = {}
+        pictures = pictures - pictures.min()
+        pictures = pictures / max(float(pictures.max()), tiny)
     else:
-        limit = max(float(np.abs(pictures).max()), tiny)
         scale = {"cmap": "gray_r", "vmin": -limit, "vmax": limit}
     if ax is None and len(pictures) <= 50:
         titles = [str(class_) for class_ in classes]
@@ -85,9 +84,7 @@ def images(
         panel.text(x, y, text, fontsize=8, ha="right", va="center")
     panel.imshow(canvas, **scale)
     panel.set_axis_off()
-    if ax is None:
-        _add_bar(figure, [panel], scale)
-    return figure
+    return figure if ax is not None else _with_bar(figure, scale)
 
 
 def _with_titles(
@@ -97,14 +94,12 @@ def _with_titles(
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     figure = _figure(1.2 * columns + (0.6 if scale else 0), 1.35 * rows)
-    axes = list(np.ravel(figure.subplots(rows, columns, squeeze=False)))
-    for axis, picture, title in zip(axes, pictures, titles, strict=False):
+    for i, (picture, title) in enumerate(zip(pictures, titles, strict=True), 1):
+        axis = figure.add_subplot(rows, columns, i)
         axis.imshow(picture, **scale)
         axis.set_title(title, fontsize=9, pad=3)
-    for axis in axes:
         axis.set_axis_off()
-    _add_bar(figure, axes, scale)
-    return figure
+    return _with_bar(figure, scale)
 
 
 def _mosaic(
@@ -143,13 +138,14 @@ def _mosaic(
     return canvas, texts
 
 
-def _add_bar(figure: "Figure", axes: Sequence["Axes"], scale: dict) -> None:
+def _with_bar(figure: "Figure", scale: dict) -> "Figure":
     if scale:  # Only grey images have one.
         fraction, pad = 0.2 / figure.get_figwidth(), 0.13 / figure.get_figwidth()
-        image = axes[0].images[0]
-        bar = figure.colorbar(image, ax=axes, fraction=fraction, pad=pad)
+        axes = figure.axes
+        bar = figure.colorbar(axes[0].images[0], ax=axes, fraction=fraction, pad=pad)
         bar.ax.tick_params(labelsize=8)
         bar.outline.set_linewidth(0.5)
+    return figure
 
 
 def history(
@@ -164,12 +160,11 @@ def history(
     **Arguments:**
 
     - `history`: the `history` of the result of [`eqdistill.distill`][].
-    - `ax`: the two axes to draw into. Defaults to a new figure. (Keyword only
-        argument.)
+    - `ax`: the two axes to draw into. Defaults to a new figure.
 
     **Returns:**
 
-    The figure, with two panels.
+    The figure.
     """
     axes = _figure(7.0, 2.6).subplots(1, 2) if ax is None else ax
     axes = np.ravel(np.asarray(axes, object))
@@ -198,18 +193,13 @@ def _draw_series(axis: "Axes", values: np.ndarray, color: str, label: str | None
         return
     axis.plot(values, color=color, alpha=0.25, linewidth=0.4)
     hundredths = np.array_split(np.arange(len(values)), 100)
-    middles = [steps.mean() for steps in hundredths]
     medians = [np.median(values[steps]) for steps in hundredths]
-    axis.plot(middles, medians, color=color, label=label)
+    axis.plot([*map(np.mean, hundredths)], medians, color=color, label=label)
 
 
 def _figure(width: float, height: float, dpi: int = 200) -> "Figure":
-    try:
+    with needs("`eqdistill.plot`", "Matplotlib", "plot"):
         from ._data._shown_figure import ShownFigure
-    except ImportError as e:
-        raise ImportError(
-            "`eqdistill.plot` needs Matplotlib: pip install 'eqdistill[plot]'."
-        ) from e
     return ShownFigure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 

@@ -557,12 +557,16 @@ def test_command_refuses_another_preprocessing(
     ("args", "changes", "match"),
     [
         ("--dataset mnist", {}, "is of 'digits', but --dataset is 'mnist'"),
-        ("--tolerance nan", {}, "--tolerance: must be from 0 to 1; got nan"),
+        ("--tolerance nan", {}, "`tolerance` must be from 0 to 1; got nan"),
         ("", {"artifact__seed": "\x1b[31m"}, "seed` must be"),
         ("", {"artifact__accuracy": None, "artifact__num_models": 0}, "no accuracy"),
         ("", {"artifact__dataset": None}, "names no dataset: pass one as --dataset"),
         ("", {"artifact__dataset": "x"}, "`name` must be one of"),
-        ("", {"artifact__sha256": {"a": "b"}}, "other files of 'digits'"),
+        (
+            "",
+            {"artifact__dataset": "mnist", "artifact__sha256": {"a": "b"}},
+            "other files of 'mnist'",
+        ),
         ("", {"recipe": "A recipe\nof mine"}, r"be rebuilt.*'A recipe\\nof mine'"),
     ],
 )

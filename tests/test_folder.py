@@ -110,7 +110,7 @@ def save(root, picture):
 
 NOT_A_FILE = r"x.png is not one \(not a file"
 REFUSED = {
-    "empty": (lambda root: (root / "d").mkdir(), "images of each class; .*d is empty"),
+    "empty": (lambda root: (root / "d").mkdir(), "images for each class; .*d has none"),
     "text": (lambda root: (root / "a" / "x.png").write_text("Hello"), "x.png is not"),
     "pipe": (lambda root: os.mkfifo(root / "a" / "x.png"), NOT_A_FILE),
     "truncated": (truncate, "x.png is not one "),

@@ -74,7 +74,7 @@ class OneOf(AbstractAugmentation):
         - `per_batch`: whether [`eqdistill.augment.augment`][] draws one augmentation
             for all images. Its random numbers still differ between images. This is
             several times faster. A custom augmentation that calls a `OneOf` sees single
-            images, so the draw is then for each image. (Keyword only argument.)
+            images, so the draw is then for each image.
         """
         if not augmentations:
             raise ValueError("`augmentations` must have at least one; got none.")
@@ -97,7 +97,7 @@ def augment(
 
     - `augmentation`: the augmentation $A$.
     - `images`: shape `(n, *shape)`, floating point.
-    - `key`: a `jax.random.key`, which is split into the $k_i$. (Keyword only.)
+    - `key`: a `jax.random.key`, which is split into the $k_i$.
     """
     changed = _apply(augmentation, True, images, key)
     difference = array_difference(images, changed)

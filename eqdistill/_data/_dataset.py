@@ -15,13 +15,7 @@ class Dataset(eqx.Module):
     r"""Labelled real images, from which a set is distilled, or on which it is
     evaluated.
 
-    **Attributes:**
-
-    - `images`: shape `(N, *shape)`. Either `uint8` in 0 to 255, as on disk, or
-        floating point in any units.
-    - `labels`: class indices in `[0, num_classes)`, shape `(N,)`.
-    - `num_classes`: the number of classes $c$.
-    - `class_names`: the name of each class, or `None` if the classes have no names.
+    **Attributes:** as the arguments below.
     """
 
     images: Float[Array, "N *shape"] | UInt8[Array, "N *shape"]
@@ -37,18 +31,17 @@ class Dataset(eqx.Module):
         *,
         class_names: list[str] | tuple[str, ...] | None = None,
     ):
-        r"""**Arguments:** as the attributes. `class_names` is keyword only.
+        r"""**Arguments:**
 
-        - `images`: an array or a list.
-        - `labels`: an array or a list of any integer type.
-        - `num_classes`: defaults to the number of `class_names`. Without either, it is
-            the largest label plus one, and each class must have an image.
-
-        **Raises:**
-
-        A `ValueError` if images or labels have another shape or dtype; if an image is
-        not finite in JAX's precision; if a label is not in `[0, num_classes)`; or if
-        the names are not different, or not one for each class.
+        - `images`: an array or a list of shape `(N, *shape)`. Either `uint8` in 0 to
+            255, as on disk, or floating point in any units, finite in JAX's precision.
+        - `labels`: class indices in `[0, num_classes)`, an array or a list of any
+            integer type, of shape `(N,)`.
+        - `num_classes`: the number of classes $c$. Defaults to the number of
+            `class_names`. Without either, it is the largest label plus one, and each
+            class must have an image.
+        - `class_names`: the name of each class, all different, or `None` if the classes
+            have no names.
         """
         # On the host, because a dataset is made once, from concrete arrays.
         images_ = np.asarray(as_array("images", images))
@@ -68,12 +61,11 @@ class Dataset(eqx.Module):
             )
         if num_classes is None:
             num_classes = len(class_names) if class_names else _count(labels_)
-        if class_names is not None and not (
-            len(class_names) == len(set(class_names)) == num_classes
-        ):
+        names = class_names if class_names is None else tuple(class_names)
+        if names is not None and not len(names) == len({*names}) == num_classes:
             raise ValueError(
                 f"`class_names` must have one name for each of the {num_classes} "
-                f"classes, all different; got {len(class_names)}."
+                f"classes, all different; got {len(names)}."
             )
         if not 1 <= num_classes < 2**31:
             raise ValueError(
@@ -95,10 +87,10 @@ class Dataset(eqx.Module):
         self.images = jnp.asarray(images_)
         self.labels = jnp.asarray(labels_.astype(np.int32))
         self.num_classes = num_classes
-        self.class_names = None if class_names is None else tuple(class_names)
+        self.class_names = names
 
     def __len__(self) -> int:
-        return self.images.shape[0]
+        return len(self.images)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,7 +107,7 @@ class Dataset(eqx.Module):
 
         - `fraction`: the fraction of the images to hold out, between 0 and 1, so that
             neither part is empty.
-        - `key`: a `jax.random.key`. (Keyword only argument.)
+        - `key`: a `jax.random.key`.
         """
         num_held_out = round(fraction * len(self)) if 0 < fraction < 1 else 0
         if not 0 < num_held_out < len(self):
@@ -138,10 +130,8 @@ class Dataset(eqx.Module):
             such as an [`eqdistill.datasets.AbstractPreprocessing`][].
         """
         # A loop in Python, because XLA's convolutions are slow in a `lax.map`.
-        images = [
-            np.asarray(_map_chunk(fn, self.images[i : i + 1000]))
-            for i in range(0, len(self), 1000)
-        ]
+        chunks = (self.images[i : i + 1000] for i in range(0, len(self), 1000))
+        images = [np.asarray(_map_chunk(fn, chunk)) for chunk in chunks]
         return self._with(np.concatenate(images), self.labels)
 
     def _with(self, images: Array | np.ndarray, labels: Array) -> "Dataset":

@@ -18,10 +18,8 @@ class DistilledSet(AbstractParameterisation):
     r"""Synthetic images with their labels, the ridge and the loss: everything that is
     needed to train a model on them.
 
-    **Attributes:** `images`, `labels` and `loss` as below, and
-
-    - `log_l2`: the logarithm of the ridge $\lambda$, which keeps a learned ridge
-        positive.
+    **Attributes:** `images`, `labels` and `loss` as below, and `log_l2`: the logarithm
+    of the ridge $\lambda$, which keeps a learned ridge positive.
     """
 
     images: Float[Array, "n *shape"]
@@ -42,19 +40,13 @@ class DistilledSet(AbstractParameterisation):
         - `images`: the synthetic images $\theta$, an array or a list of shape
             `(n, *shape)`, floating point, finite, in the units of the real images.
         - `labels`: class indices in $[0, c)$ of shape `(n,)`; or, in floating point and
-            of shape `(n, c)`, the logits of soft labels ([`eqdistill.CrossEntropy`][])
-            or targets ([`eqdistill.SquaredError`][]).
+            of shape `(n, c)`, the logits of soft labels ([`eqdistill.CrossEntropy`][]),
+            but not their probabilities, or targets ([`eqdistill.SquaredError`][]).
         - `l2`: the ridge $\lambda > 0$. Logistic regression works well at 0.1. Networks
             need 1e-3 or less, as a larger ridge shrinks all of their weights to zero.
-            (Keyword only argument.)
-        - `loss`: the loss that models are trained with. (Keyword only argument.)
+        - `loss`: the loss that models are trained with.
 
-        **Raises:**
-
-        A `ValueError` for a wrong dtype or shape, or if soft labels are probabilities
-        instead of logits. An error, at run time for traced values, if images or soft
-        labels are not finite, a class index is negative, or `l2` is not positive and
-        finite.
+        Traced values are checked at run time.
         """
         images = jnp.asarray(as_array("images", images))
         labels = as_array("labels", labels)
@@ -72,8 +64,7 @@ class DistilledSet(AbstractParameterisation):
             )
         n, is_hard = len(images), jnp.issubdtype(labels.dtype, jnp.integer)
         is_known = is_hard or jnp.issubdtype(labels.dtype, jnp.floating)
-        is_known = is_known and labels.ndim == (1 if is_hard else 2)
-        if not is_known or len(labels) != n:
+        if not is_known or labels.ndim != 2 - is_hard or len(labels) != n:
             raise ValueError(
                 f"`labels` must be integer class indices of shape ({n},), or soft "
                 f"labels or targets in floating point, of shape ({n}, c); got "
@@ -82,11 +73,8 @@ class DistilledSet(AbstractParameterisation):
         ridge = jnp.asarray(as_array("l2", l2), images.dtype)
         if ridge.shape != ():
             raise ValueError(f"`l2` must be a scalar; got shape {ridge.shape}.")
-        self.images = error_if(
-            images,
-            lambda x: ~(abs(x) < np.inf).all(),
-            "`images` must be finite; some pixels are NaN or infinite.",
-        )
+        message = "`images` must be finite; some pixels are NaN or infinite."
+        self.images = error_if(images, lambda x: ~(abs(x) < np.inf).all(), message)
         self.labels = error_if(
             labels,
             lambda x: ~((x >= 0) if is_hard else (abs(x) < np.inf)).all(),
@@ -100,11 +88,8 @@ class DistilledSet(AbstractParameterisation):
                 "probabilities: each row is non-negative and sums to 1. Take their "
                 "logarithms, or replace one-hot rows by class indices."
             )
-        ridge = error_if(
-            ridge,
-            lambda x: ~((x > 0) & (x < np.inf)),
-            f"`l2` must be positive and finite; got {l2}.",
-        )
+        message = f"`l2` must be positive and finite; got {l2}."
+        ridge = error_if(ridge, lambda x: ~((x > 0) & (x < np.inf)), message)
         self.log_l2 = jnp.log(ridge)
         self.loss = loss
 
@@ -125,11 +110,8 @@ class DistilledSet(AbstractParameterisation):
                 "`with_targets` needs class indices as labels; got labels of shape "
                 f"{self.labels.shape} in floating point."
             )
-        labels = error_if(
-            self.labels,
-            lambda x: (x >= num_classes).any(),
-            f"`num_classes` must be larger than every label; got {num_classes}.",
-        )
+        message = f"`num_classes` must be larger than every label; got {num_classes}."
+        labels = error_if(self.labels, lambda x: (x >= num_classes).any(), message)
         loss = SquaredError()
         targets = loss.targets(labels, num_classes).astype(self.images.dtype)
         return eqx.tree_at(lambda d: (d.labels, d.loss), self, (targets, loss))
@@ -152,13 +134,11 @@ class DistilledSet(AbstractParameterisation):
         - `n`: the number of images. Labels cycle through the classes, so that
             `n = m * num_classes` gives `m` images per class. Defaults to one image per
             class.
-        - `l2`: the ridge $\lambda > 0$, as in [`eqdistill.DistilledSet`][]. (Keyword
-            only argument.)
+        - `l2`: the ridge $\lambda > 0$, as in [`eqdistill.DistilledSet`][].
         - `scale`: the standard deviation $s > 0$. Linear models work best from weak
             noise: JAXopt's notebook takes one over the number of pixels of an image.
-            Networks need noise as strong as the data, such as 0.3. (Keyword only
-            argument.)
-        - `key`: a `jax.random.key`. (Keyword only argument.)
+            Networks need noise as strong as the data, such as 0.3.
+        - `key`: a `jax.random.key`.
 
         **Returns:**
 
@@ -232,7 +212,7 @@ class DistilledSet(AbstractParameterisation):
         return cls(images, labels, l2=l2)
 
     def __len__(self) -> int:
-        return self.images.shape[0]
+        return len(self.images)
 
     @property
     def nbytes(self) -> int:

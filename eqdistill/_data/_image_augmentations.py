@@ -5,7 +5,7 @@ import jax.random as jr
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import PRNGKeyArray
 
-from .._checks import check_at_least
+from .._checks import check_at_least, check_between
 from .._conversions import as_float, as_int
 from ._augmentation import AbstractAugmentation, Image
 
@@ -19,7 +19,7 @@ class Affine(AbstractAugmentation):
     borders. The angle $\alpha$, the factors $s$ of the two axes and the shift $t$ have
     uniform distributions.
 
-    **Arguments:** (Keyword only.)
+    **Arguments:**
 
     - `shift`: the largest shift of either axis, in pixels, at least 0.
     - `rotation`: the largest angle in either direction, in degrees, at least 0.
@@ -39,13 +39,11 @@ class Affine(AbstractAugmentation):
         check_at_least(1, scale=self.scale)
 
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
-        keys = jr.split(key, 3)
-        draw = lambda key, shape, low, high: jr.uniform(
-            key, shape, image.dtype, low, high
-        )
-        shift = draw(keys[0], (2,), -self.shift, self.shift)
-        angle = jnp.deg2rad(draw(keys[1], (), -self.rotation, self.rotation))
-        scale = draw(keys[2], (2,), 1 / self.scale, self.scale)
+        keys, dtype = jr.split(key, 3), image.dtype
+        shift = jr.uniform(keys[0], (2,), dtype, -self.shift, self.shift)
+        degrees = jr.uniform(keys[1], (), dtype, -self.rotation, self.rotation)
+        scale = jr.uniform(keys[2], (2,), dtype, 1 / self.scale, self.scale)
+        angle = jnp.deg2rad(degrees)
         height, width = image.shape[-2:]
         middle = (height - 1) / 2, (width - 1) / 2
         y, x = jnp.indices((height, width), image.dtype)
@@ -75,11 +73,12 @@ class Crop(AbstractAugmentation):
         check_at_least(0, padding=self.padding)
 
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
-        channels = image.ndim - 2
-        widths = [(0, 0)] * channels + [(self.padding, self.padding)] * 2
+        channels = [0] * (image.ndim - 2)
+        padded = jnp.pad(
+            image, [(x, x) for x in (*channels, self.padding, self.padding)]
+        )
         first = jr.randint(key, (2,), 0, 2 * self.padding + 1)
-        starts = (*[0] * channels, *first)
-        return jax.lax.dynamic_slice(jnp.pad(image, widths), starts, image.shape)
+        return jax.lax.dynamic_slice(padded, (*channels, *first), image.shape)
 
 
 class Flip(AbstractAugmentation):
@@ -95,10 +94,7 @@ class Flip(AbstractAugmentation):
     probability: float = eqx.field(default=0.5, converter=as_float)
 
     def __check_init__(self):
-        if not 0 <= self.probability <= 1:
-            raise ValueError(
-                f"`probability` must be from 0 to 1; got {self.probability}."
-            )
+        check_between(0, 1, probability=self.probability)
 
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
         is_flipped = jr.uniform(key, (), image.dtype) < self.probability
@@ -140,10 +136,10 @@ class ColourJitter(AbstractAugmentation):
     image. The numbers $b$, $s$ and $k$ have uniform distributions. The saturation of
     grey images does not change.
 
-    **Arguments:** (Keyword only.)
+    **Arguments:**
 
-    - `brightness`, `saturation`, `contrast`: the largest $|b|$, $|s - 1|$ and
-        $|k - 1|$, at least 0.
+    - `brightness`, `saturation`, `contrast`: the largest $|b|$, $|s - 1|$ and $|k -
+        1|$, at least 0.
 
     Source: Zhao and Bilen 2021, whose strengths are the defaults.
     """

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .._checks import needs
 from .._conversions import as_ints
 from ._dataset import Dataset
 
@@ -33,7 +34,7 @@ def from_folder(
     - `path`: the folder.
     - `size`: the `(height, width)` to resize all images to, by Pillow's bicubic filter
         with antialiasing, without keeping the aspect ratio. By default, images are not
-        resized. (Keyword only argument.)
+        resized.
 
     **Returns:**
 
@@ -47,31 +48,22 @@ def from_folder(
     not an image, is a grey image of more than 8 bits, has more pixels than Pillow's
     `PIL.Image.MAX_IMAGE_PIXELS`, or is a link to outside `path`.
     """
-    try:
+    with needs("`eqdistill.datasets.from_folder`", "Pillow", "data"):
         import PIL  # noqa: F401
-    except ImportError as e:
-        raise ImportError(
-            "`eqdistill.datasets.from_folder` needs Pillow: pip install "
-            "'eqdistill[data]'."
-        ) from e
     if size is not None:
         size = as_ints("size", size)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"`size` must be a positive (height, width); got {size}.")
     root = Path(path)
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"`path` must be an existing folder; got {str(root)!r}."
-        )
+        raise FileNotFoundError(f"`path` must be an existing folder; got '{root}'.")
     folders = [entry for entry in _entries(root, root) if entry.is_dir()]
-    if not folders:
-        raise ValueError(
-            f"`path` must have one folder of images for each class; {root} has none."
-        )
     files = [_entries(folder, root) for folder in folders]
-    if [] in files:
-        empty = folders[files.index([])]
-        raise ValueError(f"`path` must have images of each class; {empty} is empty.")
+    if not files or [] in files:
+        empty = folders[files.index([])] if files else root
+        raise ValueError(
+            f"`path` must have one folder of images for each class; {empty} has none."
+        )
     images = _read_all([file for entries in files for file in entries], size)
     if images.ndim == 4:
         images = np.moveaxis(images, 3, 1)
@@ -83,14 +75,13 @@ def _entries(folder: Path, root: Path) -> list[Path]:
     """The entries of a folder in the order of their names, without hidden ones."""
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     paths = [folder / name for name in names]
-    for path in paths:
-        if path.is_symlink():
-            target = Path(os.path.realpath(path))
-            if not target.is_relative_to(os.path.realpath(root)):
-                raise ValueError(
-                    f"`path` must not have links to outside the folder; {path} links "
-                    f"to {target}."
-                )
+    for path in filter(Path.is_symlink, paths):
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(os.path.realpath(root)):
+            raise ValueError(
+                f"`path` must not have links to outside the folder; {path} links to "
+                f"{target}."
+            )
     return paths
 
 
@@ -132,9 +123,8 @@ def _read(file: Path, size: Sequence[int] | None) -> np.ndarray:
             raise ValueError("not a file")
         with Image.open(file, formats=_FORMATS) as image:
             # Pillow itself warns, and raises only at twice this number.
-            most = Image.MAX_IMAGE_PIXELS
-            if most is not None and image.width * image.height > most:
-                pixels = image.width * image.height
+            pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
+            if most is not None and pixels > most:
                 raise ValueError(f"it has {pixels} pixels; the limit is {most}")
             if image.mode not in _GREY + _COLOUR:
                 raise ValueError(f"its mode {image.mode!r} is not 8 bits per channel")

@@ -11,6 +11,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
+from .._checks import needs
 from ._dataset import Dataset
 
 
@@ -51,13 +52,8 @@ def class_means(x: Rows, k: int, rng: np.random.Generator) -> Rows:
 
 def kmeans(x: Rows, k: int, rng: np.random.Generator) -> Rows:
     """The centroids of one run of k-means."""
-    try:
+    with needs("`DistilledSet.from_kmeans`", "scikit-learn", "data"):
         from sklearn.cluster import KMeans
-    except ImportError as e:
-        raise ImportError(
-            "`DistilledSet.from_kmeans` needs scikit-learn: pip install "
-            "'eqdistill[data]'."
-        ) from e
     # More restarts or iterations change the inertia of MNIST by a thousandth.
     options: Any = {"n_init": 1, "max_iter": 30}
     solver = KMeans(k, random_state=int(rng.integers(2**32)), **options)
@@ -67,7 +63,6 @@ def kmeans(x: Rows, k: int, rng: np.random.Generator) -> Rows:
 def herding(x: Rows, k: int, rng: np.random.Generator) -> Rows:
     """Images chosen one by one, each to bring the mean of the chosen images as close as
     possible to the mean of all images."""
-    del rng
     centred = x - x.mean(axis=0, dtype=np.float64)
     squares = np.sum(centred**2, axis=1)
     total = np.zeros(x.shape[1])

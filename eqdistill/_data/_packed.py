@@ -10,8 +10,8 @@ from ._pictures import height_and_width
 
 
 class Packed(AbstractParameterisation):
-    r"""Stores $f^2$ downsampled images in the space of one. Images of $h / f \times
-    w / f$ pixels are learned, and `decode` enlarges them to $h \times w$ by bilinear
+    r"""Stores $f^2$ downsampled images in the space of one. Images of $h / f \times w /
+    f$ pixels are learned, and `decode` enlarges them to $h \times w$ by bilinear
     interpolation.
 
     !!! Example
@@ -38,17 +38,15 @@ class Packed(AbstractParameterisation):
             `(channels, h / f, w / f)`, with the labels, the ridge and the loss.
         - `shape`: the shape of an enlarged image, `(h, w)` or `(channels, h, w)`.
         """
-        shape = as_ints("shape", shape)
+        self.small, self.shape = small, as_ints("shape", shape)
         least = small.images.shape[1:]
         height, width = height_and_width("small", least)
-        factor = max(shape[-1] // width, 1) if shape else 1
-        if shape != (*least[:-2], factor * height, factor * width):
+        factor = max(self.shape[-1] // width, 1) if self.shape else 1
+        if self.shape != (*least[:-2], factor * height, factor * width):
             raise ValueError(
                 "`shape` must be that of a small image with its height and width "
-                f"multiplied by one integer; got {shape} for {least}."
+                f"multiplied by one integer; got {self.shape} for {least}."
             )
-        self.small = small
-        self.shape = shape
 
     @classmethod
     def from_distilled(cls, distilled: DistilledSet, factor: int = 2) -> "Packed":
@@ -68,10 +66,8 @@ class Packed(AbstractParameterisation):
                 f"`factor` must divide the height {height} and the width {width} of "
                 f"the images; got {factor}."
             )
-        squares = distilled.images.reshape(
-            *shape[:-2], height // factor, factor, width // factor, factor
-        )
-        images = squares.mean((-3, -1))
+        sides = (height // factor, factor, width // factor, factor)
+        images = distilled.images.reshape(*shape[:-2], *sides).mean((-3, -1))
         return cls(eqx.tree_at(lambda d: d.images, distilled, images), shape[1:])
 
     def decode(self) -> DistilledSet:

@@ -15,7 +15,5 @@ class AbstractParameterisation(eqx.Module):
 
     @abc.abstractmethod
     def decode(self) -> "DistilledSet":
-        """**Returns:**
-
-        The distilled set, as a differentiable function of the arrays of this module.
-        """
+        """Returns the distilled set, as a differentiable function of the arrays of this
+        module."""

@@ -27,8 +27,8 @@ def _permute(
 
     A Feistel network permutes the integers of an even number of bits, of which there
     are at most four times as many as images. Indices that are out of range are permuted
-    again. `jax.random.permutation` would sort all images in each step, which takes
-    47 ms for 60,000.
+    again. `jax.random.permutation` would sort all images in each step, which takes 47
+    ms for 60,000.
 
     Source: Black and Rogaway, *Ciphers with arbitrary finite domains*, 2002.
     """

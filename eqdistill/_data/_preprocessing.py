@@ -35,10 +35,9 @@ class Standardisation(AbstractPreprocessing):
 
     $$z_c = (x_c - \mu_c) / \sigma_c.$$
 
-    **Attributes:**
-
-    - `mean`, `deviation`: $\mu$ and $\sigma$, shape `(channels, 1, 1)`. Images with
-        fewer than three axes have one channel; all axes of $\mu$ then have size 1.
+    **Attributes:** `mean` and `deviation`: $\mu$ and $\sigma$, shape
+    `(channels, 1, 1)`. Images with fewer than three axes have one channel; all axes of
+    $\mu$ then have size 1.
     """
 
     mean: Float[Array, "*ones"]
@@ -79,8 +78,8 @@ class Standardisation(AbstractPreprocessing):
 
 
 class ZCA(AbstractPreprocessing):
-    r"""Regularised whitening with a symmetric matrix, which changes the image as
-    little as possible,
+    r"""Regularised whitening with a symmetric matrix, which changes the image as little
+    as possible,
 
     $$z = W (x - \mu), \qquad W = U \Big(\Lambda + \rho \frac{\mathrm{tr}\, \Lambda}{p}
     I\Big)^{-1/2} U^\top,$$
@@ -88,11 +87,8 @@ class ZCA(AbstractPreprocessing):
     with the mean $\mu$ and the covariance $U \Lambda U^\top$ of the $p$ pixels and
     channels.
 
-    **Attributes:**
-
-    - `mean`: $\mu$, in the shape of an image.
-    - `whitening`: the matrix $W$, shape `(p, p)`.
-    - `regularisation`: $\rho$.
+    **Attributes:** `mean`, $\mu$, in the shape of an image; `whitening`, the matrix
+    $W$, shape `(p, p)`; and `regularisation`, $\rho$.
 
     Source: Coates and Ng, *Learning Feature Representations with K-means*, 2012. The
     regularisation relative to the mean eigenvalue is from Nguyen et al., *Dataset
@@ -106,14 +102,13 @@ class ZCA(AbstractPreprocessing):
 
     @classmethod
     def fit(cls, train: Dataset, *, regularisation: float = 0.1) -> "ZCA":
-        r"""Returns the whitening by the covariance of real images. Takes
-        $O(N p^2 + p^3)$ operations.
+        r"""Returns the whitening by the covariance of real images. Takes $O(N p^2 +
+        p^3)$ operations.
 
         **Arguments:**
 
         - `train`: the real images.
         - `regularisation`: $\rho \ge 0$, and positive for a singular covariance.
-            (Keyword only argument.)
         """
         check_at_least(0, regularisation=regularisation)
         mean = _mean_of_chunks(train, lambda x: np.mean(x, axis=0, dtype=np.float64))
@@ -126,7 +121,7 @@ class ZCA(AbstractPreprocessing):
         # One thread: several are slower, and keep spinning afterwards.
         with threadpool_limits(limits=1, user_api="blas"):
             eigenvalues, vectors = scipy.linalg.eigh(covariance, driver="evd")
-            eigenvalues = eigenvalues + regularisation * np.mean(eigenvalues)
+            eigenvalues += regularisation * np.mean(eigenvalues)
             rounding = 10 * np.finfo(jnp.result_type(float)).eps
             if not eigenvalues[0] > rounding * eigenvalues[-1]:
                 raise ValueError(
@@ -134,8 +129,9 @@ class ZCA(AbstractPreprocessing):
                     f"`train` is singular; got {regularisation}."
                 )
             whitening = (vectors / np.sqrt(eigenvalues)) @ vectors.T
-        arrays = jnp.asarray(mean, float), jnp.asarray(whitening, float)
-        return cls(*arrays, regularisation)
+        return cls(
+            jnp.asarray(mean, float), jnp.asarray(whitening, float), regularisation
+        )
 
     def __call__(self, image):
         if image.shape != self.mean.shape:

@@ -19,9 +19,8 @@ _CLASSES = (
 
 
 def read_idx(paths: Sequence[Path], sha256: Sequence[str]) -> tuple[Dataset, Dataset]:
-    """Reads the training images and labels, then the test images and labels, from IDX
-    files that may be compressed by gzip. `sha256` has the hashes of the decompressed
-    files."""
+    """Reads the training and the test images and labels from IDX files that may be
+    compressed by gzip. `sha256` has the hashes of the decompressed files."""
     images, labels, test_images, test_labels = map(_read_idx, paths, sha256)
     return Dataset(images, labels), Dataset(test_images, test_labels)
 
@@ -40,11 +39,9 @@ def _read_idx(path: Path, sha256: str) -> np.ndarray:
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         has = f"{len(data)} bytes" if len(data) <= size else f"more than {size} bytes"
-        raise _cannot_read(
-            path,
-            f"the published file has {size} bytes and SHA-256 {sha256}, but this one "
-            f"has {has} and SHA-256 {found}",
-        )
+        published = f"the published file has {size} bytes and SHA-256 {sha256}"
+        problem = f"{published}, but this one has {has} and SHA-256 {found}"
+        raise _cannot_read(path, problem)
     return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
 
 
@@ -83,11 +80,8 @@ def _cifar10_dataset(content: bytes, path: Path) -> Dataset:
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
     counts = np.bincount(records[:, 0]).tolist()
     if counts != len(_CLASSES) * [len(records) // len(_CLASSES)]:
-        raise _cannot_read(
-            path,
-            "labels must be in [0, 10), and each class must have the same number of "
-            f"images; the classes have {counts}",
-        )
+        problem = "each of ten classes must have the same number of images; they have"
+        raise _cannot_read(path, f"{problem} {counts}")
     images = records[:, 1:].reshape(-1, 3, 32, 32)
     return Dataset(images, records[:, 0], class_names=_CLASSES)
 

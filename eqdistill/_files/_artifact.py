@@ -56,18 +56,14 @@ class Artifact(eqx.Module):
         [`eqdistill.Packed`][]; or the distilled set itself.
     - `recipe`: the recipe that the accuracy was measured with, or `None` if it cannot
         be rebuilt from the file.
-    - `recipe_description`: the recipe in words, or `None` if the file claims no
-        accuracy.
-    - `accuracy`: the claimed mean accuracy on the test split, from 0 to 1; or `None`.
-    - `std`: the claimed standard deviation over models, or `None`.
-    - `num_models`: the number of models that were trained. Zero without a claim.
-    - `key`: the key of the models, or `None`.
-    - `preprocessing`: the preprocessing of the real images, or `None`.
-    - `dataset`: the name of the dataset that was distilled, or `None`.
+    - `recipe_description`: the recipe in words.
+    - `accuracy`, `std`: the claimed mean accuracy on the test split, from 0 to 1, and
+        its standard deviation over models. `None` without a claim.
+    - `num_models`, `key`: the number of models that were trained, and their key. Zero
+        and `None` without a claim.
+    - `preprocessing`, `dataset`, `seed`: the arguments of [`eqdistill.save`][].
     - `sha256`: the published SHA-256 of each file of the dataset.
-    - `learned`: the names of the learned arrays, such as `"images"`; or `None` if they
-        are not known.
-    - `seed`: the seed of the run, or `None`.
+    - `learned`: the names of the learned arrays, such as `"images"`, if known.
     - `x64`: whether JAX used double precision by default.
     - `versions`: the version of each package involved.
     """
@@ -90,17 +86,17 @@ class Artifact(eqx.Module):
 
 
 def _build(start, key, generator, **values) -> Artifact:
-    num_models, std = values["num_models"], values["std"]
+    num_models = values["num_models"]
     is_consistent = (values["accuracy"] is None) == (num_models == 0)
-    is_consistent &= (std is None) == (num_models <= 1)
+    is_consistent &= (values["std"] is None) == (num_models <= 1)
     check(is_consistent, f"its accuracy must be of its {num_models} models")
     words = jnp.asarray(key, jnp.uint32)
     values["key"] = jr.wrap_key_data(words, impl=generator) if num_models else None
     distilled = start.decode()
-    is_finite = np.isfinite(np.asarray(distilled.images)).all()
+    is_finite = jnp.isfinite(distilled.images).all()
     check(is_finite, "its decoded images must be finite; some pixels are not")
     if values["preprocessing"] is not None:
-        image = _image(distilled)
+        image = distilled.images[0]
         shape = eqx.filter_eval_shape(values["preprocessing"].inverse, image).shape
         check(shape == image.shape, "its preprocessing must be for its images")
     texts = (*(values["learned"] or ()), *values["versions"].values())
@@ -111,12 +107,8 @@ def _build(start, key, generator, **values) -> Artifact:
 def _read(x: Artifact) -> dict[str, Any]:
     if x.key is None:
         return vars(x) | {"key": (), "generator": ""}
-    key = tuple(np.asarray(jr.key_data(x.key)).tolist())
+    key = tuple(jr.key_data(x.key).tolist())
     return vars(x) | {"key": key, "generator": str(jr.key_impl(x.key))}
-
-
-def _image(distilled: DistilledSet) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
 
 
 register(
@@ -146,14 +138,13 @@ def save(
 ) -> None:
     """Saves a distilled set to a file, with everything that others need to check it:
     the accuracy and the recipe it was measured with, the dataset and its hashes, and
-    the versions of the packages.
-
-    The file holds arrays and text, but no code. It is in the safetensors format.
+    the versions of the packages. The file holds arrays and text, but no code, in the
+    safetensors format.
 
     **Arguments:**
 
-    - `path`: a file name that ends in `.safetensors`. An existing file is replaced
-        once the new one is completely written.
+    - `path`: a file name that ends in `.safetensors`. An existing file is replaced once
+        the new one is completely written.
     - `result`: the result of [`eqdistill.distill`][], which includes the names of the
         learned arrays; or a distilled set, or an [`eqdistill.Packed`][]. Of a
         parameterisation that is not registered, the decoded images are stored.
@@ -165,27 +156,22 @@ def save(
         [`eqdistill.UnrolledSolver`][], with default settings except numbers. Any other
         recipe is stored as a description. By default the file claims no accuracy.
 
-    All other arguments are keyword only.
-
-    - `preprocessing`: the preprocessing that was applied to the real images, such as
-        an [`eqdistill.datasets.Standardisation`][]. The distilled images are in its
-        units.
+    - `preprocessing`: the preprocessing that was applied to the real images, such as an
+        [`eqdistill.datasets.Standardisation`][]. The distilled images are in its units.
     - `dataset`: the name of the dataset, as in [`eqdistill.datasets.load`][].
     - `seed`: the seed of the run.
 
     **Raises:**
 
-    - A `ValueError` if `path` does not end in `.safetensors`; if `evaluation` is of
-        several sets; if the loss or the preprocessing is not registered; or if a value
-        is not finite or out of range.
-    - A `FileNotFoundError` if the folder does not exist.
+    A `ValueError` if the loss or the preprocessing is not registered, or if a value is
+    not finite or out of range.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"`path` must end in '.safetensors'; got {str(path)!r}.")
+        raise ValueError(f"`path` must end in '.safetensors'; got '{path}'.")
     if not path.parent.is_dir():
         raise FileNotFoundError(
-            f"`path` must be in a folder that exists; got {str(path)!r}."
+            f"`path` must be in a folder that exists; got '{path}'."
         )
     start = result.start if isinstance(result, Distillation) else result
     if type(start).__name__ not in TABLE:
@@ -221,8 +207,8 @@ def load(path: str | os.PathLike) -> Artifact:
     """Loads a distilled set from a file that [`eqdistill.save`][] wrote.
 
     Files from strangers are safe to load: everything in the file is checked, and
-    nothing in it is executed or imported. At most 16 times the size of the file and
-    16 MiB are allocated for the decoded images and the model.
+    nothing in it is executed or imported. At most 16 times the size of the file and 16
+    MiB are allocated for the decoded images and the model.
 
     **Arguments:**
 
@@ -230,20 +216,17 @@ def load(path: str | os.PathLike) -> Artifact:
 
     **Returns:**
 
-    An [`Artifact`][]. Double precision becomes single precision unless JAX
-    has double precision enabled.
+    An [`Artifact`][]. Double precision becomes single precision unless JAX has double
+    precision enabled.
 
     **Raises:**
 
-    - A `FileNotFoundError` if there is no such file.
-    - A `ValueError`, which names the file and the cause, if [`eqdistill.save`][] could
-        not have written it.
+    A `ValueError`, which names the file and the cause, if [`eqdistill.save`][] could
+    not have written it.
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"`path` must be a file that exists; got {str(path)!r}."
-        )
+        raise FileNotFoundError(f"`path` must be a file that exists; got '{path}'.")
     try:
         # Devices and pipes may have no end.
         check(path.is_file(), "it is not a regular file")
@@ -256,45 +239,36 @@ def load(path: str | os.PathLike) -> Artifact:
 
 
 def _refusal(verb: str, path: Path, e: Exception) -> ValueError:
-    # Hostile files may make the reason long.
     reason = str(e).strip().rstrip(".") or type(e).__name__
+    # Hostile files may make it long.
     reason = reason if len(reason) <= 500 else f"{reason[:500]} ..."
     return ValueError(f"Cannot {verb} {path}: {reason}.")
 
 
 def _claim(evaluation: Evaluation | None) -> dict[str, Any]:
     if evaluation is None:
-        names = ("recipe", "accuracy", "std", "key")
-        return {**dict.fromkeys(names), "num_models": 0}
+        return dict.fromkeys(("recipe", "accuracy", "std", "key")) | {"num_models": 0}
     sets, num_models = evaluation.accuracies.shape
     check(sets == 1, f"`evaluation` must be of one distilled set; got {sets}")
-    return {
-        "recipe": evaluation.recipe,
-        "accuracy": evaluation.accuracy,
-        "std": evaluation.std_models if num_models > 1 else None,
-        "num_models": num_models,
-        "key": evaluation.key,
-    }
+    std = evaluation.std_models if num_models > 1 else None
+    claim = {name: getattr(evaluation, name) for name in ("recipe", "accuracy", "key")}
+    return claim | {"std": std, "num_models": num_models}
 
 
 def _to_bytes(artifact: Artifact) -> bytes:
-    """The content of a file from which the artifact can be loaded."""
+    """The content of a file from which the artifact can be loaded. A recipe that cannot
+    be rebuilt is stored as text."""
     recipe = artifact.recipe
-    if recipe is not None and not _is_rebuilt(artifact, recipe):
-        recipe = " ".join(eqx.tree_pformat(recipe).split())
-    data, loaded = _write(artifact, recipe)
+    try:
+        data, loaded = _write(artifact, recipe)
+        check(recipe is None or is_same_recipe(loaded.recipe, recipe), "")
+    except Exception:
+        words = " ".join(eqx.tree_pformat(recipe).split())
+        data, loaded = _write(artifact, words)
     for name in ("start", "preprocessing"):
         is_same = eqx.tree_equal(getattr(loaded, name), getattr(artifact, name))
         check(is_same, f"its {name} has fields that are not registered")
     return data
-
-
-def _is_rebuilt(artifact: Artifact, recipe: Recipe) -> bool:
-    try:
-        _, loaded = _write(artifact, recipe)
-    except Exception:
-        return False
-    return loaded.recipe is not None and is_same_recipe(loaded.recipe, recipe)
 
 
 def _write(artifact: Artifact, recipe: Recipe | str | None) -> tuple[bytes, Artifact]:
@@ -327,7 +301,7 @@ def _from_bytes(data: bytes) -> Artifact:
 def _decode_recipe(
     raw: Any, artifact: Artifact, content: Content
 ) -> tuple[Recipe | None, str | None]:
-    """A recipe and its description. One that cannot be rebuilt is stored as text."""
+    """A recipe and its description."""
     if raw is None or type(raw) is str:
         return None, raw
     try:
@@ -338,15 +312,15 @@ def _decode_recipe(
     distilled, models = artifact.distilled, recipe.models
     draw = lambda key: models.draw(models.init(distilled, key=key), key=key)
     model = eqx.filter_eval_shape(draw, jr.key(0))
-    outputs = count_outputs("recipe", model, _image(distilled))
+    image = jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
+    outputs = count_outputs("recipe", model, image)
     content.reserve("labels", 8 * len(distilled.images) * outputs)
     return recipe, to_words(raw)
 
 
 def _json(data: str | bytes) -> Any:
     def without_duplicates(pairs):
-        result = dict(pairs)
-        check(len(result) == len(pairs), "it has a duplicate key")
-        return result
+        check(len(dict(pairs)) == len(pairs), "it has a duplicate key")
+        return dict(pairs)
 
     return json.loads(data, object_pairs_hook=without_duplicates)

@@ -10,16 +10,16 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import PyTree
 
-from .._checks import check_at_least
+from .._checks import check_at_least, needs
 from .._conversions import as_int
 from .._outer._callbacks import AbstractCheckpoints, Snapshot
 from ._describe import describe, difference
 
 
 class Checkpoints(AbstractCheckpoints):
-    """Saves checkpoints of a run in a folder. The same call of
-    [`eqdistill.distill`][] resumes from the newest one, and ends with exactly the
-    arrays of an uninterrupted run. Needs Orbax, from `eqdistill[checkpoints]`.
+    """Saves checkpoints of a run in a folder. The same call of [`eqdistill.distill`][]
+    resumes from the newest one, and ends with exactly the arrays of an uninterrupted
+    run. Needs Orbax, from `eqdistill[checkpoints]`.
 
     !!! Example
 
@@ -42,18 +42,13 @@ class Checkpoints(AbstractCheckpoints):
     keep: int = eqx.field(converter=as_int)
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, every: int = 100, keep: int = 2
+        self, directory: str | os.PathLike, *, every: int = 100, keep: int = 2
     ):
         """**Arguments:**
 
         - `directory`: a folder for this run only. It is created if necessary.
         - `every`: a checkpoint is saved every so many steps, and at the end of the run.
-            (Keyword only argument.)
-        - `keep`: how many checkpoints are kept. (Keyword only argument.)
-
-        **Raises:**
-
-        A `ValueError` if `every` or `keep` is less than 1.
+        - `keep`: how many checkpoints are kept, at least 1.
         """
         check_at_least(1, every=every, keep=keep)
         self.directory = os.path.abspath(directory)
@@ -61,16 +56,8 @@ class Checkpoints(AbstractCheckpoints):
         self.keep = keep
 
     def open(self, problem, state):
-        """**Raises:**
-
-        An `ImportError` without Orbax, or an `OSError` if the folder cannot be created.
-        """
-        try:
+        with needs("`Checkpoints`", "Orbax", "checkpoints"):
             import orbax.checkpoint as ocp
-        except ImportError as e:
-            raise ImportError(
-                "`Checkpoints` needs Orbax: pip install 'eqdistill[checkpoints]'."
-            ) from e
         os.makedirs(self.directory, exist_ok=True)
         parts = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
         problem = describe(**parts, state=_shapes(state), key=state.key)
@@ -92,14 +79,11 @@ class _Store:
         )
         self._manager = ocp.CheckpointManager(directory, options=options)
         self._newest: int | None = None
+        self.close = self._manager.close
 
     def restore(self, template: Snapshot) -> Snapshot | None:
         """Returns the newest readable snapshot, with the structure of `template`.
-
-        **Raises:**
-
-        A `ValueError` if it is of another problem.
-        """
+        Raises a `ValueError` if it is of another problem."""
         args = self._args.Composite(
             arrays=self._args.PyTreeRestore(), run=self._args.JsonRestore()
         )
@@ -117,12 +101,9 @@ class _Store:
                     f"{changed}. Pass the same arguments, or another `directory`."
                 )
             self._newest = step
-            columns = {
-                name: arrays.get(f"column {name}", np.zeros(0, np.float32))
-                for name in run["columns"]
-            }
-            pair = (template.state, template.callbacks)
-            leaves, structure = jax.tree.flatten(pair)
+            empty = np.zeros(0, np.float32)
+            columns = {x: arrays.get(f"column {x}", empty) for x in run["columns"]}
+            leaves, structure = jax.tree.flatten((template.state, template.callbacks))
             new = [
                 _to_leaf(arrays[f"leaf {i}"], leaf) if np.size(leaf) else leaf
                 for i, leaf in enumerate(leaves)
@@ -141,11 +122,8 @@ class _Store:
         arrays |= {f"column {name}": x for name, x in snapshot.history.items()}
         # Orbax cannot save empty arrays.
         arrays = {name: x for name, x in arrays.items() if x.size > 0}
-        run = {
-            "problem": self._describe(snapshot),
-            "columns": list(snapshot.history),
-            "has_stopped": snapshot.has_stopped,
-        }
+        run = {"problem": self._describe(snapshot), "columns": list(snapshot.history)}
+        run["has_stopped"] = snapshot.has_stopped
         args = self._args.Composite(
             arrays=self._args.PyTreeSave(arrays), run=self._args.JsonSave(run)
         )
@@ -159,18 +137,15 @@ class _Store:
             return
         self._newest = step
 
-    def close(self) -> None:
-        self._manager.close()
-
     def _describe(self, snapshot: Snapshot) -> dict[str, str]:
         # Callbacks without arrays may be added or removed.
         callbacks = filter(jax.tree.leaves, snapshot.callbacks)
         return self._problem | describe(callbacks=list(map(_shapes, callbacks)))
 
     def _warn(self, what: str, error: Exception) -> None:
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0]}"
-        warnings.warn(f"{what} in {self._directory}: {reason}", stacklevel=3)
+        line = str(error).strip().partition("\n")[0]
+        message = f"{what} in {self._directory}: {type(error).__name__}: {line}"
+        warnings.warn(message, stacklevel=3)
 
 
 def _shapes(tree: PyTree) -> PyTree:

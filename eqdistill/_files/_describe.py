@@ -47,11 +47,9 @@ def _describe(x: Any, path: str, found: dict[str, str], above: tuple[int, ...]) 
     elif isinstance(x, _ARRAYS):
         found[path] = f"{x.dtype} of shape {x.shape}"
         if x.size <= 8 and not isinstance(x, jax.ShapeDtypeStruct):
-            if isinstance(x, jax.Array) and jnp.issubdtype(
-                x.dtype, jax.dtypes.prng_key
-            ):
-                x = jr.key_data(x)
-            found[path] += f" {np.asarray(x).tolist()}"
+            is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            values: Any = jr.key_data(x) if is_key else x
+            found[path] += f" {np.asarray(values).tolist()}"
     elif id(x) not in above:  # Functions may refer to themselves.
         named = x if hasattr(x, "__qualname__") else type(x)
         found[path] = f"{named.__module__}.{named.__qualname__}"

@@ -1,4 +1,3 @@
-import inspect
 import os
 import re
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import scipy.special
 from jaxtyping import Float, UInt8
 
 from .. import recipes
+from .._checks import needs
 from .._data._distilled_set import DistilledSet
 from .._data._pictures import to_pictures
 from .._data._preprocessing import AbstractPreprocessing
@@ -62,43 +62,38 @@ def export(
     - `folder`: the folder to write to. It is created if necessary, and files of the
         same names are replaced.
     - `distilled`: a distilled set, or the result of [`eqdistill.load`][], which has the
-        recipe, the accuracy and the preprocessing too. The images have shape `(height,
-        width)`, apart from axes of size 1; or in colour, `(height, width, 3)` or `(3,
-        height, width)`.
-    - `class_names`: the name of each class. Defaults to the names of CIFAR-10 for an
-        artifact of that dataset, or to the class indices. (Keyword only argument.)
+        recipe, the accuracy and the preprocessing too. The images have shape
+        `(height, width)`, apart from axes of size 1; or in colour, `(height, width, 3)`
+        or `(3, height, width)`.
+    - `class_names`: the name of each class: all different, and valid names of folders.
+        Defaults to the names of CIFAR-10 for an artifact of that dataset, or to the
+        class indices.
 
     **Raises:**
 
-    - A `ValueError` if the images have another shape or are not finite; or if
-        `class_names` are too few, not all different, or not valid names of folders.
-    - A `FileExistsError` if the folders in `folder` have other PNGs, which loaders
-        would mistake for images of this set.
-    - An `ImportError` without Pillow.
+    A `FileExistsError` if the folders in `folder` have other PNGs, which loaders would
+    mistake for images of this set.
     """
-    try:
+    with needs("`eqdistill.export`", "Pillow", "plot"):
         from PIL import Image
         from PIL.PngImagePlugin import PngInfo
-    except ImportError as e:
-        raise ImportError(
-            "`eqdistill.export` needs Pillow: pip install 'eqdistill[plot]'."
-        ) from e
-    artifact = distilled if isinstance(distilled, Artifact) else None
+    known: dict[str, Any] = {}
     if isinstance(distilled, Artifact):
-        distilled = distilled.distilled
+        known, distilled = vars(distilled), distilled.distilled
     images = np.asarray(distilled.images)
     if not np.isfinite(images).all():
         raise ValueError(
             "`distilled` must have finite images; some pixels are NaN or infinite."
         )
-    preprocessing = None if artifact is None else artifact.preprocessing
+    preprocessing = known.get("preprocessing")
     levels, low, high = _to_levels(images, preprocessing)
     labels = np.asarray(distilled.labels)
     num_classes = max(int(labels.max()) + 1, len(class_names or ()))
     if labels.ndim == 2:
         num_classes, labels = labels.shape[1], labels.argmax(axis=1)
-    if class_names is None and artifact is not None and artifact.dataset == "cifar10":
-        class_names = _CLASSES if num_classes == len(_CLASSES) else None
+    is_cifar10 = known.get("dataset") == "cifar10" and num_classes == len(_CLASSES)
+    if class_names is None and is_cifar10:
+        class_names = _CLASSES
     names = _folder_names(class_names, num_classes)
 
     folder = Path(folder)
@@ -117,17 +112,10 @@ def export(
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(level).save(file, pnginfo=text)
     arrays = {"images": images, "labels": labels, "low": low, "high": high}
-    arrays |= {"mean": 0.0, "deviation": 1.0}
-    if artifact is not None:
-        arrays |= {
-            "dataset": artifact.dataset,
-            "claimed_accuracy": artifact.accuracy,
-            "claimed_std": artifact.std,
-        }
-    if preprocessing is not None:
-        del arrays["deviation"]
-        arrays |= vars(preprocessing)
-    arrays |= _inner_problem(distilled, artifact, num_classes)
+    arrays |= vars(preprocessing) if preprocessing else {"mean": 0.0, "deviation": 1.0}
+    arrays |= {f"claimed_{name}": known.get(name) for name in ("accuracy", "std")}
+    arrays |= {"dataset": known.get("dataset")}
+    arrays |= _inner_problem(distilled, known, num_classes)
     arrays = {name: x for name, x in arrays.items() if x is not None}
     np.savez(folder / "distilled.npz", class_names=np.array(names), **arrays)
 
@@ -150,7 +138,7 @@ def _folder_names(class_names: Sequence[str] | None, num_classes: int) -> list[s
     if class_names is None:
         # With leading zeros, because loaders sort the folders by name.
         digits = len(str(num_classes - 1))
-        return [f"{y:0{digits}}" for y in range(num_classes)]
+        class_names = [str(y).zfill(digits) for y in range(num_classes)]
     if not len(class_names) == len(set(class_names)) == num_classes:
         raise ValueError(
             f"`class_names` must have one name for each of the {num_classes} classes, "
@@ -166,26 +154,24 @@ def _folder_names(class_names: Sequence[str] | None, num_classes: int) -> list[s
 
 
 def _inner_problem(
-    distilled: DistilledSet, artifact: Artifact | None, num_classes: int
+    distilled: DistilledSet, known: dict[str, Any], num_classes: int
 ) -> dict[str, Any]:
     """The inner problem as the recipe prepares it, in numbers and words."""
-    recipe = None if artifact is None else artifact.recipe
+    recipe = known.get("recipe")
     if recipe is not None:
         distilled = recipe.prepare(distilled, num_classes)
-    loss, labels, temperature = distilled.loss, np.asarray(distilled.labels), None
-    term = type(loss).__name__
+    loss, targets, temperature = distilled.loss, np.asarray(distilled.labels), None
+    is_soft, term = targets.ndim == 2, type(loss).__name__
+    if not is_soft:
+        targets = np.eye(num_classes, dtype=distilled.images.dtype)[targets]
     if isinstance(loss, CrossEntropy):
         logarithm = loss.log_temperature
         temperature = 1.0 if logarithm is None else np.exp(np.asarray(logarithm))
+        targets = scipy.special.softmax(targets, axis=1) if is_soft else targets
         term = "the cross-entropy of `targets` and the softmax of outputs / temperature"
     if isinstance(loss, SquaredError):
         targets = np.asarray(loss.targets(distilled.labels, num_classes))
         term = "half the squared distance of the outputs from `targets`"
-    elif labels.ndim == 1:
-        targets = np.eye(num_classes, dtype=distilled.images.dtype)[labels]
-    else:  # Another loss may interpret its labels in another way.
-        is_soft = isinstance(loss, CrossEntropy)
-        targets = scipy.special.softmax(labels, axis=1) if is_soft else labels
     words = (
         f"Minimise the mean over the images of {term}, plus l2 / 2 times the sum of "
         "the squares of the weights, but not of an intercept. The predicted class is "
@@ -193,13 +179,13 @@ def _inner_problem(
     )
     if recipe is not None and recipe.name != "custom":
         # The first paragraph of its docstring says what a published recipe does.
-        doc = inspect.getdoc(getattr(recipes, recipe.name)) or ""
-        words = re.sub(r"\[`([\w.]+)`\]\[\]", r"\1", doc.split("\n\n")[0])
-    description = None if artifact is None else artifact.recipe_description
+        doc = getattr(recipes, recipe.name).__doc__.split("\n\n")[0]
+        words = re.sub(r"\[`([\w.]+)`\]\[\]", r"\1", doc)
+    words = f"{words} {known.get('recipe_description') or ''}"
     return {
         "targets": targets,
         "loss": type(loss).__name__,
         "temperature": temperature,
         "l2": np.asarray(distilled.l2),
-        "recipe": f"{' '.join(words.split())} {description or ''}".strip(),
+        "recipe": " ".join(words.split()),
     }

@@ -36,10 +36,8 @@ MAX_BYTES = 2**30
 _MAX_DEPTH = 8
 _ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh")
 _LAYERS = ("instance_norm", "group_norm", "average_pool", "max_pool")
-_FUNCTIONS = {
-    **{name: getattr(jax.nn, name) for name in _ACTIVATIONS},
-    **{name: getattr(nn, name) for name in _LAYERS},
-}
+_FUNCTIONS = {name: getattr(jax.nn, name) for name in _ACTIVATIONS}
+_FUNCTIONS |= {name: getattr(nn, name) for name in _LAYERS}
 
 
 class NotInTable(ValueError):
@@ -56,14 +54,12 @@ class Content:
     built from it: 16 times the size, for images enlarged fourfold, and 16 MiB."""
 
     def __init__(self, tensors: dict[str, np.ndarray], size: int):
-        self.tensors = dict(tensors)
-        self.room = min(16 * size, MAX_BYTES) + 2**24
+        self.tensors, self.room = dict(tensors), min(16 * size, MAX_BYTES) + 2**24
 
     def reserve(self, path: str, nbytes: int) -> None:
         self.room -= nbytes
-        check(
-            self.room >= 0, f"`{path}` would take {nbytes} bytes: too many for a file"
-        )
+        problem = f"`{path}` would take {nbytes} bytes: too many for a file"
+        check(self.room >= 0, problem)
 
 
 class Entry(NamedTuple):
@@ -93,8 +89,7 @@ def register(
         register(Huber, {"width": (0.0, 1e3)})  # stores Huber(width=1.0)
         ```
 
-    A file stores the name of the class and its fields, but no code. A program that
-    loads the file must import the module that registers the class.
+    A program that loads the file must import the module that registers the class.
 
     **Arguments:**
 
@@ -104,8 +99,6 @@ def register(
         tuple, or of the values of an array; or to `typing.Any`, for other values and
         registered objects. `(low, high, most)` also limits the length of a tuple. All
         arrays must be finite.
-
-    All other arguments are keyword only.
 
     - `build`: rebuilds an object from its fields. Defaults to `cls`. It should raise an
         error for invalid fields, because files may come from strangers.
@@ -139,9 +132,9 @@ def _name(x: Any) -> str:
         return x.name
     if takes_pixels(x):
         return "LogisticRegression"
-    names = [name for name, function in _FUNCTIONS.items() if x is function]
     cls = x.func if isinstance(x, ft.partial) else type(x)
-    return names[0] if names else cls.__name__
+    names = (name for name, function in _FUNCTIONS.items() if x is function)
+    return next(names, cls.__name__)
 
 
 def decode(raw: Any, path: str, content: Content) -> Any:
@@ -173,17 +166,16 @@ def _build(name: str, fields: dict[str, Any], path: str, content: Content) -> An
     )
     values = {f: decode(fields[f], f"{path}.{f}", content) for f in entry.fields}
     for field, allowed in entry.fields.items():
-        check(
-            allowed is Any or values[field] is None or _is_in(values[field], *allowed),
-            f"`{path}.{field}` must be from {allowed}; got {values[field]!r}",
-        )
+        x = values[field]
+        is_allowed = allowed is Any or x is None or _is_in(x, *allowed)
+        check(is_allowed, f"`{path}.{field}` must be from {allowed}; got {x!r}")
     content.reserve(path, int(entry.nbytes(**values)))
     return entry.build(**values)
 
 
 def _is_in(x: Any, low: float, high: float, most: int = 100_000) -> bool:
     if eqx.is_array(x):
-        return bool(((low <= np.asarray(x)) & (np.asarray(x) <= high)).all())
+        return bool(((low <= x) & (x <= high)).all())
     types = (int,) if type(low) is int else (int, float)
     items = x if type(x) is tuple else (x,)
     are_in = all(type(item) in types and low <= item <= high for item in items)
@@ -193,10 +185,8 @@ def _is_in(x: Any, low: float, high: float, most: int = 100_000) -> bool:
 def _to_array(wide: np.ndarray, path: str) -> Array:
     is_number = wide.dtype.kind in "iu" or wide.dtype in (np.float32, np.float64)
     check(is_number, f"`{path}` must be integers, float32 or float64; got {wide.dtype}")
-    check(
-        wide.size > 0 and wide.ndim <= 8,
-        f"`{path}` must have at most 8 axes, none of them empty; got {wide.shape}",
-    )
+    problem = f"`{path}` must have at most 8 axes, none of them empty; got {wide.shape}"
+    check(wide.size > 0 and wide.ndim <= 8, problem)
     with np.errstate(over="ignore", invalid="ignore"):
         x = wide.astype(jax.dtypes.canonicalize_dtype(wide.dtype))
     is_same = np.isfinite(x).all() if x.dtype.kind == "f" else (x == wide).all()
@@ -212,13 +202,12 @@ def to_words(raw: Any) -> str:
     return f"{raw['class']}({', '.join(fields)})" if fields else raw["class"]
 
 
-def is_same_recipe(recipe: Recipe, other: Recipe) -> bool:
+def is_same_recipe(recipe: Any, other: Any) -> bool:
     """Whether two recipes make and train the same models."""
     partials = [ft.partial(x.prepare) for x in (recipe, other)]
-    prepare = [(x.func, x.args, x.keywords) for x in partials]
-    models = [_trace(x.models) for x in (recipe, other)]
-    is_same = eqx.tree_equal(recipe.inner, other.inner) and prepare[0] == prepare[1]
-    return bool(is_same and eqx.tree_equal(*models))
+    prepare, wanted = [(x.func, x.args, x.keywords) for x in partials]
+    is_same = eqx.tree_equal(recipe.inner, other.inner) and prepare == wanted
+    return bool(is_same and eqx.tree_equal(_trace(recipe.models), _trace(other.models)))
 
 
 def _trace(models: Any) -> Any:
@@ -253,8 +242,7 @@ def _build_cross_entropy(log_temperature) -> CrossEntropy:
     if log_temperature is None:
         return CrossEntropy()
     check(log_temperature.shape == (), "log_temperature must be a scalar")
-    where = lambda x: x.log_temperature
-    return eqx.tree_at(where, CrossEntropy(1.0), log_temperature)
+    return eqx.tree_at(lambda x: x.log_temperature, CrossEntropy(1.0), log_temperature)
 
 
 def _bytes_of_packed(small, shape) -> int:
@@ -291,8 +279,7 @@ register(ArgminSolver, {"max_steps": _steps, "tolerance": _tolerance})
 
 def _read_regression(x) -> dict[str, Any]:
     sizes = {"in_features": x.head.in_features, "num_classes": x.head.out_features}
-    use_intercept, dtype = x.head.use_bias, str(x.head.weight.dtype)
-    return {**sizes, "use_intercept": use_intercept, "dtype": dtype}
+    return sizes | {"use_intercept": x.head.use_bias, "dtype": str(x.head.weight.dtype)}
 
 
 def _build_regression(dtype, **sizes):
@@ -301,11 +288,7 @@ def _build_regression(dtype, **sizes):
 
 def _find_make(models: Any) -> ft.partial:
     """The constructor of `eqdistill.nn` for the networks of an [`eqdistill.Fresh`][].
-
-    **Raises:**
-
-    A [`NotInTable`][] error for other models.
-    """
+    Raises [`NotInTable`][] for other models."""
     draw = lambda key: models.draw(models.init(None, key=key), key=key)
     network = eqx.filter_eval_shape(draw, jr.key(0))
     if not isinstance(network, nn.Network):

@@ -14,8 +14,8 @@ def averaged(
 
     $$\bar\theta_t = \frac{1 - \beta}{1 - \beta^t} \sum_{s=1}^t \beta^{t-s} \theta_s,$$
 
-    whose weights add up to one. The updates themselves do not change.
-    The method `average` of the resulting [`Distillation`][] returns the average.
+    whose weights add up to one. The updates themselves do not change. The method
+    `average` of the resulting [`Distillation`][] returns the average.
 
     !!! Example
 
@@ -35,10 +35,6 @@ def averaged(
 
     An Optax optimiser, whose state also holds the average.
 
-    **Raises:**
-
-    A `ValueError` if `decay` is out of its range.
-
     Source: Polyak and Juditsky, *Acceleration of Stochastic Approximation by
     Averaging*, 1992; with the bias correction of Kingma and Ba, *Adam*, 2015.
     """
@@ -55,9 +51,8 @@ def averaged(
         updates, inner = optimiser.update(updates, state.inner, params, **extra_args)
         num_updates = state.num_updates + 1
         weight = (1 - decay) / -jnp.expm1(num_updates * math.log(decay))
-        average = optax.incremental_update(
-            optax.apply_updates(params, updates), state.average, weight
-        )
+        new = optax.apply_updates(params, updates)
+        average = optax.incremental_update(new, state.average, weight)
         average = optax.tree.cast_like(average, state.average)
         return updates, _State(average, num_updates, inner)
 
@@ -65,12 +60,7 @@ def averaged(
 
 
 def average_of(state: PyTree) -> PyTree:
-    """The average in the state of an optimiser.
-
-    **Raises:**
-
-    A `ValueError` if the optimiser is not `averaged`.
-    """
+    """The average in the state of an optimiser."""
     if not isinstance(state, _State):
         raise ValueError(
             "The optimiser must be wrapped by `eqdistill.averaged` to have an average; "

@@ -8,8 +8,7 @@ from .._checks import check_positive
 
 
 class RunningNorm(NamedTuple):
-    """The exponential mean of the norm of the gradient, and the weight of what it has
-    seen."""
+    """The exponential mean of the norm of the gradient, and the sum of its weights."""
 
     mean: Float[Array, ""]
     weight: Float[Array, ""]
@@ -30,17 +29,9 @@ def clip_by_running_norm(
 
     **Arguments:**
 
-    - `factor`: the multiple.
-    - `decay`: of the running mean, from 0 to 1. Norms enter the mean as they are after
+    - `factor`: the multiple, positive.
+    - `decay`: of the running mean, in [0, 1). Norms enter the mean as they are after
         clipping, and the first gradient is not clipped.
-
-    **Returns:**
-
-    An `optax.GradientTransformation`.
-
-    **Raises:**
-
-    A `ValueError` for an argument out of its range.
 
     Source: Feng, Vedantam and Kempe, *Embarrassingly simple dataset distillation*
     (RaT-BPTT), 2024, with these defaults.

@@ -29,10 +29,9 @@ class History(eqx.Module):
 
     @classmethod
     def of(cls, columns: dict[str, np.ndarray]) -> "History":
-        columns = dict(columns)
-        empty = np.zeros(0, np.float32)
-        loss, norm = (columns.pop(x, empty) for x in ("loss", "gradient_norm"))
-        return cls(loss, norm, columns)
+        metrics, empty = dict(columns), np.zeros(0, np.float32)
+        loss, norm = (metrics.pop(x, empty) for x in ("loss", "gradient_norm"))
+        return cls(loss, norm, metrics)
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -63,14 +62,9 @@ class Distillation(eqx.Module):
     callbacks: tuple[PyTree, ...]
 
     def average(self) -> "Distillation":
-        """**Returns:**
-
-        The same result with the moving average of the learned arrays instead of their
-        last values. Runs continue from its `state` as from the `state` of this result.
-
-        **Raises:**
-
-        A `ValueError` if the optimiser was not wrapped by [`eqdistill.averaged`][].
+        """Returns the same result with the moving average of the learned arrays instead
+        of their last values. The optimiser must be wrapped by [`eqdistill.averaged`][].
+        Runs continue from its `state` as from the `state` of this result.
         """
         average = average_of(self.state.optimiser_state)
         start, objective = eqx.combine(average, (self.start, self.objective))
@@ -79,23 +73,19 @@ class Distillation(eqx.Module):
         )
 
     def __repr__(self) -> str:
-        steps = int(self.state.step)
         loss = f", loss {self.history.loss[-1]:.4g}" if len(self.history) else ""
-        shape = tuple(self.distilled.images.shape)
         return (
-            f"<Distillation: {steps} steps{loss}; images of shape {shape}; learned "
-            f"{', '.join(self.learned)}>"
+            f"<Distillation: {int(self.state.step)} steps{loss}; images of shape "
+            f"{self.distilled.images.shape}; learned {', '.join(self.learned)}>"
         )
 
 
 class DistillationError(RuntimeError):
     """Raised when a distillation cannot continue.
 
-    **Attributes:**
-
-    - `distillation`: the result so far, with the last good distilled set: the last one
-        from which a step found everything finite and the objective without failure, or
-        the one that the run started with.
+    **Attributes:** `distillation`: the result so far, with the last good distilled set:
+    the last one from which a step found everything finite and the objective without
+    failure, or the one that the run started with.
     """
 
     distillation: Distillation

@@ -70,9 +70,8 @@ class Evaluation(eqx.Module):
 
 
 def _pooled_std(rows: Float[np.ndarray, "rows columns"]) -> float:
-    if rows.shape[1] < 2:
-        return float("nan")
-    return float(np.sqrt(np.mean(np.var(rows, axis=1, ddof=1))))
+    is_many = rows.shape[1] > 1
+    return float(np.sqrt(np.mean(np.var(rows, axis=1, ddof=1)))) if is_many else np.nan
 
 
 def evaluate(
@@ -104,9 +103,7 @@ def evaluate(
     - `distilled`: a distilled set, or several, such as the sets of several seeds.
     - `recipe`: a recipe, such as [`eqdistill.recipes.dc`][] returns; a source of
         models, such as [`eqdistill.Fresh`][]; or a model.
-    - `test`: the real data.
-
-    All other arguments are keyword only.
+    - `test`: the real data, with images of the shape of the distilled ones.
 
     - `inner`: how to train models that come without a recipe. Defaults to
         [`eqdistill.AutoSolver`][].
@@ -117,13 +114,10 @@ def evaluate(
 
     **Returns:**
 
-    An [`Evaluation`][]. Its loss on real data is the `default_outer_loss` of
-    the loss that the models are trained with. A NaN output is a wrong classification.
+    An [`Evaluation`][]. Its loss on real data is the `default_outer_loss` of the loss
+    that the models are trained with. A NaN output is a wrong classification.
 
-    **Raises:**
-
-    What [`eqdistill.fit`][] raises, and a `ValueError` if the real images have another
-    shape than the distilled images, or more classes than a model has outputs.
+    **Raises:** what [`eqdistill.fit`][] raises.
     """
     check_at_least(1, num_models=num_models)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)

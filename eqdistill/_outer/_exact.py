@@ -17,6 +17,9 @@ from .._softmax import label_residual
 from .._typechecking import describe
 
 
+_Labels = Int[Array, " n"] | Float[Array, "n c"]
+
+
 def distill_exactly(
     start: DistilledSet, model: PyTree, *, l2: float | None = None
 ) -> DistilledSet:
@@ -30,19 +33,20 @@ def distill_exactly(
 
     where $T$ are the probabilities of the labels. Without an intercept, the second
     equation is dropped. The Levenberg-Marquardt method solves these equations, in
-    double precision, for the component of the images in the span of $W$. The
-    orthogonal component is taken from `start`, after removing what would change
-    $\theta^\top A$. The more images there are, the closer they stay to `start`.
+    double precision, for the component of the images in the span of $W$. The orthogonal
+    component is taken from `start`, after removing what would change $\theta^\top A$.
+    The more images there are, the closer they stay to `start`.
 
     **Arguments:**
 
-    - `start`: provides the labels, and the images outside the span of $W$. Class
-        indices are kept. The logits of soft labels are solved for with the images.
+    - `start`: provides the labels, and the images outside the span of $W$. Its loss is
+        [`eqdistill.CrossEntropy`][]. Class indices are kept. The logits of soft labels
+        are solved for with the images.
     - `model`: the [`eqdistill.linear.LogisticRegression`][] to recover, up to a
         constant: fitted weights have mean zero over the classes.
     - `l2`: the ridge $\lambda$. Defaults to the largest of $\bar\lambda / 2,
         \bar\lambda / 4, \dots, \bar\lambda / 256$ that has a solution, because a larger
-        ridge makes the fit better conditioned. (Keyword only argument.)
+        ridge makes the fit better conditioned.
 
     **Returns:**
 
@@ -52,9 +56,7 @@ def distill_exactly(
 
     **Raises:**
 
-    A `TypeError` for another model, or if the loss of `start` is not
-    [`eqdistill.CrossEntropy`][]. A `ValueError` that names the reason if there is no
-    solution:
+    A `ValueError` that names the reason if there is no solution:
 
     - if there are fewer images than $\mathrm{rank}(W)$, which is mostly $c - 1$, or
         fewer than $\mathrm{rank}(W) + 1$ with an intercept;
@@ -108,9 +110,8 @@ def distill_exactly(
             if error < 1e-9:
                 break
         else:
-            advice = "a smaller `l2`" if l2 is not None else "more images"
-            if hard:
-                advice += " or soft labels"
+            advice = "more images" if l2 is None else "a smaller `l2`"
+            advice += " or soft labels" if hard else ""
             raise ValueError(
                 "No images were found from which training recovers `model`. The last "
                 f"attempt, at l2 = {ridge:.2g}, has a relative residual of "
@@ -137,24 +138,16 @@ class _Target(eqx.Module):
         weights = np.asarray(head.weight, np.float64).T
         bias = np.zeros(1) if head.bias is None else np.asarray(head.bias, np.float64)
         if not (np.isfinite(weights).all() and np.isfinite(bias).all()):
-            raise ValueError(
-                "`model` must have finite weights and intercept; some are NaN or "
-                "infinite."
-            )
+            raise ValueError("`model` must have finite weights and intercept.")
         contrasts = scipy.linalg.helmert(weights.shape[1])
         q, s, gt = np.linalg.svd(weights @ contrasts.T)
         rounding = 8 * float(jnp.finfo(head.weight.dtype).eps)
         rank = int(np.sum(s > rounding * np.linalg.norm(weights)))
         if rank == 0:
-            raise ValueError(
-                "`model` must have weights that differ between classes; all are equal."
-            )
-        return _Target(
-            jnp.asarray(q[:, :rank]),
-            jnp.asarray(s[:rank]),
-            jnp.asarray(gt @ contrasts),
-            None if head.bias is None else jnp.asarray(bias - bias.mean()),
-        )
+            raise ValueError("`model` must have weights that differ between classes.")
+        intercept = None if head.bias is None else jnp.asarray(bias - bias.mean())
+        arrays = map(jnp.asarray, (q[:, :rank], s[:rank], gt @ contrasts))
+        return _Target(*arrays, intercept)
 
     @property
     def max_l2(self) -> float:
@@ -162,9 +155,7 @@ class _Target(eqx.Module):
         margin = scipy.special.lambertw((num_classes - 1) / np.e).real
         return float(margin / np.sum(np.square(self.singular_values)))
 
-    def start(
-        self, labels: Int[Array, " n"] | Float[Array, "n c"]
-    ) -> Float[Array, "n r"]:
+    def start(self, labels: _Labels) -> Float[Array, "n r"]:
         """The coordinates of images for which the model predicts the frequencies of the
         labels, so that the equation of the intercept holds."""
         r, num_classes = len(self.singular_values), self.contrasts.shape[1]
@@ -184,13 +175,8 @@ class _Target(eqx.Module):
 
 @eqx.filter_jit
 def _solve(
-    target: _Target,
-    images: Float[Array, "n p"],
-    labels: Int[Array, " n"] | Float[Array, "n c"],
-    l2: Float[Array, ""],
-) -> tuple[
-    Float[Array, "n p"], Int[Array, " n"] | Float[Array, "n c"], Float[Array, ""]
-]:
+    target: _Target, images: Float[Array, "n p"], labels: _Labels, l2: Float[Array, ""]
+) -> tuple[Float[Array, "n p"], _Labels, Float[Array, ""]]:
     """Returns the images, the labels, and the largest relative residual."""
     s = target.singular_values
     scale = len(images) * l2

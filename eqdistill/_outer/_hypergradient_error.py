@@ -62,13 +62,14 @@ def hypergradient_error(
 
     **Arguments:**
 
-    - `start`, `model`, `inner`: as for [`eqdistill.Bilevel`][]. The model is fixed.
+    - `start`, `model`, `inner`: as for [`eqdistill.Bilevel`][]; but not a source of
+        models, which would draw other models in double precision.
     - `data`: the real data.
     - `reference`: how to fit the model for the reference. Defaults to `inner`, whose
         default tolerances are finer in double precision: without its `window` if it is
         an [`eqdistill.UnrolledSolver`][], and with the default adjoint if it is an
-        [`eqdistill.ArgminSolver`][]. (Keyword only argument.)
-    - `key`: as for [`eqdistill.fit`][]. (Keyword only argument.)
+        [`eqdistill.ArgminSolver`][].
+    - `key`: as for [`eqdistill.fit`][].
 
     **Returns:**
 
@@ -76,8 +77,7 @@ def hypergradient_error(
 
     **Raises:**
 
-    A `ValueError` if the fit of the reference does not converge, and a `TypeError` for
-    a source of models, which would draw other models in double precision.
+    A `ValueError` if the fit of the reference does not converge.
 
     Source: Blondel et al., *Efficient and modular implicit differentiation*, 2022,
     Theorem 1, and Pedregosa, *Hyperparameter optimization with approximate gradient*,
@@ -102,10 +102,9 @@ def hypergradient_error(
                 "`reference` must fit the model; it did not converge, and left a "
                 f"gradient of norm {found.gradient_norm:.2g}."
             )
-        has_bound = takes_pixels(model) and model.head.bias is None
-        is_plain = isinstance(start, DistilledSet)
-        bound = jnp.inf
-        if has_bound and is_plain and isinstance(start.loss, CrossEntropy):
+        bound, is_plain = jnp.inf, isinstance(start, DistilledSet)
+        is_linear = takes_pixels(model) and model.head.bias is None
+        if is_linear and is_plain and isinstance(start.loss, CrossEntropy):
             bound = _bound(start, at.head.weight.T, real, gradient)
         error = optax.tree.norm(optax.tree.sub(gradient, wanted))
         values = optax.tree.norm(gradient), error, bound, fitted.gradient_norm
@@ -135,9 +134,8 @@ def _exact(inner: AbstractInnerSolver) -> AbstractInnerSolver:
 
 
 def _to_double(tree: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x, tree
-    )
+    to_double = lambda x: x.astype(jnp.float64) if eqx.is_inexact_array(x) else x
+    return jax.tree.map(to_double, tree)
 
 
 @eqx.filter_jit
@@ -178,7 +176,7 @@ def _bound(
         for name, x in follows.items()
     }
     norms, a_norms, q_norms = (jnp.linalg.norm(x, axis=1) for x in (images, a, q))
-    spread = jnp.max(q, axis=1) - jnp.min(q, axis=1)
+    spread = jnp.ptp(q, axis=1)
     u_norm, weights_norm = jnp.linalg.norm(u), jnp.linalg.norm(weights)
     delta = jnp.linalg.norm(l2 * weights - images.T @ a / n) / l2
     m = jnp.mean(jnp.sum(real**2, axis=1))

@@ -29,26 +29,15 @@ class Outcome(eqx.Module, Generic[State]):
 
 
 class AbstractObjective(eqx.Module, Generic[State]):
-    """What is minimised over the distilled set.
-
-    **Attributes:**
-
-    - `failures`: the reasons to stop a run, in words.
-    """
+    """What is minimised over the distilled set. Its attribute `failures` holds the
+    reasons to stop a run, in words."""
 
     failures: eqx.AbstractVar[tuple[str, ...]]
 
     @abc.abstractmethod
     def init(self, distilled: DistilledSet, *, key: PRNGKeyArray) -> State:
-        """**Arguments:**
-
-        - `distilled`: the distilled set at the start of the run.
-        - `key`: a `jax.random.key`. (Keyword only argument.)
-
-        **Returns:**
-
-        The first state, a pytree of arrays. `None` is a state without arrays.
-        """
+        """Returns the first state, a pytree of arrays; or `None`, without arrays.
+        `distilled` is the distilled set at the start of the run."""
 
     @abc.abstractmethod
     def __call__(
@@ -65,9 +54,9 @@ class AbstractObjective(eqx.Module, Generic[State]):
         - `distilled`: the distilled set.
         - `data`: the real data of this step.
         - `state`: the current state.
-        - `step`: the number of the outer step, from 0. (Keyword only argument.)
+        - `step`: the number of the outer step, from 0.
         - `key`: a `jax.random.key`, the same in all steps of a run: fold the step in
-            where each step needs new random numbers. (Keyword only argument.)
+            where each step needs new random numbers.
 
         **Returns:**
 
@@ -76,13 +65,7 @@ class AbstractObjective(eqx.Module, Generic[State]):
         """
 
     def layout(self, dataset: Dataset) -> AbstractData:
-        """**Arguments:**
-
-        - `dataset`: all the real data.
-
-        **Returns:**
-
-        The data in the form that suits this objective best. By default, an
-        [`eqdistill.FullBatch`][].
+        """Returns the real data in the form that suits this objective best. By default,
+        an [`eqdistill.FullBatch`][].
         """
         return FullBatch(dataset)

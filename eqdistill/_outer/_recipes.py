@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import check_make
+from .._checks import check_between, check_make
 from .._conversions import ArrayOrList, as_array
 from .._data._augmentation import OneOf
 from .._data._distilled_set import DistilledSet
@@ -28,8 +28,7 @@ from ..nn import initialise, lecun, zero_head
 _MOST_UPDATES = 100_000
 
 
-def _unchanged(distilled: DistilledSet, num_classes: int) -> DistilledSet:
-    del num_classes
+def _unchanged(distilled: DistilledSet, _: int) -> DistilledSet:
     return distilled
 
 
@@ -76,14 +75,11 @@ def dc(
     - `make`: a function `make(*, key)` that builds a model. The paper's network is
         `functools.partial(eqdistill.nn.ConvNet, shape, num_classes)`, with `size=32`
         for greyscale images of 28 x 28.
-    - `updates`: the number of steps, from 2 to 100,000. (Keyword only argument.)
+    - `updates`: the number of steps, from 2 to 100,000.
     - `augment`: whether to crop, scale or rotate each image at random in each step. The
-        paper's code does for MNIST, with 1,000 updates. (Keyword only argument.)
+        paper's code does for MNIST, with 1,000 updates.
 
-    **Returns:**
-
-    An [`eqdistill.recipes.Recipe`][]. Using it raises a `ValueError` if the labels are
-    not class indices.
+    Evaluating it raises a `ValueError` if the labels are not class indices.
 
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021.
     """
@@ -107,16 +103,15 @@ def frepo(
     **Arguments:** as for [`eqdistill.recipes.dc`][], except
 
     - `make`: the weights are redrawn by [`eqdistill.nn.initialise`][], which raises an
-        error if it can't. The paper's network is `functools.partial(
-        eqdistill.nn.ConvNet, shape, num_classes, widths=(128, 256, 512), norm=None)`.
+        error if it can't. The paper's network is an [`eqdistill.nn.ConvNet`][] with
+        `widths=(128, 256, 512)` and `norm=None`.
     - `augment`: whether to flip each image from left to right at random in each step.
 
     Source: Zhou, Nezhadarya and Ba, *Dataset distillation using neural feature
     regression*, 2022.
     """
-    optimiser = ft.partial(_adam, min(500, updates // 2))
-    flip = Flip() if augment else None
-    inner = _training(optimiser, 3e-4, updates, augmentation=flip)
+    optimiser, flip = ft.partial(_adam, min(500, updates // 2)), Flip()
+    inner = _training(optimiser, 3e-4, updates, augmentation=flip if augment else None)
     prepare = ft.partial(_relabel, False, 0.0)
     settings = {"updates": updates, "augment": augment}
     return _recipe("frepo", make, inner, prepare, redraw=True, **settings)
@@ -166,9 +161,8 @@ def supervised(
     """
     inner = _training(_adam, 1e-3, updates, batch_size=batch_size)
     prepare = ft.partial(_relabel, True, 0.0)
-    return _recipe(
-        "supervised", make, inner, prepare, updates=updates, batch_size=batch_size
-    )
+    settings = {"updates": updates, "batch_size": batch_size}
+    return _recipe("supervised", make, inner, prepare, **settings)
 
 
 def learned_rates(
@@ -209,13 +203,9 @@ def learned_rates(
         )
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` must be in [0, 1); got {momentum}.")
-    inner = UnrolledSolver(
-        _one_rate_per_step(float(momentum), adam),
-        {"learning_rate": rates},
-        len(rates),
-        batch_size=batch_size,
-        shuffle=False,
-    )
+    optimiser = _one_rate_per_step(float(momentum), adam)
+    options = {"batch_size": batch_size, "shuffle": False}
+    inner = UnrolledSolver(optimiser, {"learning_rate": rates}, len(rates), **options)
     settings = {"batch_size": batch_size, "momentum": momentum, "adam": adam}
     settings |= {"learning_rates": tuple(rates.tolist()), "seed": seed}
     return _recipe("learned_rates", make, inner, _unchanged, **settings)
@@ -253,7 +243,7 @@ def _relabel(
 ) -> DistilledSet:
     """Replaces the loss by cross-entropy on hard labels, or by squared error on
     targets. Soft labels become targets."""
-    labels = distilled.labels
+    labels, loss = distilled.labels, CrossEntropy() if hard else SquaredError()
     if hard and labels.ndim != 1:
         raise ValueError(
             "`distilled` must have class indices as labels for this recipe; got "
@@ -264,19 +254,14 @@ def _relabel(
         labels = jax.nn.softmax(labels) - 1 / num_classes
     # Without weight decay, the logarithm of the ridge is minus infinity.
     log_l2 = jnp.log(jnp.asarray(weight_decay, distilled.images.dtype))
-    return eqx.tree_at(
-        lambda d: (d.labels, d.loss, d.log_l2),
-        distilled,
-        (labels, CrossEntropy() if hard else SquaredError(), log_l2),
-    )
+    where = lambda d: (d.labels, d.loss, d.log_l2)
+    return eqx.tree_at(where, distilled, (labels, loss, log_l2))
 
 
 def _training(
     optimiser: Callable, rate: float, updates: int, **kwargs: Any
 ) -> UnrolledSolver:
-    most = _MOST_UPDATES
-    if not 2 <= updates <= most:
-        raise ValueError(f"`updates` must be from 2 to {most:,}; got {updates}.")
+    check_between(2, _MOST_UPDATES, updates=updates)
     make = optimiser(updates=int(updates))
     return UnrolledSolver(make, {"learning_rate": rate}, updates, **kwargs)
 
@@ -293,9 +278,9 @@ def _sgd(updates: int) -> Callable:
 
 @ft.cache
 def _adam(warm_up: int = 0, *, updates: int) -> Callable:
-    start = 0.0 if warm_up > 0 else 1.0
     # Optax needs concrete numbers, so the learning rate multiplies the schedule.
-    factor = optax.warmup_cosine_decay_schedule(start, 1.0, warm_up, updates, 0.01)
+    first = 0.0 if warm_up > 0 else 1.0
+    factor = optax.warmup_cosine_decay_schedule(first, 1.0, warm_up, updates, 0.01)
     return lambda learning_rate: optax.adam(lambda step: learning_rate * factor(step))
 
 

@@ -1,5 +1,7 @@
 import math
 
+from .._checks import check_between
+
 
 def label_robust_score(
     *, hard_label_recovery: float, improvement_over_random: float, weight: float = 0.5
@@ -12,7 +14,7 @@ def label_robust_score(
 
     All accuracies are fractions, from 0 to 1, after the last training step.
 
-    **Arguments:** (Keyword only.)
+    **Arguments:**
 
     - `hard_label_recovery`: HLR, the accuracy of training on all real data, minus the
         accuracy of training on the distilled images with hard labels. Lower is better.
@@ -24,8 +26,8 @@ def label_robust_score(
     Source: Li et al., *DD-Ranking: Rethinking the evaluation of dataset distillation*,
     2025.
     """
-    _check(-1, hard_label_recovery=hard_label_recovery)
-    _check(-1, improvement_over_random=improvement_over_random)
+    check_between(-1, 1, hard_label_recovery=hard_label_recovery)
+    check_between(-1, 1, improvement_over_random=improvement_over_random)
     return _score(weight, improvement_over_random, -hard_label_recovery)
 
 
@@ -33,27 +35,21 @@ def augmentation_robust_score(
     *, improvement_with: float, improvement_without: float, weight: float = 0.5
 ) -> float:
     r"""DD-Ranking's augmentation-robust score, which removes the effect of augmentation
-    from an accuracy: as [`eqdistill.recipes.label_robust_score`][], with
-    $\alpha = w \, \mathrm{IOR}_\mathrm{aug} + (1 - w) \, \mathrm{IOR}_\mathrm{none}$.
+    from an accuracy: as [`eqdistill.recipes.label_robust_score`][], with $\alpha = w \,
+    \mathrm{IOR}_\mathrm{aug} + (1 - w) \, \mathrm{IOR}_\mathrm{none}$.
 
-    **Arguments:** (Keyword only.)
+    **Arguments:**
 
     - `improvement_with`, `improvement_without`: the improvement over random real images
         if both are trained on with augmentation, and without.
     - `weight`: $w$, from 0 to 1.
     """
-    _check(-1, improvement_with=improvement_with)
-    _check(-1, improvement_without=improvement_without)
+    check_between(-1, 1, improvement_with=improvement_with)
+    check_between(-1, 1, improvement_without=improvement_without)
     return _score(weight, improvement_with, improvement_without)
 
 
 def _score(weight: float, first: float, second: float) -> float:
-    _check(0, weight=weight)
+    check_between(0, 1, weight=weight)
     alpha = weight * first + (1 - weight) * second
     return (math.exp(alpha) - math.exp(-1)) / (math.e - math.exp(-1))
-
-
-def _check(low: int, **values: float) -> None:
-    for name, value in values.items():
-        if not low <= value <= 1:
-            raise ValueError(f"`{name}` must be from {low} to 1; got {value}.")

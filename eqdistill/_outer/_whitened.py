@@ -44,9 +44,6 @@ def whitened(
 
     - `optimiser`: any Optax optimiser.
     - `train`: the real data.
-
-    All other arguments are keyword only.
-
     - `damping`: $\delta > 0$.
     - `scale`: $s > 0$. The first step of L-BFGS has length at most one in these
         coordinates. The default saves a step or two for ridges around 0.1. The learning
@@ -82,10 +79,8 @@ def whitened(
         if "value_fn" in extra_args:
             value_fn = extra_args["value_fn"]
             extra_args["value_fn"] = lambda params: value_fn(back(params))
-        params = change(params, factor, 1 / scale)
-        updates, inner = optimiser.update(
-            of_gradient(updates), inner, params, **extra_args
-        )
+        updates, params = of_gradient(updates), change(params, factor, 1 / scale)
+        updates, inner = optimiser.update(updates, inner, params, **extra_args)
         return back(updates), ((factor, inverse), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -116,17 +111,16 @@ def _change(
     Images are recognised by their name, because soft labels may have the same shape."""
     as_name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     shapes = {as_name(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
-    is_images = lambda name: (
-        name.split(".")[-1] == "images" and shapes[name][1:] == shape
-    )
-    if not any(map(is_images, shapes)):
+    is_images = lambda x: x.split(".")[-1] == "images" and shapes[x][1:] == shape
+    images = set(filter(is_images, shapes))
+    if not images:
         raise ValueError(
             f"`whitened` needs learned `images` of shape {shape}, as in `train`; got "
             f"{shapes}."
         )
 
     def product(path: tuple, x: Array) -> Array:
-        if is_images(as_name(path)):
+        if as_name(path) in images:
             return (x.reshape(len(x), -1) @ matrix).reshape(x.shape)
         return scale * x
 
