@@ -259,7 +259,7 @@ def test_registered_classes_make_a_round_trip(path):
     with pytest.raises(ValueError, match=r"`artifact.start.factor` must be from"):
         eqd.load(path)
     register(Scaled, {"distilled": Any})
-    with pytest.raises(ValueError, match="start has fields that are not registered"):
+    with pytest.raises(ValueError, match="Cannot save .*good.safetensors"):
         eqd.save(path, start)
     register(Scaled, {"distilled": Any, "factor": (0.0, 9.0)})
     eqd.save(path, start)
