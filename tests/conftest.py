@@ -107,6 +107,25 @@ class OneStep(eqd.AbstractInnerSolver[None]):
         ), state
 
 
+class Recorder(eqd.AbstractCallback[tuple]):
+    """Keeps what it is given, and reports when it is closed."""
+
+    every: int = 1
+    stop_at: int | None = None
+    closed: list = eqx.field(default_factory=list)
+
+    def init(self, problem, state, steps):
+        return ()
+
+    def __call__(self, problem, state, history, own):
+        step = int(state.step)
+        seen = (step, len(history), problem.distilled(state))
+        return (*own, seen), step == self.stop_at
+
+    def close(self, own):
+        self.closed.append(len(own))
+
+
 # One object each: JAX would recompile the step for a second one.
 ADAM = optax.adam(0.05)
 LBFGS = optax.lbfgs(learning_rate=1.0, linesearch=None)

@@ -8,7 +8,6 @@ import re
 import runpy
 import subprocess
 import sys
-from typing import Any
 from unittest import mock
 
 import equinox as eqx
@@ -24,7 +23,6 @@ import safetensors.numpy
 
 import eqdistill as eqd
 from eqdistill import linear, nn, recipes
-from eqdistill._files._table import register, TABLE
 from eqdistill.datasets import Standardisation, ZCA
 
 from .conftest import assert_same_bits, evaluation
@@ -225,10 +223,8 @@ def test_double_precision(tmp_path):
 
 
 class Huber(eqd.AbstractLoss):
-    width: float = eqx.field(static=True, default=1.0)
-
     def __call__(self, outputs, labels):
-        return jnp.mean(optax.huber_loss(outputs, labels, self.width))
+        return jnp.mean(optax.huber_loss(outputs, labels))
 
 
 class Scaled(eqd.AbstractParameterisation):
@@ -240,40 +236,15 @@ class Scaled(eqd.AbstractParameterisation):
         return eqx.tree_at(lambda d: d.images, self.distilled, images)
 
 
-@pytest.fixture
-def registered():
-    before = dict(TABLE)
-    register(Huber, {"width": (0.0, 1e3)})
-    register(Scaled, {"distilled": Any, "factor": (0.0, 9.0)})
-    yield
-    TABLE.clear()
-    TABLE.update(before)
-
-
-@pytest.mark.usefixtures("registered")
-def test_registered_classes_make_a_round_trip(path):
-    start = Scaled(small(soft=True, loss=Huber(0.5)), jnp.array(2.0))
-    eqd.save(path, start)
-    assert_same_bits(eqd.load(path).start, start)
-    change(path, {"artifact.start.factor": np.float32(10)})
-    with pytest.raises(ValueError, match=r"`artifact.start.factor` must be from"):
-        eqd.load(path)
-    register(Scaled, {"distilled": Any})
-    with pytest.raises(ValueError, match="Cannot save .*good.safetensors"):
-        eqd.save(path, start)
-    register(Scaled, {"distilled": Any, "factor": (0.0, 9.0)})
-    eqd.save(path, start)
-    del TABLE["Huber"]
-    with pytest.raises(ValueError, match="'Huber'"):
-        eqd.load(path)
-    with pytest.raises(ValueError, match="`Huber`, which is not registered"):
-        eqd.save(path, start)
-
-
-def test_other_parameterisations_are_decoded(path):
+def test_classes_of_users(path):
     start = Scaled(small(), jnp.array(2.0))
     eqd.save(path, start)
     assert_same_bits(eqd.load(path).start, start.decode())
+    with pytest.raises(ValueError, match="`Huber`, which is not registered"):
+        eqd.save(path, small(loss=Huber()))
+    change(path, artifact__start__loss={"class": "Huber"})
+    with pytest.raises(ValueError, match="'Huber'"):
+        eqd.load(path)
 
 
 # Refusals.
@@ -406,7 +377,7 @@ def test_recipes_of_unknown_classes_are_described(path):
 def test_images_may_not_take_too_much_memory(path):
     eqd.save(path, eqd.Packed(small(), (4, 6)))
     assert eqd.load(path).distilled.images.shape == (4, 4, 6)
-    for shape in ([20_000, 30_000], [2**29, 3 * 2**28], [4, 6, 3], [], [2, 4]):
+    for shape in ([2000, 3000], [2**29, 3 * 2**28], [4, 6, 3], [], [2, 4]):
         change(path, artifact__start__shape=shape)
         with pytest.raises(ValueError, match="Cannot load"):
             eqd.load(path)

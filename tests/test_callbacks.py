@@ -11,26 +11,7 @@ import pytest
 
 import eqdistill as eqd
 
-from .conftest import ADAM, hypergradient, LBFGS, subset
-
-
-class Recorder(eqd.AbstractCallback[tuple]):
-    """Keeps what it is given, and reports when it is closed."""
-
-    every: int = 1
-    stop_at: int | None = None
-    closed: list = eqx.field(default_factory=list)
-
-    def init(self, problem, state, steps):
-        return ()
-
-    def __call__(self, problem, state, history, own):
-        step = int(state.step)
-        seen = (step, len(history), problem.distilled(state))
-        return (*own, seen), step == self.stop_at
-
-    def close(self, own):
-        self.closed.append(len(own))
+from .conftest import ADAM, hypergradient, LBFGS, Recorder, subset
 
 
 def run(logistic, *callbacks, steps=12, optimiser=ADAM):

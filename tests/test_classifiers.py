@@ -182,19 +182,6 @@ def test_last_layer_that_is_not_last_is_refused():
         eqd.linear.last_layer(eqx.nn.Sequential([eqd.nn.Frozen(mlp())]))
 
 
-def test_last_layer_is_linear_in_the_features():
-    network = mlp()
-    fit = lambda *args: eqd.fit(*args, eqd.linear.RidgeSolver()).model
-    got = fit(squared(), eqd.linear.last_layer(network))
-    features = np.asarray(jax.vmap(network[:2])(IMAGES))
-    of_features = eqd.DistilledSet(features, LABELS, l2=0.1, loss=eqd.SquaredError())
-    model = eqd.linear.LogisticRegression(4, 3, use_intercept=True)
-    want = fit(of_features, model)
-    np.testing.assert_allclose(got.head.weight, want.head.weight, atol=1e-5)
-    np.testing.assert_allclose(got.head.bias, want.head.bias, atol=1e-5)
-    assert eqx.tree_equal(got.features.module[:2], network[:2])
-
-
 def squared():
     """A start for `RidgeSolver`, which compiles quickly."""
     return start(loss=eqd.SquaredError())
@@ -264,24 +251,3 @@ def test_dropout_is_off():
     # Dropout is off for the real images, too.
     history = eqd.distill(squared(), model, REAL, steps=1).history
     np.testing.assert_allclose(history.loss[0], loss, rtol=1e-4)
-
-
-class Projected(eqx.Module):
-    """Draws its random projection from its key in each call."""
-
-    key: jax.Array
-    weight: jax.Array
-
-    def __call__(self, image):
-        return self.weight @ (jr.normal(self.key, (4, 6)) @ image)
-
-
-def test_key_inside_a_model():
-    model = Projected(jr.key(0), jnp.zeros((3, 4)))
-    fitted = eqd.fit(start(), model, OneStep()).model
-    assert fitted.key == model.key
-    projection = np.asarray(jr.normal(model.key, (4, 6)))
-    # The first step of gradient descent, from zero.
-    residuals = np.eye(3)[LABELS] - 1 / 3
-    want = 10 / 5 * residuals.T @ IMAGES @ projection.T
-    np.testing.assert_allclose(fitted.weight, want, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,6 @@ import pickle
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import optax
 import optimistix as optx
@@ -14,7 +13,7 @@ import pytest
 
 import eqdistill as eqd
 
-from .conftest import ADAM, CNN, hypergradient, LBFGS, MLP, SGD
+from .conftest import ADAM, hypergradient, LBFGS, SGD
 
 
 STEPS = 12
@@ -137,19 +136,3 @@ def test_an_adjoint_that_raises(logistic):
     )
     assert "hypergradient is useless" in str(error.__cause__)
     assert jnp.array_equal(error.distillation.distilled.images, start.images)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "make",
-    [lambda key: CNN(key=key), lambda key: MLP(64, 32, jax.nn.softplus, key=key)],
-    ids=["softplus CNN", "softplus MLP"],
-)
-def test_networks(digits, make):
-    train, test = digits
-    model = make(jr.key(11))
-    for l2 in (0.1, 0.01):
-        # The second run uses the programs of the first.
-        start = eqd.DistilledSet.from_noise(train, l2=l2, scale=0.3, key=jr.key(1))
-        result = eqd.distill(start, model, train, steps=60)
-        assert eqd.evaluate(result.distilled, model, test).accuracy >= 0.8

@@ -352,15 +352,11 @@ def test_lists():
 # Modules with numbers: their arguments, and the names of some that they keep.
 THREE, ONE, HALF = np.int64(3), np.int32(1), np.float32(0.5)
 NUMBERS = [
-    (eqd.linear.SpanSolver(rtol=1, max_steps=THREE), ("rtol", "max_steps")),
     (eqd.ArgminSolver(max_steps=THREE, tolerance=HALF), ("max_steps", "tolerance")),
     (eqd.adjoints.DampedCG(accept=1, max_steps=THREE), ("accept", "max_steps")),
     (eqd.adjoints.WarmLBFGS(warm_up=THREE, learning_rate=1), ("warm_up",)),
-    (eqd.Pool(MAKE, size=THREE), ("size", "max_age")),
     (eqd.UnrolledSolver(optax.sgd, {}, THREE, batch_size=ONE), ("steps", "batch_size")),
     (eqd.adjoints.ReversibleSolver(1, momentum=HALF, steps=THREE), ("steps",)),
-    (eqd.adjoints.GradientWindow(THREE, HALF), ("size", "power")),
-    (eqd.adjoints.NeumannSeries(THREE, step_size=HALF), ("terms", "step_size")),
     (eqd.augment.Affine(shift=THREE, scale=THREE), ("shift", "scale")),
     (eqd.Batches(DATA, THREE), ("size",)),
     (eqd.EarlyStopping(DATA, every=THREE, patience=ONE), ("every", "patience")),

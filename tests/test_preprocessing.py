@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,14 +62,6 @@ def test_zca_without_regularisation_against_scikit_learn(x64):
     wanted = pca.transform(rows) @ pca.components_ * np.sqrt(1100 / 1099)
     whitened = GREY.map(ZCA.fit(GREY, regularisation=0)).images
     np.testing.assert_allclose(whitened.reshape(1100, -1), wanted, atol=1e-8)
-
-
-def test_zca_in_float32():
-    zca = ZCA.fit(COLOUR)
-    assert zca.whitening.dtype == jnp.float32
-    image = COLOUR.floating()[0]
-    back = jax.jit(lambda image: zca.inverse(zca(image)))(image)
-    np.testing.assert_allclose(back, image, atol=1e-5)
 
 
 def test_map_may_change_the_shape():

@@ -180,32 +180,6 @@ def test_batches_use_each_image_once_an_epoch(digits):
         eqd.fit(start, LogisticRegression(64, 10), solver)
 
 
-def with_schedule(learning_rate):
-    return optax.sgd(lambda step: learning_rate[step])
-
-
-def test_ordered_batches_with_one_step_size_each(digits):
-    # Wang et al.: each step has its own images and step size. The second epoch uses the
-    # same images again.
-    train = subset(digits[0], 6)
-    start = eqd.DistilledSet(
-        train.floating(), train.labels, l2=1e-3, loss=eqd.SquaredError()
-    )
-    rates = jnp.array([0.1, 0.2, 0.3, 0.05])
-    solver = eqd.UnrolledSolver(
-        with_schedule, {"learning_rate": rates}, 4, batch_size=3, shuffle=False
-    )
-    fitted = eqd.fit(start, LogisticRegression(64, 10), solver).model
-    images = np.asarray(start.images).reshape(6, 64)
-    targets = np.eye(10)[np.asarray(start.labels)] - 0.1
-    weight = np.zeros((10, 64))
-    for i, rate in enumerate(np.asarray(rates)):
-        batch = slice(0, 3) if i % 2 == 0 else slice(3, 6)
-        errors = images[batch] @ weight.T - targets[batch]
-        weight = weight - rate * (errors.T @ images[batch] / 3 + 1e-3 * weight)
-    np.testing.assert_allclose(fitted.head.weight, weight, rtol=1e-4, atol=1e-6)
-
-
 class WithDropout(eqx.Module):
     linear: eqx.nn.Linear
     dropout: eqx.nn.Dropout

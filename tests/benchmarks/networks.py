@@ -27,18 +27,13 @@ import eqdistill as eqd
 
 
 def conv_net(key: jax.Array) -> eqx.nn.Sequential:
-    layers, channels = [], 1
-    *keys, head_key = jr.split(key, 4)
-    for key, width in zip(keys, (16, 32, 64), strict=True):
-        layers += [
-            eqx.nn.Conv2d(channels, width, 3, padding=1, key=key),
-            eqx.nn.Lambda(jax.nn.relu),
-            eqx.nn.AvgPool2d(2, 2),
-        ]
-        channels = width
-    head = eqx.nn.Linear(9 * channels, 10, key=head_key)
-    add_channel = eqx.nn.Lambda(lambda image: image[None])
-    return eqx.nn.Sequential([add_channel, *layers, eqx.nn.Lambda(jnp.ravel), head])
+    keys = jr.split(key, 4)
+    layers = [eqx.nn.Lambda(lambda image: image[None])]
+    for key, before, width in zip(keys[:3], (1, 16, 32), (16, 32, 64), strict=True):
+        convolution = eqx.nn.Conv2d(before, width, 3, padding=1, key=key)
+        layers += [convolution, eqx.nn.Lambda(jax.nn.relu), eqx.nn.AvgPool2d(2, 2)]
+    head = eqx.nn.Linear(9 * 64, 10, key=keys[3])
+    return eqx.nn.Sequential([*layers, eqx.nn.Lambda(jnp.ravel), head])
 
 
 def cases(
@@ -201,13 +196,10 @@ def pool(
     costs = forward.lower(params, real.images[:chunk]).compile().cost_analysis()
     assert costs is not None
     share = batch / chunk * costs["flops"] / (2 * side**3)
+    args = params, real.images[:batch]
     timed = {
         "an outer step": (step, (), 1),
-        "the forward pass of the real images": (
-            forward,
-            (params, real.images[:batch]),
-            1,
-        ),
+        "the forward pass of the real images": (forward, args, 1),
         "the fit and its derivative": (fit_and_adjoint, (images, params), 1),
         "the step of the pool": (train, (params, optimiser.init(params)), 1),
         "": (jax.jit(jnp.matmul), (square, square), 1),
