@@ -29,23 +29,20 @@ def _parser() -> argparse.ArgumentParser:
         help="check the accuracy that a file claims",
         description="Trains models on the distilled set in a file, with the recipe in "
         "the file, and compares their accuracy on the real test data with the accuracy "
-        "that the file claims.",
-        epilog="The exit status is 0 if the two agree, 1 if they differ by more than "
-        "the tolerance, and 2 if the file or an argument is bad.",
+        "that the file claims. The exit status is 0 if the two agree, 1 if they differ "
+        "by more than the tolerance, and 2 if the file or an argument is bad.",
     )
     parser.set_defaults(error=parser.error)
     add = parser.add_argument
     add("file", metavar="FILE", help="a file that eqdistill.save wrote")
     add("--dataset", metavar="NAME", help="the dataset, if the file names none")
     add("--data-dir", metavar="DIR", help="the folder with the files of the dataset")
-    add(
-        "--tolerance",
-        type=float,
-        metavar="T",
-        help="the largest difference allowed between the accuracies, which are from 0 "
-        "to 1. Defaults to the measured standard deviation over models, but at least "
-        "0.0001: one test image in 10,000",
+    tolerance = (
+        "the largest difference allowed between the accuracies, which are from 0 to 1. "
+        "Defaults to the measured standard deviation over models, but at least 0.0001: "
+        "one test image in 10,000"
     )
+    add("--tolerance", type=float, metavar="T", help=tolerance)
     return main
 
 
@@ -102,8 +99,8 @@ def _main() -> int:
         name, claimed, found = _check(args.file, args.dataset, args.data_dir)
     # Every error: exit status 1 is only for accuracies that differ.
     except (Exception, KeyboardInterrupt) as e:
-        lines = [line for line in str(e).splitlines() if line.strip()]
-        return args.error(lines[0][:1000] if lines else type(e).__name__)
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        return args.error(lines[0][:1000])
     tolerance = args.tolerance
     if tolerance is None:
         tolerance = np.nanmax([found.std_models, 1e-4])

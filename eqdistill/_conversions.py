@@ -6,12 +6,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from ._typechecking import describe
 
 
 ArrayOrList = ArrayLike | list | tuple
+Labels = Int[Array, " n"] | Float[Array, "n c"]
 
 
 def as_int(x: int) -> int:

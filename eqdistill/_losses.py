@@ -5,14 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float
 
-from ._conversions import as_array
+from ._conversions import as_array, Labels
 
 
-def cross_entropies(
-    logits: Float[Array, "n c"], labels: Int[Array, " n"] | Float[Array, "n c"]
-) -> Float[Array, " n"]:
+def cross_entropies(logits: Float[Array, "n c"], labels: Labels) -> Float[Array, " n"]:
     """The cross-entropy of each example. Labels in floating point are logits."""
     if labels.ndim == 2:
         return optax.softmax_cross_entropy(logits, jax.nn.softmax(labels))
@@ -28,18 +26,14 @@ class AbstractLoss(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self,
-        outputs: Float[Array, "n c"],
-        labels: Int[Array, " n"] | Float[Array, "n c"],
+        self, outputs: Float[Array, "n c"], labels: Labels
     ) -> Float[Array, ""]:
-        """**Arguments:**
+        """Returns the mean loss over the examples, without the ridge.
+
+        **Arguments:**
 
         - `outputs`: the outputs of the model, one row for each example.
-        - `labels`: the class indices, or the targets, of these examples.
-
-        **Returns:**
-
-        The mean loss over the examples, without the ridge.
+        - `labels`: the class indices, or the soft labels or targets, of these examples.
         """
 
     def default_outer_loss(self) -> "AbstractLoss":
@@ -107,9 +101,7 @@ class SquaredError(AbstractLoss):
         classes: the temperature makes that a difference of five between logits."""
         return CrossEntropy(0.2)
 
-    def targets(
-        self, labels: Int[Array, " n"] | Float[Array, "n c"], num_classes: int
-    ) -> Float[Array, "n c"]:
+    def targets(self, labels: Labels, num_classes: int) -> Float[Array, "n c"]:
         """The targets of labels, one row for each example."""
         if labels.ndim == 2:
             return labels

@@ -3,14 +3,13 @@ cancel. The weights of a fit with a small ridge depend on these small difference
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from ._conversions import Labels
 
 
 @jax.custom_jvp
-def label_residual(
-    logits: Float[Array, "n c"],
-    labels: Int[Array, " n"] | Float[Array, "n c"],
-) -> Float[Array, "n c"]:
+def label_residual(logits: Float[Array, "n c"], labels: Labels) -> Float[Array, "n c"]:
     r"""The label probabilities minus the predicted probabilities, $t -
     \mathrm{softmax}(z)$."""
     log_p = jax.nn.log_softmax(logits)
@@ -37,8 +36,7 @@ def label_residual(
 @label_residual.defjvp
 def _(primals, tangents):
     # Use the covariance, which solvers compute anyway.
-    logits, labels = primals
-    logits_dot, labels_dot = tangents
+    (logits, labels), (logits_dot, labels_dot) = primals, tangents
     change = -softmax_change(logits, logits_dot)
     if labels.ndim == 2:
         change = change + softmax_change(labels, labels_dot)

@@ -35,9 +35,9 @@ _UNIONS = {
 }
 
 
-# Jaxtyping turns any other exception of a type checker into a page of text.
 class ArgumentError(AnnotationError, TypeError):
-    """An argument or a result has the wrong type or shape."""
+    """An argument or a result has the wrong type or shape. Jaxtyping turns any other
+    exception of a type checker into a page of text."""
 
 
 def typechecked(fn: _Fn) -> _Fn:
@@ -87,9 +87,8 @@ def _describe_violation(
 ) -> str:
     for bad, value in given.items():
         hint = parameters[bad].annotation
-        if parameters[bad].kind is inspect.Parameter.VAR_POSITIONAL:
-            hint = Sequence[hint]
-        if _is_wrong(value, hint):
+        is_many = parameters[bad].kind is inspect.Parameter.VAR_POSITIONAL
+        if _is_wrong(value, Sequence[hint] if is_many else hint):
             break
     else:  # Beartype looks at one item of a nested sequence, chosen at random.
         return f"An argument of `{name}` must have another type."

@@ -161,17 +161,12 @@ def history(
 
     - `history`: the `history` of the result of [`eqdistill.distill`][].
     - `ax`: the two axes to draw into. Defaults to a new figure.
-
-    **Returns:**
-
-    The figure.
     """
     axes = _figure(7.0, 2.6).subplots(1, 2) if ax is None else ax
     axes = np.ravel(np.asarray(axes, object))
     if len(axes) != 2:
         raise ValueError(f"`ax` must be two Matplotlib `Axes`; got {len(axes)}.")
-    figure, _ = map(_figure_of, axes)
-    left, right = axes
+    (left, right), (figure, _) = axes, map(_figure_of, axes)
     _draw_series(left, history.loss, "black", None)
     left.set_ylabel("outer loss")
     right.set_yscale("log")

@@ -15,9 +15,7 @@ Image = Float[Array, "*channels height width"]
 
 class AbstractAugmentation(eqx.Module):
     """A random change of one image, differentiable in the image.
-
-    [`eqdistill.augment.augment`][] applies an augmentation to a batch.
-    """
+    [`eqdistill.augment.augment`][] applies an augmentation to a batch."""
 
     @abc.abstractmethod
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
@@ -70,7 +68,7 @@ class OneOf(AbstractAugmentation):
     def __init__(self, *augmentations: AbstractAugmentation, per_batch: bool = False):
         """**Arguments:**
 
-        - `augmentations`: the augmentations, at least one.
+        - `augmentations`: at least one.
         - `per_batch`: whether [`eqdistill.augment.augment`][] draws one augmentation
             for all images. Its random numbers still differ between images. This is
             several times faster. A custom augmentation that calls a `OneOf` sees single
@@ -92,16 +90,9 @@ def augment(
     key: PRNGKeyArray,
 ) -> Float[Array, "n *shape"]:
     r"""Augments each image of a batch with its own random key, $x_i' = A(x_i, k_i)$.
-
-    **Arguments:**
-
-    - `augmentation`: the augmentation $A$.
-    - `images`: shape `(n, *shape)`, floating point.
-    - `key`: a `jax.random.key`, which is split into the $k_i$.
-    """
+    The $k_i$ are split from `key`."""
     changed = _apply(augmentation, True, images, key)
-    difference = array_difference(images, changed)
-    if difference is not None:
+    if difference := array_difference(images, changed):
         raise ValueError(
             "`augmentation` must keep the shape and the dtype of images; "
             f"`{type(augmentation).__name__}` did not: {difference}."

@@ -100,15 +100,9 @@ class Dataset(eqx.Module):
     def split(
         self, fraction: float, *, key: PRNGKeyArray
     ) -> tuple["Dataset", "Dataset"]:
-        """Holds out random images, for early stopping and other choices. Returns the
-        remaining images and the held-out images, both in random order.
-
-        **Arguments:**
-
-        - `fraction`: the fraction of the images to hold out, between 0 and 1, so that
-            neither part is empty.
-        - `key`: a `jax.random.key`.
-        """
+        """Holds out a random `fraction` of the images, for early stopping and other
+        choices. Returns the remaining images and the held-out images, both in random
+        order. Neither part may be empty."""
         num_held_out = round(fraction * len(self)) if 0 < fraction < 1 else 0
         if not 0 < num_held_out < len(self):
             raise ValueError(
@@ -116,18 +110,14 @@ class Dataset(eqx.Module):
                 f"of {len(self)} images; got {fraction}."
             )
         order = jr.permutation(key, len(self))
-        parts = order[num_held_out:], order[:num_held_out]
-        kept, held_out = (self._with(self.images[i], self.labels[i]) for i in parts)
-        return kept, held_out
+        take = lambda rows: self._with(self.images[rows], self.labels[rows])
+        return take(order[num_held_out:]), take(order[:num_held_out])
 
     def map(self, fn: Callable) -> "Dataset":
-        """Returns a dataset of the images $f(x_i)$ with the same labels.
-
-        **Arguments:**
-
-        - `fn`: a function $f$ from one image, in the units of
-            [`eqdistill.Dataset.floating`][], to a floating-point image of any shape;
-            such as an [`eqdistill.datasets.AbstractPreprocessing`][].
+        """Returns a dataset of the images $f(x_i)$ with the same labels. The function
+        $f$ maps one image, in the units of [`eqdistill.Dataset.floating`][], to a
+        floating-point image of any shape; such as an
+        [`eqdistill.datasets.AbstractPreprocessing`][].
         """
         # A loop in Python, because XLA's convolutions are slow in a `lax.map`.
         chunks = (self.images[i : i + 1000] for i in range(0, len(self), 1000))

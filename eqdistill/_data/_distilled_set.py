@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 from .._checks import check_at_least, check_positive, error_if
-from .._conversions import ArrayOrList, as_array
+from .._conversions import ArrayOrList, as_array, Labels
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from .._typechecking import describe
 from . import _initialisers
@@ -23,7 +23,7 @@ class DistilledSet(AbstractParameterisation):
     """
 
     images: Float[Array, "n *shape"]
-    labels: Int[Array, " n"] | Float[Array, "n c"]
+    labels: Labels
     log_l2: Float[Array, ""]
     loss: AbstractLoss
 
@@ -101,9 +101,7 @@ class DistilledSet(AbstractParameterisation):
         r"""Replaces class indices $y$ by learnable targets $e_y - 1/c$, of shape
         `(n, c)`, of [`eqdistill.SquaredError`][].
 
-        **Arguments:**
-
-        - `num_classes`: the number of classes $c$, larger than every class index.
+        **Arguments:** `num_classes`: $c$, larger than every class index.
         """
         if self.labels.ndim != 1:
             raise ValueError(
@@ -131,18 +129,13 @@ class DistilledSet(AbstractParameterisation):
         **Arguments:**
 
         - `train`: the dataset to distil, for the shape of its images and its classes.
-        - `n`: the number of images. Labels cycle through the classes, so that
-            `n = m * num_classes` gives `m` images per class. Defaults to one image per
-            class.
+        - `n`: the number of images. Labels cycle through the class indices, so that
+            `n = m * num_classes` gives `m` images per class. Defaults to one per class.
         - `l2`: the ridge $\lambda > 0$, as in [`eqdistill.DistilledSet`][].
         - `scale`: the standard deviation $s > 0$. Linear models work best from weak
             noise: JAXopt's notebook takes one over the number of pixels of an image.
             Networks need noise as strong as the data, such as 0.3.
         - `key`: a `jax.random.key`.
-
-        **Returns:**
-
-        A `DistilledSet` with class indices as labels.
 
         Source: the start of JAXopt's dataset-distillation notebook.
         """

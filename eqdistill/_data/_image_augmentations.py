@@ -59,9 +59,7 @@ class Affine(AbstractAugmentation):
 class Crop(AbstractAugmentation):
     """Pads the image with zeros, and crops it to its size at a random position.
 
-    **Arguments:**
-
-    - `padding`: the number of pixels to add on each side, at least 0.
+    **Arguments:** `padding`: the number of pixels to add on each side, at least 0.
 
     Source: He et al., *Deep Residual Learning*, 2016; Zhao and Bilen 2021 pad by an
     eighth of the image.
@@ -82,11 +80,7 @@ class Crop(AbstractAugmentation):
 
 
 class Flip(AbstractAugmentation):
-    """Reflects the image from left to right, with a given probability.
-
-    **Arguments:**
-
-    - `probability`: the probability of a reflection, from 0 to 1.
+    """Reflects the image from left to right, with a `probability` from 0 to 1.
 
     Source: Zhao and Bilen 2021.
     """
@@ -105,9 +99,7 @@ class Cutout(AbstractAugmentation):
     """Sets a square with a random centre in the image to zero. Near an edge, part of
     the square is outside the image.
 
-    **Arguments:**
-
-    - `size`: the side of the square in pixels, at least 0.
+    **Arguments:** `size`: the side of the square in pixels, at least 0.
 
     Source: DeVries and Taylor, *Improved Regularization of Convolutional Neural
     Networks with Cutout*, 2017; Zhao and Bilen 2021 take half of the side of the image.

@@ -43,9 +43,9 @@ def from_folder(
 
     **Raises:**
 
-    A `ValueError` if a class has no images; if images differ in size and `size` is not
-    given; if some are grey and some are in colour; or if anything in a class folder is
-    not an image, is a grey image of more than 8 bits, has more pixels than Pillow's
+    A `ValueError` if images differ in size and `size` is not given; if some are grey
+    and some are in colour; or if anything in a class folder is not an image, is a grey
+    image of more than 8 bits, has more pixels than Pillow's
     `PIL.Image.MAX_IMAGE_PIXELS`, or is a link to outside `path`.
     """
     with needs("`eqdistill.datasets.from_folder`", "Pillow", "data"):

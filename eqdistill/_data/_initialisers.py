@@ -21,8 +21,8 @@ Rows = Float[np.ndarray, "_ p"]
 def by_class(
     train: Dataset, labels: Int[np.ndarray, " n"], choose: Callable, key: PRNGKeyArray
 ) -> Float[np.ndarray, "n *shape"]:
-    """Makes the images for `labels`, those of each class by `choose(x, k, rng)` from
-    the real images of that class."""
+    """Makes the images for `labels`: of each class, by `choose(x, k, rng)` from its
+    real images."""
     rng = np.random.default_rng(np.asarray(jr.bits(key, (4,))))
     real = np.asarray(train.floating()).reshape(len(train), -1)
     real_labels = np.asarray(train.labels)

@@ -50,14 +50,9 @@ class Packed(AbstractParameterisation):
 
     @classmethod
     def from_distilled(cls, distilled: DistilledSet, factor: int = 2) -> "Packed":
-        """Downsamples the images of a distilled set: each pixel becomes the mean of a
-        square of pixels.
-
-        **Arguments:**
-
-        - `distilled`: images of shape `(h, w)` or `(channels, h, w)`.
-        - `factor`: $f$, the side of the square, which must divide the height and the
-            width.
+        """Downsamples the images of a distilled set, of shape `(h, w)` or
+        `(channels, h, w)`: each pixel becomes the mean of a square of pixels. The side
+        of the square, `factor`, must divide the height and the width.
         """
         shape = distilled.images.shape
         height, width = height_and_width("distilled", shape[1:])

@@ -17,9 +17,7 @@ from ._dataset import Dataset
 
 class AbstractPreprocessing(eqx.Module):
     """An invertible map of one image, fitted to real images.
-
-    [`eqdistill.Dataset.map`][] applies it to all images of a dataset.
-    """
+    [`eqdistill.Dataset.map`][] applies it to all images of a dataset."""
 
     @abc.abstractmethod
     def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -53,10 +51,8 @@ class Standardisation(AbstractPreprocessing):
         variance = _mean_of_chunks(train, lambda x: mean_over((x - mean) ** 2))[0]
         # In float32, a constant channel has rounding-level variance.
         if not (variance > 1e-12 * (1 + mean**2)).all():
-            raise ValueError(
-                "`train` must have channels that vary; got channels with variances "
-                f"{variance.ravel()}."
-            )
+            found = variance.ravel()
+            raise ValueError(f"`train` must have channels that vary; got {found}.")
         return cls(jnp.asarray(mean, float), jnp.asarray(variance**0.5, float))
 
     def __call__(self, image):
@@ -68,12 +64,11 @@ class Standardisation(AbstractPreprocessing):
         return self.mean + self.deviation * image
 
     def _check(self, image: Float[Array, "*shape"]) -> None:
-        ones = self.mean.shape
-        has_channels = image.ndim != 3 or image.shape[0] == ones[0]
-        if image.ndim != len(ones) or not has_channels:
+        shape, ones = image.shape, self.mean.shape
+        if len(shape) != len(ones) or (len(shape) == 3 and shape[0] != ones[0]):
             raise ValueError(
                 f"`image` must have the channels of the real images, {ones}; got shape "
-                f"{image.shape}."
+                f"{shape}."
             )
 
 
@@ -102,13 +97,9 @@ class ZCA(AbstractPreprocessing):
 
     @classmethod
     def fit(cls, train: Dataset, *, regularisation: float = 0.1) -> "ZCA":
-        r"""Returns the whitening by the covariance of real images. Takes $O(N p^2 +
-        p^3)$ operations.
-
-        **Arguments:**
-
-        - `train`: the real images.
-        - `regularisation`: $\rho \ge 0$, and positive for a singular covariance.
+        r"""Returns the whitening by the covariance of the images of `train`, in $O(N
+        p^2 + p^3)$ operations. The `regularisation` $\rho \ge 0$ must be positive for
+        a singular covariance.
         """
         check_at_least(0, regularisation=regularisation)
         mean = _mean_of_chunks(train, lambda x: np.mean(x, axis=0, dtype=np.float64))
@@ -153,8 +144,7 @@ _product = functools.partial(jnp.matmul, precision="highest")
 
 
 def _mean_of_chunks(train: Dataset, mean: Callable) -> np.ndarray:
-    """The mean over all images, in double precision. `mean` returns the mean over the
-    images of one chunk."""
+    """The mean over all images, in double precision, from that of chunks of images."""
     total = 0
     for first in range(0, len(train), 1000):
         chunk = np.asarray(Dataset.to_floating(train.images[first : first + 1000]))

@@ -80,7 +80,7 @@ def _cifar10_dataset(content: bytes, path: Path) -> Dataset:
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
     counts = np.bincount(records[:, 0]).tolist()
     if counts != len(_CLASSES) * [len(records) // len(_CLASSES)]:
-        problem = "each of ten classes must have the same number of images; they have"
+        problem = "labels must be in [0, 10), with the same number of images each; got"
         raise _cannot_read(path, f"{problem} {counts}")
     images = records[:, 1:].reshape(-1, 3, 32, 32)
     return Dataset(images, records[:, 0], class_names=_CLASSES)

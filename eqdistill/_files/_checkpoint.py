@@ -52,8 +52,7 @@ class Checkpoints(AbstractCheckpoints):
         """
         check_at_least(1, every=every, keep=keep)
         self.directory = os.path.abspath(directory)
-        self.every = every
-        self.keep = keep
+        self.every, self.keep = every, keep
 
     def open(self, problem, state):
         with needs("`Checkpoints`", "Orbax", "checkpoints"):
@@ -68,9 +67,7 @@ class _Store:
     """The checkpoints of one run, in folders named after their steps."""
 
     def __init__(self, directory: str, keep: int, problem: dict[str, str], ocp: Any):
-        self._directory = directory
-        self._problem = problem
-        self._args = ocp.args
+        self._directory, self._problem, self._args = directory, problem, ocp.args
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,

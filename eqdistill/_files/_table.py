@@ -160,10 +160,8 @@ def _build(name: str, fields: dict[str, Any], path: str, content: Content) -> An
     if name not in TABLE:
         raise NotInTable(f"`{path}` is a {name!r}, which is not registered")
     entry = TABLE[name]
-    check(
-        fields.keys() == entry.fields.keys(),
-        f"`{path}` must have the fields {sorted(entry.fields)}; got {sorted(fields)}",
-    )
+    problem = f"must have the fields {sorted(entry.fields)}; got {sorted(fields)}"
+    check(fields.keys() == entry.fields.keys(), f"`{path}` {problem}")
     values = {f: decode(fields[f], f"{path}.{f}", content) for f in entry.fields}
     for field, allowed in entry.fields.items():
         x = values[field]
@@ -253,12 +251,8 @@ def _bytes_of_packed(small, shape) -> int:
 
 
 _LOGARITHM = (-87.0, 87.0)  # So that the exponential is a normal float32.
-register(
-    DistilledSet,
-    {"images": Any, "labels": Any, "log_l2": _LOGARITHM, "loss": Any},
-    build=_build_set,
-    nbytes=_bytes_of_one_hot,
-)
+_set = {"images": Any, "labels": Any, "log_l2": _LOGARITHM, "loss": Any}
+register(DistilledSet, _set, build=_build_set, nbytes=_bytes_of_one_hot)
 register(CrossEntropy, {"log_temperature": _LOGARITHM}, build=_build_cross_entropy)
 register(SquaredError, {})
 register(Packed, {"small": Any, "shape": (1, MAX_BYTES)}, nbytes=_bytes_of_packed)

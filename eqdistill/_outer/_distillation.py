@@ -44,7 +44,7 @@ class Distillation(eqx.Module):
 
     - `distilled`: the distilled set after the last update. The best one on held-out
         data is in the state of [`eqdistill.EarlyStopping`][], in `callbacks`.
-    - `start`, `objective`: the arguments of these names, with what was learned.
+    - `start`, `objective`: the arguments of these names, with the learned arrays.
     - `history`: the metrics of each step of this call, and of the calls whose
         checkpoints it continued.
     - `learned`: the names of the learned arrays, such as `"images"` and `"log_l2"`.

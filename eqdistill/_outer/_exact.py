@@ -7,17 +7,15 @@ import optax
 import optimistix as optx
 import scipy.linalg
 import scipy.special
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._classifier import takes_pixels
+from .._conversions import Labels
 from .._data._distilled_set import DistilledSet
 from .._inner._fit import check_fit
 from .._losses import CrossEntropy
 from .._softmax import label_residual
 from .._typechecking import describe
-
-
-_Labels = Int[Array, " n"] | Float[Array, "n c"]
 
 
 def distill_exactly(
@@ -70,13 +68,10 @@ def distill_exactly(
     Regression*, 2024.
     """
     if not takes_pixels(model):
-        raise TypeError(
-            f"`model` must be a `LogisticRegression`; got {describe(model)}."
-        )
+        raise TypeError(f"`model` must be logistic regression; got {describe(model)}.")
     if not isinstance(start.loss, CrossEntropy):
-        raise TypeError(
-            f"`start` must have the loss `CrossEntropy`; got {describe(start.loss)}."
-        )
+        got = describe(start.loss)
+        raise TypeError(f"`start` must have the loss `CrossEntropy`; got {got}.")
     check_fit(start, model)
     # In single precision, rounding errors would be multiplied by the condition number
     # of the fit.
@@ -117,9 +112,8 @@ def distill_exactly(
                 f"attempt, at l2 = {ridge:.2g}, has a relative residual of "
                 f"{error:.1g} instead of 1e-9. Try {advice}."
             )
-        dtype = start.images.dtype
-        images = np.asarray(images, dtype).reshape(start.images.shape)
-        found = np.asarray(found, None if hard else dtype)
+        images = np.asarray(images, start.images.dtype).reshape(start.images.shape)
+        found = np.asarray(found, start.labels.dtype)
     return DistilledSet(images, found, l2=ridge)
 
 
@@ -155,7 +149,7 @@ class _Target(eqx.Module):
         margin = scipy.special.lambertw((num_classes - 1) / np.e).real
         return float(margin / np.sum(np.square(self.singular_values)))
 
-    def start(self, labels: _Labels) -> Float[Array, "n r"]:
+    def start(self, labels: Labels) -> Float[Array, "n r"]:
         """The coordinates of images for which the model predicts the frequencies of the
         labels, so that the equation of the intercept holds."""
         r, num_classes = len(self.singular_values), self.contrasts.shape[1]
@@ -175,8 +169,8 @@ class _Target(eqx.Module):
 
 @eqx.filter_jit
 def _solve(
-    target: _Target, images: Float[Array, "n p"], labels: _Labels, l2: Float[Array, ""]
-) -> tuple[Float[Array, "n p"], _Labels, Float[Array, ""]]:
+    target: _Target, images: Float[Array, "n p"], labels: Labels, l2: Float[Array, ""]
+) -> tuple[Float[Array, "n p"], Labels, Float[Array, ""]]:
     """Returns the images, the labels, and the largest relative residual."""
     s = target.singular_values
     scale = len(images) * l2

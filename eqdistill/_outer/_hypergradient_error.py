@@ -141,44 +141,38 @@ def _to_double(tree: PyTree) -> PyTree:
 @eqx.filter_jit
 def _bound(
     distilled: DistilledSet,
-    weights: Float[Array, "p c"],
+    w: Float[Array, "p c"],
     data: Dataset,
     hypergradient: PyTree,
 ) -> Float[Array, ""]:
-    r"""A bound on the distance of `hypergradient` from the exact one.
-
-    `weights` are near the solution of the inner problem. The letters are those of the
-    proof in `docs/mathematics.md`: $a$, $q$, $u$, $v$, $\delta$, $\epsilon$ and $m$.
-    """
+    r"""A bound on the distance of `hypergradient` from the exact one. The weights `w`
+    are near the solution of the inner problem. The letters are those of the proof in
+    `docs/mathematics.md`: $a$, $q$, $u$, $v$, $\delta$, $\epsilon$ and $m$."""
     n, l2 = len(distilled), distilled.l2
     images = distilled.images.reshape(n, -1)
     real = data.images.reshape(len(data), -1)
-    logits = images @ weights
+    logits = images @ w
 
     def hessian(u):
         return images.T @ softmax_change(logits, images @ u) / n + l2 * u
 
     loss = CrossEntropy()
-    v = jax.grad(lambda weights: loss(real @ weights, data.labels))(weights)
+    v = jax.grad(lambda w: loss(real @ w, data.labels))(w)
     u, _ = jax.scipy.sparse.linalg.cg(hessian, v, tol=1e-12, maxiter=1000)
     a, q = label_residual(logits, distilled.labels), images @ u
     change = softmax_change(logits, q)
-    # The hypergradient as it follows from the adjoint. The bound includes the distance
-    # of the given one from it.
+    # By the adjoint. The bound includes the distance of the given one from this.
     follows = {
-        "images": (a @ u.T - change @ weights.T) / n,
-        "log_l2": -l2 * jnp.sum(u * weights),
+        "images": ((a @ u.T - change @ w.T) / n).reshape(distilled.images.shape),
+        "log_l2": -l2 * jnp.sum(u * w),
     }
     if distilled.labels.ndim == 2:
         follows["labels"] = softmax_change(distilled.labels, q) / n
-    differs = {
-        name: jnp.linalg.norm(jnp.ravel(getattr(hypergradient, name)) - jnp.ravel(x))
-        for name, x in follows.items()
-    }
+    given = {name: getattr(hypergradient, name) for name in follows}
     norms, a_norms, q_norms = (jnp.linalg.norm(x, axis=1) for x in (images, a, q))
     spread = jnp.ptp(q, axis=1)
-    u_norm, weights_norm = jnp.linalg.norm(u), jnp.linalg.norm(weights)
-    delta = jnp.linalg.norm(l2 * weights - images.T @ a / n) / l2
+    u_norm, w_norm = jnp.linalg.norm(u), jnp.linalg.norm(w)
+    delta = jnp.linalg.norm(l2 * w - images.T @ a / n) / l2
     m = jnp.mean(jnp.sum(real**2, axis=1))
     residual = jnp.linalg.norm(hessian(u) - v)
     epsilon = (delta / 2 * (m + jnp.mean(norms**2 * spread)) + residual) / l2
@@ -186,11 +180,12 @@ def _bound(
         epsilon * (a_norms + norms * delta / 2)
         + u_norm * norms * delta / 2
         + delta * (q_norms + epsilon * norms) / 2
-        + weights_norm * norms * (epsilon + spread * delta) / 2
+        + w_norm * norms * (epsilon + spread * delta) / 2
     ) / n
     moves = {
         "images": jnp.linalg.norm(of_images),
-        "log_l2": l2 * (epsilon * (weights_norm + delta) + u_norm * delta),
+        "log_l2": l2 * (epsilon * (w_norm + delta) + u_norm * delta),
         "labels": epsilon * jnp.linalg.norm(norms) / (2 * n),
     }
-    return optax.tree.norm({name: differs[name] + moves[name] for name in follows})
+    norm = lambda name: optax.tree.norm(given[name] - follows[name]) + moves[name]
+    return optax.tree.norm([norm(name) for name in follows])

@@ -51,9 +51,8 @@ class AbstractObjective(eqx.Module, Generic[State]):
     ) -> tuple[Float[Array, ""], Outcome[State]]:
         """**Arguments:**
 
-        - `distilled`: the distilled set.
-        - `data`: the real data of this step.
-        - `state`: the current state.
+        - `distilled`, `data`, `state`: the distilled set, the real data of this step,
+            and the current state.
         - `step`: the number of the outer step, from 0.
         - `key`: a `jax.random.key`, the same in all steps of a run: fold the step in
             where each step needs new random numbers.

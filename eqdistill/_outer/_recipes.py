@@ -85,8 +85,8 @@ def dc(
     """
     one_of = OneOf(Crop(4), Affine(scale=1.2), Affine(rotation=45))
     inner = _training(_sgd, 0.01, updates, augmentation=one_of if augment else None)
-    prepare = ft.partial(_relabel, True, 5e-4)
-    return _recipe("dc", make, inner, prepare, updates=updates, augment=augment)
+    relabel = ft.partial(_relabel, True, 5e-4)
+    return _recipe("dc", make, inner, relabel, updates=updates, augment=augment)
 
 
 def frepo(
@@ -112,9 +112,8 @@ def frepo(
     """
     optimiser, flip = ft.partial(_adam, min(500, updates // 2)), Flip()
     inner = _training(optimiser, 3e-4, updates, augmentation=flip if augment else None)
-    prepare = ft.partial(_relabel, False, 0.0)
     settings = {"updates": updates, "augment": augment}
-    return _recipe("frepo", make, inner, prepare, redraw=True, **settings)
+    return _recipe("frepo", make, inner, _TO_TARGETS, redraw=True, **settings)
 
 
 def zero_start(make: Callable[..., PyTree], *, updates: int = 500) -> Recipe:
@@ -127,8 +126,7 @@ def zero_start(make: Callable[..., PyTree], *, updates: int = 500) -> Recipe:
     found and set to zero by [`eqdistill.nn.zero_head`][].
     """
     inner = _training(_adam, 1e-3, updates)
-    prepare = ft.partial(_relabel, False, 0.0)
-    return _recipe("zero_start", make, inner, prepare, zero=True, updates=updates)
+    return _recipe("zero_start", make, inner, _TO_TARGETS, zero=True, updates=updates)
 
 
 def feature_regression(make: Callable[..., PyTree], *, updates: int = 100) -> Recipe:
@@ -160,9 +158,9 @@ def supervised(
     - `batch_size`: the number of images in a step, from 1 to their total number.
     """
     inner = _training(_adam, 1e-3, updates, batch_size=batch_size)
-    prepare = ft.partial(_relabel, True, 0.0)
+    relabel = ft.partial(_relabel, True, 0.0)
     settings = {"updates": updates, "batch_size": batch_size}
-    return _recipe("supervised", make, inner, prepare, **settings)
+    return _recipe("supervised", make, inner, relabel, **settings)
 
 
 def learned_rates(
@@ -256,6 +254,9 @@ def _relabel(
     log_l2 = jnp.log(jnp.asarray(weight_decay, distilled.images.dtype))
     where = lambda d: (d.labels, d.loss, d.log_l2)
     return eqx.tree_at(where, distilled, (labels, loss, log_l2))
+
+
+_TO_TARGETS = ft.partial(_relabel, False, 0.0)
 
 
 def _training(

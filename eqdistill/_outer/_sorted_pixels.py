@@ -33,15 +33,14 @@ class SortedPixels(AbstractData):
         return self.full_batch.num_classes
 
     def mean(self, fn, model, step, *, key):
-        if fn is example_loss:
-            loss, network = model
-            if type(loss) is CrossEntropy and takes_pixels(network):
-                head = network.head
-                if loss.log_temperature is not None:
-                    scale = jnp.exp(-loss.log_temperature)
-                    head = jax.tree.map(lambda x: x * scale.astype(x.dtype), head)
-                return _mean_cross_entropy(head, self.sorted_pixels)
-        return self.full_batch.mean(fn, model, step, key=key)
+        loss, network = model if fn is example_loss else (None, None)
+        if type(loss) is not CrossEntropy or not takes_pixels(network):
+            return self.full_batch.mean(fn, model, step, key=key)
+        head = network.head
+        if loss.log_temperature is not None:
+            scale = jnp.exp(-loss.log_temperature)
+            head = jax.tree.map(lambda x: x * scale.astype(x.dtype), head)
+        return _mean_cross_entropy(head, self.sorted_pixels)
 
 
 @eqx.filter_custom_jvp
@@ -52,14 +51,12 @@ def _mean_cross_entropy(head: eqx.nn.Linear, pixels: LinearLayout) -> Float[Arra
 @_mean_cross_entropy.def_jvp
 def _(primals, tangents):
     # The gradient is computed with the value, while the pixels are in the cache.
-    head, pixels = primals
-    head_dot, pixels_dot = tangents
+    (head, pixels), (head_dot, pixels_dot) = primals, tangents
     if jax.tree.leaves(pixels_dot):
         raise NotImplementedError("The outer loss cannot be differentiated in data.")
     loss, gradient = pixels.value_and_grad(head)
-    has_tangent = jax.tree.map(
-        lambda dot: dot is not None, head_dot, is_leaf=lambda x: x is None
-    )
+    is_none = lambda x: x is None
+    has_tangent = jax.tree.map(lambda x: x is not None, head_dot, is_leaf=is_none)
     gradient = eqx.filter(gradient, has_tangent)
     dot = optax.tree.cast_like(head_dot, gradient)
     return loss, jnp.asarray(optax.tree.vdot(gradient, dot), loss.dtype)
