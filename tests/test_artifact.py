@@ -112,9 +112,10 @@ def test_facts_make_a_round_trip(path):
 
 
 def test_results_tell_what_was_learned(tmp_path):
-    data = eqd.Dataset(jnp.ones((4, 4, 6)), small().labels, C)
     packed, model = eqd.Packed(small(), (4, 6)), linear.LogisticRegression(24, C)
-    result = eqd.distill(packed, model, data, steps=1, learn=lambda p: p.small.images)
+    data = eqd.Dataset(packed.decode().images, small().labels, C)
+    result = eqd.distill(packed, model, data, steps=3, learn=lambda p: p.small.images)
+    assert result.history.loss[-1] < result.history.loss[0]
     path = tmp_path / "a.safetensors"
     eqd.save(path, result)
     artifact = eqd.load(path)
@@ -400,13 +401,18 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("data", "match"), BAD_FILES)
-def test_refuses_other_files(tmp_path, data, match):
-    path = tmp_path / "bad.safetensors"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=match) as info:
+def test_refuses_other_files(tmp_path, path):
+    for data, match in BAD_FILES:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=match) as info:
+            eqd.load(path)
+        assert str(path) in str(info.value)
+    for other in (tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match="not a regular file"):
+            eqd.load(other)
+    os.truncate(path, 2**30 + 1)  # Sparse: takes no space on the disk.
+    with pytest.raises(ValueError, match="1073741825 bytes, more than 1073741824"):
         eqd.load(path)
-    assert str(path) in str(info.value)
 
 
 def test_refuses_headers(path):
@@ -424,15 +430,6 @@ def test_refuses_headers(path):
         path.write_bytes(framed(json.dumps(header | bad).encode()) + data[end:])
         with pytest.raises(ValueError, match=f"Cannot load {path}: "):
             eqd.load(path)
-
-
-def test_refuses_what_is_no_file(tmp_path, path):
-    for other in (tmp_path, "/dev/zero"):
-        with pytest.raises(ValueError, match="not a regular file"):
-            eqd.load(other)
-    os.truncate(path, 2**30 + 1)  # Sparse: takes no space on the disk.
-    with pytest.raises(ValueError, match="1073741825 bytes, more than 1073741824"):
-        eqd.load(path)
 
 
 # The command.
@@ -544,9 +541,7 @@ def test_command_refuses_another_preprocessing(
 def test_command_refuses(copied, monkeypatch, capsys, args, changes, match):
     change(copied, **changes)
     status, out, err = run(monkeypatch, capsys, copied, *args.split())
-    assert status == 2
-    assert out == ""
-    assert err.count("\n") == 1
+    assert (status, out, err.count("\n")) == (2, "", 1)
     assert "\x1b" not in err
     assert re.search(match, err)
 

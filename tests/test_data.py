@@ -205,11 +205,10 @@ def test_data_may_be_a_function_of_the_step(logistic):
     assert int(error.value.distillation.state.step) == 5
 
 
-LAYOUTS = ["constant pixels", "all constant", "bytes", "temperature"]
-
-
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize(
+    "case", ["constant pixels", "all constant", "bytes", "temperature"]
+)
 def test_sorted_pixels_give_the_generic_mean(digits, mnist, case):
     # The bytes fill several chunks, the last of them in part.
     train = subset(mnist[0], 7001) if case == "bytes" else subset(digits[0], 101)

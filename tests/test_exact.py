@@ -117,13 +117,11 @@ def test_reasons_for_no_solution():
 def test_bad_models(digits):
     start = eqd.DistilledSet.from_noise(digits[0], l2=0.1, scale=1 / 64, key=jr.key(0))
     weights = np.random.default_rng(0).normal(size=(10, 64))
-    of_features = eqd.linear.LinearClassifier(jnp.ravel, linear(weights).head)
-    for model, error, match in (
-        (linear(weights[:, :30]), ValueError, r"shape \(30,\)"),
-        (linear(0 * weights), ValueError, "`model` must have weights that differ"),
-        (linear(np.nan * weights), ValueError, "`model` must have finite weights"),
-        (linear(weights[:5]), ValueError, r"labels.*must be in"),
-        (of_features, TypeError, "`LogisticRegression`.*got a LinearClassifier"),
+    for model, match in (
+        (linear(weights[:, :30]), r"shape \(30,\)"),
+        (linear(0 * weights), "`model` must have weights that differ"),
+        (linear(np.nan * weights), "`model` must have finite weights"),
+        (linear(weights[:5]), r"labels.*must be in"),
     ):
-        with pytest.raises(error, match=match):
+        with pytest.raises(ValueError, match=match):
             eqd.linear.distill_exactly(start, model)

@@ -35,18 +35,15 @@ def sequential(*, key, width=12, between=()):
     )
 
 
-class TwoHeads(eqx.Module):
+class HeadFirst(eqx.Module):
     """A user's own class, whose last field is not its last layer."""
 
-    body: eqx.nn.Linear
     head: eqx.nn.Linear
-    auxiliary: eqx.nn.Linear
+    body: eqx.nn.Linear
 
     def __init__(self, *, key):
-        keys = jr.split(key, 3)
-        self.body = eqx.nn.Linear(64, 6, key=keys[0])
-        self.head = eqx.nn.Linear(6, 10, key=keys[1])
-        self.auxiliary = eqx.nn.Linear(6, 3, key=keys[2])
+        self.head = eqx.nn.Linear(6, 10, key=key)
+        self.body = eqx.nn.Linear(64, 6, key=key)
 
     def __call__(self, image):
         return self.head(jnp.tanh(self.body(jnp.ravel(image))))
@@ -178,14 +175,14 @@ def test_what_cannot_work_is_refused_by_name(train, start):
     with pytest.raises(TypeError, match=r"`network` must end with an .*Linear"):
         eqd.distill(start, pool(no_last_layer), train)
     with pytest.raises(TypeError, match=r"`where` must select an .*Linear"):
-        eqd.distill(start, pool(TwoHeads, where=lambda network: network.legs), train)
+        eqd.distill(start, pool(HeadFirst, where=lambda network: network.legs), train)
     five = functools.partial(eqd.nn.ConvNet, (8, 8), 5, widths=(4,))
     with pytest.raises(ValueError, match=r"same number of outputs; got \[5, 10\]"):
         eqd.distill(start, pool(ConvNet, five), train)
 
 
 def test_where_picks_the_last_layer(start):
-    source = pool(TwoHeads, where=lambda network: network.head)
+    source = pool(HeadFirst, where=lambda network: network.head)
     model = source.draw(source.init(start, key=KEY), key=KEY)
     assert features_of(model, start.images).shape == (10, 6)
     assert model.head.out_features == 10

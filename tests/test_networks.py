@@ -30,12 +30,6 @@ CALL = eqx.filter_jit(lambda network, image: network(image))
         (nn.MLP, GREY, {"widths": ()}, 7850),
         (nn.ConvNet, GREY, {}, 317_706 - 1280 * (16 - 9)),
         (nn.ConvNet, GREY, {"size": 32}, 317_706),
-        (
-            nn.ConvNet,
-            COLOUR,
-            {"widths": (128, 256, 512), "norm": None},
-            28 * 128 + (9 * 128 + 1) * 256 + (9 * 256 + 1) * 512 + 8193 * 10,
-        ),
         (nn.VGG11, GREY, {}, 9_229_962),
         (nn.ResNet18, GREY, {"norm": nn.group_norm}, 11_172_810),
     ],

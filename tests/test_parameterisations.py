@@ -1,5 +1,4 @@
 import equinox as eqx
-import jax.random as jr
 import numpy as np
 import pytest
 
@@ -26,22 +25,6 @@ def test_packed():
     np.testing.assert_allclose(packed.small.images[0, 0, 0, 0], first, rtol=1e-6)
     assert packed.decode().images.shape == (4, 3, 4, 8)
     assert packed.nbytes == 4 * 4 * 3 * 2 * 4 + distilled.labels.nbytes
-
-
-@pytest.mark.slow
-def test_packed_is_learned(digits):
-    train, _ = digits
-    real = eqd.DistilledSet.from_real(train, 20, l2=1e-2, key=jr.key(0))
-    result = eqd.distill(
-        eqd.Packed.from_distilled(real),
-        eqd.linear.LogisticRegression(64, 10),
-        train,
-        learn=lambda s: s.small.images,
-        steps=5,
-    )
-    assert result.history.loss[-1] < result.history.loss[0]
-    assert result.start.small.images.shape == (20, 4, 4)
-    assert result.distilled.images.shape == (20, 8, 8)
 
 
 def test_with_targets():

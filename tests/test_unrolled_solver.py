@@ -180,20 +180,13 @@ def test_batches_use_each_image_once_an_epoch(digits):
         eqd.fit(start, LogisticRegression(64, 10), solver)
 
 
-class WithDropout(eqx.Module):
-    linear: eqx.nn.Linear
-    dropout: eqx.nn.Dropout
-
-    def __call__(self, image, *, key=None):
-        return self.linear(self.dropout(image.reshape(-1), key=key))
-
-
 def test_dropout_is_on_only_in_training(problem):
     start, _, train = problem
-    network = WithDropout(eqx.nn.Linear(64, 10, key=KEY), eqx.nn.Dropout(0.5))
+    below = [eqx.nn.Lambda(jnp.ravel), eqx.nn.Dropout(0.5)]
+    network = eqx.nn.Sequential([*below, eqx.nn.Linear(64, 10, key=KEY)])
     solver = eqd.UnrolledSolver(optax.sgd, RATE, 3)
     fits = [eqd.fit(start, network, solver, key=jr.key(i)).model for i in (0, 0, 1)]
-    weights = [x.linear.weight for x in fits]
+    weights = [x.layers[2].weight for x in fits]
     np.testing.assert_array_equal(weights[0], weights[1])
     assert not np.allclose(weights[0], weights[2], rtol=1e-3)
     # The outer loss is deterministic.

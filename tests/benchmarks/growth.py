@@ -45,6 +45,7 @@ NAMES = {
     "steps": "outer steps",
     "starts": "starts at once",
 }
+RUNS = ("steps", "starts")
 STEPS = 32
 
 
@@ -179,9 +180,7 @@ def draw(found: dict[str, dict[int, float]]) -> Figure:
         axis.set_xlabel(NAMES[letter], fontsize=8)
         axis.tick_params(axis="y", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    labels = {0: "ms per step", 3: "ms per step", 4: "ms per run", 5: "ms per run"}
-    for i, label in labels.items():
-        axes[i].set_ylabel(label, fontsize=8)
+        axis.set_ylabel("ms per run" if letter in RUNS else "ms per step", fontsize=8)
     return figure
 
 
