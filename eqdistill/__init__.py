@@ -47,7 +47,6 @@ with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     from ._models._models import AbstractModels as AbstractModels, Fresh as Fresh
     from ._models._pool import Pool as Pool
     from ._models._random_features import RandomFeatures as RandomFeatures
-    from ._outer._averaging import averaged as averaged
     from ._outer._batches import Batches as Batches
     from ._outer._bilevel import Bilevel as Bilevel
     from ._outer._callbacks import (
@@ -68,6 +67,7 @@ with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
         AbstractObjective as AbstractObjective,
         Outcome as Outcome,
     )
+    from ._outer._optimisers import averaged as averaged
     from ._outer._problem import Problem as Problem
 
 

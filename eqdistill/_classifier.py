@@ -11,13 +11,11 @@ from ._typechecking import describe
 
 
 class Frozen(eqx.Module):
-    """Holds a module whose arrays are not parameters: they are neither fitted nor
-    shrunk by the ridge. Calling a `Frozen` calls its module.
+    """Holds a module, or any other pytree, whose arrays are not parameters: they are
+    neither fitted nor shrunk by the ridge. Calling a `Frozen` calls its module.
 
     `jax.lax.stop_gradient` is not a substitute, because the ridge would still shrink
     the arrays.
-
-    **Arguments:** `module`: any pytree, such as the trained layers below a new head.
     """
 
     module: PyTree
@@ -132,10 +130,8 @@ def LogisticRegression(
     - `use_intercept`: whether to add the intercept $b$, which is not part of the ridge.
     - `dtype`: the dtype of the parameters. Defaults to JAX's default floating dtype.
 
-    **Returns:**
-
-    A model whose parameters are zero. The inner problem is convex, so its solution does
-    not depend on where a solver starts.
+    **Returns:** a model whose parameters are zero. The inner problem is convex, so its
+    solution does not depend on where a solver starts.
     """
     for name, value in (("in_features", in_features), ("num_classes", num_classes)):
         if value < 1:
@@ -163,9 +159,7 @@ def last_layer(
         `equinox.nn.Linear` of the network, in the order of its fields, that is not
         inside an [`eqdistill.nn.Frozen`][].
 
-    **Returns:**
-
-    An [`eqdistill.linear.LinearClassifier`][] with the outputs of the network.
+    **Returns:** an [`eqdistill.linear.LinearClassifier`][] with the outputs of the network.
     """
     select = _last_linear if where is None else where
     try:

@@ -59,12 +59,9 @@ class CrossEntropy(AbstractLoss):
     log_temperature: Float[Array, ""] | None
 
     def __init__(self, temperature: ArrayLike | None = None):
-        """**Arguments:**
-
-        - `temperature`: $T$, a positive and finite scalar. Defaults to one, which is
-            not learned. Only the outer loss has a use for another: a fitted model
-            adapts to any temperature.
-        """
+        """**Arguments:** `temperature`: $T$, a positive and finite scalar. Defaults to
+        one, which is not learned. Only the outer loss has a use for another: a fitted
+        model adapts to any temperature."""
         self.log_temperature = None
         if temperature is not None:
             t = np.asarray(as_array("temperature", temperature), np.float64)

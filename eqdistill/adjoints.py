@@ -15,4 +15,4 @@ from ._inner._unrolled_adjoint import (
     RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
 )
 from ._inner._warm_lbfgs import WarmLBFGS as WarmLBFGS
-from ._outer._clipping import clip_by_running_norm as clip_by_running_norm
+from ._outer._optimisers import clip_by_running_norm as clip_by_running_norm

@@ -2,14 +2,12 @@
 
 from ._data._augmentation import (
     AbstractAugmentation as AbstractAugmentation,
-    augment as augment,
-    Compose as Compose,
-    OneOf as OneOf,
-)
-from ._data._image_augmentations import (
     Affine as Affine,
+    augment as augment,
     ColourJitter as ColourJitter,
+    Compose as Compose,
     Crop as Crop,
     Cutout as Cutout,
     Flip as Flip,
+    OneOf as OneOf,
 )

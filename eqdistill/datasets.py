@@ -97,15 +97,12 @@ def load(
         there are no files, `pooch` downloads them to the user's cache, or to
         `EQDISTILL_DATA_DIR` if it is set.
 
-    **Returns:**
+    **Returns:** the training and the test [`eqdistill.Dataset`][], with `uint8` images
+    of shape `(height, width)` if they are grey, or `(3, height, width)` if they are in
+    colour.
 
-    The training and the test [`eqdistill.Dataset`][], with `uint8` images of shape
-    `(height, width)` if they are grey, or `(3, height, width)` if they are in colour.
-
-    **Raises:**
-
-    A `ValueError` if a file is truncated, corrupt, or from another dataset. A
-    `FileNotFoundError` if files are missing and cannot be downloaded.
+    **Raises:** a `ValueError` if a file is truncated, corrupt, or from another dataset.
+    A `FileNotFoundError` if files are missing and cannot be downloaded.
 
     Source: LeCun, Cortes and Burges, *MNIST*, 1998; Xiao et al., *Fashion-MNIST*, 2017;
     Krizhevsky, *Learning multiple layers of features from tiny images*, 2009.

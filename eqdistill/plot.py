@@ -48,10 +48,8 @@ def images(
     - `ax`: the axes to draw into. Defaults to a new figure, which has a colour bar for
         grey images.
 
-    **Returns:**
-
-    The figure. Soft labels are shown as the most likely class, with its probability in
-    titles.
+    **Returns:** the figure. Soft labels are shown as the most likely class, with its
+    probability in titles.
     """
     check_at_least(1, columns=columns)
     pictures = to_pictures(np.asarray(distilled.images, np.float32))
@@ -117,10 +115,8 @@ def _mosaic(
     class_height = rows * (height + gap) + (height // 4 if rows > 1 else 0)
     # One column is left for the label.
     class_width = (columns + 1) * (width + gap)
-    # Blocks of classes stand side by side until the mosaic is wider than high.
-    beside = 1
-    while math.ceil(len(members) / beside) * class_height > beside * class_width:
-        beside += 1
+    # Blocks of classes stand side by side, so that the mosaic is about square.
+    beside = math.ceil(math.sqrt(len(members) * class_height / class_width))
     beside = min(beside, len(members))
     below = math.ceil(len(members) / beside)
     shape = (below * class_height, beside * class_width, *channels)

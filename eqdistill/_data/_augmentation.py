@@ -4,10 +4,13 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
+from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import array_difference
+from .._checks import array_difference, check_at_least, check_between
+from .._conversions import as_float, as_int
 
 
 Image = Float[Array, "*channels height width"]
@@ -118,3 +121,146 @@ def _apply(
         of_image = ft.partial(_apply, augmentation, False)
         return jax.vmap(of_image)(x, jr.split(key, len(x)))
     return augmentation(x, key=key)
+
+
+class Affine(AbstractAugmentation):
+    r"""A random scaling, rotation and shift around the centre $m$ of the image,
+
+    $$x'(u) = x(m + s \odot R_\alpha (u - m) + t),$$
+
+    with bilinear interpolation at each pixel $u$. The image $x$ is zero outside its
+    borders. The angle $\alpha$, the factors $s$ of the two axes and the shift $t$ have
+    uniform distributions.
+
+    **Arguments:**
+
+    - `shift`: the largest shift of either axis, in pixels, at least 0.
+    - `rotation`: the largest angle in either direction, in degrees, at least 0.
+    - `scale`: the largest factor of either axis, at least 1. The smallest factor is
+        `1 / scale`.
+
+    Source: Zhao and Bilen, *Dataset Condensation with Differentiable Siamese
+    Augmentation*, 2021, use `Affine(rotation=15)` and `Affine(scale=1.2)`.
+    """
+
+    shift: float = eqx.field(default=0.0, converter=as_float, kw_only=True)
+    rotation: float = eqx.field(default=0.0, converter=as_float, kw_only=True)
+    scale: float = eqx.field(default=1.0, converter=as_float, kw_only=True)
+
+    def __check_init__(self):
+        check_at_least(0, shift=self.shift, rotation=self.rotation)
+        check_at_least(1, scale=self.scale)
+
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
+        keys, dtype = jr.split(key, 3), image.dtype
+        shift = jr.uniform(keys[0], (2,), dtype, -self.shift, self.shift)
+        degrees = jr.uniform(keys[1], (), dtype, -self.rotation, self.rotation)
+        scale = jr.uniform(keys[2], (2,), dtype, 1 / self.scale, self.scale)
+        angle = jnp.deg2rad(degrees)
+        height, width = image.shape[-2:]
+        middle = (height - 1) / 2, (width - 1) / 2
+        y, x = jnp.indices((height, width), image.dtype)
+        y, x = y - middle[0], x - middle[1]
+        # Not a matrix product, because some accelerators round these to 10 bits.
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        rows = middle[0] + scale[0] * (cos * y - sin * x) + shift[0]
+        columns = middle[1] + scale[1] * (sin * y + cos * x) + shift[1]
+        sample = lambda channel: map_coordinates(channel, (rows, columns), order=1)
+        return jnp.vectorize(sample, signature="(h,w)->(h,w)")(image)
+
+
+class Crop(AbstractAugmentation):
+    """Pads the image with zeros, and crops it to its size at a random position.
+
+    **Arguments:** `padding`: the number of pixels to add on each side, at least 0.
+
+    Source: He et al., *Deep Residual Learning*, 2016; Zhao and Bilen 2021 pad by an
+    eighth of the image.
+    """
+
+    padding: int = eqx.field(converter=as_int)
+
+    def __check_init__(self):
+        check_at_least(0, padding=self.padding)
+
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
+        channels = [0] * (image.ndim - 2)
+        padded = jnp.pad(
+            image, [(x, x) for x in (*channels, self.padding, self.padding)]
+        )
+        first = jr.randint(key, (2,), 0, 2 * self.padding + 1)
+        return jax.lax.dynamic_slice(padded, (*channels, *first), image.shape)
+
+
+class Flip(AbstractAugmentation):
+    """Reflects the image from left to right, with a `probability` from 0 to 1.
+
+    Source: Zhao and Bilen 2021.
+    """
+
+    probability: float = eqx.field(default=0.5, converter=as_float)
+
+    def __check_init__(self):
+        check_between(0, 1, probability=self.probability)
+
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
+        is_flipped = jr.uniform(key, (), image.dtype) < self.probability
+        return jnp.where(is_flipped, image[..., ::-1], image)
+
+
+class Cutout(AbstractAugmentation):
+    """Sets a square with a random centre in the image to zero. Near an edge, part of
+    the square is outside the image.
+
+    **Arguments:** `size`: the side of the square in pixels, at least 0.
+
+    Source: DeVries and Taylor, *Improved Regularization of Convolutional Neural
+    Networks with Cutout*, 2017; Zhao and Bilen 2021 take half of the side of the image.
+    """
+
+    size: int = eqx.field(converter=as_int)
+
+    def __check_init__(self):
+        check_at_least(0, size=self.size)
+
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
+        height, width = image.shape[-2:]
+        centre = jr.randint(key, (2,), 0, jnp.array([height, width]))
+        y, x = jnp.indices((height, width)) - (centre - self.size // 2)[:, None, None]
+        is_cut = (y >= 0) & (y < self.size) & (x >= 0) & (x < self.size)
+        return jnp.where(is_cut, 0, image)
+
+
+class ColourJitter(AbstractAugmentation):
+    r"""A random change of brightness, then of saturation, then of contrast,
+
+    $$x \leftarrow x + b, \qquad x \leftarrow \bar x_c + s (x - \bar x_c), \qquad
+    x \leftarrow \bar x + k (x - \bar x),$$
+
+    with the mean $\bar x_c$ of the channels of each pixel and the mean $\bar x$ of the
+    image. The numbers $b$, $s$ and $k$ have uniform distributions. The saturation of
+    grey images does not change.
+
+    **Arguments:**
+
+    - `brightness`, `saturation`, `contrast`: the largest $|b|$, $|s - 1|$ and $|k -
+        1|$, at least 0.
+
+    Source: Zhao and Bilen 2021, whose strengths are the defaults.
+    """
+
+    brightness: float = eqx.field(default=0.5, converter=as_float, kw_only=True)
+    saturation: float = eqx.field(default=1.0, converter=as_float, kw_only=True)
+    contrast: float = eqx.field(default=0.5, converter=as_float, kw_only=True)
+
+    def __check_init__(self):
+        check_at_least(0, brightness=self.brightness, saturation=self.saturation)
+        check_at_least(0, contrast=self.contrast)
+
+    def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
+        draws = jr.uniform(key, (3,), image.dtype, -1, 1)
+        image = image + self.brightness * draws[0]
+        if image.ndim > 2:
+            mean = jnp.mean(image, axis=-3, keepdims=True)
+            image = image + self.saturation * draws[1] * (image - mean)
+        return image + self.contrast * draws[2] * (image - jnp.mean(image))

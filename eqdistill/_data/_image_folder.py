@@ -36,16 +36,13 @@ def from_folder(
         with antialiasing, without keeping the aspect ratio. By default, images are not
         resized.
 
-    **Returns:**
+    **Returns:** an [`eqdistill.Dataset`][] of `uint8` images, of shape
+    `(height, width)` if they are grey, or `(3, height, width)` in colour. Its
+    `class_names` are those of the folders.
 
-    An [`eqdistill.Dataset`][] of `uint8` images, of shape `(height, width)` if they are
-    grey, or `(3, height, width)` in colour. Its `class_names` are those of the folders.
-
-    **Raises:**
-
-    A `ValueError` if images differ in size and `size` is not given; if some are grey
-    and some are in colour; or if anything in a class folder is not an image, is a grey
-    image of more than 8 bits, has more pixels than Pillow's
+    **Raises:** a `ValueError` if images differ in size and `size` is not given; if some
+    are grey and some are in colour; or if anything in a class folder is not an image,
+    is a grey image of more than 8 bits, has more pixels than Pillow's
     `PIL.Image.MAX_IMAGE_PIXELS`, or is a link to outside `path`.
     """
     with needs("`eqdistill.datasets.from_folder`", "Pillow", "data"):

@@ -161,10 +161,8 @@ def save(
     - `dataset`: the name of the dataset, as in [`eqdistill.datasets.load`][].
     - `seed`: the seed of the run.
 
-    **Raises:**
-
-    A `ValueError` if the loss or the preprocessing is not registered, or if a value is
-    not finite or out of range.
+    **Raises:** a `ValueError` if the loss or the preprocessing is not registered, or if
+    a value is not finite or out of range.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -214,15 +212,11 @@ def load(path: str | os.PathLike) -> Artifact:
 
     - `path`: the file.
 
-    **Returns:**
+    **Returns:** an [`Artifact`][]. Double precision becomes single precision unless JAX
+    has double precision enabled.
 
-    An [`Artifact`][]. Double precision becomes single precision unless JAX has double
-    precision enabled.
-
-    **Raises:**
-
-    A `ValueError`, which names the file and the cause, if [`eqdistill.save`][] could
-    not have written it.
+    **Raises:** a `ValueError`, which names the file and the cause, if
+    [`eqdistill.save`][] could not have written it.
     """
     path = Path(path)
     if not path.exists():

@@ -81,9 +81,8 @@ class _Store:
     def restore(self, template: Snapshot) -> Snapshot | None:
         """Returns the newest readable snapshot, with the structure of `template`.
         Raises a `ValueError` if it is of another problem."""
-        args = self._args.Composite(
-            arrays=self._args.PyTreeRestore(), run=self._args.JsonRestore()
-        )
+        parts = {"arrays": self._args.PyTreeRestore(), "run": self._args.JsonRestore()}
+        args = self._args.Composite(**parts)
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found = self._manager.restore(step, args=args)
@@ -121,18 +120,16 @@ class _Store:
         arrays = {name: x for name, x in arrays.items() if x.size > 0}
         run = {"problem": self._describe(snapshot), "columns": list(snapshot.history)}
         run["has_stopped"] = snapshot.has_stopped
-        args = self._args.Composite(
-            arrays=self._args.PyTreeSave(arrays), run=self._args.JsonSave(run)
-        )
+        parts = self._args.PyTreeSave(arrays), self._args.JsonSave(run)
+        args = self._args.Composite(arrays=parts[0], run=parts[1])
         try:
             for later in self._manager.all_steps():
                 if later >= step:  # It cannot be read.
                     self._manager.delete(later)
             self._manager.save(step, args=args, force=True)
+            self._newest = step
         except Exception as e:
             self._warn(f"Checkpoint {step} cannot be written", e)
-            return
-        self._newest = step
 
     def _describe(self, snapshot: Snapshot) -> dict[str, str]:
         # Callbacks without arrays may be added or removed.

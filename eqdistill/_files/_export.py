@@ -69,10 +69,8 @@ def export(
         Defaults to the names of CIFAR-10 for an artifact of that dataset, or to the
         class indices.
 
-    **Raises:**
-
-    A `FileExistsError` if the folders in `folder` have other PNGs, which loaders would
-    mistake for images of this set.
+    **Raises:** a `FileExistsError` if the folders in `folder` have other PNGs, which
+    loaders would mistake for images of this set.
     """
     with needs("`eqdistill.export`", "Pillow", "plot"):
         from PIL import Image

@@ -6,8 +6,8 @@ from jaxtyping import Float, PyTree
 
 from .._data._distilled_set import DistilledSet
 from .._data._parameterisation import AbstractParameterisation
-from ._averaging import average_of
 from ._objective import AbstractObjective
+from ._optimisers import average_of
 from ._problem import DistillState, learned_names, Problem
 
 

@@ -112,10 +112,9 @@ def evaluate(
     - `key`: a `jax.random.key`; defaults to `jax.random.key(0)`. Model `i` is drawn and
         trained with the same keys for all sets.
 
-    **Returns:**
-
-    An [`Evaluation`][]. Its loss on real data is the `default_outer_loss` of the loss
-    that the models are trained with. A NaN output is a wrong classification.
+    **Returns:** an [`Evaluation`][]. Its loss on real data is the `default_outer_loss`
+    of the loss that the models are trained with. A NaN output is a wrong
+    classification.
 
     **Raises:** what [`eqdistill.fit`][] raises.
     """

@@ -46,15 +46,11 @@ def distill_exactly(
         \bar\lambda / 4, \dots, \bar\lambda / 256$ that has a solution, because a larger
         ridge makes the fit better conditioned.
 
-    **Returns:**
+    **Returns:** the [`eqdistill.DistilledSet`][], in the dtype of `start`. In double
+    precision, the relative error of the recovered weights is below a millionth. In
+    single precision, it is dominated by rounding of the images.
 
-    The [`eqdistill.DistilledSet`][], in the dtype of `start`. In double precision, the
-    relative error of the recovered weights is below a millionth. In single precision,
-    it is dominated by rounding of the images.
-
-    **Raises:**
-
-    A `ValueError` that names the reason if there is no solution:
+    **Raises:** a `ValueError` that names the reason if there is no solution:
 
     - if there are fewer images than $\mathrm{rank}(W)$, which is mostly $c - 1$, or
         fewer than $\mathrm{rank}(W) + 1$ with an intercept;

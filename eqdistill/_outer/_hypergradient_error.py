@@ -71,13 +71,9 @@ def hypergradient_error(
         [`eqdistill.ArgminSolver`][].
     - `key`: as for [`eqdistill.fit`][].
 
-    **Returns:**
+    **Returns:** a [`eqdistill.linear.HypergradientError`][].
 
-    A [`eqdistill.linear.HypergradientError`][].
-
-    **Raises:**
-
-    A `ValueError` if the fit of the reference does not converge.
+    **Raises:** a `ValueError` if the fit of the reference does not converge.
 
     Source: Blondel et al., *Efficient and modular implicit differentiation*, 2022,
     Theorem 1, and Pedregosa, *Hyperparameter optimization with approximate gradient*,

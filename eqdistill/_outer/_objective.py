@@ -57,10 +57,8 @@ class AbstractObjective(eqx.Module, Generic[State]):
         - `key`: a `jax.random.key`, the same in all steps of a run: fold the step in
             where each step needs new random numbers.
 
-        **Returns:**
-
-        The loss, differentiable in the floating-point arrays of `distilled` and of the
-        objective itself; and the [`eqdistill.Outcome`][].
+        **Returns:** the loss, differentiable in the floating-point arrays of
+        `distilled` and of the objective itself; and the [`eqdistill.Outcome`][].
         """
 
     def layout(self, dataset: Dataset) -> AbstractData:

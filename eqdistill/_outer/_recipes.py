@@ -12,9 +12,8 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._checks import check_between, check_make
 from .._conversions import ArrayOrList, as_array
-from .._data._augmentation import OneOf
+from .._data._augmentation import Affine, Crop, Flip, OneOf
 from .._data._distilled_set import DistilledSet
-from .._data._image_augmentations import Affine, Crop, Flip
 from .._inner._auto_solver import AutoSolver
 from .._inner._feature_regression import FeatureRegression
 from .._inner._inner_solver import AbstractInnerSolver

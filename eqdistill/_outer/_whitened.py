@@ -50,11 +50,10 @@ def whitened(
         rate of Adam is effectively multiplied by $s$, and that of gradient descent by
         $s^2$.
 
-    **Returns:**
-
-    An Optax optimiser for the `images` of a distilled set. All other learned arrays are
-    only divided by $s$. Its state has two matrices of $p \times p$. Its `init` raises a
-    `ValueError` if the learned arrays include no `images` of the shape of `train`.
+    **Returns:** an Optax optimiser for the `images` of a distilled set. All other
+    learned arrays are only divided by $s$. Its state has two matrices of $p \times p$.
+    Its `init` raises a `ValueError` if the learned arrays include no `images` of the
+    shape of `train`.
 
     Source: LeCun et al., *Efficient BackProp*, 1998, for the principle.
     """
