@@ -163,8 +163,8 @@ def compute_cached(dataset: Dataset, cached: Sequence[Cached]) -> dict[str, Arra
 
 
 def check_cached(objective: PyTree, data: PyTree) -> None:
-    """**Raises:** a `ValueError` if the data hold the outputs of another module than the
-    one of the same name in the objective."""
+    """**Raises:** a `ValueError` if the data hold the outputs of another module than
+    the one of the same name in the objective."""
     is_cached = lambda node: isinstance(node, Cached)
     find = lambda tree: [
         node for node in jax.tree.leaves(tree, is_leaf=is_cached) if is_cached(node)
