@@ -4,17 +4,13 @@ import dataclasses
 import functools
 import json
 import os
-import pickle
 import re
 import runpy
 import subprocess
 import sys
-from typing import Any
+from unittest import mock
 
 import equinox as eqx
-import hypothesis as hp
-import hypothesis.extra.numpy as hpn
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -27,9 +23,9 @@ import safetensors.numpy
 
 import eqdistill as eqd
 from eqdistill import linear, nn, recipes
-from eqdistill._files._table import register, TABLE
-from eqdistill._outer._evaluate import Evaluation
 from eqdistill.datasets import Standardisation, ZCA
+
+from .conftest import assert_same_bits, evaluation
 
 
 C = 3
@@ -43,13 +39,6 @@ def small(soft: bool = False, dtype: type = np.float32, loss=eqd.CrossEntropy())
     images = rng.normal(size=(4, *SHAPE)).astype(dtype)
     labels = rng.normal(size=(4, C)).astype(dtype) if soft else np.array([0, 1, 2, 0])
     return eqd.DistilledSet(images, labels, l2=0.03, loss=loss)
-
-
-def evaluation(recipe, accuracies=(0.5, 0.7), key=jr.key(3)):
-    """An evaluation that nobody has measured."""
-    accuracies = np.array([accuracies])
-    fitted = eqd.Fitted(None, jnp.array(True), jnp.array(0.0))
-    return Evaluation(accuracies, accuracies, recipe, fitted, key)
 
 
 def regression(inner=eqd.AutoSolver(), in_features=6, **kwargs):
@@ -68,10 +57,8 @@ def path(tmp_path):
 
 def read(path):
     with safetensors.safe_open(path, "numpy") as file:
-        texts = file.metadata()
-    return safetensors.numpy.load_file(path), {
-        k: json.loads(x) for k, x in texts.items()
-    }
+        metadata = {k: json.loads(x) for k, x in file.metadata().items()}
+    return safetensors.numpy.load_file(path), metadata
 
 
 def change(path, tensors=None, **changes):
@@ -89,41 +76,23 @@ def change(path, tensors=None, **changes):
     safetensors.numpy.save_file(new, path, texts)
 
 
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
-
-
 # Round trips.
 
 
-@st.composite
-def distilled_sets(draw):
-    # Few shapes, because JAX compiles for each.
-    shape = draw(st.sampled_from([(1, 1), (4, 3), (3, 1, 2, 2)]))
-    floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
-    images = draw(hpn.arrays(np.float32, shape, elements=floats))
-    if draw(st.booleans()):
-        labels = draw(hpn.arrays(np.float32, (shape[0], C), elements=floats))
-        hp.assume(not np.allclose(labels.sum(1), 1))
-    else:
-        dtype = draw(st.sampled_from([np.int32, np.uint8, np.int16]))
-        labels = draw(hpn.arrays(dtype, shape[0], elements=st.integers(0, C - 1)))
-    temperatures = st.floats(1e-30, 1e30).map(eqd.CrossEntropy)
-    others = [eqd.CrossEntropy(), eqd.SquaredError()]
-    loss = draw(st.one_of(temperatures, *map(st.just, others)))
-    return eqd.DistilledSet(images, labels, l2=draw(st.floats(1e-30, 1e30)), loss=loss)
+SETS = [
+    small(),
+    small(soft=True, loss=eqd.CrossEntropy(1e-30)),
+    small(loss=eqd.SquaredError()),
+    eqd.DistilledSet(np.float32([[-0.0, 1e-45, 3e38]]), np.uint8([2]), l2=1e-30),
+]
 
 
-@hp.settings(deadline=None, max_examples=20)
-@hp.given(distilled_sets())
-def test_sets_make_a_round_trip(tmp_path_factory, distilled):
-    path = tmp_path_factory.mktemp("round") / "trip.safetensors"
+@pytest.mark.parametrize("distilled", SETS)
+def test_sets_make_a_round_trip(tmp_path, distilled):
+    path = tmp_path / "trip.safetensors"
     eqd.save(path, distilled)
     artifact = eqd.load(path)
-    assert_same(artifact.distilled, distilled)
+    assert_same_bits(artifact.distilled, distilled)
     assert artifact.recipe is artifact.recipe_description is artifact.accuracy is None
     assert artifact.learned is artifact.dataset is artifact.seed is artifact.key is None
     assert (artifact.num_models, artifact.sha256) == (0, {})
@@ -143,35 +112,28 @@ def test_facts_make_a_round_trip(path):
 
 
 def test_results_tell_what_was_learned(tmp_path):
-    data = eqd.Dataset(jnp.ones((4, 4, 6)), small().labels, C)
     packed, model = eqd.Packed(small(), (4, 6)), linear.LogisticRegression(24, C)
-    result = eqd.distill(packed, model, data, steps=1, learn=lambda p: p.small.images)
+    data = eqd.Dataset(packed.decode().images, small().labels, C)
+    result = eqd.distill(packed, model, data, steps=3, learn=lambda p: p.small.images)
+    assert result.history.loss[-1] < result.history.loss[0]
     path = tmp_path / "a.safetensors"
     eqd.save(path, result)
     artifact = eqd.load(path)
     assert artifact.learned == result.learned
-    assert_same(artifact.start, result.start)
-    assert_same(artifact.distilled, result.distilled)
+    assert_same_bits(artifact.start, result.start)
+    assert_same_bits(artifact.distilled, result.distilled)
 
 
 @pytest.mark.parametrize("kind", [Standardisation, ZCA])
 def test_preprocessing_makes_a_round_trip(path, kind):
     preprocessing = kind.fit(eqd.Dataset(small().images, small().labels))
     eqd.save(path, small(), preprocessing=preprocessing)
-    assert_same(eqd.load(path).preprocessing, preprocessing)
-    for mean, match in (
-        (np.ones(7, np.float32), "preprocessing|mean"),
-        (np.array(np.inf, np.float32), "must be finite"),
-    ):
-        change(path, {"artifact.preprocessing.mean": mean})
-        with pytest.raises(ValueError, match=match):
-            eqd.load(path)
+    assert_same_bits(eqd.load(path).preprocessing, preprocessing)
 
 
 RECIPES = [
     regression(),
-    regression(eqd.AutoSolver(), use_intercept=True),
-    regression(linear.SpanSolver(1e-3, 0.0, 9)),
+    regression(linear.SpanSolver(1e-3, 0.0, 9), use_intercept=True),
     regression(linear.RelativeRidge()),
     regression(eqd.ArgminSolver(max_steps=5)),
     recipes.Recipe(eqd.Fresh(MLP), eqd.ArgminSolver(tolerance=0.5)),
@@ -181,9 +143,8 @@ RECIPES = [
     recipes.zero_start(functools.partial(nn.LeNet, SHAPE, C)),
     recipes.feature_regression(NET),
     recipes.supervised(functools.partial(NET, activation=jax.nn.gelu), batch_size=2),
-    recipes.learned_rates(MLP, learning_rates=[0.1, 0.2], batch_size=2),
     recipes.learned_rates(
-        NET, learning_rates=[0.1], batch_size=2, momentum=0.5, adam=True, seed=3
+        NET, learning_rates=[0.1, 0.2], batch_size=2, momentum=0.5, adam=True, seed=3
     ),
     recipes.dc(functools.partial(nn.AlexNet, SHAPE, C)),
     recipes.dc(functools.partial(nn.VGG11, SHAPE, C, norm=nn.group_norm)),
@@ -197,15 +158,14 @@ def first_model(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_recipes_make_a_round_trip(path, recipe, impl):
-    key = jr.key(3, impl=impl)
+def test_recipes_make_a_round_trip(path, recipe):
+    key = jr.key(3, impl="rbg")
     eqd.save(path, small(), evaluation(recipe, key=key))
     artifact = eqd.load(path)
     np.testing.assert_allclose(artifact.accuracy, 0.6)
     np.testing.assert_allclose(artifact.std, np.sqrt(0.02))
     assert artifact.num_models == 2
-    assert jnp.array_equal(jr.key_data(artifact.key), jr.key_data(key))
+    assert_same_bits(artifact.key, key)
     assert jr.key_impl(artifact.key) == jr.key_impl(key)
     rebuilt = artifact.recipe
     assert rebuilt is not None
@@ -214,13 +174,8 @@ def test_recipes_make_a_round_trip(path, recipe, impl):
     models = [eqx.filter_eval_shape(first_model, x) for x in (recipe, rebuilt)]
     assert eqx.tree_equal(*models)
     assert eqx.tree_equal(*(x.prepare(small(), C) for x in (recipe, rebuilt)))
-
-
-def test_rebuilt_recipes_make_the_same_models(path):
-    eqd.save(path, small(), evaluation(recipes.feature_regression(NET)))
-    rebuilt = eqd.load(path).recipe
-    wanted = first_model(recipes.feature_regression(NET))
-    assert eqx.tree_equal(first_model(rebuilt), wanted)
+    if recipe.name == "feature_regression":
+        assert eqx.tree_equal(*map(first_model, (recipe, rebuilt)))
 
 
 def other_network(*, key):
@@ -231,14 +186,12 @@ def other_network(*, key):
     "recipe",
     [
         recipes.dc(other_network),
-        recipes.dc(lambda *, key: nn.zero_head(MLP(key=key))),
         recipes.Recipe(eqd.Fresh(MLP), eqd.UnrolledSolver(optax.sgd, {}, 7)),
         recipes.Recipe(MLP(key=jr.key(0))),
         regression(eqd.ArgminSolver(optx.BFGS(rtol=1e-4, atol=1e-4))),
-        regression(linear.SpanSolver(max_steps=10**7)),
-        dataclasses.replace(RECIPES[6], prepare=recipes.Recipe.prepare),
-        dataclasses.replace(RECIPES[6], inner=eqd.ArgminSolver()),
-        dataclasses.replace(RECIPES[6], models=eqd.Fresh(NET)),
+        dataclasses.replace(RECIPES[5], prepare=recipes.Recipe.prepare),
+        dataclasses.replace(RECIPES[5], inner=eqd.ArgminSolver()),
+        dataclasses.replace(RECIPES[5], models=eqd.Fresh(NET)),
         dataclasses.replace(RECIPES[0], prepare=lambda distilled, num_classes: small()),
     ],
 )
@@ -258,118 +211,67 @@ def test_double_precision(tmp_path):
         artifact = eqd.load(path)
         assert artifact.recipe is not None
         assert artifact.x64
-        assert_same(artifact.distilled, distilled)
+        assert_same_bits(artifact.distilled, distilled)
         assert artifact.recipe.models.model.head.weight.dtype == jnp.float64
     single = eqd.load(path)
     assert single.recipe is not None
     assert single.recipe.models.model.head.weight.dtype == jnp.float32
     wanted = jax.tree.map(lambda x: np.asarray(x, np.float32), distilled)
-    assert_same(single.distilled, wanted)
-    # In single precision it is infinite.
-    change(path, {"artifact.start.images": np.full((4, 2, 3), 1e300)})
-    with pytest.raises(ValueError, match=r"start.images` must be finite float32"):
-        eqd.load(path)
-    with jax.enable_x64(True):
-        eqd.load(path)
+    assert_same_bits(single.distilled, wanted)
 
 
 # Classes of users.
 
 
 class Huber(eqd.AbstractLoss):
-    width: float = eqx.field(static=True, default=1.0)
-
     def __call__(self, outputs, labels):
-        return jnp.mean(optax.huber_loss(outputs, labels, self.width))
+        return jnp.mean(optax.huber_loss(outputs, labels))
 
 
 class Scaled(eqd.AbstractParameterisation):
     distilled: eqd.DistilledSet
     factor: jax.Array
-    extra: int = eqx.field(static=True, default=0)
 
     def decode(self):
         images = self.factor * self.distilled.images
         return eqx.tree_at(lambda d: d.images, self.distilled, images)
 
 
-@pytest.fixture
-def registered():
-    before = dict(TABLE)
-    register(Huber, {"width": (0.0, 1e3)})
-    register(Scaled, {"distilled": Any, "factor": (0.0, 9.0)})
-    yield
-    TABLE.clear()
-    TABLE.update(before)
-
-
-@pytest.mark.usefixtures("registered")
-def test_registered_classes_make_a_round_trip(path):
-    start = Scaled(small(soft=True, loss=Huber(0.5)), jnp.array(2.0))
+def test_classes_of_users(path):
+    start = Scaled(small(), jnp.array(2.0))
     eqd.save(path, start)
-    assert_same(eqd.load(path).start, start)
-    change(path, {"artifact.start.factor": np.float32(10)})
-    with pytest.raises(ValueError, match=r"`artifact.start.factor` must be from"):
+    assert_same_bits(eqd.load(path).start, start.decode())
+    with pytest.raises(ValueError, match="`Huber`, which is not registered"):
+        eqd.save(path, small(loss=Huber()))
+    change(path, artifact__start__loss={"class": "Huber"})
+    with pytest.raises(ValueError, match="'Huber'"):
         eqd.load(path)
-    match = "its start has fields that are not registered"
-    with pytest.raises(ValueError, match=match):
-        eqd.save(path, dataclasses.replace(start, extra=1))
-    eqd.save(path, start)
-    del TABLE["Huber"]
-    with pytest.raises(
-        ValueError, match=r"`artifact\.start\.distilled\.loss` is a 'Huber'"
-    ):
-        eqd.load(path)
-    with pytest.raises(ValueError, match="loss` is a `Huber`, which is not registered"):
-        eqd.save(path, start)
-
-
-def test_other_parameterisations_are_decoded(path):
-    eqd.save(path, Scaled(small(), jnp.array(2.0)))
-    artifact = eqd.load(path)
-    assert isinstance(artifact.start, eqd.DistilledSet)
-    assert_same(artifact.distilled.images, 2 * small().images)
 
 
 # Refusals.
 
 
-@pytest.mark.parametrize(
-    ("where", "value", "match"),
-    [
-        ("images", jnp.full((4, 2, 3), jnp.nan), "images` must be finite"),
-        ("images", jnp.ones((4, 2, 3), jnp.bfloat16), "Cannot save"),
-        ("log_l2", jnp.array(jnp.inf), "log_l2` must be"),
-        ("log_l2", jnp.array(-90.0), r"log_l2` must be from \(-87.0, 87.0\)"),
-        ("labels", jnp.array([0, 1, 2, -3]), "labels must not be negative"),
-    ],
-)
-def test_refuses_to_save(path, where, value, match):
+def test_refuses_to_save(tmp_path, path):
     before = path.read_bytes()
-    distilled = eqx.tree_at(lambda d: getattr(d, where), small(), value)
-    with pytest.raises(ValueError, match=match) as info:
-        eqd.save(path, distilled)
-    assert str(path) in str(info.value)
-    assert path.read_bytes() == before
-    assert os.listdir(path.parent) == [path.name]
-
-
-def test_refuses_arguments(tmp_path):
-    path = tmp_path / "a.safetensors"
-    for name in ("a.npz", "safetensors", "a.safetensors.txt"):
-        with pytest.raises(ValueError, match=r"`path` must end in '.safetensors'; got"):
-            eqd.save(tmp_path / name, small())
+    for name, value in (
+        ("images", jnp.full((4, 2, 3), jnp.nan)),
+        ("images", jnp.ones((4, 2, 3), jnp.bfloat16)),
+        ("log_l2", jnp.array(-90.0)),
+        ("labels", jnp.array([0, 1, 2, -3])),
+    ):
+        distilled = eqx.tree_at(lambda d, name=name: getattr(d, name), small(), value)
+        with pytest.raises(ValueError, match=f"Cannot save {path}: "):
+            eqd.save(path, distilled)
     with pytest.raises(FileNotFoundError, match=r"`path`.*folder that exists; got '.*"):
         eqd.save(tmp_path / "no" / "a.safetensors", small())
-    for accuracy in (1.5, np.nan):
-        with pytest.raises(ValueError, match=f"accuracy` must be.*{accuracy}"):
-            eqd.save(path, small(), evaluation(regression(), [accuracy]))
-    two = dataclasses.replace(
-        evaluation(regression()), accuracies=np.ones((2, 1)), losses=np.ones((2, 1))
-    )
+    claim = evaluation(regression(), [1.5])
+    with pytest.raises(ValueError, match=r"accuracy` must be.*1\.5"):
+        eqd.save(path, small(), claim)
+    two = dataclasses.replace(claim, accuracies=np.ones((2, 1)), losses=np.ones((2, 1)))
     with pytest.raises(ValueError, match="must be of one distilled set; got 2"):
         eqd.save(path, small(), two)
-    assert not os.listdir(tmp_path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
 
 
 IMAGES, LABELS, LOG_L2 = (f"artifact.start.{x}" for x in ("images", "labels", "log_l2"))
@@ -377,20 +279,15 @@ BAD_TENSORS = [
     (LABELS, None, "labels` must not be"),
     ("weights", np.zeros(3), r"other tensors: \['weights'\]"),
     (IMAGES, np.zeros((4, 2, 3), np.float16), "images`.*got float16"),
-    (IMAGES, np.zeros((4, 2, 3), np.int32), "`images` must be floating"),
     (IMAGES, np.full((4, 2, 3), -np.inf), "images` must be finite"),
     (IMAGES, np.zeros((5, 2, 3)), "labels must have 5 rows"),
     (IMAGES, np.zeros((4, 0, 3)), "images`.*none of them empty"),
     (IMAGES, np.zeros((4, *[1] * 8)), "images` must have at most 8 axes"),
-    (IMAGES, np.zeros(4), "images"),
     (IMAGES, np.zeros((4, 2, 2)), "`recipe` must take an image of shape"),
-    (LABELS, np.zeros(4), "labels must have 4 rows"),
-    (LABELS, np.full((4, 3), np.nan), "labels` must be finite"),
     (LABELS, np.zeros(4, bool), "labels`.*got bool"),
     (LABELS, np.array([0, 1, 2, -1]), "labels must not be negative"),
     (LABELS, np.array([0, 1, 2, 2**32]), "labels` must be finite int32"),
     (LABELS, np.array([0, 1, 2, 2**30]), "would take 34359738400 bytes"),
-    (LOG_L2, np.zeros(1), "log_l2 must be a scalar"),
     (LOG_L2, np.array(1e308), "log_l2` must be finite"),
 ]
 
@@ -414,8 +311,6 @@ DC = {"class": "dc", "updates": 5, "augment": False, "make": CONV}
 NESTED = functools.reduce(
     lambda x, _: {"class": "RelativeRidge", "inner": x}, range(50), SPAN
 )
-
-
 BAD_JSON = {
     "code": ["print(1)"],
     "artifact": [None, {"class": "Artifact"}],
@@ -436,22 +331,28 @@ BAD_JSON = {
     "artifact__start__images": [[[1.0]], {"tensor": "artifact.start.labels"}],
     "artifact__preprocessing": [SPAN],
     "recipe": [SPAN, 7],
-    "recipe__inner": [SPAN | {"rtol": 1.1}, SPAN | {"rtol": "0.5"}, NESTED]
-    + [SPAN | {"max_steps": x} for x in (0, 10**7, None)],
+    "recipe__inner": [NESTED],
     "recipe__models__model__in_features": [7, 6.0, 2**29],
     "recipe__models__model__dtype": ["object"],
 }
-BAD_RECIPE = {
+BAD = {
+    "rtol": [1.1, "0.5"],
+    "max_steps": [0, 10**7, None],
     "updates": [10**9, None],
     "augment": ["yes"],
     "extra": [1],
     "make": [{}, SPAN],
-    "make__widths": [[10**6], 4, 9 * [4]],
-    "make__size": [10**6],
-    "make__shape": [[2, 4]],
-    "make__num_classes": [2**17],
-    "make__norm": [SPAN],
+    "widths": [[10**6], 4, 9 * [4]],
+    "size": [10**6],
+    "shape": [[2, 4]],
+    "num_classes": [2**17],
+    "norm": [SPAN],
 }
+for name, values in BAD.items():
+    for value in values:
+        bad = {name: value}
+        BAD_JSON["recipe__inner"] += [SPAN | bad] if name in SPAN else []
+        BAD_JSON["recipe"] += [DC | (bad if name in DC else {"make": CONV | bad})]
 
 
 @pytest.mark.parametrize("name", BAD_JSON)
@@ -464,19 +365,9 @@ def test_refuses_json(path, name):
             eqd.load(path)
 
 
-def test_refuses_recipes(path):
-    change(path, recipe=DC)
-    assert str(eqd.load(path).recipe_description).startswith("dc(")
-    good = path.read_bytes()
-    for name, values in BAD_RECIPE.items():
-        for value in values:
-            path.write_bytes(good)
-            change(path, **{f"recipe__{name}": value})
-            with pytest.raises(ValueError, match=f"Cannot load {path}: "):
-                eqd.load(path)
-
-
 def test_recipes_of_unknown_classes_are_described(path):
+    change(path, recipe=DC)
+    assert eqd.load(path).recipe is not None
     change(path, recipe=DC | {"make": {"class": "MyNet", "depth": 3}})
     artifact = eqd.load(path)
     assert artifact.recipe is None
@@ -485,14 +376,10 @@ def test_recipes_of_unknown_classes_are_described(path):
 
 
 def test_images_may_not_take_too_much_memory(path):
-    packed = {"class": "Packed", "small": read(path)[1]["artifact"]["start"]}
+    eqd.save(path, eqd.Packed(small(), (4, 6)))
+    assert eqd.load(path).distilled.images.shape == (4, 4, 6)
     for shape in ([2000, 3000], [2**29, 3 * 2**28], [4, 6, 3], [], [2, 4]):
-        new = json.loads(json.dumps(packed).replace(".start.", ".start.small."))
-        change(path, recipe=None, artifact__start=new | {"shape": shape})
-        tensors = {
-            k.replace(".start.", ".start.small."): x for k, x in read(path)[0].items()
-        }
-        change(path, tensors | dict.fromkeys((IMAGES, LABELS, LOG_L2)))
+        change(path, artifact__start__shape=shape)
         with pytest.raises(ValueError, match="Cannot load"):
             eqd.load(path)
 
@@ -503,7 +390,7 @@ def framed(header):
 
 BAD_FILES = [
     (b"", "truncated"),
-    (pickle.dumps({"images": np.zeros(3)}), "not a safetensors file"),
+    (b"not a safetensors file", "Cannot load"),
     (framed(b" " * 2**20 + b"{}"), "at most 1048576 are allowed"),
     ((99).to_bytes(8, "little") + b"{}", "it has 10 bytes, but its header has 99"),
     (framed(b"\xff\xfe"), "Cannot load"),
@@ -514,38 +401,12 @@ BAD_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("data", "match"), BAD_FILES)
-def test_refuses_other_files(tmp_path, data, match):
-    path = tmp_path / "bad.safetensors"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=match) as info:
-        eqd.load(path)
-    assert str(path) in str(info.value)
-
-
-def test_refuses_headers(path):
-    data = path.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    f32 = {"dtype": "F32", "shape": [4, 2, 3]}
-    bad = [
-        {"shape": s, "data_offsets": [0, 96]} for s in (4, [-4, -2, 3], [2**62, 2, 3])
-    ]
-    bad += [{"data_offsets": x} for x in ([0, 2**63], [96, 0], [16, 112], "all", None)]
-    entries = [7, *(f32 | x for x in bad)]
-    headers = [header | {IMAGES: entry} for entry in entries]
-    for text in ("", "7 7", "[" * 100_000, "9" * 5000, '{"class": 1, "class": 1}'):
-        metadata = header["__metadata__"] | {"artifact": text}
-        headers.append(header | {"__metadata__": metadata})
-    for bad_header in headers:
-        path.write_bytes(framed(json.dumps(bad_header).encode()) + data[end:])
-        with pytest.raises(ValueError, match=f"Cannot load {path}: "):
+def test_refuses_other_files(tmp_path, path):
+    for data, match in BAD_FILES:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=match) as info:
             eqd.load(path)
-
-
-def test_refuses_what_is_no_file(tmp_path, path):
-    with pytest.raises(FileNotFoundError, match="`path` must be a file that exists"):
-        eqd.load(tmp_path / "no.safetensors")
+        assert str(path) in str(info.value)
     for other in (tmp_path, "/dev/zero"):
         with pytest.raises(ValueError, match="not a regular file"):
             eqd.load(other)
@@ -554,18 +415,38 @@ def test_refuses_what_is_no_file(tmp_path, path):
         eqd.load(path)
 
 
+def test_refuses_headers(path):
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    f32 = {"dtype": "F32", "shape": [4, 2, 3]}
+    entries = [7, *(f32 | {"shape": s} for s in (4, [-4, -2, 3], [2**62, 2, 3]))]
+    offsets = [0, 2**63], [96, 0], [16, 112], "all", None
+    entries += [f32 | {"data_offsets": x} for x in offsets]
+    changes = [{IMAGES: entry} for entry in entries]
+    for text in ("", "7 7", "[" * 100_000, "9" * 5000, '{"class": 1, "class": 1}'):
+        changes.append({"__metadata__": header["__metadata__"] | {"artifact": text}})
+    for bad in changes:
+        path.write_bytes(framed(json.dumps(header | bad).encode()) + data[end:])
+        with pytest.raises(ValueError, match=f"Cannot load {path}: "):
+            eqd.load(path)
+
+
 # The command.
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory, digits):
+def class_means(digits):
+    return eqd.DistilledSet.from_class_means(digits[0], l2=0.1, key=jr.key(0))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, digits, class_means):
     """A file with a true claim."""
-    train, test = digits
-    distilled = eqd.DistilledSet.from_class_means(train, l2=0.1, key=jr.key(0))
-    found = eqd.evaluate(distilled, linear.LogisticRegression(64, 10), test)
+    found = eqd.evaluate(class_means, linear.LogisticRegression(64, 10), digits[1])
     assert found.accuracy > 0.5
     path = tmp_path_factory.mktemp("published") / "digits.safetensors"
-    eqd.save(path, distilled, found, dataset="digits")
+    eqd.save(path, class_means, found, dataset="digits")
     return path
 
 
@@ -586,35 +467,24 @@ def run(monkeypatch, capsys, *args):
 
 @pytest.mark.slow
 def test_command_in_a_fresh_process(published):
-    command = (
-        sys.executable,
-        "-W",
-        "error::RuntimeWarning",
-        "-m",
-        "eqdistill",
-        "check",
-    )
-    result = subprocess.run(
-        [*command, str(published), "--dataset", "digits"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "eqdistill"]
+    command += ["check", str(published), "--dataset", "digits"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     accuracy = f"{eqd.load(published).accuracy:.3%}"
     assert f"claimed {accuracy}, measured {accuracy}" in result.stdout
 
 
 @pytest.mark.slow
-def test_command_trains_with_the_recipe(tmp_path, monkeypatch, capsys, digits):
-    train, test = digits
-    distilled = eqd.DistilledSet.from_class_means(train, l2=0.1, key=jr.key(0))
+def test_command_trains_with_the_recipe(
+    tmp_path, monkeypatch, capsys, digits, class_means
+):
     make = functools.partial(nn.ConvNet, (8, 8), 10, widths=(4,), norm=None)
-    found = eqd.evaluate(
-        distilled, recipes.dc(make, updates=20), test, num_models=2, key=jr.key(3)
-    )
+    recipe = recipes.dc(make, updates=20)
+    args = class_means, recipe, digits[1]
+    found = eqd.evaluate(*args, num_models=2, key=jr.key(3))
     path = tmp_path / "recipe.safetensors"
-    eqd.save(path, distilled, found, dataset="digits", seed=3)
+    eqd.save(path, class_means, found, dataset="digits", seed=3)
     status, out, _ = run(monkeypatch, capsys, path)
     assert status == 0
     assert "difference 0.000 points" in out
@@ -632,15 +502,17 @@ def test_command_finds_a_false_claim(copied, monkeypatch, capsys):
     assert status == 0
 
 
-def test_command_refuses_another_preprocessing(tmp_path, monkeypatch, capsys, digits):
+def test_command_refuses_another_preprocessing(
+    tmp_path, monkeypatch, capsys, digits, class_means
+):
     # A whitening matrix could hold the weights of a model.
     train, test = digits
-    distilled = eqd.DistilledSet.from_class_means(train, l2=0.1, key=jr.key(0))
     path = tmp_path / "a.safetensors"
     for preprocessing in (Standardisation.fit(train), ZCA.fit(train)):
         model = linear.LogisticRegression(64, 10)
-        found = eqd.evaluate(distilled, model, test.map(preprocessing))
-        eqd.save(path, distilled, found, dataset="digits", preprocessing=preprocessing)
+        found = eqd.evaluate(class_means, model, test.map(preprocessing))
+        data = {"dataset": "digits", "preprocessing": preprocessing}
+        eqd.save(path, class_means, found, **data)
         assert run(monkeypatch, capsys, path)[0] == 0
         mean = np.ones(preprocessing.mean.shape, np.float32)
         change(path, {"artifact.preprocessing.mean": mean})
@@ -649,49 +521,34 @@ def test_command_refuses_another_preprocessing(tmp_path, monkeypatch, capsys, di
         assert "is not fitted to the training data" in err
 
 
-NO_CLAIM = {"artifact__accuracy": None, "artifact__num_models": 0}
-
-
 @pytest.mark.parametrize(
     ("args", "changes", "match"),
     [
-        (["--dataset", "mnist"], {}, "is of 'digits', but --dataset is 'mnist'"),
-        (["--tolerance", "-1"], {}, "`tolerance` must be from 0 to 1; got -1"),
-        (["--tolerance", "nan"], {}, "`tolerance` must be from 0 to 1; got nan"),
-        (["--data-dir"], {}, "--data-dir: expected one argument"),
-        ([], {"artifact__seed": "\x1b[31m"}, "seed` must be"),
-        ([], NO_CLAIM, "claims no accuracy"),
-        ([], {"artifact__dataset": None}, "names no dataset: pass one as --dataset"),
-        ([], {"artifact__dataset": "x"}, "`name` must be one of"),
+        ("--dataset mnist", {}, "is of 'digits', but --dataset is 'mnist'"),
+        ("--tolerance nan", {}, "`tolerance` must be from 0 to 1; got nan"),
+        ("", {"artifact__seed": "\x1b[31m"}, "seed` must be"),
+        ("", {"artifact__accuracy": None, "artifact__num_models": 0}, "no accuracy"),
+        ("", {"artifact__dataset": None}, "names no dataset: pass one as --dataset"),
+        ("", {"artifact__dataset": "x"}, "`name` must be one of"),
         (
-            [],
+            "",
             {"artifact__dataset": "mnist", "artifact__sha256": {"a": "b"}},
             "other files of 'mnist'",
         ),
-        (
-            [],
-            {"recipe": "A recipe\nof mine"},
-            r"cannot be rebuilt.*'A recipe\\nof mine'",
-        ),
+        ("", {"recipe": "A recipe\nof mine"}, r"be rebuilt.*'A recipe\\nof mine'"),
     ],
 )
 def test_command_refuses(copied, monkeypatch, capsys, args, changes, match):
     change(copied, **changes)
-    status, out, err = run(monkeypatch, capsys, copied, *args)
-    assert status == 2
-    assert out == ""
-    assert err.count("\n") == 1
+    status, out, err = run(monkeypatch, capsys, copied, *args.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
     assert "\x1b" not in err
     assert re.search(match, err)
 
 
-@pytest.mark.parametrize(
-    "error", [KeyError("x"), AssertionError(), KeyboardInterrupt()]
-)
-def test_command_exits_with_two_after_any_error(published, monkeypatch, capsys, error):
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(eqd.datasets, "load", fail)
-    status, out, err = run(monkeypatch, capsys, published)
-    assert (status, out, err.count("\n")) == (2, "", 1)
+def test_command_exits_with_two_after_any_error(published, monkeypatch, capsys):
+    for error in (KeyError("x"), AssertionError(), KeyboardInterrupt()):
+        fail = mock.Mock(side_effect=error)
+        monkeypatch.setattr(eqd.datasets, "load", fail)
+        status, out, err = run(monkeypatch, capsys, published)
+        assert (status, out, err.count("\n")) == (2, "", 1)

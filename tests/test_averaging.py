@@ -6,30 +6,15 @@ import pytest
 
 import eqdistill as eqd
 
-from .conftest import ADAM, assert_same_bits
+from .conftest import ADAM, assert_same_bits, Recorder
 
 
 DECAY = 0.7
 OPTIMISER = eqd.averaged(ADAM, DECAY)
 
 
-class Keep(eqd.AbstractCallback[tuple]):
-    """The distilled set after each step."""
-
-    every: int = 1
-
-    def init(self, problem, state, steps):
-        return ()
-
-    def __call__(self, problem, state, history, own):
-        return (*own, problem.distilled(state)), False
-
-    def close(self, own):
-        pass
-
-
 def test_average(logistic):
-    args = {"learn": lambda s: s, "callbacks": [Keep()]}
+    args = {"learn": lambda s: s, "callbacks": [Recorder()]}
     run = lambda optimiser=OPTIMISER, **kwargs: eqd.distill(
         *logistic, optimiser=optimiser, **args, **kwargs
     )
@@ -37,7 +22,7 @@ def test_average(logistic):
     average = result.average()
     weights = DECAY ** np.arange(4, -1, -1)
     for name in ("images", "log_l2"):
-        kept = np.stack([getattr(distilled, name) for distilled in result.callbacks[0]])
+        kept = np.stack([getattr(x, name) for *_, x in result.callbacks[0]])
         wanted = np.tensordot(weights / weights.sum(), kept.astype(float), 1)
         found = getattr(average.distilled, name)
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
@@ -61,11 +46,3 @@ def test_an_update_that_is_not_made_is_not_averaged(logistic):
     with pytest.raises(eqd.DistillationError) as error:
         eqd.distill(start, objective, train, optimiser=optimiser)
     assert_same_bits(error.value.distillation.average().distilled, start)
-
-
-def test_bad_input():
-    for decay in (0.0, 1.0):
-        with pytest.raises(ValueError, match=f"`decay` must be between.*got {decay}"):
-            eqd.averaged(optax.sgd(0.1), decay)
-    with pytest.raises(ValueError, match="`averaged` must be given `params`"):
-        OPTIMISER.update(np.ones(2), OPTIMISER.init(np.ones(2)))

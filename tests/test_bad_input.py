@@ -21,14 +21,10 @@ DISTILLED = eqd.DistilledSet(IMAGES, LABELS, l2=0.1)
     [
         (IMAGES.astype(np.uint8), LABELS, 0.1, "`images` must be floating.*uint8"),
         (IMAGES[:, 0, 0], LABELS, 0.1, r"`images` must be.*with shape \(4,\)"),
-        (IMAGES[:0], LABELS[:0], 0.1, r"`images` must be.*with shape \(0, 3, 3\)"),
-        (IMAGES + np.inf, LABELS, 0.1, "`images` must be finite"),
         (IMAGES, LABELS[:3], 0.1, r"`labels`.*\(4,\).*with shape \(3,\)"),
-        (IMAGES, LABELS - 1, 0.1, "`labels` must be non-negative"),
         (IMAGES, LABELS[:, None], 0.1, r"class indices of shape.*with shape \(4, 1\)"),
         (IMAGES, LABELS == 1, 0.1, "`labels` must be integer.*bool"),
         (IMAGES, np.full((4, 3), np.nan), 0.1, "`labels` must be.*finite"),
-        (IMAGES, LABELS, -0.1, "`l2` must be positive and finite; got -0.1"),
         (IMAGES, LABELS, np.inf, "`l2` must be positive and finite; got inf"),
         (IMAGES, LABELS, np.ones(4), r"`l2` must be a scalar; got shape \(4,\)"),
     ],
@@ -51,22 +47,14 @@ def test_distilled_set_under_jit():
     ("images", "labels", "num_classes", "match"),
     [
         (IMAGES.astype(np.int32), LABELS, 3, "`images` must be uint8 or.*int32"),
-        (IMAGES[:0], LABELS[:0], 3, r"`images`.*with shape \(0, 3, 3\)"),
         (IMAGES, LABELS.astype(float), 3, "`labels` must be integer.*float64"),
         (IMAGES, LABELS, 2, r"`labels` must be in \[0, 2\).*got 0 to 2"),
-        (IMAGES, LABELS - 1, 3, r"`labels` must be in \[0, 3\).*got -1 to 1"),
         (IMAGES + np.nan, LABELS, 3, "`images` must be finite; 36 of 36"),
     ],
 )
 def test_dataset(images, labels, num_classes, match):
     with pytest.raises((TypeError, ValueError), match=match):
         eqd.Dataset(images, labels, num_classes)
-
-
-@pytest.mark.parametrize("names", [(), ("a", "b"), ("a", "b", "a"), tuple("abcd")])
-def test_class_names(names):
-    with pytest.raises(ValueError, match="`class_names` must have one name for each"):
-        eqd.Dataset(IMAGES, LABELS, 3, class_names=names)
 
 
 class Scalar(eqx.Module):

@@ -20,7 +20,7 @@ from eqdistill._outer._callbacks import Snapshot
 from eqdistill._outer._problem import DistillState
 
 from . import killed_runs
-from .conftest import OneStep, subset
+from .conftest import assert_same_bits, OneStep, subset
 
 
 # When Orbax finds a damaged array, it closes its event loop while other arrays are
@@ -100,28 +100,9 @@ def kept(run):
     return sorted(int(x.name) for x in run.folder.iterdir() if x.name.isdigit())
 
 
-def bits(x):
-    if eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jr.key_data(x)
-    return np.asarray(x)
-
-
-def assert_same(tree, other):
-    leaves, structure = jax.tree.flatten(tree)
-    others, other_structure = jax.tree.flatten(other)
-    assert structure == other_structure
-    for x, y in zip(map(bits, leaves), map(bits, others), strict=True):
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        assert x.tobytes() == y.tobytes()
-
-
 def assert_same_run(result, other):
-    for name in ("state", "history"):
-        assert_same(getattr(result, name), getattr(other, name))
-    best, other_best = (
-        eqx.filter(x, eqx.is_array) for x in (result.callbacks[1], other.callbacks[0])
-    )
-    assert_same(best, other_best)
+    parts = lambda x, i: (x.state, x.history, eqx.filter(x.callbacks[i], eqx.is_array))
+    assert_same_bits(parts(result, 1), parts(other, 0))
 
 
 def test_interrupted_runs_end_with_the_same_bits(run, uninterrupted):
@@ -130,10 +111,7 @@ def test_interrupted_runs_end_with_the_same_bits(run, uninterrupted):
     assert kept(run) == [15, 20, 25]
     assert_same_run(run(eqd.ProgressBar()), uninterrupted)
     assert kept(run) == [20, 25, 30]
-
-
-def test_finished_runs_are_not_run_again(run, uninterrupted):
-    run()
+    # A finished run is not run again.
     assert_same_run(run(At(STEPS, crash)), uninterrupted)
 
 
@@ -208,10 +186,8 @@ def test_another_problem_is_refused(run, arguments):
 
     other = optax.adam(optax.cosine_decay_schedule(0.04, STEPS))
     refused("init_value` is 0.05 in the checkpoint and 0.04 now", optimiser=other)
-    refused("`optimiser.*", optimiser=optax.adam(0.05))
-    refused(
-        r"`learn.0.log_l2` is False .* True now", learn=lambda s: (s.images, s.log_l2)
-    )
+    learn = lambda s: (s.images, s.log_l2)
+    refused(r"`learn.0.log_l2` is False .* True now", learn=learn)
     refused(r"`key` is .*\[0, 1\] in the checkpoint and .*\[0, 2\] now", seed=2)
     few = eqd.DistilledSet(start.images[:9], start.labels[:9], l2=0.05)
     refused(r"images` is .*\(10, 8, 8\) .*\(9, 8, 8\) now", start=few)
@@ -219,8 +195,6 @@ def test_another_problem_is_refused(run, arguments):
     refused("`start.log_l2` is", start=hotter)
     faster = eqd.Bilevel(MODEL, OneStep(learning_rate=9.0))
     refused("inner.learning_rate` is 10 .* 9 now", objective=faster)
-    scaled = eqd.Bilevel(MODEL, OneStep(), eqd.SquaredError())
-    refused("`objective.loss` is None .*SquaredError now", objective=scaled)
     refused("`callbacks.1", Kept())
     # The data may change.
     run(steps=6, data=eqd.Batches(data, 71))
@@ -232,12 +206,8 @@ class Kept(eqd.AbstractCallback):
     every: int = 4
 
     def init(self, problem, state, steps):
-        return {
-            "sum": jnp.array(0.0),
-            "key": jr.key(3),
-            "empty": jnp.ones((0, 2)),
-            "print": print,
-        }
+        own = {"sum": jnp.array(0.0), "key": jr.key(3), "empty": jnp.ones((0, 2))}
+        return own | {"print": print}
 
     def __call__(self, problem, state, history, own):
         assert own["print"] is print  # From `init`, also when a run resumes.
@@ -253,28 +223,21 @@ def test_states_of_callbacks_are_kept(run):
     for step in ("10", "11"):
         shutil.rmtree(run.folder / step)
     again = run(Kept(), steps=11).callbacks[2]
-    assert_same(again, whole)
+    assert_same_bits(again, whole)
 
 
-def test_all_arrays_survive_to_the_bit(tmp_path):
+def test_all_arrays_survive_to_the_bit(tmp_path, arguments):
     tree = {
         "numpy": np.array([[1e-300, np.nan], [np.inf, -0.0]]),
         "scalars": (np.float32(0.1), np.int64(2**40), np.bool_(True)),
-        "jax": [jnp.arange(3, dtype=jnp.uint8), jnp.ones(2, jnp.bfloat16), jnp.nan],
+        "jax": [jnp.arange(3, dtype=jnp.uint8), jnp.ones(2, jnp.bfloat16)],
         "keys": (jr.key(1), jr.split(jr.key(2, impl="rbg"), 3)),
         "empty": (jnp.zeros((2, 0)), np.zeros(0, np.int8)),
     }
-    tree["jax"][2] = jnp.array(jnp.nan)
-    state = DistillState(
-        tree, None, None, (), (), jr.key(0), jnp.array(7), jnp.array(0)
-    )
-    history = {"loss": np.arange(7.0), "empty": np.zeros(0)}
-    snapshot = Snapshot(state, history, (None, tree), has_stopped=True)
-    problem = eqd.Problem(
-        eqd.DistilledSet(np.ones((2, 3)), np.arange(2), l2=1.0),
-        eqd.Bilevel(eqd.linear.LogisticRegression(3, 2)),
-        optimiser=SCHEDULE,
-    )
+    numbers = jnp.array(7), jnp.array(0)
+    state = DistillState(tree, None, None, (), (), jr.key(0), *numbers)
+    snapshot = Snapshot(state, {"loss": np.arange(7.0)}, (None, tree), has_stopped=True)
+    problem = eqd.Problem(arguments[0], OBJECTIVE, optimiser=SCHEDULE)
     store = eqd.Checkpoints(tmp_path, keep=1).open(problem, state)
     assert store.restore(snapshot) is None
     store.save(snapshot)
@@ -288,21 +251,12 @@ def test_all_arrays_survive_to_the_bit(tmp_path):
     restored = store.restore(template)
     store.close()
     assert restored is not None
-    assert_same(restored.state, snapshot.state)
-    assert_same(restored.callbacks, snapshot.callbacks)
-    assert restored.has_stopped
-    assert_same(restored.history["loss"], history["loss"])
-    for x, y in zip(
-        jax.tree.leaves(restored.state), jax.tree.leaves(state), strict=True
-    ):
-        assert isinstance(x, type(y))
+    assert_same_bits(restored, snapshot)
+    leaves = map(jax.tree.leaves, (restored.state, state))
+    assert all(isinstance(x, type(y)) for x, y in zip(*leaves, strict=True))
 
 
 def test_refuses(run, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="`every` must be at least 1; got 0"):
-        eqd.Checkpoints(tmp_path, every=0)
-    with pytest.raises(ValueError, match="`keep` must be at least 1; got 0"):
-        eqd.Checkpoints(tmp_path, keep=0)
     with pytest.raises(ValueError, match="at most one `Checkpoints`"):
         run(eqd.Checkpoints(tmp_path))
     run.folder.touch()
@@ -315,4 +269,4 @@ def test_refuses(run, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_runs_on_mnist():
-    assert killed_runs.compare(3, 0, list(killed_runs.KINDS))
+    assert killed_runs.compare(3)

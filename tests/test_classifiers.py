@@ -1,7 +1,5 @@
 """Which parameters of a model are fitted, and which of them the ridge shrinks."""
 
-import functools
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -101,15 +99,6 @@ def test_parameters():
     assert {id(x) for x in jax.tree.leaves(rest)} == {id(x) for x in others}
 
 
-def test_ridge():
-    model = Nested()
-    loss = eqx.filter_jit(eqd.inner_loss)
-    *_, shrunk = model.groups()
-    squares = sum(np.sum(np.square(x, dtype=np.float64)) for x in shrunk)
-    by_the_ridge = loss(start(1.0), model) - loss(start(1e-6), model)
-    np.testing.assert_allclose(by_the_ridge, squares / 2, rtol=1e-4)
-
-
 @pytest.mark.usefixtures("x64")
 def test_fit_is_stationary_in_the_parameters():
     # At the fit the loss, written out here, is stationary in all arrays not frozen.
@@ -155,17 +144,21 @@ class HeadFirst(eqx.Module):
 HEAD_FIRST = HeadFirst(linear(6, 3), linear(6, 6))
 
 
-@pytest.mark.parametrize("kind", ["Sequential", "MLP", "nn", "class", "where"])
-def test_last_layer_computes_the_same(kind):
-    network, head = {
-        "Sequential": lambda: (mlp(), lambda n: n.layers[-1]),
-        "MLP": lambda: (eqx.nn.MLP(6, 3, 4, 1, key=KEY), lambda n: n.layers[-1]),
-        "nn": lambda: (eqd.nn.MLP((6,), 3, key=KEY), lambda n: n.layers.layers[-1]),
-        "class": lambda: (CNN(key=KEY), lambda n: n.linear),
-        "where": lambda: (HEAD_FIRST, lambda n: n.head),
-    }[kind]()
-    x = jnp.ones((8, 8)) if kind == "class" else jnp.asarray(IMAGES[0])
-    model = eqd.linear.last_layer(network, head if kind == "where" else None)
+@pytest.mark.parametrize(
+    ("make", "head"),
+    [
+        (mlp, lambda n: n.layers[-1]),
+        (lambda: eqx.nn.MLP(6, 3, 4, 1, key=KEY), lambda n: n.layers[-1]),
+        (lambda: eqd.nn.MLP((6,), 3, key=KEY), lambda n: n.layers.layers[-1]),
+        (lambda: CNN(key=KEY), lambda n: n.linear),
+        (lambda: HEAD_FIRST, lambda n: n.head),
+    ],
+)
+def test_last_layer_computes_the_same(make, head):
+    network = make()
+    x = jnp.ones((8, 8)) if isinstance(network, CNN) else jnp.asarray(IMAGES[0])
+    where = head if network is HEAD_FIRST else None
+    model = eqd.linear.last_layer(network, where)
     np.testing.assert_allclose(model(x), network(x), rtol=1e-6)
     assert model.head is head(network)
     fitted = jax.tree.leaves(eqx.filter(model, eqd.nn.parameters(model)))
@@ -178,19 +171,6 @@ def test_last_layer_that_is_not_last_is_refused():
         model(jnp.asarray(IMAGES[0]))
     with pytest.raises(TypeError, match=r"must end with.*Linear`; got a Sequential"):
         eqd.linear.last_layer(eqx.nn.Sequential([eqd.nn.Frozen(mlp())]))
-
-
-def test_last_layer_is_linear_in_the_features():
-    network = mlp()
-    fit = lambda *args: eqd.fit(*args, eqd.linear.RidgeSolver()).model
-    got = fit(squared(), eqd.linear.last_layer(network))
-    features = np.asarray(jax.vmap(network[:2])(IMAGES))
-    of_features = eqd.DistilledSet(features, LABELS, l2=0.1, loss=eqd.SquaredError())
-    model = eqd.linear.LogisticRegression(4, 3, use_intercept=True)
-    want = fit(of_features, model)
-    np.testing.assert_allclose(got.head.weight, want.head.weight, atol=1e-5)
-    np.testing.assert_allclose(got.head.bias, want.head.bias, atol=1e-5)
-    assert eqx.tree_equal(got.features.module[:2], network[:2])
 
 
 def squared():
@@ -241,78 +221,24 @@ def test_state_is_accepted_inside_frozen(kind):
     history = eqd.distill(squared(), objective, REAL, optimiser=ADAM, steps=4).history
     assert history.loss[-1] < history.loss[0] - 1e-3
     fitted = eqd.fit(squared(), model, inner).model
-    frozen = fitted.below if kind == "network" else fitted.features
-    before = model.below if kind == "network" else model.features
-    assert eqx.tree_equal(frozen, before)
+    frozen = lambda m: m.below if kind == "network" else m.features
+    assert eqx.tree_equal(frozen(fitted), frozen(model))
 
 
-@pytest.mark.parametrize("kind", ["network", "features"])
-def test_dropout_is_off(kind):
+def test_dropout_is_off():
     dropout = eqx.nn.Dropout(0.9)
     network = eqx.nn.Sequential(
         [linear(6, 4), eqx.nn.Lambda(jnp.tanh), dropout, linear(4, 3)]
     )
-    model = network if kind == "network" else eqd.linear.last_layer(network)
+    model = eqd.linear.last_layer(network)
     evaluation = eqd.evaluate(squared(), model, REAL)
     # The loss without dropout.
     fitted = evaluation.fitted.model
-    first = (fitted if kind == "network" else fitted.features.module).layers[0]
-    last = fitted.layers[3] if kind == "network" else fitted.head
+    first, last = fitted.features.module.layers[0], fitted.head
     hidden = np.tanh(REAL.images @ first.weight.T + first.bias)
     log_p = jax.nn.log_softmax((hidden @ last.weight.T + last.bias) / 0.2)
     loss = -np.mean(log_p[np.arange(20), REAL.labels])
     np.testing.assert_allclose(evaluation.loss, loss, rtol=1e-4)
-    if kind == "features":  # Dropout is off for the real images, too.
-        history = eqd.distill(squared(), model, REAL, steps=1).history
-        np.testing.assert_allclose(history.loss[0], loss, rtol=1e-4)
-
-
-class Projected(eqx.Module):
-    """Draws its random projection from its key in each call."""
-
-    key: jax.Array
-    weight: jax.Array
-
-    def __call__(self, image):
-        return self.weight @ (jr.normal(self.key, (4, 6)) @ image)
-
-
-def test_key_inside_a_model():
-    model = Projected(jr.key(0), jnp.zeros((3, 4)))
-    fitted = eqd.fit(start(), model, OneStep()).model
-    assert fitted.key == model.key
-    projection = np.asarray(jr.normal(model.key, (4, 6)))
-    # The first step of gradient descent, from zero.
-    residuals = np.eye(3)[LABELS] - 1 / 3
-    want = 10 / 5 * residuals.T @ IMAGES @ projection.T
-    np.testing.assert_allclose(fitted.weight, want, rtol=1e-4, atol=1e-5)
-    objective = eqd.Bilevel(model, OneStep())
-    history = eqd.distill(start(), objective, REAL, optimiser=ADAM, steps=4).history
-    assert history.loss[-1] < history.loss[0] - 1e-3
-
-
-class Features(eqx.Module):
-    key: jax.Array
-
-    def __call__(self, image):
-        return jnp.tanh(jr.normal(self.key, (4, 6)) @ image)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "make", [eqd.FullBatch, functools.partial(eqd.Batches, size=20)]
-)
-def test_cached_features(make):
-    """The features of the real images are computed once, and not in a step."""
-    features, other = (eqd.Cached(Features(jr.key(seed)), "a") for seed in (0, 1))
-    model = eqd.linear.LinearClassifier(features, linear(4, 3))
-    once, each_time = make(REAL, cached=[features]), make(REAL)
-    run = lambda data: eqd.distill(squared(), model, data, steps=2).history.loss
-    np.testing.assert_allclose(run(once), run(each_time), rtol=1e-5)
-    bad = eqd.linear.LinearClassifier(other, linear(4, 3))
-    with pytest.raises(ValueError, match="`cached` of the data must hold the modules"):
-        eqd.distill(squared(), bad, once, steps=1)
-    with pytest.raises(ValueError, match="finite"):
-        make(REAL, cached=[eqd.Cached(lambda x: x / 0, "a")])
-    with pytest.raises(ValueError, match="`augmentation` must be None"):
-        eqd.Batches(REAL, 2, cached=[features], augmentation=eqd.augment.Flip())
+    # Dropout is off for the real images, too.
+    history = eqd.distill(squared(), model, REAL, steps=1).history
+    np.testing.assert_allclose(history.loss[0], loss, rtol=1e-4)

@@ -145,8 +145,6 @@ def test_augmented_batches(balanced):
 
 def test_batches_refuse_sizes_that_do_not_fit():
     dataset = eqd.Dataset(NUMBERS, LABELS)
-    with pytest.raises(ValueError, match=r"`size` must be from 1 to 14.*; got 15"):
-        eqd.Batches(dataset, 15)
     for size in (4, 12):
         match = f"multiple of the 3 classes, and at most 9, since class 0.*; got {size}"
         with pytest.raises(ValueError, match=match):
@@ -173,24 +171,20 @@ def test_cached_features_are_computed_once(logistic):
         np.testing.assert_allclose(found, mean(build(train), one, other), rtol=1e-5)
         # The stored outputs are found by their name.
         np.testing.assert_array_equal(found, mean(cached, impostor, other))
-    # The distilled images have no stored outputs.
-    np.testing.assert_array_equal(one(start.images[0]), backbones[0](start.images[0]))
     head = eqd.linear.LogisticRegression(6, 10).head
     objective = eqd.Bilevel(eqd.linear.LinearClassifier(impostor, head), OneStep())
     with pytest.raises(ValueError, match="the module named 'one' is another one"):
         eqd.distill(start, objective, cached)
-    with pytest.raises(ValueError, match="parts with different names"):
-        eqd.FullBatch(train, cached=[one, impostor])
+    with pytest.raises(ValueError, match="finite"):
+        eqd.FullBatch(train, cached=[eqd.Cached(lambda x: x / 0, "a")])
     with pytest.raises(ValueError, match="`augmentation` must be None with `cached`"):
         eqd.Batches(train, 20, augmentation=AddHalf(), cached=[one])
 
 
 def test_data_may_be_a_function_of_the_step(logistic):
     start, objective, train = logistic
-    parts = [
-        eqd.FullBatch(eqd.Dataset(train.images[i::2], train.labels[i::2], 10))
-        for i in range(2)
-    ]
+    half = lambda i: eqd.Dataset(train.images[i::2], train.labels[i::2], 10)
+    parts = [eqd.FullBatch(half(i)) for i in range(2)]
     asked = []
 
     def stream(step):
@@ -211,25 +205,10 @@ def test_data_may_be_a_function_of_the_step(logistic):
     assert int(error.value.distillation.state.step) == 5
 
 
-class Given(eqd.AbstractInnerSolver[None]):
-    """A fit whose weights are known."""
-
-    weight: jax.Array
-
-    def init(self, distilled, model, *, key):
-        return None
-
-    def __call__(self, distilled, model, state, *, key):
-        model = eqx.tree_at(lambda m: m.head.weight, model, self.weight)
-        zero = jnp.zeros(())
-        return eqd.Fitted(model=model, converged=zero == 0, gradient_norm=zero), state
-
-
-LAYOUTS = ["constant pixels", "all constant", "bytes", "temperature"]
-
-
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize(
+    "case", ["constant pixels", "all constant", "bytes", "temperature"]
+)
 def test_sorted_pixels_give_the_generic_mean(digits, mnist, case):
     # The bytes fill several chunks, the last of them in part.
     train = subset(mnist[0], 7001) if case == "bytes" else subset(digits[0], 101)
@@ -260,20 +239,9 @@ def test_sorted_pixels_of_separated_data(logistic):
     logits = np.asarray(train.floating()).reshape(-1, 64) @ weight.T
     margins = np.diff(np.sort(logits, axis=1)[:, -2:])
     separated = eqd.Dataset(train.floating(), np.argmax(logits, axis=1), 10)
-    inner = Given(jnp.asarray(100 * weight / margins.min()))
-    objective = eqd.Bilevel(eqd.linear.LogisticRegression(64, 10), inner)
+    model = eqd.linear.LogisticRegression(64, 10)
+    weight = jnp.asarray(100 * weight / margins.min())
+    model = eqx.tree_at(lambda m: m.head.weight, model, weight)
+    objective = eqd.Bilevel(model, OneStep(learning_rate=0.0))
     loss, _ = hypergradient(start, objective, objective.layout(separated))
     assert 0 <= loss < 1e-6
-
-
-@pytest.mark.slow
-def test_images_of_half_precision(digits):
-    images = digits[0].floating()[:101].astype(jnp.bfloat16)
-    train = eqd.Dataset(images, digits[0].labels[:101], 10)
-    start = eqd.DistilledSet.from_real(train, l2=1e-3, key=jr.key(0))
-    network = eqx.nn.Sequential(
-        [eqx.nn.Lambda(jnp.ravel), eqx.nn.MLP(64, 10, 5, 1, jnp.tanh, key=KEY)]
-    )
-    objective = eqd.Bilevel(network, OneStep())
-    losses = eqd.distill(start, objective, train, steps=2).history.loss
-    assert losses[1] < losses[0]

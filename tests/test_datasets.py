@@ -89,17 +89,6 @@ def test_mnist(mnist):
     assert np.bincount(train.labels).tolist() == counts
 
 
-@pytest.mark.skipif(
-    not Path("/usr/share/datasets/fashion-mnist").is_dir(),
-    reason="dataset-fashion-mnist is not installed",
-)
-def test_fashion_mnist():
-    for data, count in zip(
-        eqd.datasets.load("fashion_mnist"), (6000, 1000), strict=True
-    ):
-        assert np.bincount(data.labels).tolist() == [count] * 10
-
-
 def test_digits(digits):
     train, test = digits
     assert train.images.shape == (1347, 8, 8)
@@ -112,8 +101,7 @@ def test_digits(digits):
 def test_folders_are_searched_in_order(folder, nowhere, monkeypatch):
     named = folder / "named"
     (named / "mnist").mkdir(parents=True)
-    for name in NAMES:
-        # Not compressed, and in a folder with the name of the dataset.
+    for name in NAMES:  # Not compressed.
         data = gzip.decompress((folder / name).read_bytes())
         (named / "mnist" / name.removesuffix(".gz")).write_bytes(data)
     by_argument = eqd.datasets.load("mnist", named)
@@ -129,33 +117,20 @@ def test_folders_are_searched_in_order(folder, nowhere, monkeypatch):
         eqd.datasets.load("mnist", folder)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "found"),
-    [
-        (lambda data: data[: len(data) // 2], "truncated or not a gzip file"),
-        (lambda data: b"<html>404</html>", "truncated or not a gzip file"),
-        (lambda data: b"", "7840016 bytes.* has 0 bytes"),
-        (
-            lambda data: gzip.compress(gzip.decompress(data)[:-1], 1),
-            "7840016 bytes.* has 7840015 bytes",
-        ),
-        (
-            lambda data: gzip.compress(gzip.decompress(data)[:-1] + b"\1", 1),
-            "SHA-256 0fa7.* has 7840016 bytes and SHA-256",
-        ),
-        (
-            lambda data: (SHIPPED / "train-labels-idx1-ubyte.gz").read_bytes(),
-            "has 60008 bytes",
-        ),
-    ],
-    ids=["truncated", "html", "empty", "short", "corrupt", "foreign"],
-)
-def test_bad_idx_files(folder, spoil, found):
+def test_bad_idx_files(folder):
     path = folder / "t10k-images-idx3-ubyte.gz"
-    path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(ValueError, match=found) as info:
-        eqd.datasets.load("mnist", folder)
-    assert str(path) in str(info.value)
+    data = path.read_bytes()
+    corrupt = gzip.compress(gzip.decompress(data)[:-1] + b"\1", 1)
+    for bad, found in (
+        (data[: len(data) // 2], "truncated or not a gzip file"),
+        (b"<html>404</html>", "truncated or not a gzip file"),
+        (b"", "7840016 bytes.* has 0 bytes"),
+        (corrupt, "SHA-256 0fa7.* has 7840016 bytes and SHA-256"),
+    ):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=found) as info:
+            eqd.datasets.load("mnist", folder)
+        assert str(path) in str(info.value)
 
 
 def test_large_files_are_not_unpacked(folder):
@@ -172,9 +147,8 @@ def test_large_files_are_not_unpacked(folder):
 
 def test_missing_files(folder):
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    for data_dir in (folder, folder / "no"):
-        with pytest.raises(FileNotFoundError, match="`data_dir` must be a folder with"):
-            eqd.datasets.load("mnist", data_dir)
+    with pytest.raises(FileNotFoundError, match="`data_dir` must be a folder with"):
+        eqd.datasets.load("mnist", folder)
 
 
 def test_files_are_downloaded_once(nowhere, serve, monkeypatch):
@@ -208,9 +182,7 @@ def test_without_a_network(nowhere, monkeypatch, has_pooch):
         monkeypatch.setitem(sys.modules, "pooch", None)
     with pytest.raises(FileNotFoundError, match="could not be downloaded") as info:
         eqd.datasets.load("mnist")
-    words = (str(nowhere), NAMES[0], "`data_dir`", "pip install 'eqdistill[data]'")
-    for word in words:
-        assert word in str(info.value)
+    assert str(nowhere) in str(info.value)
 
 
 # The binary version of CIFAR-10, with fewer images.
@@ -247,38 +219,30 @@ def pack(folder, files):
     return folder
 
 
-@pytest.mark.parametrize("where", ["cifar10", "cifar10/cifar-10-batches-bin", "", "."])
-def test_cifar10(cifar, where):
+def test_cifar10(cifar):
     folder, *wanted = cifar
-    # "." is the folder of the files, and "" is its parent.
-    data_dir = folder if where == "." else folder.parent
-    if where.startswith("cifar10"):
-        shutil.copytree(folder, data_dir / where)
-        shutil.rmtree(folder)
-    got = eqd.datasets.load("cifar10", data_dir)
-    for a, b in zip(got, wanted, strict=True):
-        assert eqx.tree_equal(a, b)
+    moved = folder.parent / "moved" / "cifar10"
+    shutil.copytree(folder, moved / folder.name)
+    for data_dir in (folder, folder.parent, moved, moved.parent):
+        got = eqd.datasets.load("cifar10", data_dir)
+        for a, b in zip(got, wanted, strict=True):
+            assert eqx.tree_equal(a, b)
     for part in got[0].split(0.1, key=jr.key(0)):
         assert part.class_names == wanted[0].class_names
 
 
-@pytest.mark.parametrize(
-    ("spoil", "found"),
-    [
-        (lambda data: data[:-1], "has 61460 bytes; got 61459"),
-        (lambda data: b"", "got 0"),
-        (lambda data: b"\x0a" + data[1:], r"labels must be in \[0, 10\)"),
-        (lambda data: b"\x09" + data[1:], r"the same number of images.*\[9, 10, "),
-    ],
-    ids=["short", "empty", "label", "counts"],
-)
-def test_bad_cifar10_files(cifar, spoil, found):
+def test_bad_cifar10_files(cifar):
     folder, *_ = cifar
     path = folder / "data_batch_1.bin"
-    path.write_bytes(spoil(path.read_bytes()))
-    with pytest.raises(ValueError, match=found) as info:
-        eqd.datasets.load("cifar10", folder)
-    assert str(path) in str(info.value)
+    data = path.read_bytes()
+    for bad, found in (
+        (data[:-1], "has 61460 bytes; got 61459"),
+        (b"\x09" + data[1:], r"the same number of images.*\[9, 10, "),
+    ):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=found) as info:
+            eqd.datasets.load("cifar10", folder)
+        assert str(path) in str(info.value)
 
 
 def test_cifar10_is_downloaded_once(cifar, serve, tmp_path, monkeypatch):

@@ -11,18 +11,12 @@ from PIL import Image
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    "README.md",
-    pytest.param("docs/evaluation.md", marks=pytest.mark.slow),
-    pytest.param("docs/elsewhere.md", marks=pytest.mark.slow),
-    pytest.param("docs/networks.md", marks=pytest.mark.slow),
-    pytest.param("docs/training-runs.md", marks=pytest.mark.slow),
-    pytest.param("docs/backbones.md", marks=pytest.mark.slow),
-    pytest.param("docs/getting-started.md", marks=pytest.mark.slow),
-]
+NAMES = ["evaluation", "elsewhere", "networks", "training-runs", "backbones"]
+NAMES += ["getting-started"]
+SLOW = [pytest.param(f"docs/{name}.md", marks=pytest.mark.slow) for name in NAMES]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", *SLOW])
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

@@ -1,4 +1,4 @@
-"""Exact distillation: the result is fitted from scratch by two programs."""
+"""Exact distillation: a fit to the result gives the model back."""
 
 import equinox as eqx
 import jax
@@ -7,7 +7,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from sklearn.linear_model import LogisticRegression as SklearnLogisticRegression, Ridge
+from sklearn.linear_model import Ridge
 
 import eqdistill as eqd
 
@@ -38,27 +38,6 @@ def error_of_fit(distilled, model):
     return max(float(error), np.abs(got.bias - centred(head.bias)).max())
 
 
-def error_of_scikit_learn(distilled, model):
-    """The relative error of scikit-learn's weights. It has no soft labels, so each
-    image is repeated for each class, weighted by its probability."""
-    n, c = len(distilled), len(model.head.weight)
-    labels = distilled.labels
-    weights = jax.nn.one_hot(labels, c) if labels.ndim == 1 else jax.nn.softmax(labels)
-    reference = SklearnLogisticRegression(
-        C=1 / (n * float(distilled.l2)),
-        fit_intercept=model.head.bias is not None,
-        solver="newton-cg",
-        tol=1e-12,
-        max_iter=1000,
-    ).fit(
-        np.repeat(np.asarray(distilled.images).reshape(n, -1), c, axis=0),
-        np.tile(np.arange(c), n),
-        sample_weight=np.asarray(weights).ravel(),
-    )
-    want = centred(model.head.weight)
-    return float(np.linalg.norm(reference.coef_ - want) / np.linalg.norm(want))
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @given(
@@ -79,14 +58,6 @@ def test_random_weights(log_scale, intercept_scale, seed):
     assert error_of_fit(exact, model) <= 1e-6
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("x64")
-def test_a_hundred_classes():
-    model = linear(np.random.default_rng(0).normal(size=(100, 784)))
-    start = eqd.DistilledSet(np.zeros((100, 784)), np.arange(100), l2=0.1)
-    assert error_of_fit(eqd.linear.distill_exactly(start, model), model) <= 1e-6
-
-
 @pytest.fixture(scope="module")
 def mnist_weights(mnist):
     """The weights and the intercept of a quick fit of squared errors, enlarged."""
@@ -95,39 +66,19 @@ def mnist_weights(mnist):
     return fitted.coef_, fitted.intercept_
 
 
-def mnist_start(mnist, name, n):
-    if name == "real":
-        return eqd.DistilledSet.from_real(mnist[0], n, l2=0.1, key=jr.key(0))
-    return eqd.DistilledSet.from_noise(
-        mnist[0], n, l2=0.1, scale=1 / 784, key=jr.key(0)
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    ("name", "n", "soft", "use_intercept"),
-    [("noise", 9, False, False), ("real", 25, True, True)],
-)
-def test_mnist(mnist, mnist_weights, name, n, soft, use_intercept):
-    start = mnist_start(mnist, name, n)
+@pytest.mark.parametrize(("n", "soft"), [(9, False), (25, True)])
+def test_mnist(mnist, mnist_weights, n, soft):
+    start = eqd.DistilledSet.from_real(mnist[0], n, l2=0.1, key=jr.key(0))
     if soft:
         logits = 4 * jax.nn.one_hot(start.labels, 10)
         start = eqd.DistilledSet(start.images, logits, l2=0.1)
     weights, intercept = mnist_weights
-    model = linear(weights, intercept if use_intercept else None)
+    model = linear(weights, intercept if soft else None)
     exact = eqd.linear.distill_exactly(start, model)
     assert exact.images.shape == (n, 28, 28)
     assert error_of_fit(exact, model) <= 1e-6
-    assert error_of_scikit_learn(exact, model) <= 1e-4
-
-
-@pytest.mark.slow
-def test_in_single_precision(mnist, mnist_weights):
-    model = linear(*(x.astype(np.float32) for x in mnist_weights))
-    exact = eqd.linear.distill_exactly(mnist_start(mnist, "noise", 10), model)
-    assert exact.images.dtype == jnp.float32
-    assert error_of_fit(exact, model) <= 1e-4
 
 
 @pytest.mark.slow
@@ -166,13 +117,11 @@ def test_reasons_for_no_solution():
 def test_bad_models(digits):
     start = eqd.DistilledSet.from_noise(digits[0], l2=0.1, scale=1 / 64, key=jr.key(0))
     weights = np.random.default_rng(0).normal(size=(10, 64))
-    of_features = eqd.linear.LinearClassifier(jnp.ravel, linear(weights).head)
-    for model, error, match in (
-        (linear(weights[:, :30]), ValueError, r"shape \(30,\)"),
-        (linear(0 * weights), ValueError, "`model` must have weights that differ"),
-        (linear(np.nan * weights), ValueError, "`model` must have finite weights"),
-        (linear(weights[:5]), ValueError, r"labels.*must be in"),
-        (of_features, TypeError, "`LogisticRegression`.*got a LinearClassifier"),
+    for model, match in (
+        (linear(weights[:, :30]), r"shape \(30,\)"),
+        (linear(0 * weights), "`model` must have weights that differ"),
+        (linear(np.nan * weights), "`model` must have finite weights"),
+        (linear(weights[:5]), r"labels.*must be in"),
     ):
-        with pytest.raises(error, match=match):
+        with pytest.raises(ValueError, match=match):
             eqd.linear.distill_exactly(start, model)

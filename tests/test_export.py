@@ -1,18 +1,17 @@
 """Exports are read by NumPy, Pillow and loaders of folders."""
 
 import functools
-import sys
 
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
 from PIL import Image
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
-from eqdistill._outer._evaluate import Evaluation
 from eqdistill.datasets import Standardisation, ZCA
+
+from .conftest import evaluation
 
 
 RNG = np.random.default_rng(0)
@@ -44,8 +43,6 @@ def recover(folder, mode="L"):
     [
         ((5, 4), "L", 1e-4),
         ((1, 5, 4), "L", 1e3),
-        ((5, 4, 1), "L", 1.0),
-        ((1, 4), "L", 1.0),
         ((3, 5, 4), "RGB", 1.0),
         ((5, 4, 3), "RGB", 1.0),
     ],
@@ -129,11 +126,8 @@ def test_labels_and_losses(tmp_path):
 
 def test_artifacts_have_an_accuracy_and_a_recipe(tmp_path):
     recipe = recipes.dc(functools.partial(nn.MLP, (5, 4), 3), updates=7)
-    fitted = eqd.Fitted(None, jnp.array(True), jnp.array(0.0))
-    accuracies = np.array([[0.5, 0.7]])
-    found = Evaluation(accuracies, accuracies, recipe, fitted, jr.key(0))
     path = tmp_path / "a.safetensors"
-    eqd.save(path, grey(3), found, dataset="digits")
+    eqd.save(path, grey(3), evaluation(recipe), dataset="digits")
     eqd.export(tmp_path / "out", eqd.load(path))
     exported = read(tmp_path / "out")
     np.testing.assert_allclose(exported["claimed_accuracy"], 0.6)
@@ -154,25 +148,16 @@ def test_names_of_cifar10(tmp_path):
     assert (tmp_path / "out" / "truck" / "9.png").is_file()
 
 
-@pytest.mark.parametrize(
-    "names", ["abc", "abcc", ("a", "b", "c", "../d"), ("a", "b", "c", "..")]
-)
-def test_refuses_names(tmp_path, names):
-    with pytest.raises(ValueError, match="`class_names` must"):
-        eqd.export(tmp_path / "out", grey(), class_names=names)
-    assert not (tmp_path / "out").exists()
-
-
-def test_refuses(tmp_path, monkeypatch):
+def test_refuses(tmp_path):
+    for names in ("abc", "abcc", ("a", "b", "c", "../d"), ("a", "b", "c", "..")):
+        with pytest.raises(ValueError, match="`class_names` must"):
+            eqd.export(tmp_path, grey(), class_names=names)
+    assert not list(tmp_path.iterdir())
     eqd.export(tmp_path, grey(4))
     eqd.export(tmp_path, grey(4))
-    match = r"`folder` must have no PNGs of another set .*3.3\.png"
-    with pytest.raises(FileExistsError, match=match):
+    with pytest.raises(FileExistsError, match=r"no PNGs of another set .*3.3\.png"):
         eqd.export(tmp_path, grey(3))
     for shape in ((5,), (2, 5, 4), (1, 1, 5), (2, 2, 2, 2)):
         distilled = eqd.DistilledSet(jnp.ones((2, *shape)), np.arange(2), l2=0.1)
         with pytest.raises(ValueError, match=f"`distilled` must.*{shape[-1]}"):
             eqd.export(tmp_path / "new", distilled)
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"needs Pillow: pip install 'eqdistill"):
-        eqd.export(tmp_path, grey())

@@ -1,50 +1,30 @@
 """Files that were spoilt at random are loaded or refused: by name, in little time, and
-in little memory.
-
-`python -m tests.test_hostile_files 10000` tries 10,000 files.
-"""
+in little memory."""
 
 import functools
 import json
 import sys
-import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
-import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
 
 import eqdistill as eqd
 from eqdistill import linear, nn, recipes
-from eqdistill._outer._evaluate import Evaluation
 from eqdistill.datasets import Standardisation, ZCA
+
+from .conftest import evaluation
 
 
 VALUES = [
-    *(None, True, 0, -1, 1, 3, 255, 700, 10**6, 2**31 - 1, 2**31, 2**53, 2**63, 2**64),
+    *(None, True, 0, -1, 3, 255, 700, 10**6, 2**31 - 1, 2**31, 2**53, 2**63, 2**64),
     *(0.5, -0.5, 1e-300, 1e308, float("nan"), float("inf"), "", "x" * 1000, "Packed"),
-    *(
-        [],
-        {},
-        [1],
-        [2**20, 2**20],
-        [[]] * 100,
-        {"class": "ZCA"},
-        {"a": {"a": {"a": 1}}},
-    ),
+    *([], {}, [1], [2**20, 2**20], [[]] * 100, {"class": "ZCA"}, {"a": {"a": {}}}),
     *(2, 5, 8, 9, 64, 1024, 4096, 1.0, 1e-3, 5.0, [1, 1], [8, 8], [64, 64], [4096, 4]),
     *("SpanSolver", "ArgminSolver", "LogisticRegression", "Recipe", "F64", "I64"),
     *("ConvNet", "dc", "relu", {"class": "RidgeSolver"}, {"tensor": "artifact.start"}),
 ]
-
-
-def evaluation(recipe):
-    fitted = eqd.Fitted(None, jnp.array(True), jnp.array(0.0))
-    accuracies = np.array([[0.5, 0.7]])
-    return Evaluation(accuracies, accuracies, recipe, fitted, jr.key(0))
 
 
 def good_artifacts(folder):
@@ -64,8 +44,7 @@ def good_artifacts(folder):
     for i, (start, recipe, kwargs) in enumerate(
         [
             (hard, None, {"dataset": "mnist", "seed": 7}),
-            (hard, recipes.Recipe(model, linear.SpanSolver(1e-3, 0.0, 9)), {}),
-            (soft, recipes.Recipe(model, linear.RelativeRidge()), {}),
+            (soft, recipes.Recipe(model, linear.SpanSolver(1e-3, 0.0, 9)), {}),
             (hard.with_targets(3), fresh, {}),
             (hard, recipes.dc(make, updates=7), {}),
             (hard, rates, {}),
@@ -127,49 +106,26 @@ def memory(name):
     return 1024 * int(line.split()[1])
 
 
-def try_all(path, files):
-    """The number of files loaded and refused, the longest time, the most memory."""
-    outcomes, slowest, most = Counter(), 0.0, 0
-    for data in files:
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="how memory is measured")
+def test_spoilt_files(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "bad.safetensors"
+    good = list(good_artifacts(tmp_path))
+    for data in good:  # Compiling is no part of the measurement.
         path.write_bytes(data)
+        eqd.load(path)
+    refused = 0
+    for i in range(600):
+        spoil = (spoil_bytes, spoil_json)[i % 2]
+        path.write_bytes(spoil(good[i // 2 % len(good)], rng))
         Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
         before, start = memory("VmRSS"), time.perf_counter()
         try:
             eqd.load(path)
-            outcome = "loaded"
         except ValueError as e:
+            refused += 1
             assert str(path) in str(e)  # noqa: PT017
             assert len(str(e)) < 1000  # noqa: PT017
-            outcome = "refused"
-        slowest = max(slowest, time.perf_counter() - start)
-        most = max(most, memory("VmHWM") - before)
-        outcomes[outcome] += 1
-    return outcomes, slowest, most
-
-
-def try_artifacts(folder, count):
-    rng = np.random.default_rng(0)
-    good = list(good_artifacts(folder))
-    for data in good:  # Compiling is no part of the measurement.
-        (folder / "bad.safetensors").write_bytes(data)
-        eqd.load(folder / "bad.safetensors")
-    spoil = (spoil_bytes, spoil_json)
-    files = (spoil[i % 2](good[i // 2 % len(good)], rng) for i in range(count))
-    return try_all(folder / "bad.safetensors", files)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="how memory is measured")
-def test_spoilt_files(tmp_path):
-    outcomes, slowest, most = try_artifacts(tmp_path, 600)
-    assert outcomes["refused"] > 300
-    assert slowest < 10
-    assert most < 50 * 2**20
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes, slowest, most = try_artifacts(Path(folder), int(sys.argv[1]))
-    print(
-        f"{dict(outcomes)}; slowest {slowest:.2f} s, most memory {most / 2**20:.1f} MiB"
-    )
+        assert time.perf_counter() - start < 10
+        assert memory("VmHWM") - before < 50 * 2**20
+    assert refused > 300

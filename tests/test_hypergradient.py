@@ -52,22 +52,6 @@ def test_mlp_agrees_with_central_differences(digits):
 
 
 @pytest.mark.slow
-def test_composes_with_vmap(digits):
-    train = subset(digits[0], 100)
-    model = eqd.linear.LogisticRegression(64, 10)
-    images = 0.3 * jr.normal(jr.key(0), (3, 10, 8, 8))
-    build = lambda images: eqd.DistilledSet(images, jnp.arange(10), l2=0.1)
-    of_images = lambda images: hypergradient(build(images), model, train)
-    losses, gradients = jax.vmap(of_images)(images)
-    for i in range(3):
-        loss, gradient = of_images(images[i])
-        np.testing.assert_allclose(losses[i], loss, rtol=1e-9)
-        np.testing.assert_allclose(
-            gradients.images[i], gradient.images, rtol=1e-6, atol=1e-9
-        )
-
-
-@pytest.mark.slow
 def test_many_fits_at_once(digits):
     # With this number of unknowns, the linear solver depends on the condition number.
     images = jnp.asarray(digits[0].images[:14]) / 255.0

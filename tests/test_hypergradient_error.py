@@ -5,15 +5,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
-import optimistix as optx
 import pytest
 from hypothesis import given, settings, strategies as st
 
 import eqdistill as eqd
 from eqdistill.linear import hypergradient_error, LogisticRegression, SpanSolver
 
-from .conftest import OneStep, subset
+from .conftest import OneStep
 
 
 C, P = 4, 9
@@ -112,43 +110,11 @@ def test_no_bound_is_known(case):
     assert 0 < found.error < 1e-4 * found.norm
 
 
-class Fails(eqd.AbstractInnerSolver[None]):
-    def init(self, distilled, model, *, key):
-        return None
-
-    def __call__(self, distilled, model, state, *, key):
-        fitted, state = OneStep()(distilled, model, state, key=key)
-        return eqx.tree_at(lambda f: f.converged, fitted, jnp.array(False)), state
-
-
 def test_what_cannot_be_measured_is_refused():
     start, model, real = soft_start(dtype=np.float32), LogisticRegression(P, C), data()
+    reference = SpanSolver(max_steps=1)
     with pytest.raises(ValueError, match="`reference` must fit the model"):
-        hypergradient_error(start, model, real, OneStep(), reference=Fails())
+        hypergradient_error(start, model, real, OneStep(), reference=reference)
     source = eqd.Fresh(lambda *, key: model)
     with pytest.raises(TypeError, match="`model` must be one model; got a Fresh"):
         hypergradient_error(start, source, real)
-
-
-@pytest.mark.slow
-def test_measures_what_is_approximate(digits):
-    train = subset(digits[0], 60)
-    start = eqd.DistilledSet.from_noise(train, l2=0.05, scale=0.3, key=jr.key(0))
-    model = LogisticRegression(64, 10)
-
-    def unrolled(window):
-        inner = eqd.UnrolledSolver(
-            optax.sgd, {"learning_rate": 0.5}, 200, window=window
-        )
-        return hypergradient_error(start, model, train, inner, key=jr.key(0))
-
-    def series(terms):
-        adjoint = optx.ImplicitAdjoint(eqd.adjoints.NeumannSeries(terms, 0.5))
-        inner = eqd.ArgminSolver(adjoint=adjoint)
-        return hypergradient_error(start, model, train, inner)
-
-    whole = unrolled(None)
-    assert whole.error < 1e-4 * whole.norm
-    for window in (eqd.adjoints.LastSteps(2), eqd.adjoints.RandomWindow(2)):
-        assert unrolled(window).error > 0.1 * whole.norm
-    assert series(1).error > 0.1 * whole.norm > 10 * series(200).error

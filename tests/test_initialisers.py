@@ -1,12 +1,9 @@
 import functools
-import sys
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
 import pytest
 
 import eqdistill as eqd
@@ -50,17 +47,15 @@ def test_labels_and_key(digits, name):
     assert bool(eqx.tree_equal(first, other)) is (name == "herding")
 
 
-@pytest.mark.parametrize("n", [3, 47])
 @pytest.mark.parametrize("name", ["real", "herding"])
-def test_real_images_without_repeats(digits, name, n):
-    train, _ = digits
-    distilled = METHODS[name](train, n, l2=0.1, key=jr.key(1))
+def test_real_images_without_repeats(digits, name):
+    distilled = METHODS[name](digits[0], 47, l2=0.1, key=jr.key(1))
     for class_ in range(10):
         chosen = rows(distilled, class_)
-        is_equal = (chosen[:, None] == rows(train, class_)[None]).all(axis=-1)
+        is_equal = (chosen[:, None] == rows(digits[0], class_)[None]).all(axis=-1)
         assert is_equal.any(axis=1).all()
     # No two images of `digits` are equal.
-    assert len(np.unique(distilled.images, axis=0)) == n
+    assert len(np.unique(distilled.images, axis=0)) == 47
 
 
 def test_class_means(digits):
@@ -76,16 +71,6 @@ def test_class_means(digits):
         sizes = np.array([len(part) for part in np.array_split(np.arange(len(x)), 4)])
         np.testing.assert_allclose(sizes @ means / len(x), mean, rtol=1e-5, atol=1e-6)
         assert distances(means, means)[0, 1] > 0.1
-
-
-@pytest.mark.parametrize("name", ["real", "class means", "herding"])
-def test_all_images_of_a_class(name):
-    images = np.random.default_rng(0).normal(size=(6, 2, 2)).astype(np.float32)
-    train = eqd.Dataset(images, np.arange(6) % 2)
-    distilled = METHODS[name](train, 6, l2=0.1, key=jr.key(0))
-    for class_ in range(2):
-        pair = rows(distilled, class_), rows(train, class_)
-        np.testing.assert_array_equal(*(np.sort(x, axis=0) for x in pair))
 
 
 def test_kmeans(digits):
@@ -134,13 +119,9 @@ def test_herding(digits):
     assert np.mean(errors[:, -1]) < 0.7 * np.mean(random_errors)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", FROM_DATA)
 def test_floating_point_images(name, dtype):
-    try:
-        _ = jnp.ones((), dtype) + jnp.ones((), dtype)
-    except jax.errors.JaxRuntimeError:  # There is no float16 before AVX.
-        pytest.skip(f"XLA has no {np.dtype(dtype).name} on this processor")
     pixels = np.random.default_rng(0).normal(size=(60, 3, 2, 2))
     train = eqd.Dataset(pixels.astype(dtype), np.arange(60) % 3)
     distilled = METHODS[name](train, 6, l2=0.1, key=jr.key(0))
@@ -157,22 +138,3 @@ def test_too_many_images(name):
     match = "`n` = 5 requires 1 images of class 2; `train` has 0"
     with pytest.raises(ValueError, match=match):
         METHODS[name](train, 5, l2=0.1, key=jr.key(0))
-
-
-def test_kmeans_without_scikit_learn(digits, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(ImportError, match=r"from_kmeans.*eqdistill\[data\]"):
-        eqd.DistilledSet.from_kmeans(digits[0], l2=0.1, key=jr.key(0))
-
-
-def test_every_start_can_be_distilled(digits):
-    train, test = digits
-    model = eqd.linear.LogisticRegression(64, 10)
-    optimiser = optax.adam(0.02)
-    for name, method in METHODS.items():
-        start = method(train, l2=0.1, key=jr.key(0))
-        if name != "noise":
-            assert eqd.evaluate(start, model, test).accuracy > 0.5
-        result = eqd.distill(start, model, train, optimiser=optimiser, steps=3)
-        assert result.history.loss[-1] < result.history.loss[0]
-        assert jax.tree.structure(result.distilled) == jax.tree.structure(start)

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-import sklearn.linear_model
 
 import eqdistill as eqd
 from eqdistill import nn
-from eqdistill.linear import LinearisedSolver, LogisticRegression
+from eqdistill.linear import LinearisedSolver
 
 from .conftest import check_gradient, subset
 
@@ -28,27 +27,6 @@ def start_of(train, n=10, l2=1e-2):
     dtype = jnp.result_type(float)
     images = real.images.astype(dtype)
     return eqd.DistilledSet(images, real.labels, l2=l2, loss=eqd.SquaredError())
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("x64")
-def test_a_linear_model_agrees_with_scikit_learn(digits):
-    # From any start: the ridge penalises the change of the weights.
-    start = start_of(digits[0])
-    images = np.asarray(start.images).reshape(10, -1)
-    weight = np.random.default_rng(0).normal(size=(10, 64))
-    model = eqx.tree_at(
-        lambda m: m.head.weight, LogisticRegression(64, 10), jnp.asarray(weight)
-    )
-    fitted = eqd.fit(start, model, LinearisedSolver())
-    targets = np.eye(10)[np.asarray(start.labels)] - 0.1
-    # The trace of the kernel is ten times the trace for one class.
-    alpha = 10 * float(start.l2) * np.sum(images**2) / 100
-    ridge = sklearn.linear_model.Ridge(alpha=alpha, fit_intercept=False)
-    ridge.fit(images, targets - images @ weight.T)
-    wanted = images @ (weight + ridge.coef_).T
-    outputs = jax.vmap(fitted.model)(start.images)
-    np.testing.assert_allclose(outputs, wanted, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -91,9 +69,3 @@ def test_dropout_is_off(digits):
         for x in (network, eqx.nn.Sequential([eqx.nn.Dropout(0.5), *network]))
     ]
     np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-5)
-
-
-def test_refuses_other_losses(digits):
-    start = eqd.DistilledSet.from_real(digits[0], 10, l2=0.1, key=KEY)
-    with pytest.raises(TypeError, match=r"`SquaredError` for `LinearisedSolver`"):
-        eqd.fit(start, LogisticRegression(64, 10), LinearisedSolver())

@@ -68,15 +68,9 @@ def test_arrays_of_the_outer_loss_are_learned(name):
     loss = Hinge(jnp.array(0.5)) if name == "margin" else eqd.CrossEntropy(0.7)
     start, network, real = toy(eqd.CrossEntropy())
     of = lambda loss: eqd.Bilevel(network, OneStep(0.5), loss)
-    result = eqd.distill(
-        start,
-        of(loss),
-        real,
-        optimiser=optax.sgd(1.0),
-        steps=1,
-        learn=lambda s: (),
-        learn_objective=lambda o: getattr(o.loss, name),
-    )
+    learn = {"learn": lambda s: (), "learn_objective": lambda o: getattr(o.loss, name)}
+    args = {"optimiser": optax.sgd(1.0), "steps": 1}
+    result = eqd.distill(start, of(loss), real, **learn, **args)
     assert result.learned == (f"objective.loss.{name}",)
     np.testing.assert_array_equal(result.distilled.images, start.images)
     value = getattr(loss, name)
@@ -88,24 +82,31 @@ def test_arrays_of_the_outer_loss_are_learned(name):
     np.testing.assert_allclose(found, (at(1e-5) - at(-1e-5)) / 2e-5, rtol=1e-6)
 
 
-def test_bilevel_refuses_what_does_not_fit(logistic):
+class Scripted(eqd.AbstractObjective):
+    """Returns any state."""
+
+    first: object
+    second: object = None
+    failures: tuple[str, ...] = ()
+
+    def init(self, distilled, *, key):
+        return self.first
+
+    def __call__(self, distilled, data, state, *, step, key):
+        loss = jnp.sum(distilled.images)
+        return loss, eqd.Outcome(self.second, jnp.array(0), {})
+
+
+def test_states_that_are_no_arrays_or_change_are_refused(logistic):
     start, _, train = logistic
-    make = lambda *, key: eqx.nn.MLP(64, 10, 4, 1, key=key)
-    for bad in (eqx.nn.MLP, make):
-        with pytest.raises(TypeError, match=r"`Fresh\(make\)`|eqdistill.Fresh"):
-            eqd.distill(start, bad, train)
-    model = eqd.linear.LogisticRegression(16, 10)
-    with pytest.raises(ValueError, match=r"`model` must take an image of shape"):
-        eqd.distill(start, model, train)
-    model = eqd.linear.LogisticRegression(64, 9)
-    with pytest.raises(ValueError, match=r"`distilled.labels` must be in \[0, 9\)"):
-        eqd.distill(start, model, train)
-    eight = eqd.DistilledSet(start.images[:8], start.labels[:8], l2=0.1)
-    with pytest.raises(ValueError, match="output for each of the 10 classes of `data`"):
-        eqd.distill(eight, model, train)
-    other = eqd.Dataset(np.ones((3, 4, 4), np.float32), np.arange(3))
-    with pytest.raises(ValueError, match=r"shape of the distilled images, \(8, 8\)"):
-        eqd.distill(start, eqd.linear.LogisticRegression(64, 10), other)
+    pairs = (
+        ("text", None),
+        (jnp.zeros(2), jnp.zeros(3)),
+        (jnp.zeros(2), (jnp.zeros(2),)),
+    )
+    for first, second in pairs:
+        with pytest.raises((TypeError, ValueError)):
+            eqd.distill(start, Scripted(first, second), train)
 
 
 class Count(eqd.AbstractObjective[jax.Array]):
@@ -157,42 +158,3 @@ def test_in_turn_gives_the_losses_of_its_members(logistic):
     wanted = hypergradient(start, members[1], train)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
     np.testing.assert_allclose(found[1].images, wanted[1].images, rtol=1e-4, atol=1e-7)
-
-
-def test_in_turn_refuses_a_bad_order():
-    with pytest.raises(ValueError, match="`objectives` must be at least one"):
-        eqd.InTurn()
-    for order in ([0], [0, 1, 2], []):
-        with pytest.raises(
-            ValueError, match="`order` must hold each index from 0 to 1"
-        ):
-            eqd.InTurn(Count(), Count(), order=order)
-
-
-class Scripted(eqd.AbstractObjective):
-    """Returns any state."""
-
-    first: object
-    second: object = None
-    failures: tuple[str, ...] = ()
-
-    def init(self, distilled, *, key):
-        return self.first
-
-    def __call__(self, distilled, data, state, *, step, key):
-        loss = jnp.sum(distilled.images)
-        return loss, eqd.Outcome(self.second, jnp.array(0), {})
-
-
-def test_an_objective_that_returns_no_arrays_is_refused(logistic):
-    start, _, train = logistic
-    with pytest.raises(TypeError, match=r"`objective.init` must return arrays.*'text'"):
-        eqd.distill(start, Scripted(first="text"), train)
-
-
-@pytest.mark.parametrize("second", [jnp.zeros(3), (jnp.zeros(2),)])
-def test_a_state_that_changes_is_refused(logistic, second):
-    start, _, train = logistic
-    objective = Scripted(first=jnp.zeros(2), second=second)
-    with pytest.raises((TypeError, ValueError)):
-        eqd.distill(start, objective, train)

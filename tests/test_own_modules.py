@@ -17,36 +17,14 @@ from .conftest import hypergradient, OneStep
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "extend").glob("*.md"))
 
 
-def code_of(page):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_run_use_public_names_and_are_short(page):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
-    return "\n".join(blocks)
-
-
-def test_there_is_a_page_for_each_kind_of_module():
-    assert [page.stem for page in PAGES] == [
-        "augmentation",
-        "callback",
-        "data",
-        "loss",
-        "models",
-        "objective",
-        "parameterisation",
-        "solver",
-    ]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_pages_are_short_and_use_public_names(page):
-    code = code_of(page)
-    lines = [line for line in code.splitlines() if line.strip()]
-    assert len(lines) <= 60
+    code = "\n".join(blocks)
+    assert 0 < len([line for line in code.splitlines() if line.strip()]) <= 60
     assert not re.search(r"eqdistill\._|eqd(\.\w+)*\._", code)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_pages_run(page):
     # Their assertions are the tests.
-    exec(compile(code_of(page), str(page), "exec"), {"__name__": page.stem})
+    exec(compile(code, str(page), "exec"), {"__name__": page.stem})
 
 
 class Scripted(eqd.AbstractInnerSolver):
@@ -76,17 +54,11 @@ def wrong_outputs(distilled, model, state):
     ("returns", "first", "match"),
     [
         (lambda d, m, s: m, None, "must return a pair.*returned a LinearClassifier"),
-        (lambda d, m, s: (m, s), None, "must return a pair.*returned a tuple"),
         (lambda d, m, s: (good(d, m, s)[0], 1.0), None, "nothing wanted, 1.0 got"),
         (
             lambda d, m, s: (good(d, m, s)[0], jnp.zeros(3)),
             jnp.zeros(2),
             r"float32.*\(2,\) wanted, .*float32.*\(3,\) got",
-        ),
-        (
-            lambda d, m, s: (good(d, m, s)[0], s.astype(int)),
-            jnp.zeros(2),
-            r"float32.* wanted, .*int32.* got",
         ),
         (good, "text", r"an array wanted, 'text' got"),
         (wrong_outputs, None, r"model` must map one image.*shape \(c,\)"),

@@ -1,5 +1,4 @@
 import equinox as eqx
-import jax.random as jr
 import numpy as np
 import pytest
 
@@ -28,22 +27,6 @@ def test_packed():
     assert packed.nbytes == 4 * 4 * 3 * 2 * 4 + distilled.labels.nbytes
 
 
-@pytest.mark.slow
-def test_packed_is_learned(digits):
-    train, _ = digits
-    real = eqd.DistilledSet.from_real(train, 20, l2=1e-2, key=jr.key(0))
-    result = eqd.distill(
-        eqd.Packed.from_distilled(real),
-        eqd.linear.LogisticRegression(64, 10),
-        train,
-        learn=lambda s: s.small.images,
-        steps=5,
-    )
-    assert result.history.loss[-1] < result.history.loss[0]
-    assert result.start.small.images.shape == (20, 4, 4)
-    assert result.distilled.images.shape == (20, 8, 8)
-
-
 def test_with_targets():
     distilled = make_set((2, 2), n=3)
     with_targets = distilled.with_targets(4)
@@ -58,11 +41,6 @@ def test_with_targets():
 
 
 def test_bad_shapes():
-    distilled = make_set((6, 4))
-    with pytest.raises(ValueError, match=r"`factor` must divide.*got 3"):
-        eqd.Packed.from_distilled(distilled, 3)
-    with pytest.raises(ValueError, match=r"`shape` must be.*for \(6, 4\)"):
-        eqd.Packed(distilled, (12, 12))
     for shape in ((6, 6, 3), (5,)):
         with pytest.raises(ValueError, match=r"\(channels, height, width\); got "):
             eqd.Packed.from_distilled(make_set(shape))

@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,14 +64,6 @@ def test_zca_without_regularisation_against_scikit_learn(x64):
     np.testing.assert_allclose(whitened.reshape(1100, -1), wanted, atol=1e-8)
 
 
-def test_zca_in_float32():
-    zca = ZCA.fit(COLOUR)
-    assert zca.whitening.dtype == jnp.float32
-    image = COLOUR.floating()[0]
-    back = jax.jit(lambda image: zca.inverse(zca(image)))(image)
-    np.testing.assert_allclose(back, image, atol=1e-5)
-
-
 def test_map_may_change_the_shape():
     padded = GREY.map(lambda image: jnp.pad(image, 1))
     assert padded.shape == (6, 7)
@@ -84,8 +75,6 @@ def test_map_may_change_the_shape():
 
 def test_bad_arguments():
     constant = eqd.Dataset(np.ones((4, 2, 2, 2), np.float32), np.arange(4))
-    with pytest.raises(ValueError, match=r"`train` must have channels that vary.*0\. "):
-        Standardisation.fit(constant)
     few = eqd.Dataset(BYTES[:20], np.arange(20))
     for train, regularisation in ((constant, 0.1), (few, 0.0)):
         match = rf"`regularisation` must be larger.*got {regularisation}"

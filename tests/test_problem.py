@@ -73,13 +73,8 @@ def test_what_is_learned_is_a_choice_of_arrays(logistic):
     moved = eqx.tree_at(lambda s: s.learned[0].log_l2, state, jnp.array(0.0))
     assert problem.distilled(moved).l2 == 1.0
     np.testing.assert_array_equal(problem.distilled(moved).images, start.images)
-    for learn in (lambda s: s.pixels, lambda s: s.labels, lambda s: 3.0):
-        with pytest.raises(ValueError, match=r"`learn` must .*DistilledSet"):
-            problem_of(logistic, learn=learn)
     with pytest.raises(ValueError, match="must pick at least one"):
         problem_of(logistic, learn=lambda s: ())
-    with pytest.raises(ValueError, match=r"`learn_objective` must .*Bilevel"):
-        problem_of(logistic, learn_objective=lambda o: o.loss.log_temperature)
 
 
 def test_a_state_that_has_stopped_stays_the_same(logistic):

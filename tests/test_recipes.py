@@ -1,8 +1,8 @@
 """Evaluation and recipes, against scikit-learn and plain loops over Optax's steps."""
 
+import dataclasses
 import functools
 import math
-import statistics
 
 import equinox as eqx
 import jax
@@ -17,25 +17,15 @@ from hypothesis import given, settings, strategies as st
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
-from eqdistill._outer._evaluate import Evaluation
 
-from .conftest import subset
+from .conftest import evaluation, OneStep, subset
 
 
 # Without normalisation: the bias before a normalisation has a gradient of zero, and
 # Adam divides its rounding error by itself.
 make = functools.partial(nn.ConvNet, (8, 8), 10, widths=(4, 6), norm=None)
 draw = lambda recipe: recipe.models.draw(None, key=jr.key(1))
-# The arguments of each recipe.
 RATES = {"learning_rates": (0.03, 0.01, 0.02), "batch_size": 5}
-ALL = {
-    "dc": {"updates": 10, "augment": True},
-    "frepo": {"updates": 10, "augment": True},
-    "zero_start": {"updates": 10},
-    "feature_regression": {"updates": 10},
-    "supervised": {"updates": 10, "batch_size": 5},
-    "learned_rates": RATES | {"momentum": 0.8, "adam": True, "seed": 4},
-}
 
 
 def sequential(*, key):
@@ -45,23 +35,8 @@ def sequential(*, key):
     return eqx.nn.Sequential([*hidden, *norm, eqx.nn.Linear(16, 10, key=last)])
 
 
-class WithDropout(eqx.Module):
-    dropout: eqx.nn.Dropout
-    network: eqx.nn.Sequential
-
-    def __init__(self, *, key):
-        self.dropout, self.network = eqx.nn.Dropout(0.2), sequential(key=key)
-
-    def __call__(self, image, *, key=None):
-        return self.network(self.dropout(image, key=key))
-
-
-class Untrained(eqd.AbstractInnerSolver[None]):
-    def init(self, distilled, model, *, key):
-        return None
-
-    def __call__(self, distilled, model, state, *, key):
-        return eqd.Fitted(model, jnp.array(True), jnp.array(0.0)), None
+def with_dropout(*, key):
+    return eqx.nn.Sequential([eqx.nn.Dropout(0.2), *sequential(key=key)])
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +68,7 @@ def test_linear_model_is_as_by_scikit_learn(real, digits, loss):
 
 @pytest.mark.parametrize(
     ("own", "recipe"),
-    [(sequential, recipes.zero_start), (WithDropout, recipes.feature_regression)],
+    [(sequential, recipes.zero_start), (with_dropout, recipes.feature_regression)],
 )
 def test_own_models(real, digits, own, recipe):
     train, test = subset(digits[0], 200), subset(digits[1], 200)
@@ -107,7 +82,7 @@ def test_own_models(real, digits, own, recipe):
     np.testing.assert_allclose(found.accuracies[0, 1], wanted, atol=1e-6)
     # A plain model starts from its own parameters.
     model = own(key=jr.key(0))
-    found = eqd.evaluate(start, model, test, inner=Untrained())
+    found = eqd.evaluate(start, model, test, inner=OneStep(0.0))
     assert eqx.tree_equal(found.fitted.model, model)
     # One real image of each class is enough to beat chance.
     assert eqd.evaluate(real, recipe(own), test, num_models=1).accuracy > 0.2
@@ -122,7 +97,7 @@ def test_output_of_nan_is_wrong():
 
     test = eqd.Dataset(np.array([[2.0, 1.0], [3.0, 1.0], [1.0, 2.0]]), [0, 0, 1], 2)
     start = eqd.DistilledSet(jnp.ones((2, 2)), jnp.arange(2), l2=0.1)
-    found = eqd.evaluate(start, Model(jnp.array(1.0)), test, inner=Untrained())
+    found = eqd.evaluate(start, Model(jnp.array(1.0)), test, inner=OneStep(0.0))
     assert repr(found) == str(found) == "66.7%"
 
 
@@ -130,24 +105,18 @@ def test_output_of_nan_is_wrong():
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_statistics(num_sets, num_models, seed):
     rows = np.random.default_rng(seed).random((num_sets, num_models))
-    recipe = recipes.Recipe(eqx.nn.Identity())
-    fitted = eqd.Fitted(recipe.models, jnp.array(True), jnp.array(0.0))
-    found = Evaluation(rows, 2 * rows, recipe, fitted, jr.key(0))
-    means = [statistics.mean(row) for row in rows.tolist()]
-    np.testing.assert_allclose(found.accuracy, statistics.mean(means))
-    np.testing.assert_allclose(found.loss, 2 * found.accuracy)
+    found = evaluation(recipes.Recipe(eqx.nn.Identity()))
+    found = dataclasses.replace(found, accuracies=rows, losses=2 * rows)
+    np.testing.assert_allclose([found.accuracy, found.loss / 2], rows.mean())
     models = sets = math.nan
     if num_models > 1:
-        models = math.sqrt(statistics.mean(map(statistics.variance, rows.tolist())))
+        models = math.sqrt(rows.var(axis=1, ddof=1).mean())
     if num_sets > 1:
-        sets = statistics.stdev(means)
+        sets = rows.mean(axis=1).std(ddof=1)
     np.testing.assert_allclose([found.std_models, found.std_sets], [models, sets])
-    over_models = f" ± {models:.1%} over {num_models} models" if num_models > 1 else ""
-    over_sets = f" ± {sets:.1%} over {num_sets} sets" if num_sets > 1 else ""
-    words = f"{found.accuracy:.1%}" + ",".join(filter(None, [over_models, over_sets]))
     if num_sets == 1 and num_models > 1:
         words = f"{found.accuracy:.1%} ± {models:.1%} ({num_models} models)"
-    assert repr(found) == words
+        assert repr(found) == words
 
 
 def train(network, optimiser, losses):
@@ -211,7 +180,7 @@ def test_training_is_as_by_hand(real, name):
 
 @pytest.mark.parametrize("adam", [True, slow(False)])
 def test_learned_rates_are_used_in_turn(real, adam):
-    recipe = recipes.learned_rates(make, **ALL["learned_rates"] | {"adam": adam})
+    recipe = recipes.learned_rates(make, **RATES, momentum=0.8, adam=adam, seed=4)
     network = draw(recipe)
     assert eqx.tree_equal(network, make(key=jr.key(4)))
     schedule = lambda step: jnp.array(RATES["learning_rates"])[step]
@@ -222,16 +191,6 @@ def test_learned_rates_are_used_in_turn(real, adam):
     losses = [functools.partial(eqd.inner_loss, rows(x)) for x in batches]
     got = eqd.fit(recipe.prepare(real, 10), network, recipe.inner).model
     assert_close(got, train(network, optimiser, losses))
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_settings_rebuild_a_recipe(real, name):
-    recipe = getattr(recipes, name)(make, **ALL[name])
-    again = getattr(recipes, recipe.name)(make, **dict(recipe.settings))
-    assert dict(recipe.settings) == ALL[name]
-    assert eqx.tree_equal(recipe.inner, again.inner)
-    assert eqx.tree_equal(draw(recipe), draw(again))
-    assert eqx.tree_equal(recipe.prepare(real, 10), again.prepare(real, 10))
 
 
 def test_models_are_drawn_as_the_recipe_says():
@@ -266,8 +225,6 @@ def test_scores_are_as_in_the_paper():
     )
     wanted = (math.exp(0.1) - math.exp(-1)) / (math.exp(1) - math.exp(-1))
     np.testing.assert_allclose([labels, augmentation], wanted)
-    with pytest.raises(ValueError, match="`hard_label_recovery` must be from -1 to 1"):
-        score(hard_label_recovery=37.0, improvement_over_random=0.0)
 
 
 def test_models_differ_and_are_the_same_for_all_sets(real, digits):
@@ -280,15 +237,6 @@ def test_models_differ_and_are_the_same_for_all_sets(real, digits):
     np.testing.assert_array_equal(one.accuracies, found.accuracies[:1, :2])
 
 
-@pytest.mark.slow
-def test_ordinary_training_on_real_data(digits):
-    train, test = digits
-    real = eqd.DistilledSet(train.floating(), train.labels, l2=1.0)
-    own = functools.partial(nn.ConvNet, (8, 8), 10, widths=(8, 16))
-    found = eqd.evaluate(real, recipes.supervised(own), test, num_models=1)
-    assert found.accuracy > 0.97
-
-
 def test_bad_input(real, digits):
     test = subset(digits[1], 20)
     dc = recipes.dc(make, updates=2)
@@ -298,20 +246,9 @@ def test_bad_input(real, digits):
     linear = eqd.linear.LogisticRegression(64, 9)
     for match, distilled, recipe, keywords in [
         (r"class indices.*\(10, 10\)", soft, dc, {}),
-        ("`num_models` must be at least 1; got 0", real, dc, {"num_models": 0}),
-        ("`distilled` must hold at least one", [], dc, {}),
         (r"`test` and `distilled`.*\(8, 8\).*\(9, 9\)", small, dc, {}),
         ("10 classes of `test`; got 9", nine, linear, {}),
-        ("`inner` must be left out", real, dc, {"inner": Untrained()}),
-        (r"`recipe` must be a `Recipe`.*Fresh\(make\)", real, make, {}),
+        ("`inner` must be left out", real, dc, {"inner": OneStep(0.0)}),
     ]:
         with pytest.raises((TypeError, ValueError), match=match):
             eqd.evaluate(distilled, recipe, test, **keywords)
-    for name in ALL.keys() - {"learned_rates"}:
-        with pytest.raises(ValueError, match=r"`updates` must be from 2 to.*got 1"):
-            getattr(recipes, name)(make, updates=1)
-    with pytest.raises(TypeError, match="`make` must be a function of `key`"):
-        recipes.dc(sequential(key=jr.key(0)))
-    for rates in ([], [[0.1]], [0.1, -0.1]):
-        with pytest.raises(ValueError, match="`learning_rates` must be"):
-            recipes.learned_rates(make, learning_rates=rates, batch_size=5)

@@ -111,17 +111,6 @@ def test_relative_ridge_does_not_depend_on_the_scale_of_features(scale):
         check_gradient(distilled, eqd.Bilevel(model, RelativeRidge()), real())
 
 
-def test_inner_loss():
-    distilled = start(l2=0.3, dtype=np.float32)
-    head = np.random.default_rng(2).normal(size=(C, P)).astype(np.float32)
-    model = LogisticRegression(P, C)
-    model = eqx.tree_at(lambda m: m.head.weight, model, jnp.asarray(head))
-    errors = np.asarray(distilled.images) @ head.T - np.asarray(distilled.labels)
-    wanted = np.sum(errors**2) / (2 * 4) + 0.3 / 2 * np.sum(head**2)
-    got = eqx.filter_jit(eqd.inner_loss)(distilled, model)
-    np.testing.assert_allclose(got, wanted, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("model", "loss", "solver"),
     [
@@ -137,13 +126,3 @@ def test_auto_solver(model, loss, solver):
         eqd.fit(distilled, model, inner) for inner in (eqd.AutoSolver(), solver)
     )
     assert eqx.tree_equal(got, wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_refuses_other_problems():
-    linear = LogisticRegression(P, C)
-    match = r"`distilled.loss` must be `SquaredError`.*got `CrossEntropy`"
-    with pytest.raises(TypeError, match=match):
-        eqd.fit(start(loss=eqd.CrossEntropy()), linear, RidgeSolver())
-    match = r"must be a `LinearClassifier` for `RidgeSolver`; got a.* Wrapped"
-    with pytest.raises(TypeError, match=match):
-        eqd.fit(start(), Wrapped(linear), RidgeSolver())

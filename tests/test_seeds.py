@@ -5,11 +5,10 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import pytest
 
 import eqdistill as eqd
 
-from .conftest import ADAM, LBFGS, MLP, OneStep, small_noise
+from .conftest import ADAM, LBFGS, small_noise
 
 
 def run_each(problem, starts, data, *, steps, keys):
@@ -55,16 +54,3 @@ def test_one_that_fails_does_not_stop_the_others(logistic):
     np.testing.assert_array_equal(states.step, [3, 0])
     assert states.status[0] == 0 != states.status[1]
     assert losses[0, 2] < losses[0, 0]
-
-
-@pytest.mark.slow
-def test_each_has_its_own_batches(logistic):
-    start, _, train = logistic
-    model = MLP(64, 4, jax.nn.softplus, key=jr.key(1))
-    objective = eqd.Bilevel(model, OneStep(0.1))
-    problem = eqd.Problem(start, objective, optimiser=ADAM)
-    keys = jr.split(jr.key(0))
-    _, losses = run_each(
-        problem, [start] * 2, eqd.Batches(train, 20), steps=3, keys=keys
-    )
-    assert not np.allclose(losses[0], losses[1], rtol=1e-3)

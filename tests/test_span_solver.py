@@ -96,48 +96,26 @@ def test_agrees_with_scikit_learn(digits):
         )
 
 
-@pytest.mark.slow
-def test_many_images_agree_with_scikit_learn(mnist):
-    # Too many unknowns for the images to be decomposed.
-    real = subset(mnist[0], 250)
-    distilled = eqd.DistilledSet(real.floating(), real.labels, l2=1e-2)
-    model = LogisticRegression(784, 10, use_intercept=True)
-    fitted = eqd.fit(distilled, model, SpanSolver())
-    reference = SklearnLogisticRegression(
-        C=1 / (250 * 1e-2), tol=1e-8, max_iter=1000
-    ).fit(np.asarray(real.floating(), np.float64).reshape(250, 784), real.labels)
-    error = np.abs(fitted.model.head.weight - reference.coef_).max()
-    assert error <= 1e-4 * np.abs(reference.coef_).max()
+slow = lambda x: pytest.param(x, marks=pytest.mark.slow)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param("soft labels", marks=pytest.mark.slow), "more images than pixels"],
-)
-def test_derivative_agrees_with_central_differences(digits, kind):
+@pytest.mark.parametrize("kind", [slow("soft"), "more than pixels", slow("many")])
+def test_derivative_agrees_with_central_differences(digits, mnist, kind):
     real, pixels = subset(digits[0], 100), slice(0, 8)
     images, labels = cases(digits[0], 10)["soft"][0]
-    if kind == "more images than pixels":  # Each image twice.
+    if kind == "more than pixels":  # Each image twice.
         images, labels = cases(digits[0], 20)["hard"][-1]
         pixels = slice(3, 6)
-        real = eqd.Dataset(real.images[:, pixels, pixels], real.labels, 10)
+    if kind == "many":  # Too many unknowns for the images to be decomposed.
+        real, pixels = subset(mnist[0], 100), slice(0, 28)
+        images = np.asarray(mnist[0].images[100:310]) / 255.0
+        labels = jr.normal(KEY, (210, 10))
     images = images[:, pixels, pixels]
+    real = eqd.Dataset(real.images[:, pixels, pixels], real.labels, 10)
     model = LogisticRegression(images[0].size, 10, use_intercept=True)
-    start = eqd.DistilledSet(images, labels, l2=1e-3)
+    start = eqd.DistilledSet(images, labels, l2=1e-2 if kind == "many" else 1e-3)
     check_gradient(start, eqd.Bilevel(model, SpanSolver()), real)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("x64")
-def test_derivative_for_many_images_agrees_with_central_differences(mnist):
-    # Too many unknowns for the images to be decomposed.
-    real = subset(mnist[0], 300)
-    x = np.asarray(real.images) / 255.0
-    start = eqd.DistilledSet(x[:210], jr.normal(KEY, (210, 10)), l2=1e-2)
-    model = LogisticRegression(784, 10, use_intercept=True)
-    data = eqd.Dataset(x[210:], real.labels[210:], 10)
-    check_gradient(start, eqd.Bilevel(model, SpanSolver()), data)
 
 
 def test_second_derivative_is_refused(digits):
@@ -171,7 +149,6 @@ def test_tiny_ridge(mnist):
     fitted = eqd.fit(distilled, LogisticRegression(784, 10), SpanSolver())
     outputs = jax.vmap(fitted.model)(distilled.images)
     np.testing.assert_array_equal(jnp.argmax(outputs, axis=1), distilled.labels)
-    assert fitted.gradient_norm < 1e-15
 
 
 @pytest.mark.slow
@@ -219,14 +196,3 @@ def test_without_a_solution_it_does_not_converge(digits):
     model = LogisticRegression(64, 10, use_intercept=True)
     fitted, _ = SOLVE(distilled, model, model.head)
     assert not fitted.converged
-
-
-def test_refuses_other_problems(digits):
-    distilled, linear = small_noise(digits[0]), LogisticRegression(64, 10)
-    network = eqx.nn.Sequential([eqx.nn.Lambda(jnp.ravel), linear.head])
-    match = r"a `LinearClassifier`.*`SpanSolver`; got a.* Sequential.*last_layer"
-    with pytest.raises(TypeError, match=match):
-        eqd.fit(distilled, network, SpanSolver())
-    squared = eqx.tree_at(lambda d: d.loss, distilled, eqd.SquaredError())
-    with pytest.raises(TypeError, match=r"be `CrossEntropy`.*got `SquaredError`"):
-        eqd.fit(squared, linear, SpanSolver())

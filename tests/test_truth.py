@@ -26,14 +26,8 @@ def real(digits):
 @pytest.mark.slow
 def test_converged_means_stationary(real):
     # A Cauchy criterion holds for these networks at gradient norms around one.
-    network = eqd.nn.ConvNet(
-        (8, 8),
-        10,
-        widths=(8, 8, 8),
-        norm=eqd.nn.group_norm,
-        activation=jax.nn.softplus,
-        key=jr.key(0),
-    )
+    settings = {"norm": eqd.nn.group_norm, "activation": jax.nn.softplus}
+    network = eqd.nn.ConvNet((8, 8), 10, widths=(8, 8, 8), **settings, key=jr.key(0))
     inner = eqd.ArgminSolver(max_steps=600)
     for l2 in (1e-2, 1e-3, 1e-4):
         distilled = eqd.DistilledSet(real, jnp.arange(10), l2=l2)
@@ -97,21 +91,6 @@ def test_linear_models_do_not_collapse(weak, inner):
     assert not eqd.fit(huge, model, inner, throw=False).converged
 
 
-def test_features_of_any_size():
-    """Their squares overflow or underflow in single precision."""
-    images = np.random.default_rng(0).normal(size=(4, 3, 3)).astype(np.float32)
-    model = eqd.linear.LogisticRegression(9, 4)
-    outputs = []
-    for scale in (1, 1e20, 1e-21):
-        distilled = eqd.DistilledSet(
-            scale * images, np.arange(4), l2=0.1, loss=eqd.SquaredError()
-        )
-        fitted = eqd.fit(distilled, model, eqd.linear.RelativeRidge())
-        outputs.append(jax.vmap(fitted.model)(distilled.images))
-    for found in outputs[1:]:
-        np.testing.assert_allclose(found, outputs[0], rtol=1e-4, atol=1e-6)
-
-
 def test_a_label_that_is_no_class():
     loss = jax.jit(jax.value_and_grad(eqd.CrossEntropy().__call__))
     for label in (-1, 3):
@@ -127,7 +106,5 @@ def test_values_that_do_not_fit():
         eqd.DistilledSet(images, np.array([0, 1, 2**32 + 1]), l2=0.1)
     with pytest.raises(ValueError, match="got 3 different labels from 0 to 10995"):
         eqd.Dataset(images, np.array([0, 1, 2**40]))
-    with pytest.raises(ValueError, match=r"`num_classes` must be from 1 to 2147483647"):
-        eqd.Dataset(images, np.array([0, 1, 2**40]), 2**41)
     with pytest.raises(ValueError, match="`images` must be finite; 1 of 12"):
         eqd.Dataset(images * np.eye(12)[0].reshape(3, 2, 2) * 1e300, np.arange(3))

@@ -76,11 +76,7 @@ def test_derivative_agrees_with_central_differences(problem):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "adjoint",
-    [
-        adjoints.DirectAdjoint(),
-        adjoints.RecursiveCheckpointAdjoint(),
-        adjoints.RecursiveCheckpointAdjoint(3),
-    ],
+    [adjoints.DirectAdjoint(), adjoints.RecursiveCheckpointAdjoint(3)],
 )
 def test_derivative_in_hyperparameters_agrees_with_central_differences(
     problem, adjoint
@@ -139,43 +135,26 @@ def test_last_steps(problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("window", "favourite"),
-    [
-        (adjoints.RandomWindow(2), None),
-        (adjoints.GradientWindow(2, power=300.0), 0),
-        (adjoints.GradientWindow(2, power=-300.0), 4),
-    ],
-)
-def test_random_windows(problem, window, favourite):
-    start, network, _ = problem
-    solver = eqd.UnrolledSolver(optax.sgd, RATE, 6, window=window)
-    ends = [
-        int(eqd.fit(start, network, solver, key=jr.key(seed)).stats["steps"])
-        for seed in range(40)
-    ]
-    if favourite is None:
-        assert set(ends) == {2, 3, 4, 5, 6}
-    else:
-        assert ends.count(favourite + 2) > 35
+def test_random_windows(problem):
+    def ends(window):
+        solver = eqd.UnrolledSolver(optax.sgd, RATE, 6, window=window)
+        fit = lambda seed: eqd.fit(*problem[:2], solver, key=jr.key(seed))
+        return [int(fit(seed).stats["steps"]) for seed in range(40)]
+
+    assert set(ends(adjoints.RandomWindow(2))) == {2, 3, 4, 5, 6}
+    assert ends(adjoints.GradientWindow(2, power=300.0)).count(2) > 35
+    assert ends(adjoints.GradientWindow(2, power=-300.0)).count(6) > 35
 
 
 @pytest.mark.slow
 def test_step_sizes_are_learned(problem):
     start, network, train = problem
-    result = eqd.distill(
-        start,
-        eqd.Bilevel(network, eqd.UnrolledSolver(**SGD, steps=5)),
-        train,
-        learn=lambda s: (),
-        learn_objective=lambda o: o.inner.log_hyperparameters,
-        optimiser=optax.adam(0.05),
-        steps=10,
-    )
-    assert set(result.learned) == {
-        "objective.inner.log_hyperparameters.decay",
-        "objective.inner.log_hyperparameters.learning_rate",
-    }
+    where = lambda o: o.inner.log_hyperparameters
+    args = {"learn": lambda s: (), "learn_objective": where, "steps": 10}
+    objective = eqd.Bilevel(network, eqd.UnrolledSolver(**SGD, steps=5))
+    result = eqd.distill(start, objective, train, optimiser=optax.adam(0.05), **args)
+    names = (f"objective.inner.log_hyperparameters.{x}" for x in SGD["hyperparameters"])
+    assert set(result.learned) == {*names}
     assert result.history.loss[-1] < result.history.loss[0]
 
 
@@ -201,61 +180,19 @@ def test_batches_use_each_image_once_an_epoch(digits):
         eqd.fit(start, LogisticRegression(64, 10), solver)
 
 
-def with_schedule(learning_rate):
-    return optax.sgd(lambda step: learning_rate[step])
-
-
-def test_ordered_batches_with_one_step_size_each(digits):
-    # Wang et al.: each step has its own images and step size. The second epoch uses the
-    # same images again.
-    train = subset(digits[0], 6)
-    start = eqd.DistilledSet(
-        train.floating(), train.labels, l2=1e-3, loss=eqd.SquaredError()
-    )
-    rates = jnp.array([0.1, 0.2, 0.3, 0.05])
-    solver = eqd.UnrolledSolver(
-        with_schedule, {"learning_rate": rates}, 4, batch_size=3, shuffle=False
-    )
-    fitted = eqd.fit(start, LogisticRegression(64, 10), solver).model
-    images = np.asarray(start.images).reshape(6, 64)
-    targets = np.eye(10)[np.asarray(start.labels)] - 0.1
-    weight = np.zeros((10, 64))
-    for i, rate in enumerate(np.asarray(rates)):
-        batch = slice(0, 3) if i % 2 == 0 else slice(3, 6)
-        errors = images[batch] @ weight.T - targets[batch]
-        weight = weight - rate * (errors.T @ images[batch] / 3 + 1e-3 * weight)
-    np.testing.assert_allclose(fitted.head.weight, weight, rtol=1e-4, atol=1e-6)
-
-
-class WithDropout(eqx.Module):
-    linear: eqx.nn.Linear
-    dropout: eqx.nn.Dropout
-
-    def __call__(self, image, *, key=None):
-        return self.linear(self.dropout(image.reshape(-1), key=key))
-
-
 def test_dropout_is_on_only_in_training(problem):
     start, _, train = problem
-    network = WithDropout(eqx.nn.Linear(64, 10, key=KEY), eqx.nn.Dropout(0.5))
+    below = [eqx.nn.Lambda(jnp.ravel), eqx.nn.Dropout(0.5)]
+    network = eqx.nn.Sequential([*below, eqx.nn.Linear(64, 10, key=KEY)])
     solver = eqd.UnrolledSolver(optax.sgd, RATE, 3)
     fits = [eqd.fit(start, network, solver, key=jr.key(i)).model for i in (0, 0, 1)]
-    weights = [x.linear.weight for x in fits]
+    weights = [x.layers[2].weight for x in fits]
     np.testing.assert_array_equal(weights[0], weights[1])
     assert not np.allclose(weights[0], weights[2], rtol=1e-3)
     # The outer loss is deterministic.
     objective = eqd.Bilevel(network, solver)
     losses = [hypergradient(start, objective, train)[0] for _ in range(2)]
     assert losses[0] == losses[1]
-    off = eqx.nn.inference_mode(network)
-    same = eqx.tree_at(lambda n: n.dropout, network, eqx.nn.Dropout(0.0))
-    got, wanted = (eqd.fit(start, x, solver).model.linear.weight for x in (off, same))
-    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)
-
-
-class Halved(eqd.augment.AbstractAugmentation):
-    def __call__(self, image, *, key):
-        return image[::2, ::2]
 
 
 def test_images_are_augmented(problem):
@@ -270,13 +207,8 @@ def test_images_are_augmented(problem):
     assert not np.allclose(weight(shifted, 0), weight(plain, 0), rtol=1e-5)
     assert not np.allclose(weight(shifted, 0), weight(shifted, 1), rtol=1e-5)
     np.testing.assert_array_equal(weight(shifted, 0), weight(shifted, 0))
-    with pytest.raises(ValueError, match=r"`augmentation` must .*8, 8\).*4, 4\)"):
-        eqd.fit(start, network, make(Halved()))
 
 
 def test_a_diverging_run_does_not_converge(problem):
-    start, network, _ = problem
     solver = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 1e20}, 5)
-    assert not eqd.fit(start, network, solver, throw=False).converged
-    with pytest.raises(RuntimeError, match="did not converge"):
-        eqd.fit(start, network, solver)
+    assert not eqd.fit(*problem[:2], solver, throw=False).converged

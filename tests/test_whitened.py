@@ -54,25 +54,9 @@ def test_lbfgs_needs_fewer_steps(problem):
 
 @pytest.mark.slow
 def test_line_search(problem):
-    start, _, train = problem
-    goal = jr.normal(jr.key(1), start.images.shape)
-    loss = lambda params: jnp.sum(jnp.logaddexp(0, (params["images"] - goal) ** 2))
-    optimiser = eqd.linear.whitened(optax.lbfgs(), train)
-
-    @jax.jit
-    def step(params, state):
-        value, grad = jax.value_and_grad(loss)(params)
-        updates, state = optimiser.update(
-            grad, state, params, value=value, grad=grad, value_fn=loss
-        )
-        return optax.apply_updates(params, updates), state, value
-
-    params = {"images": start.images}
-    state, values = optimiser.init(params), []
-    for _ in range(5):
-        params, state, value = step(params, state)
-        values.append(value)
-    assert (np.diff(values) < 0).all()
+    optimiser = eqd.linear.whitened(optax.lbfgs(), problem[2])
+    losses = eqd.distill(*problem, optimiser=optimiser, steps=5).history.loss
+    assert (np.diff(losses) < 0).all()
 
 
 def test_learned_arrays_without_images(problem):

@@ -18,28 +18,13 @@ class AbstractModels(eqx.Module, Generic[State]):
 
     @abc.abstractmethod
     def init(self, distilled: DistilledSet, *, key: PRNGKeyArray) -> State:
-        """**Arguments:**
-
-        - `distilled`: the distilled set at the start of the run.
-        - `key`: a `jax.random.key`. (Keyword only argument.)
-
-        **Returns:**
-
-        The first state, a pytree of arrays. `None` is a state without arrays.
-        """
+        """Returns the first state, a pytree of arrays or `None`, for the distilled set
+        at the start of the run."""
 
     @abc.abstractmethod
     def draw(self, state: State, *, key: PRNGKeyArray) -> PyTree:
-        """**Arguments:**
-
-        - `state`: the current state.
-        - `key`: a `jax.random.key`, different in each outer step. (Keyword only
-            argument.)
-
-        **Returns:**
-
-        A model: an `equinox.Module` from one example to its outputs.
-        """
+        """Returns a model: an `equinox.Module` from one example to its outputs. The key
+        is different in each outer step."""
 
     @abc.abstractmethod
     def update(

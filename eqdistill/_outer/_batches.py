@@ -38,7 +38,7 @@ class Batches(AbstractData):
         balanced: bool = False,
         augmentation: AbstractAugmentation | None = None,
         cached: Sequence[Cached] = (),
-        chunk_bytes: int = 2**27,
+        chunk_bytes: int = 2**24,
     ):
         """**Arguments:**
 

@@ -45,9 +45,7 @@ class AbstractCallback(eqx.Module, Generic[Own]):
         - `state`: the state at the start of the run, even when resuming.
         - `steps`: the number of the step at which the run ends.
 
-        **Returns:**
-
-        The first state of the callback, any pytree.
+        **Returns:** the first state of the callback, any pytree.
         """
 
     @abc.abstractmethod
@@ -73,15 +71,9 @@ class AbstractCallback(eqx.Module, Generic[Own]):
 
 
 class Snapshot(eqx.Module):
-    """Everything that a run needs to continue.
-
-    **Attributes:**
-
-    - `state`: the state after the last step.
-    - `history`: the metrics of all steps so far, under their names.
-    - `callbacks`: the arrays in the states of the callbacks.
-    - `has_stopped`: whether a callback has stopped the run.
-    """
+    """Everything that a run needs to continue: the state after the last step, the
+    metrics of all steps under their names, the arrays in the states of the callbacks,
+    and whether a callback has stopped the run."""
 
     state: DistillState
     history: dict[str, Float[np.ndarray, " steps"]]

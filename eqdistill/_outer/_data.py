@@ -69,15 +69,7 @@ class Cached(eqx.Module):
         self.name = name
 
     def __call__(self, x: Any, *, key: PRNGKeyArray | None = None) -> Any:
-        """**Arguments:**
-
-        - `x`: one example.
-        - `key`: ignored. (Keyword only argument.)
-
-        **Returns:**
-
-        The outputs of `features`.
-        """
+        """Returns the outputs of `features` on one example. `key` is ignored."""
         del key
         return self.features(x)
 
@@ -101,15 +93,15 @@ class FullBatch(AbstractData):
         dataset: Dataset,
         *,
         cached: Sequence[Cached] = (),
-        chunk_bytes: int = 2**27,
+        chunk_bytes: int = 2**24,
     ):
         """**Arguments:**
 
         - `dataset`: the real data.
         - `cached`: the parts of models whose outputs are computed once, here, and kept
             in memory. (Keyword only argument.)
-        - `chunk_bytes`: the memory for the activations of a chunk, in bytes. (Keyword
-            only argument.)
+        - `chunk_bytes`: the memory for the activations of a chunk, in bytes. The
+            default suits the cache of a CPU. (Keyword only argument.)
 
         **Raises:**
 
@@ -171,11 +163,8 @@ def compute_cached(dataset: Dataset, cached: Sequence[Cached]) -> dict[str, Arra
 
 
 def check_cached(objective: PyTree, data: PyTree) -> None:
-    """**Raises:**
-
-    A `ValueError` if the data hold the outputs of another module than the one of the
-    same name in the objective.
-    """
+    """**Raises:** a `ValueError` if the data hold the outputs of another module than
+    the one of the same name in the objective."""
     is_cached = lambda node: isinstance(node, Cached)
     find = lambda tree: [
         node for node in jax.tree.leaves(tree, is_leaf=is_cached) if is_cached(node)

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,6 +42,13 @@ def machine() -> dict[str, object]:
     }
     print(", ".join(f"{k}: {v}" for k, v in found.items()) + "\n")
     return found
+
+
+def print_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
+    """Prints a table in Markdown."""
+    for row in (header, ["---"] * len(header), *rows):
+        print("| " + " | ".join(map(str, row)) + " |")
+    print()
 
 
 def write(results: object, file: Path) -> None:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from _timing import in_turn, machine, parser, seconds, write
+from _timing import in_turn, machine, parser, print_table, seconds, write
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
@@ -45,6 +45,7 @@ NAMES = {
     "steps": "outer steps",
     "starts": "starts at once",
 }
+RUNS = ("steps", "starts")
 STEPS = 32
 
 
@@ -60,24 +61,24 @@ def from_noise(train: eqd.Dataset, key: jax.Array) -> eqd.DistilledSet:
     return eqd.DistilledSet.from_noise(train, l2=0.1, scale=1 / 784, key=key)
 
 
-def step_seconds(sizes: dict[str, int], repeats: int) -> float:
-    """Seconds of one outer step: the difference between many steps and few."""
-    problem = noise(**sizes)
-    optimiser = optax.adam(0.02)
-    run = lambda steps: lambda: eqd.distill(*problem, optimiser=optimiser, steps=steps)
-    times = in_turn({"few": run(2), "many": run(STEPS + 2)}, repeats)
-    return float(np.median(times["many"] - times["few"])) / STEPS
-
-
 def of_sizes(repeats: int) -> dict[str, dict[int, float]]:
-    found = {}
-    for letter, values in GRID.items():
-        # There are at least as many distilled images as classes.
-        base = {**BASE, "n": 40} if letter == "c" else BASE
-        found[letter] = {
-            value: step_seconds({**base, letter: value}, repeats) for value in values
-        }
-    return found
+    """Seconds of one outer step: the difference between many steps and few."""
+    optimiser = optax.adam(0.02)
+
+    def step(**sizes):
+        problem = noise(**sizes)
+        run = lambda steps: (
+            lambda: eqd.distill(*problem, optimiser=optimiser, steps=steps)
+        )
+        times = in_turn({"few": run(2), "many": run(STEPS + 2)}, repeats)
+        return float(np.median(times["many"] - times["few"])) / STEPS
+
+    # There are at least as many distilled images as classes.
+    bases = {letter: BASE for letter in GRID} | {"c": {**BASE, "n": 40}}
+    return {
+        letter: {value: step(**{**bases[letter], letter: value}) for value in values}
+        for letter, values in GRID.items()
+    }
 
 
 def of_runs(repeats: int) -> tuple[dict[str, dict[int, float]], dict[int, float]]:
@@ -105,18 +106,16 @@ def of_runs(repeats: int) -> tuple[dict[str, dict[int, float]], dict[int, float]
 
         return run
 
-    lengths = in_turn({s: one(s, lbfgs) for s in (10, 20, 40, 80, 160)}, repeats)
+    lengths = {s: one(s, lbfgs) for s in (10, 20, 40, 80, 160)}
+    counts = {0: one(8, whitened), **{n: each(n) for n in (1, 2, 4, 8, 16, 32)}}
     first = {}
-    for n, run in {0: one(8, whitened), 32: each(32)}.items():
+    for n in (0, 32):
         jax.clear_caches()
-        first[n] = seconds(run)
-    counts = in_turn(
-        {0: one(8, whitened), **{n: each(n) for n in (1, 2, 4, 8, 16, 32)}}, repeats
-    )
-    found = {
-        "steps": {k: float(np.median(v)) for k, v in lengths.items()},
-        "starts": {k: float(np.median(v)) for k, v in counts.items()},
-    }
+        first[n] = seconds(counts[n])
+    found = {}
+    for name, runs in {"steps": lengths, "starts": counts}.items():
+        times = in_turn(runs, repeats)
+        found[name] = {k: float(np.median(x)) for k, x in times.items()}
     return found, first
 
 
@@ -124,14 +123,9 @@ def memory() -> dict[str, float]:
     """Megabytes that a process holds while it distils, at most."""
     train, _ = eqd.datasets.load("mnist")
     start = from_noise(train, jr.key(0))
+    problem = start, eqd.linear.LogisticRegression(28 * 28, 10), train
     optimiser = optax.adam(0.02)
-    run = lambda: eqd.distill(
-        start,
-        eqd.linear.LogisticRegression(28 * 28, 10),
-        train,
-        optimiser=optimiser,
-        steps=20,
-    )
+    run = lambda: eqd.distill(*problem, optimiser=optimiser, steps=20)
     # The first run compiles.
     run()
     gc.collect()
@@ -140,12 +134,8 @@ def memory() -> dict[str, float]:
     run()
     peak = _status("VmHWM")
     as_bytes = train.images.nbytes / 1e6
-    return {
-        "bytes": as_bytes,
-        "floats": 4 * as_bytes,
-        "held": peak - before + as_bytes,
-        "of floats": (peak - before + as_bytes) / (4 * as_bytes),
-    }
+    held = peak - before + as_bytes
+    return {"bytes": as_bytes, "held": held, "of floats": held / (4 * as_bytes)}
 
 
 def _status(name: str) -> float:
@@ -155,19 +145,14 @@ def _status(name: str) -> float:
     return int(match[1]) * 1024 / 1e6
 
 
-def slope(times: dict[int, float]) -> float:
-    """The slope between the two largest sizes."""
-    (a, s), (b, t) = sorted(times.items())[-2:]
-    return float(np.log(t / s) / np.log(b / a))
-
-
 def show(found: dict[str, dict[int, float]], first: dict[int, float]) -> None:
     for letter, times in found.items():
         times = {k: v for k, v in times.items() if k > 0}
-        print(f"| {NAMES[letter]} | " + " | ".join(map(str, times)) + " | slope |")
-        print("|---|" + "---|" * (len(times) + 1))
-        cells = " | ".join(f"{1e3 * t:.1f}" for t in times.values())
-        print(f"| ms | {cells} | {slope(times):.2f} |\n")
+        # Between the two largest sizes.
+        (a, s), (b, t) = list(times.items())[-2:]
+        slope = f"{np.log(t / s) / np.log(b / a):.2f}"
+        cells = [f"{1e3 * t:.1f}" for t in times.values()]
+        print_table([NAMES[letter], *times, "slope"], [["ms", *cells, slope]])
     starts = found["starts"]
     ratio = starts[32] / starts[0]
     print(
@@ -195,10 +180,7 @@ def draw(found: dict[str, dict[int, float]]) -> Figure:
         axis.set_xlabel(NAMES[letter], fontsize=8)
         axis.tick_params(axis="y", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("ms per step", fontsize=8)
-    axes[3].set_ylabel("ms per step", fontsize=8)
-    for axis in axes[4:]:
-        axis.set_ylabel("ms per run", fontsize=8)
+        axis.set_ylabel("ms per run" if letter in RUNS else "ms per step", fontsize=8)
     return figure
 
 
@@ -209,7 +191,7 @@ def main(repeats: int, output: Path) -> None:
         held = pool.submit(memory).result()
     print(
         f"Distilling MNIST takes {held['held']:.0f} MB, {held['of floats']:.2f} of the "
-        f"{held['floats']:.0f} MB of its pixels as floats; as bytes they take "
+        f"{4 * held['bytes']:.0f} MB of its pixels as floats; as bytes they take "
         f"{held['bytes']:.0f} MB.\n"
     )
     runs, first = of_runs(repeats)

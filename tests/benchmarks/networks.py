@@ -12,7 +12,7 @@ tests/benchmarks/networks.py`.
 
 import functools as ft
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import equinox as eqx
@@ -21,33 +21,25 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from _timing import machine, parser, write
+from _timing import machine, parser, print_table, write
 
 import eqdistill as eqd
 
 
 def conv_net(key: jax.Array) -> eqx.nn.Sequential:
-    layers, channels = [], 1
-    *keys, head_key = jr.split(key, 4)
-    for key, width in zip(keys, (16, 32, 64), strict=True):
-        layers += [
-            eqx.nn.Conv2d(channels, width, 3, padding=1, key=key),
-            eqx.nn.Lambda(jax.nn.relu),
-            eqx.nn.AvgPool2d(2, 2),
-        ]
-        channels = width
-    head = eqx.nn.Linear(9 * channels, 10, key=head_key)
-    add_channel = eqx.nn.Lambda(lambda image: image[None])
-    return eqx.nn.Sequential([add_channel, *layers, eqx.nn.Lambda(jnp.ravel), head])
-
-
-Case = tuple[str, Callable, tuple, int]
+    keys = jr.split(key, 4)
+    layers = [eqx.nn.Lambda(lambda image: image[None])]
+    for key, before, width in zip(keys[:3], (1, 16, 32), (16, 32, 64), strict=True):
+        convolution = eqx.nn.Conv2d(before, width, 3, padding=1, key=key)
+        layers += [convolution, eqx.nn.Lambda(jax.nn.relu), eqx.nn.AvgPool2d(2, 2)]
+    head = eqx.nn.Linear(9 * 64, 10, key=keys[3])
+    return eqx.nn.Sequential([*layers, eqx.nn.Lambda(jnp.ravel), head])
 
 
 def cases(
     network: eqx.nn.Sequential, wide: Callable, real: eqd.Dataset
-) -> Iterator[Case]:
-    """Yields a name, a compiled function, its arguments, and its number of steps."""
+) -> dict[str, tuple]:
+    """Names, and a compiled function, its arguments, and its number of steps."""
     params, static = eqx.partition(network, eqx.is_inexact_array)
     images, labels = real.floating()[:10], jnp.arange(10)
 
@@ -70,56 +62,46 @@ def cases(
         return jax.lax.switch(index, branches, params)
 
     through = jax.grad(lambda images: loss(train(params, images, 10), images))
+    both = jax.vmap(step, (0, None))
     two = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
     many = real.floating()[:256]
-    yield "a gradient step of ten images", jax.jit(step), (params, images), 1
-    scan = jax.jit(lambda p, x: train(p, x, 20))
-    yield "the same in `scan`", scan, (params, images), 20
-    yield "the same in `switch`", jax.jit(switch), (0, params, images), 1
-    yield (
-        "the same of two networks",
-        jax.jit(jax.vmap(step, (0, None))),
-        (two, images),
-        1,
-    )
-    yield "the same, differentiated", jax.jit(through), (images,), 10
-    yield "the forward pass of 256", jax.jit(forward), (params, many), 1
     convolve = eqx.filter_jit(lambda wide, images: jax.vmap(wide)(images))
-    small = jnp.ones((10, 512, 2, 2))
-    yield "512 channels of 2 x 2 pixels, by 3 x 3", convolve, (wide, small), 1
+    wide_args = wide, jnp.ones((10, 512, 2, 2))
+    scan = jax.jit(lambda p, x: train(p, x, 20))
+    return {
+        "a gradient step of ten images": (jax.jit(step), (params, images), 1),
+        "the same in `scan`": (scan, (params, images), 20),
+        "the same in `switch`": (jax.jit(switch), (0, params, images), 1),
+        "the same of two networks": (jax.jit(both), (two, images), 1),
+        "the same, differentiated": (jax.jit(through), (images,), 10),
+        "the forward pass of 256": (jax.jit(forward), (params, many), 1),
+        "512 channels of 2 x 2 pixels, by 3 x 3": (convolve, wide_args, 1),
+    }
 
 
-def cpu_milliseconds(cases: list[Case], repeats: int) -> list[float]:
+def cpu_milliseconds(cases: list[tuple], repeats: int) -> list[float]:
     """CPU time of one step of each case, in turn. Not wall time, because only some
     cases use both cores."""
-    for _, run, args, _ in cases:
+    for run, args, _ in cases:
         jax.block_until_ready(run(*args))
     times = []
     for _ in range(repeats):
         times.append([])
-        for _, run, args, steps in cases:
+        for run, args, steps in cases:
             begin = time.process_time()
             jax.block_until_ready(run(*args))
             times[-1].append(1e3 * (time.process_time() - begin) / steps)
     return np.median(times, axis=0).tolist()
 
 
-def convolutions(real: eqd.Dataset, repeats: int) -> dict[str, dict[str, float]]:
+def convolutions(real: eqd.Dataset, repeats: int) -> dict[str, list[float]]:
     wide = eqx.nn.Conv2d(512, 512, 3, padding=1, key=jr.key(1))
     library = conv_net(jr.key(0)), wide
-    pairs = zip(
-        cases(*library, real),
-        cases(*eqd.nn.fast_convolutions(library), real),
-        strict=True,
-    )
-    print(f"CPU-milliseconds, medians of {repeats} runs:\n")
-    print("| | `equinox.nn` | `eqdistill.nn` | ratio |")
-    print("|---|---|---|---|")
-    rows = {}
-    for a, b in pairs:
-        first, second = cpu_milliseconds([a, b], repeats)
-        rows[a[0]] = {"equinox": first, "eqdistill": second}
-        print(f"| {a[0]} | {first:.1f} | {second:.1f} | {first / second:.1f} |")
+    slow, fast = cases(*library, real), cases(*eqd.nn.fast_convolutions(library), real)
+    rows = {k: cpu_milliseconds([slow[k], fast[k]], repeats) for k in slow}
+    print(f"CPU-milliseconds, medians of {repeats} runs:")
+    table = [[k, f"{x:.1f}", f"{y:.1f}", f"{x / y:.1f}"] for k, (x, y) in rows.items()]
+    print_table(["", "`equinox.nn`", "`eqdistill.nn`", "ratio"], table)
     return rows
 
 
@@ -154,12 +136,12 @@ def argmin(real: eqd.Dataset, repeats: int) -> dict[str, float]:
         assert int(fitted.stats["steps"]) == steps
         return jax.block_until_ready(fitted.gradient_norm)
 
-    timed = [("one by one", one_by_one, (), 1), ("`ArgminSolver`", in_a_loop, (), 1)]
+    timed = [(one_by_one, (), 1), (in_a_loop, (), 1)]
     first, second = cpu_milliseconds(timed, repeats)
     print(
-        f"\nThe fit of this network to ten images, {steps} steps of L-BFGS, takes "
+        f"The fit of this network to ten images, {steps} steps of L-BFGS, takes "
         f"{second:.0f} ms of `ArgminSolver`, {second / first:.2f} times the "
-        f"{first:.0f} ms of the same steps called one by one."
+        f"{first:.0f} ms of the same steps called one by one.\n"
     )
     return {"one by one": first, "ArgminSolver": second}
 
@@ -172,15 +154,10 @@ def pool(
     start = eqd.DistilledSet(real.images[:10], real.labels[:10], l2=1e-3)
     start = start.with_targets(10)
     images, labels = start.images, start.labels
-    make = ft.partial(
-        eqd.nn.ConvNet, (28, 28), 10, widths=(16, 32, 64), norm=norm, size=32
-    )
-    problem = eqd.Problem(
-        start,
-        eqd.Bilevel(eqd.Pool(make)),
-        optimiser=optax.adam(0.01),
-        learn=lambda start: start,
-    )
+    settings = {"widths": (16, 32, 64), "norm": norm, "size": 32}
+    make = ft.partial(eqd.nn.ConvNet, (28, 28), 10, **settings)
+    args = {"optimiser": optax.adam(0.01), "learn": lambda start: start}
+    problem = eqd.Problem(start, eqd.Bilevel(eqd.Pool(make)), **args)
     update = jax.jit(lambda state, data: problem.step(state, data), donate_argnums=0)
     state, data = problem.init(key=jr.key(0)), eqd.Batches(real, batch)
 
@@ -192,20 +169,18 @@ def pool(
     network = make(key=jr.key(0))
     params, static = eqx.partition(network, eqx.is_inexact_array)
     chunk = 128
-    forward = jax.jit(
-        lambda params, x: jax.lax.map(
-            eqx.combine(params, static).layers[:-1], x, batch_size=chunk
-        )
-    )
     optimiser = optax.adam(1e-3)
 
     @jax.jit
-    def train(params, optimiser_state):
+    def forward(params, x):
+        features = eqx.combine(params, static).layers[:-1]
+        return jax.lax.map(features, x, batch_size=chunk)
+
+    @jax.jit
+    def train(params, state):
         loss = lambda p: start.loss(jax.vmap(eqx.combine(p, static))(images), labels)
-        updates, optimiser_state = optimiser.update(
-            jax.grad(loss)(params), optimiser_state
-        )
-        return optax.apply_updates(params, updates), optimiser_state
+        updates, state = optimiser.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
 
     @jax.jit
     @jax.grad
@@ -221,21 +196,18 @@ def pool(
     costs = forward.lower(params, real.images[:chunk]).compile().cost_analysis()
     assert costs is not None
     share = batch / chunk * costs["flops"] / (2 * side**3)
-    timed = [
-        ("an outer step", step, (), 1),
-        (
-            "the forward pass of the real images",
-            forward,
-            (params, real.images[:batch]),
-            1,
-        ),
-        ("the fit and its derivative", fit_and_adjoint, (images, params), 1),
-        ("the step of the pool", train, (params, optimiser.init(params)), 1),
-        ("", jax.jit(jnp.matmul), (square, square), 1),
-    ]
-    *found, product = cpu_milliseconds(timed, repeats)
-    rows = {name: x for (name, *_), x in zip(timed, found, strict=False)}
-    rows["the FLOPs of that pass in one product"] = limit = share * product
+    args = params, real.images[:batch]
+    timed = {
+        "an outer step": (step, (), 1),
+        "the forward pass of the real images": (forward, args, 1),
+        "the fit and its derivative": (fit_and_adjoint, (images, params), 1),
+        "the step of the pool": (train, (params, optimiser.init(params)), 1),
+        "": (jax.jit(jnp.matmul), (square, square), 1),
+    }
+    found = cpu_milliseconds(list(timed.values()), repeats)
+    rows = dict(zip(timed, found, strict=True))
+    limit = share * rows.pop("")
+    rows["the FLOPs of that pass in one product"] = limit
     rows["the step over the product"] = rows["an outer step"] / limit
     return rows
 
@@ -248,20 +220,18 @@ def pools(real: eqd.Dataset, repeats: int) -> dict[str, dict[str, float]]:
         "1,024 real images": pool(real, 1024, None, repeats),
         "instance norm, 128": pool(real, 128, eqd.nn.instance_norm, repeats),
     }
-    print("\nA pool of one architecture, padded to 32 x 32:\n")
-    print(f"| | {' | '.join(columns)} |")
-    print("|---" * (1 + len(columns)) + "|")
-    for name in columns["128 real images"]:
-        print(f"| {name} |", *(f"{c[name]:.1f} |" for c in columns.values()))
+    print("A pool of one architecture, padded to 32 x 32:")
+    names = columns["128 real images"]
+    table = [[k, *(f"{c[k]:.1f}" for c in columns.values())] for k in names]
+    print_table(["", *columns], table)
     return columns
 
 
 def main(repeats: int, output: Path) -> None:
-    results: dict[str, object] = {"machine": machine()}
     real, _ = eqd.datasets.load("mnist")
-    results["convolutions"] = convolutions(real, repeats)
-    results["argmin"] = argmin(real, repeats)
-    results["pools"] = pools(real, repeats)
+    results: dict[str, object] = {"machine": machine()}
+    for measure in (convolutions, argmin, pools):
+        results[measure.__name__] = measure(real, repeats)
     write(results, output / "networks.json")
 
 

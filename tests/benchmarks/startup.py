@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _timing import machine, parser, write
+from _timing import machine, parser, print_table, write
 
 
 PROGRAM = """
@@ -67,13 +67,12 @@ def main(repeats: int, output: Path) -> None:
         with tempfile.TemporaryDirectory() as cache:
             cold.append(run(cache))
             warm.append(run(cache))
-    print("| cache | " + " | ".join(cold[0]) + " |")
-    print("|---|" + "---|" * len(cold[0]))
+    rows = []
     for name, runs in (("empty", cold), ("warm", warm)):
         medians = {k: float(np.median([r[k] for r in runs])) for k in runs[0]}
-        cells = " | ".join(f"{v:.2f} s" for v in medians.values())
-        print(f"| {name} | {cells} |")
+        rows.append([name, *(f"{v:.2f} s" for v in medians.values())])
         results[name] = medians
+    print_table(["cache", *cold[0]], rows)
     write(results, output / "startup.json")
 
 
