@@ -115,8 +115,7 @@ class Dataset(eqx.Module):
         """Returns a dataset of the images $f(x_i)$ with the same labels. The function
         $f$ maps one image, in the units of [`eqdistill.Dataset.floating`][], to a
         floating-point image of any shape; such as an
-        [`eqdistill.datasets.AbstractPreprocessing`][].
-        """
+        [`eqdistill.datasets.AbstractPreprocessing`][]."""
         # A loop in Python, because XLA's convolutions are slow in a `lax.map`.
         chunks = (self.images[i : i + 1000] for i in range(0, len(self), 1000))
         images = [np.asarray(_map_chunk(fn, chunk)) for chunk in chunks]

@@ -162,8 +162,7 @@ class DistilledSet(AbstractParameterisation):
     ) -> "DistilledSet":
         r"""As [`eqdistill.DistilledSet.from_real`][], with the mean of each class; or
         with several images per class, the means of random disjoint parts of the class,
-        equal in size to within one image.
-        """
+        equal in size to within one image."""
         return cls._by_class(train, n, l2, _initialisers.class_means, key)
 
     @classmethod

@@ -51,8 +51,7 @@ class Packed(AbstractParameterisation):
     def from_distilled(cls, distilled: DistilledSet, factor: int = 2) -> "Packed":
         """Downsamples the images of a distilled set, of shape `(h, w)` or
         `(channels, h, w)`: each pixel becomes the mean of a square of pixels. The side
-        of the square, `factor`, must divide the height and the width.
-        """
+        of the square, `factor`, must divide the height and the width."""
         shape = distilled.images.shape
         height, width = height_and_width("distilled", shape[1:])
         if factor < 1 or height % factor or width % factor:

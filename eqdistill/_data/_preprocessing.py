@@ -99,8 +99,7 @@ class ZCA(AbstractPreprocessing):
     def fit(cls, train: Dataset, *, regularisation: float = 0.1) -> "ZCA":
         r"""Returns the whitening by the covariance of the images of `train`, in $O(N
         p^2 + p^3)$ operations. The `regularisation` $\rho \ge 0$ must be positive for a
-        singular covariance.
-        """
+        singular covariance."""
         check_at_least(0, regularisation=regularisation)
         mean = _mean_of_chunks(train, lambda x: np.mean(x, axis=0, dtype=np.float64))
 

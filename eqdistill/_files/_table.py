@@ -210,8 +210,8 @@ def _trace(models: Any) -> Any:
     if not isinstance(models, Fresh):
         return eqx.filter_eval_shape(lambda: models)
     make = eqx.filter_make_jaxpr(lambda key: models.make(key=key))
-    program, out, static = make(jr.key(0))
-    return str(program.jaxpr), program.consts, out, static
+    program, *others = make(jr.key(0))
+    return str(program.jaxpr), program.consts, others
 
 
 # Sets, losses and preprocessing.
@@ -294,8 +294,8 @@ def _settings(function: Callable) -> dict[str, Any]:
 
 _SETTINGS: dict[str, Any] = dict.fromkeys(("in_features", "shape"), (1, MAX_BYTES))
 _SETTINGS |= {"num_classes": (1, 2**16), "widths": (1, 512, 8), "size": (1, 64)}
-_SETTINGS |= {"updates": (2, 100_000), "batch_size": (1, 100_000)}
 _SETTINGS |= {"learning_rates": (0.0, 1e9), "momentum": (0.0, 1.0)}
+_SETTINGS |= {"batch_size": (1, 100_000), "updates": (2, 100_000)}
 _SETTINGS |= {"seed": (0, 2**31 - 1)}
 register(
     LogisticRegression,

@@ -17,8 +17,7 @@ class History(eqx.Module):
     **Attributes:**
 
     - `loss`: the loss of the objective: on the batch of the step, with batches.
-    - `gradient_norm`: the Euclidean norm of its gradient over everything that is
-        learned.
+    - `gradient_norm`: the Euclidean norm of its gradient in the learned arrays.
     - `metrics`: the metrics of the objective, under their names: for
         [`eqdistill.Bilevel`][], the `"inner_residual"`.
     """
@@ -64,8 +63,7 @@ class Distillation(eqx.Module):
     def average(self) -> "Distillation":
         """Returns the same result with the moving average of the learned arrays instead
         of their last values. The optimiser must be wrapped by [`eqdistill.averaged`][].
-        Runs continue from its `state` as from the `state` of this result.
-        """
+        Runs continue from its `state` as from the `state` of this result."""
         average = average_of(self.state.optimiser_state)
         start, objective = eqx.combine(average, (self.start, self.objective))
         changed = {"distilled": start.decode(), "start": start, "objective": objective}

@@ -29,11 +29,10 @@ class HypergradientError(eqx.Module):
 
     **Attributes:**
 
-    - `norm`: the Euclidean norm of the hypergradient, over all floating-point arrays of
-        `start`.
+    - `norm`: the Euclidean norm of the hypergradient, over all float arrays of `start`.
     - `error`: its Euclidean distance to the hypergradient of the reference.
-    - `bound`: a bound on its Euclidean distance to the exact hypergradient. It is
-        infinite for problems without a known bound.
+    - `bound`: a bound on its Euclidean distance to the exact hypergradient; infinite if
+        none is known.
     - `inner_residual`: the `gradient_norm` of the [`eqdistill.Fitted`][].
     """
 

@@ -18,8 +18,7 @@ class Outcome(eqx.Module, Generic[State]):
     **Attributes:**
 
     - `state`: the state for the next step.
-    - `failure`: 0 if the step went well; otherwise 1 plus the index of the reason among
-        the `failures` of the objective.
+    - `failure`: 0, or 1 plus the index of the reason in the objective's `failures`.
     - `metrics`: numbers for the history, each under a name.
     """
 
@@ -63,6 +62,5 @@ class AbstractObjective(eqx.Module, Generic[State]):
 
     def layout(self, dataset: Dataset) -> AbstractData:
         """Returns the real data in the form that suits this objective best. By default,
-        an [`eqdistill.FullBatch`][].
-        """
+        an [`eqdistill.FullBatch`][]."""
         return FullBatch(dataset)
