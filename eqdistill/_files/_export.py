@@ -126,7 +126,7 @@ def _to_levels(
         images = np.asarray(jax.vmap(preprocessing.inverse)(jnp.asarray(images)))
     pictures = to_pictures(images.astype(np.float64))
     low, high = float(pictures.min()), float(pictures.max())
-    if low >= 0 and high <= 1 and high - low >= 0.5:
+    if low > -1e-6 and high < 1 + 1e-6 and high - low >= 0.5:  # Up to rounding.
         low, high = 0.0, 1.0
     width = high - low or 1.0  # Images may be constant.
     return np.rint(255 * (pictures - low) / width).astype(np.uint8), low, low + width
