@@ -42,7 +42,14 @@ def _pool(train):
     return start, eqd.Pool(make, size=4, max_age=8), data, ()
 
 
-KINDS = {"linear": _linear, "pool": _pool}
+def _unrolled(train):
+    start = eqd.DistilledSet.from_real(train, 20, l2=1e-3, key=jr.key(0))
+    training = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.1}, 5, batch_size=10)
+    make = functools.partial(eqd.nn.MLP, (28, 28), 10)
+    return start, eqd.Bilevel(eqd.Fresh(make), training), eqd.Batches(train, 100), ()
+
+
+KINDS = {"linear": _linear, "pool": _pool, "unrolled": _unrolled}
 
 
 def distil(kind: str, folder: str | None, output: str) -> None:
