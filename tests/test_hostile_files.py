@@ -93,7 +93,7 @@ def spoil_json(data, rng):
         # Most often of the same type, which gets further.
         alike = [x for x in VALUES if type(x) is type(node[key])]
         values = alike if alike and rng.random() < 0.7 else VALUES
-        node[key] = values[rng.integers(len(values))]
+        node[key] = json.loads(json.dumps(values[rng.integers(len(values))]))
     header["__metadata__"] = {k: json.dumps(x) for k, x in metadata.items()}
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data[end:]
