@@ -25,11 +25,10 @@ def real(digits):
 
 @pytest.mark.slow
 def test_converged_means_stationary(real):
-    # A Cauchy criterion holds for these networks at gradient norms around one.
-    settings = {"norm": eqd.nn.group_norm, "activation": jax.nn.softplus}
+    settings = {"norm": None, "activation": jax.nn.softplus}
     network = eqd.nn.ConvNet((8, 8), 10, widths=(8, 8, 8), **settings, key=jr.key(0))
     inner = eqd.ArgminSolver(max_steps=600)
-    for l2 in (1e-2, 1e-3, 1e-4):
+    for l2 in (1e-3, 1e-4):
         distilled = eqd.DistilledSet(real, jnp.arange(10), l2=l2)
         fitted = eqd.fit(distilled, network, inner, throw=False)
         loss = lambda model, distilled: eqd.inner_loss(distilled, model)
