@@ -1,13 +1,16 @@
 """Dataset distillation in JAX and Equinox."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
 from jaxtyping import install_import_hook as _install_import_hook
 
-# Imports third-party packages before the hook, which would compile them again: that
-# takes twice as long.
 from . import _typechecking as _typechecking
 
+
+# Before the hook, which would compile these packages again: that takes twice as long.
+for _package in ("equinox", "lineax", "optax", "optimistix", "scipy.linalg"):
+    _import_module(_package)
 
 # Every argument's type and shape is checked at run time, for users too: a silent
 # broadcast is the one bug that a distilled set cannot show.

@@ -239,6 +239,6 @@ def test_dropout_is_off():
     log_p = jax.nn.log_softmax((hidden @ last.weight.T + last.bias) / 0.2)
     loss = -np.mean(log_p[np.arange(20), REAL.labels])
     np.testing.assert_allclose(evaluation.loss, loss, rtol=1e-4)
-    # Dropout is off for the real images, too.
+    # Dropout is also off for the real images.
     history = eqd.distill(squared(), model, REAL, steps=1).history
     np.testing.assert_allclose(history.loss[0], loss, rtol=1e-4)

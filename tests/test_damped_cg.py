@@ -31,7 +31,7 @@ solve = jax.jit(
 @settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 2**30),
-    # Singular and slightly indefinite matrices, too.
+    # Also for singular and slightly indefinite matrices.
     small=st.lists(st.floats(-1e-3, 1e-3), min_size=4, max_size=4),
 )
 def test_reports_its_residual(seed, small):

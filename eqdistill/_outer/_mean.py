@@ -115,7 +115,7 @@ def _chunk_size(fn, model, examples, chunk_bytes: int) -> int:
 def _peak_bytes(jaxpr: Any) -> int:
     """The most bytes of the results that are alive at once in a program, before the
     compiler fuses any."""
-    last_use = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn)}
+    last_use = {id(x): i for i, eqn in enumerate(jaxpr.eqns) for x in eqn.invars}
     last_use |= dict.fromkeys(map(id, jaxpr.outvars), len(jaxpr.eqns))
     live = peak = 0
     freed = {}
@@ -129,10 +129,6 @@ def _peak_bytes(jaxpr: Any) -> int:
         peak = max(peak, live + max(inner, default=0))
         live -= freed.pop(i, 0)
     return peak
-
-
-def _variables(eqn: Any) -> list[int]:
-    return [id(var) for var in eqn.invars]
 
 
 def _num_bytes(aval: Any) -> int:
