@@ -18,12 +18,17 @@ from ._typechecking import describe
 
 
 def error_if(x: Array, is_bad: Callable, message: str) -> Array:
-    """Like `equinox.error_if`, but raises a plain `ValueError` if `x` is not traced.
-    `is_bad` is then applied to a NumPy array, so that nothing is compiled."""
-    if isinstance(x, jax.core.Tracer):
-        return eqx.error_if(x, is_bad(x), message)
-    if is_bad(np.asarray(x)):
-        raise ValueError(message)
+    """Raises a `ValueError` if an array is bad. A traced array becomes NaN instead, if
+    it is of floating point, and then stops a run. An error from within a program, as of
+    `equinox.error_if`, would keep the program out of JAX's cache, and leave the other
+    devices waiting for the one that raised it.
+
+    `is_bad` is applied to a NumPy array if possible, so that nothing is compiled."""
+    if not isinstance(x, jax.core.Tracer):
+        if is_bad(np.asarray(x)):
+            raise ValueError(message)
+    elif jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.where(is_bad(x), jnp.nan, x)
     return x
 
 

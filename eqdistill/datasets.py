@@ -17,6 +17,8 @@ from ._data._preprocessing import (
     ZCA as ZCA,
 )
 from ._data._readers import read_cifar10, read_idx
+from ._outer._accumulated import Accumulated as Accumulated
+from ._outer._stream import Stream as Stream
 
 
 class _Source(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.scipy.ndimage import map_coordinates
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._checks import array_difference, check_at_least, check_between
 from .._conversions import as_float, as_int
@@ -36,7 +36,7 @@ class Compose(AbstractAugmentation):
         self.augmentations = augmentations
 
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
-        return _apply(self, False, image, key)
+        return _apply(self, None, image, key)
 
 
 class OneOf(AbstractAugmentation):
@@ -82,7 +82,7 @@ class OneOf(AbstractAugmentation):
         self.per_batch = per_batch
 
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
-        return _apply(self, False, image, key)
+        return _apply(self, None, image, key)
 
 
 def augment(
@@ -93,7 +93,17 @@ def augment(
 ) -> Float[Array, "n *shape"]:
     r"""Augments each image of a batch with its own random key, $x_i' = A(x_i, k_i)$.
     The $k_i$ are split from `key`."""
-    changed = _apply(augmentation, True, images, key)
+    return augment_part(augmentation, images, jnp.arange(len(images)), key)
+
+
+def augment_part(
+    augmentation: AbstractAugmentation,
+    images: Float[Array, "n *shape"],
+    places: Int[Array, " n"],
+    key: PRNGKeyArray,
+) -> Float[Array, "n *shape"]:
+    """Augments the images at these places of a batch, as `augment` does all of it."""
+    changed = _apply(augmentation, places, images, key)
     if difference := array_difference(images, changed):
         raise ValueError(
             "`augmentation` must keep the shape and the dtype of images; "
@@ -103,22 +113,27 @@ def augment(
 
 
 def _apply(
-    augmentation: AbstractAugmentation, is_batch: bool, x: Array, key: PRNGKeyArray
+    augmentation: AbstractAugmentation,
+    places: Int[Array, " n"] | None,
+    x: Array,
+    key: PRNGKeyArray,
 ) -> Any:
-    """Applies an augmentation to a batch, or to one image."""
+    """Applies an augmentation to images at these places of a batch, or to one image."""
     if isinstance(augmentation, Compose):
         keys = jr.split(key, len(augmentation.augmentations))
         for part, own_key in zip(augmentation.augmentations, keys, strict=True):
-            x = _apply(part, is_batch, x, own_key)
+            x = _apply(part, places, x, own_key)
         return x
-    if isinstance(augmentation, OneOf) and (augmentation.per_batch or not is_batch):
-        branches = [ft.partial(_apply, a, is_batch) for a in augmentation.augmentations]
+    is_one = places is None
+    if isinstance(augmentation, OneOf) and (augmentation.per_batch or is_one):
+        branches = [ft.partial(_apply, a, places) for a in augmentation.augmentations]
         choice_key, own_key = jr.split(key)
         index = jr.randint(choice_key, (), 0, len(branches))
         return jax.lax.switch(index, branches, x, own_key)
-    if is_batch:
-        of_image = ft.partial(_apply, augmentation, False)
-        return jax.vmap(of_image)(x, jr.split(key, len(x)))
+    if not is_one:
+        of_image = ft.partial(_apply, augmentation, None)
+        keys = jax.vmap(jr.fold_in, (None, 0))(key, places)
+        return jax.vmap(of_image)(x, keys)
     return augmentation(x, key=key)
 
 

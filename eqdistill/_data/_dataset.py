@@ -5,10 +5,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from .._checks import check_between
+from .._chunks import CHUNK_BYTES, chunk_size
 from .._conversions import ArrayOrList, as_array, as_int
+from .._sharding import num_shards, place, sharding_of, to_host
 from .._typechecking import describe
 
 
@@ -36,6 +39,7 @@ class Dataset(eqx.Module):
 
         - `images`: an array or a list of shape `(N, *shape)`. Either `uint8` in 0 to
             255, as on disk, or floating point in any units, finite in JAX's precision.
+            An array whose first axis is spread over devices stays there.
         - `labels`: class indices in `[0, num_classes)`, an array or a list of any
             integer type, of shape `(N,)`.
         - `num_classes`: the number of classes $c$. Defaults to the number of
@@ -45,8 +49,10 @@ class Dataset(eqx.Module):
             have no names.
         """
         # On the host, because a dataset is made once, from concrete arrays.
-        images_ = np.asarray(as_array("images", images))
-        labels_ = np.asarray(as_array("labels", labels))
+        images_ = as_array("images", images)
+        labels_ = to_host(as_array("labels", labels))
+        sharding = sharding_of(images_)
+        images_ = to_host(images_) if sharding is None else place(images_, sharding)
         is_bytes = images_.dtype == np.uint8
         is_image = is_bytes or jnp.issubdtype(images_.dtype, jnp.floating)
         if not is_image or images_.ndim < 2 or images_.size == 0:
@@ -77,13 +83,14 @@ class Dataset(eqx.Module):
         if not is_bytes:
             with np.errstate(over="ignore"):
                 images_ = images_.astype(jax.dtypes.canonicalize_dtype(images_.dtype))
-            if bad := np.sum(~np.isfinite(images_)):
+            is_finite = np.isfinite if sharding is None else jnp.isfinite
+            if bad := int((~is_finite(images_)).sum()):
                 raise ValueError(
                     f"`images` must be finite; {bad} of {images_.size} pixels are NaN "
                     "or infinite."
                 )
-        self.images = jnp.asarray(images_)
-        self.labels = jnp.asarray(labels_.astype(np.int32))
+        self.images = place(images_, sharding)
+        self.labels = place(labels_.astype(np.int32), sharding)
         self.num_classes = num_classes
         self.class_names = names
 
@@ -95,20 +102,30 @@ class Dataset(eqx.Module):
         """The shape of one image."""
         return self.images.shape[1:]
 
+    @property
+    def sharding(self) -> NamedSharding | None:
+        """How the images are spread over devices, or `None` if they are not."""
+        return sharding_of(self.images)
+
     def split(
         self, fraction: float, *, key: PRNGKeyArray
     ) -> tuple["Dataset", "Dataset"]:
         """Holds out a random `fraction` of the images, for early stopping and other
         choices. Returns the remaining images and the held-out images, both in random
-        order. Neither part may be empty."""
-        num_held_out = round(fraction * len(self)) if 0 < fraction < 1 else 0
+        order. Neither part may be empty. Each device gets the same number of images of
+        a part, if the images are spread over devices."""
+        shards = num_shards(self.sharding)
+        parts = len(self) // shards
+        num_held_out = shards * round(fraction * parts) if 0 < fraction < 1 else 0
         if not 0 < num_held_out < len(self):
             raise ValueError(
                 "`fraction` must be between 0 and 1, and give each part at least one "
                 f"of {len(self)} images; got {fraction}."
             )
         order = jr.permutation(key, len(self))
-        take = lambda rows: self._with(self.images[rows], self.labels[rows])
+        where = self.sharding
+        read = jax.jit(lambda x, rows: x[rows], out_shardings=where)
+        take = lambda rows: self._with(read(self.images, rows), read(self.labels, rows))
         return take(order[num_held_out:]), take(order[:num_held_out])
 
     def map(self, fn: Callable) -> "Dataset":
@@ -116,10 +133,7 @@ class Dataset(eqx.Module):
         $f$ maps one image, in the units of [`eqdistill.Dataset.floating`][], to a
         floating-point image of any shape; such as an
         [`eqdistill.datasets.AbstractPreprocessing`][]."""
-        # A loop in Python, because XLA's convolutions are slow in a `lax.map`.
-        chunks = (self.images[i : i + 1000] for i in range(0, len(self), 1000))
-        images = [np.asarray(_map_chunk(fn, chunk)) for chunk in chunks]
-        return self._with(np.concatenate(images), self.labels)
+        return self._with(_map(fn, self.images, self.sharding), self.labels)
 
     def _with(self, images: Array | np.ndarray, labels: Array) -> "Dataset":
         return Dataset(images, labels, self.num_classes, class_names=self.class_names)
@@ -139,8 +153,19 @@ class Dataset(eqx.Module):
 
 
 @eqx.filter_jit
-def _map_chunk(fn: Callable, images: Array) -> Array:
-    return jax.vmap(fn)(Dataset.to_floating(images))
+def _map(fn: Callable, images: Array, sharding: NamedSharding | None) -> Array:
+    arrays, static = eqx.partition(fn, eqx.is_array)
+
+    def of_images(arrays, images):
+        of_image = lambda image: eqx.combine(arrays, static)(Dataset.to_floating(image))
+        size = chunk_size(jax.vmap(of_image), images, CHUNK_BYTES)
+        return jax.lax.map(of_image, images, batch_size=size)
+
+    if sharding is None:
+        return of_images(arrays, images)
+    rows = P(sharding.spec[0])
+    specs = {"in_specs": (P(), rows), "out_specs": rows, "check_vma": False}
+    return jax.shard_map(of_images, mesh=sharding.mesh, **specs)(arrays, images)
 
 
 def _count(labels: np.ndarray) -> int:

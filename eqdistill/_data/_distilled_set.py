@@ -8,6 +8,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 from .._checks import check_at_least, check_positive, error_if
 from .._conversions import ArrayOrList, as_array, Labels
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
+from .._sharding import replicate
 from .._typechecking import describe
 from . import _initialisers
 from ._dataset import Dataset
@@ -46,7 +47,7 @@ class DistilledSet(AbstractParameterisation):
             need 1e-3 or less, as a larger ridge shrinks all of their weights to zero.
         - `loss`: the loss that models are trained with.
 
-        Traced values are checked at run time.
+        Traced values are not refused, but bad ones in floating point become NaN.
         """
         images = jnp.asarray(as_array("images", images))
         labels = as_array("labels", labels)
@@ -141,7 +142,7 @@ class DistilledSet(AbstractParameterisation):
         check_positive(scale=scale)
         labels = _cyclic_labels(train, n)
         images = scale * jr.normal(key, (len(labels), *train.shape))
-        return cls(images, labels, l2=l2)
+        return replicate(cls(images, labels, l2=l2), train.sharding)
 
     @classmethod
     def from_real(
@@ -200,7 +201,7 @@ class DistilledSet(AbstractParameterisation):
     def _by_class(cls, train, n, l2, choose, key):
         labels = _cyclic_labels(train, n)
         images = _initialisers.by_class(train, labels, choose, key)
-        return cls(images, labels, l2=l2)
+        return replicate(cls(images, labels, l2=l2), train.sharding)
 
     def __len__(self) -> int:
         return len(self.images)

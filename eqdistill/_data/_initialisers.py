@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from .._checks import needs
+from .._sharding import to_host
 from ._dataset import Dataset
 
 
@@ -21,8 +22,8 @@ def by_class(
     """Makes the images for `labels`: of each class, by `choose(x, k, rng)` from its
     real images."""
     rng = np.random.default_rng(np.asarray(jr.bits(key, (4,))))
-    real = np.asarray(train.floating()).reshape(len(train), -1)
-    real_labels = np.asarray(train.labels)
+    real = to_host(train.floating()).reshape(len(train), -1)
+    real_labels = to_host(train.labels)
     images = np.empty((len(labels), real.shape[1]), real.dtype)
     for class_ in np.unique(labels):
         is_here = labels == class_

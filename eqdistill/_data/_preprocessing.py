@@ -1,5 +1,6 @@
 import abc
 import functools
+import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -12,6 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from .._checks import check_at_least
 from .._conversions import as_float
+from .._sharding import to_host
 from ._dataset import Dataset
 
 
@@ -145,7 +147,9 @@ _product = functools.partial(jnp.matmul, precision="highest")
 def _mean_of_chunks(train: Dataset, mean: Callable) -> np.ndarray:
     """The mean over all images, in double precision, from that of chunks of images."""
     total = 0
-    for first in range(0, len(train), 1000):
-        chunk = np.asarray(Dataset.to_floating(train.images[first : first + 1000]))
+    # Doubles of a few thousand small images, or of fewer large ones.
+    size = max(1, 2**26 // (8 * math.prod(train.shape)))
+    for first in range(0, len(train), size):
+        chunk = to_host(Dataset.to_floating(train.images[first : first + size]))
         total = total + len(chunk) * mean(chunk)
     return np.asarray(total / len(train))

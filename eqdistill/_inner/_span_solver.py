@@ -11,6 +11,7 @@ from .._checks import check_at_least
 from .._conversions import as_float_or_none, as_int
 from .._data._distilled_set import DistilledSet
 from .._losses import CrossEntropy
+from .._sharding import vary_like
 from .._softmax import label_residual
 from ._inner_solver import AbstractInnerSolver, Fitted
 from ._linear import check_linear, with_head
@@ -79,6 +80,8 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         fixed = jax.lax.stop_gradient(problem)
         num_classes = model.head.weight.shape[0]
         span = Span(fixed.images, num_classes, model.head.bias is not None)
+        # Constants too, since they are used in branches.
+        span, fixed = vary_like((span, fixed), (span, fixed))
         y, is_solved, steps = self._minimise(span, fixed, _start(state, span, fixed))
         found = Solution.of(y, span, fixed)
         # The logits already depend on the images and the ridge, so differentiate the
@@ -121,13 +124,14 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
                 return new_y, step, jnp.vdot(gradient, step), one, is_last
 
             def halve():
-                return y, step, slope, fraction / 2, jnp.array(False)
+                return y, step, slope, fraction / 2, no
 
             new = jax.lax.cond(is_short | (fraction <= 1e-6), accept, halve)
             return *new, count + 1
 
-        one = jnp.ones((), y.dtype)
-        carry = (y, jnp.zeros_like(y), 0 * one, 0 * one, jnp.array(False), jnp.array(0))
+        constants = jnp.ones((), y.dtype), jnp.array(False), jnp.array(0)
+        y, one, no, zero = vary_like((y, *constants), (y, span, problem))
+        carry = (y, 0 * y, 0 * one, 0 * one, no, zero)
         keep_going = lambda c: ~c[4] & (c[5] < self.max_steps) & jnp.isfinite(c[2])
         y, *_, is_solved, count = jax.lax.while_loop(keep_going, body, carry)
         return y, is_solved, count

@@ -200,7 +200,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
 def log_positive(name: str, value: ArrayOrList) -> Float[Array, "..."]:
     """The logarithm of a positive number or of an array of positive numbers. Raises
-    an error if a value is not positive and finite, at run time if it is traced."""
+    a `ValueError` if a value is not positive and finite."""
     array = error_if(
         jnp.asarray(as_array(name, value), jnp.result_type(float)),
         lambda x: ~((x > 0) & (x < jnp.inf)).all(),

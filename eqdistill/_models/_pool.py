@@ -13,6 +13,7 @@ from .._conversions import as_int
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
 from .._inner._unrolled_solver import has_dropout
+from .._sharding import vary_like
 from ._flat_network import Flat, FlatNetworks, select_network
 from ._models import AbstractModels
 
@@ -173,7 +174,8 @@ class Pool(AbstractModels[PoolState]):
 
         def start_again(flat, training, age):
             flat = networks.draw(fresh_key)
-            return flat, self.optimiser.init(flat[0]), jnp.zeros_like(age)
+            fresh = flat, self.optimiser.init(flat[0]), jnp.zeros_like(age)
+            return vary_like(fresh, trained)
 
         is_young = age + 1 < self.max_age
         return jax.lax.cond(is_young, lambda *own: own, start_again, *trained)

@@ -1,3 +1,4 @@
+import functools as ft
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -5,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
+from .._chunks import CHUNK_BYTES
 from .._conversions import as_int
-from .._data._augmentation import AbstractAugmentation, augment
+from .._data._augmentation import AbstractAugmentation, augment_part
 from .._data._dataset import Dataset
 from .._data._permutation import batch_at
-from ._data import AbstractData, Cached, FullBatch, of_example
-from ._mean import mean_over_examples
+from .._sharding import replicate, to_host
+from ._data import AbstractData, Cached, FullBatch, mean_of_some
 
 
 class Batches(AbstractData):
@@ -38,7 +41,8 @@ class Batches(AbstractData):
         balanced: bool = False,
         augmentation: AbstractAugmentation | None = None,
         cached: Sequence[Cached] = (),
-        chunk_bytes: int = 2**24,
+        chunk_bytes: int = CHUNK_BYTES,
+        sharding: NamedSharding | None = None,
     ):
         """**Arguments:**
 
@@ -49,7 +53,9 @@ class Batches(AbstractData):
 
         - `balanced`: whether a batch has the same number of examples of each class.
         - `augmentation`: changes each image at random, differently in each step.
-        - `cached`, `chunk_bytes`: as for [`eqdistill.FullBatch`][].
+        - `cached`, `chunk_bytes`, `sharding`: as for [`eqdistill.FullBatch`][]. Every
+            device works on its own part of a batch, and the batches are the same for
+            any number of devices.
 
         **Raises:**
 
@@ -68,12 +74,14 @@ class Batches(AbstractData):
                 "`augmentation` must be None with `cached` outputs, which are computed "
                 f"once; got a {type(augmentation).__name__}."
             )
-        self.data = FullBatch(dataset, cached=cached, chunk_bytes=chunk_bytes)
+        self.data = FullBatch(
+            dataset, cached=cached, chunk_bytes=chunk_bytes, sharding=sharding
+        )
         self.size = size
         self.augmentation = augmentation
         self.by_class, self.counts = None, ()
         if balanced:
-            labels = np.asarray(dataset.labels)
+            labels = to_host(dataset.labels)
             counts = np.bincount(labels, minlength=dataset.num_classes)
             most = counts.min() * dataset.num_classes
             if size % dataset.num_classes or size > most:
@@ -82,7 +90,8 @@ class Batches(AbstractData):
                     f"and at most {most}, since class {counts.argmin()} has "
                     f"{counts.min()} examples; got {size}."
                 )
-            self.by_class = jnp.asarray(np.argsort(labels, kind="stable"))
+            by_class = jnp.asarray(np.argsort(labels, kind="stable"))
+            self.by_class = replicate(by_class, self.data.sharding)
             self.counts = tuple(counts.tolist())
 
     @property
@@ -96,29 +105,60 @@ class Batches(AbstractData):
 
     def mean(self, fn, model, step, *, key):
         """**Raises:** a `ValueError` if the augmentation changes the images' shape."""
-        data = self.data
-        rows = self._rows(step, key)
-        images, labels, cached = jax.tree.map(
-            lambda x: x[rows], (data.images, data.labels, data.cached)
-        )
-        if self.augmentation is not None:
-            # No epoch and no class has this number.
-            key = jr.fold_in(jr.fold_in(key, np.uint32(2**32 - 1)), step)
-            images = augment(self.augmentation, Dataset.to_floating(images), key=key)
-        examples = images, labels, cached
-        return mean_over_examples(of_example, (fn, model), examples, data.chunk_bytes)
+        draws = _Draws(self.by_class, self.augmentation, step, key)
+        take = ft.partial(_take, self.size, self.data.num, self.counts)
+        return mean_of_some(self.data, fn, model, self.size, draws, take)
 
-    def _rows(self, step: Int[Array, ""], key: PRNGKeyArray) -> Int[Array, " size"]:
-        if self.by_class is None:
-            num = len(self.data.labels)
-            return batch_at(step, self.size, num, key=key)
-        by_class, size = self.by_class, self.size // len(self.counts)
-        counts = jnp.array(self.counts)
-        first = jnp.cumsum(counts) - counts
 
-        def of_class(class_, count, first):
-            own_key = jr.fold_in(key, class_)
-            return by_class[first + batch_at(step, size, count, key=own_key)]
+class _Draws(eqx.Module):
+    """What the examples of a batch depend on."""
 
-        classes = jnp.arange(len(self.counts))
-        return jax.vmap(of_class)(classes, counts, first).ravel()
+    by_class: Int[Array, " N"] | None
+    augmentation: AbstractAugmentation | None
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+
+
+def _take(size: int, num: int, counts, rows: PyTree, draws: _Draws, _, device):
+    """The part of a device of a batch of `size` of `num` examples."""
+    chosen = _chosen(size, num, counts, draws)
+    if device is None:
+        place = jnp.arange(size)
+        images, labels, cached = jax.tree.map(lambda x: x[chosen], rows)
+    else:
+        # Each device takes the examples that it has, and all send them where they are
+        # wanted. The other entries are zero, so that a sum collects them.
+        share = -(-size // device.count)
+        chosen = jnp.pad(chosen, (0, share * device.count - size), mode="edge")
+        place = device.index * share + jnp.arange(share)
+
+        def collect(x: Array) -> Array:
+            index = chosen - device.index * len(x)
+            is_here = (index >= 0) & (index < len(x))
+            mask = is_here.reshape(-1, *[1] * (x.ndim - 1))
+            found = jnp.where(mask, x[jnp.where(is_here, index, 0)], 0)
+            return jax.lax.psum_scatter(found, device.axes, tiled=True)
+
+        images, labels, cached = jax.tree.map(collect, rows)
+    if draws.augmentation is not None:
+        # No epoch and no class has this number.
+        key = jr.fold_in(jr.fold_in(draws.key, np.uint32(2**32 - 1)), draws.step)
+        images = Dataset.to_floating(images)
+        images = augment_part(draws.augmentation, images, place, key)
+    return images, labels, cached
+
+
+def _chosen(size: int, num: int, counts, draws: _Draws) -> Int[Array, " size"]:
+    """The numbers of the examples in a batch."""
+    step, key, by_class = draws.step, draws.key, draws.by_class
+    if by_class is None:
+        return batch_at(step, size, num, key=key)
+    size = size // len(counts)
+    ends = jnp.cumsum(jnp.array(counts))
+
+    def of_class(class_, count, end):
+        own_key = jr.fold_in(key, class_)
+        return by_class[end - count + batch_at(step, size, count, key=own_key)]
+
+    classes = jnp.arange(len(counts))
+    return jax.vmap(of_class)(classes, jnp.array(counts), ends).ravel()

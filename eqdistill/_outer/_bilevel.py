@@ -99,7 +99,8 @@ class Bilevel(AbstractObjective[PyTree]):
         """As [`eqdistill.AbstractObjective`][]. For logistic regression the pixels are
         sorted, so that pixels that are mostly background cost little."""
         is_linear = isinstance(self.models, Fixed) and takes_pixels(self.models.model)
-        return SortedPixels(dataset) if is_linear else FullBatch(dataset)
+        is_here = dataset.sharding is None
+        return SortedPixels(dataset) if is_linear and is_here else FullBatch(dataset)
 
 
 def _check_data(data: AbstractData, distilled: DistilledSet, num_outputs: int) -> None:

@@ -4,16 +4,23 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_positive
+from .._chunks import CHUNK_BYTES
 from .._data._dataset import Dataset
 from .._losses import AbstractLoss
-from ._mean import mean_over_examples
+from .._sharding import as_rows, num_shards, place, to_host
+from ._mean import Examples, mean_over_examples
 
 
 class AbstractData(eqx.Module):
-    """Real data as an outer step sees them: an argument of the compiled step."""
+    """Real data as an outer step sees them: an argument of the compiled step.
+
+    If its arrays are on several devices, so is the run: everything else is replicated
+    on the devices of the data."""
 
     @abc.abstractmethod
     def mean(
@@ -79,41 +86,62 @@ class FullBatch(AbstractData):
 
     They are processed in chunks, whose activations take at most `chunk_bytes` bytes:
     the activations of one example are counted in the traced derivative of the model.
+
+    On several devices, each works on its own part of the examples. The devices
+    communicate once, to add up their parts of the loss and of its gradient.
     """
 
     images: Array
     labels: Int[Array, " N"]
     cached: dict[str, Array]
     sources: tuple[Cached, ...]
+    num: int = eqx.field(static=True)
     num_classes: int = eqx.field(static=True)
     chunk_bytes: int = eqx.field(static=True)
+    sharding: NamedSharding | None = eqx.field(static=True)
 
     def __init__(
         self,
         dataset: Dataset,
         *,
         cached: Sequence[Cached] = (),
-        chunk_bytes: int = 2**24,
+        chunk_bytes: int = CHUNK_BYTES,
+        sharding: NamedSharding | None = None,
     ):
         """**Arguments:**
 
         - `dataset`: the real data.
+
+        All other arguments are keyword only.
+
         - `cached`: the parts of models whose outputs are computed once, here, and kept
-            in memory. (Keyword only argument.)
-        - `chunk_bytes`: the memory for the activations of a chunk, in bytes. The
-            default suits the cache of a CPU. (Keyword only argument.)
+            in memory.
+        - `chunk_bytes`: the memory for the activations of a chunk on one device, in
+            bytes. The default suits the cache of a CPU.
+        - `sharding`: how the examples are spread over devices, such as
+            `NamedSharding(mesh, PartitionSpec("data"))`. Any number of examples can be
+            spread over any number of devices. Defaults to how the images of `dataset`
+            are spread.
 
         **Raises:**
 
-        A `ValueError` if two parts have the same name, or an output is not finite.
+        A `ValueError` if two parts have the same name, or an output is not finite; or
+        if `sharding` does not spread the first axis alone.
         """
         check_positive(chunk_bytes=chunk_bytes)
-        self.images = dataset.images
-        self.labels = dataset.labels
-        self.cached = compute_cached(dataset, cached)
+        if sharding is None:
+            sharding = dataset.sharding
+        else:
+            sharding = as_rows("sharding", sharding)
         self.sources = tuple(cached)
+        self.num = len(dataset)
         self.num_classes = dataset.num_classes
         self.chunk_bytes = int(chunk_bytes)
+        self.sharding = sharding
+        arrays = dataset.images, dataset.labels, compute_cached(dataset, cached)
+        if sharding is not None:
+            arrays = jax.tree.map(lambda x: _spread(x, sharding), arrays)
+        self.images, self.labels, self.cached = arrays
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,8 +150,29 @@ class FullBatch(AbstractData):
 
     def mean(self, fn, model, step, *, key):
         del step, key
-        examples = self.images, self.labels, self.cached
-        return mean_over_examples(of_example, (fn, model), examples, self.chunk_bytes)
+        take = lambda rows, others, i, device: rows
+        return mean_of_some(self, fn, model, self.num, None, take)
+
+
+def mean_of_some(
+    data: FullBatch, fn: Callable, model: PyTree, num: int, others: PyTree, take
+) -> PyTree[Array]:
+    """The mean over `num` of the data, which `take` takes: see `Examples`."""
+    rows = data.images, data.labels, data.cached
+    examples = Examples(rows, others, take, num, data.chunk_bytes, data.sharding)
+    struct = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    example = jax.tree.map(struct, rows)
+    return mean_over_examples(of_example, (fn, model), example, examples)
+
+
+def _spread(x: Array, sharding: NamedSharding) -> Array:
+    """Spreads rows over devices, with the last row repeated until all devices have the
+    same number of rows."""
+    missing = -len(x) % num_shards(sharding)
+    if missing == 0:
+        return place(x, sharding)
+    widths = [(0, missing), *[(0, 0)] * (x.ndim - 1)]
+    return place(np.pad(to_host(x), widths, mode="edge"), sharding)
 
 
 def of_example(model: PyTree, example: tuple) -> PyTree:

@@ -24,7 +24,7 @@ from ._data import AbstractData, check_cached
 from ._distillation import Distillation, DistillationError, History, to_result
 from ._loop import CompiledStep, Record
 from ._objective import AbstractObjective
-from ._problem import DistillState, Problem, REASONS, Status
+from ._problem import DistillState, Problem
 
 
 # The metrics are fetched after this number of steps, to see whether the run has failed.
@@ -201,12 +201,9 @@ class _Run:
         step = self.step
         num_steps = min(self.steps - step, *(n - step % n for n in self.every))
         self._take_steps(step, num_steps)
-        status = int(self.snapshot.state.status)
-        if status != Status.RUNNING:
-            reasons = (*REASONS, *self.problem.objective.failures)
-            raise self._error(
-                f"at step {self.step}: {reasons[status]}", has_failed=True
-            )
+        failure = self.problem.failure(self.snapshot.state)
+        if failure is not None:
+            raise self._error(f"at step {self.step}: {failure}", has_failed=True)
         step = self.step
         try:
             stops = self._call(lambda every: step % every == 0)
@@ -237,7 +234,8 @@ class _Run:
             try:
                 if self.compiled is None:
                     check_cached(self.problem.objective, data)
-                    self.compiled = CompiledStep(self.problem, self.snapshot.state)
+                    state = self.snapshot.state
+                    self.compiled = CompiledStep(self.problem, state, data)
                     timer = threading.Timer(_PATIENCE_SECONDS, _LOGGER.warning, _WAIT)
                     timer.start()
                     try:
@@ -302,8 +300,9 @@ def _check_state(
     difference = array_difference(template, state)
     if difference is not None:
         raise ValueError(f"`state` must be a state of the same problem: {difference}.")
-    if state.status != Status.RUNNING:
+    failure = problem.failure(state)
+    if failure is not None:
         raise ValueError(
-            "`state` must be of a run that can continue; this run has stopped with "
-            f"status {int(state.status)}."
+            f"`state` must be of a run that can continue; this run has stopped: "
+            f"{failure}."
         )

@@ -15,6 +15,7 @@ from .._inner._fit import check_fit, fit
 from .._inner._inner_solver import AbstractInnerSolver, Fitted
 from .._models._models import AbstractModels, as_models, Fixed
 from .._typechecking import describe
+from ._data import FullBatch
 from ._recipes import Recipe
 
 
@@ -131,6 +132,7 @@ def evaluate(
         num_models = 1 if isinstance(recipe.models, Fixed) else 5
     key = jr.key(0) if key is None else key
     accuracies, losses = np.empty((2, len(sets), num_models))
+    data = FullBatch(test)
     for i, one in enumerate(sets):
         if one.images.shape[1:] != test.shape:
             raise ValueError(
@@ -148,7 +150,7 @@ def evaluate(
                     f"{test.num_classes} classes of `test`; got {num_outputs} outputs."
                 )
             fitted = fit(prepared, model, recipe.inner, key=fit_key)
-            accuracies[i, j], losses[i, j] = _measure(fitted.model, prepared, test)
+            accuracies[i, j], losses[i, j] = _measure(fitted.model, prepared, data)
     return Evaluation(accuracies, losses, recipe, fitted, key)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
@@ -160,10 +162,11 @@ def _draw(models, distilled, init_key, draw_key):
 @eqx.filter_jit
 def _measure(model, distilled, test):
     model, loss = eqx.nn.inference_mode(model), distilled.loss.default_outer_loss()
-    # The batches bound the memory, and are small so that a network's activations fit
-    # in a CPU's cache. Only the backward pass of XLA's convolutions is slow in a loop.
-    of_image = lambda image: model(Dataset.to_floating(image))
-    outputs = jax.lax.map(of_image, test.images, batch_size=100)
-    is_number = ~jnp.isnan(outputs).any(axis=1)
-    correct = (jnp.argmax(outputs, axis=1) == test.labels) & is_number
-    return jnp.mean(correct), loss(outputs, test.labels)
+    return test.mean(_score, (loss, model), jnp.array(0), key=jr.key(0))
+
+
+def _score(model, x, y):
+    loss, network = model
+    outputs = network(x)
+    is_right = (jnp.argmax(outputs) == y) & ~jnp.isnan(outputs).any()
+    return is_right.astype(outputs.dtype), loss(outputs[None], y[None])

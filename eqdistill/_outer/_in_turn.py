@@ -7,6 +7,7 @@ import jax.random as jr
 from jaxtyping import PyTree
 
 from .._conversions import as_ints
+from .._sharding import vary_like
 from ._objective import AbstractObjective, Outcome
 
 
@@ -86,6 +87,7 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
         absent = {
             name: jnp.array(jnp.nan, x.dtype) for s in shapes for name, x in s.items()
         }
+        absent = vary_like(absent, (distilled, state))
 
         def branch(i):
             def call(distilled):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from .._sharding import replicate, sharding_of
 from ._data import AbstractData
 from ._problem import DistillState, Problem
 
@@ -24,9 +25,13 @@ class CompiledStep:
     many steps do.
     """
 
-    def __init__(self, problem: Problem, state: DistillState):
-        self._problem = _flatten(problem)
-        structure, leaves = _flatten(state)
+    def __init__(self, problem: Problem, state: DistillState, data: AbstractData):
+        # On all devices of the data from the start, or the second step would compile
+        # again.
+        shardings = map(sharding_of, jax.tree.leaves(data))
+        sharding = next((x for x in shardings if x is not None), None)
+        self._problem = _flatten(replicate(problem, sharding))
+        structure, leaves = _flatten(replicate(state, sharding))
         self._state_structure = structure
         self._leaves = copy_arrays(leaves)
         self._data = None

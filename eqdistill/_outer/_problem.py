@@ -26,8 +26,7 @@ class Status(enum.IntEnum):
     FAILED = 4
 
 
-REASONS = (
-    "",
+_REASONS = (
     "the updated distilled set is not finite",
     "the gradient of the loss is not finite",
     "the outer loss is not finite",
@@ -83,7 +82,7 @@ class Problem(eqx.Module):
         Many seeds at once:
 
         ```python
-        states = eqx.filter_vmap(problem.init)(starts, key=jr.split(jr.key(0), 32))
+        states = jax.vmap(problem.init)(starts, key=jr.split(jr.key(0), 32))
         step = eqx.filter_jit(eqx.filter_vmap(problem.step, in_axes=(0, None)))
         states, metrics = step(states, data)
         ```
@@ -237,6 +236,11 @@ class Problem(eqx.Module):
     def distilled(self, state: DistillState) -> DistilledSet:
         """The distilled set of a state."""
         return self.pair(state)[0].decode()
+
+    def failure(self, state: DistillState) -> str | None:
+        """Why the run of a state has stopped, or `None` while it continues."""
+        reasons = (None, *_REASONS, *self.objective.failures)
+        return reasons[int(state.status)]
 
     def _pair(self, learned: PyTree, rest: PyTree):
         static = eqx.filter(self.start, eqx.is_array, inverse=True)

@@ -99,7 +99,7 @@ def of_runs(repeats: int) -> tuple[dict[str, dict[int, float]], dict[int, float]
         step = eqx.filter_jit(eqx.filter_vmap(problem.step, in_axes=(0, None)))
 
         def run():
-            states = eqx.filter_vmap(problem.init)(stacked, key=keys[:n])
+            states = jax.vmap(problem.init)(stacked, key=keys[:n])
             for _ in range(8):
                 states, _ = step(states, data)
             return states.learned
