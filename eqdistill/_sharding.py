@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +59,7 @@ def place(x: Array | np.ndarray, sharding: NamedSharding | None) -> Array:
     if sharding is None:
         return jnp.asarray(x)
     if isinstance(x, jax.Array):
-        return jax.device_put(x, sharding)
+        return _put(x, sharding)
     return jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows])
 
 
@@ -66,25 +67,33 @@ def replicate(tree: PyTree, like: NamedSharding | None) -> PyTree:
     """Puts all of each array on each device of a mesh."""
     if like is None:
         return tree
-    everywhere = NamedSharding(like.mesh, P())
-    put = lambda x: jax.device_put(x, everywhere) if isinstance(x, jax.Array) else x
-    return jax.tree.map(put, tree)
+    arrays, others = eqx.partition(tree, lambda x: isinstance(x, jax.Array))
+    return eqx.combine(_put(arrays, NamedSharding(like.mesh, P())), others)
+
+
+def _put(arrays: PyTree[Array], sharding: NamedSharding) -> PyTree[Array]:
+    if sharding.is_fully_addressable:
+        return jax.device_put(arrays, sharding)
+    # The devices of other processes are reached only by a program.
+    return jax.jit(lambda x: x, out_shardings=sharding)(arrays)
 
 
 def to_host(x: Array | np.ndarray) -> np.ndarray:
     """An array as one of NumPy, from the devices of all processes."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        if not x.is_fully_replicated:
-            return multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
+    is_here = not isinstance(x, jax.Array) or x.is_fully_addressable
+    if is_here or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
-def vary_like(tree: PyTree[Array], like: PyTree) -> PyTree[Array]:
+def vary_like(tree: PyTree, like: PyTree) -> PyTree:
     """Marks arrays as different on the devices where any array of `like` is, which
     `jax.shard_map` demands of the constants in a loop or a branch. Their values stay."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
-    is_number = lambda x: isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, np.number)
-    firsts = [jnp.ravel(x)[0] for x in jax.tree.leaves(like) if is_number(x)]
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    arrays = [x for x in jax.tree.leaves(like) if eqx.is_array(x) and not is_key(x)]
+    firsts = [jnp.ravel(x)[0] for x in arrays]
     false = functools.reduce(jnp.logical_or, [x != x for x in firsts]) & False
-    return jax.tree.map(lambda x: jnp.where(false, x, x), tree)
+    mark = lambda x: jnp.where(false, x, x) if eqx.is_array(x) else x
+    return jax.tree.map(mark, tree)

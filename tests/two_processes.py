@@ -1,4 +1,4 @@
-"""Two processes of four simulated devices each, by `jax.distributed` on this machine."""
+"""Two processes with four simulated devices each, by `jax.distributed`."""
 
 import functools
 import os
@@ -44,18 +44,14 @@ def run(port: str, index: str, folder: str) -> None:
     sharding = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
     losses = {}
     for kind, (start, objective, make_data) in problems().items():
-        run = lambda steps, start=start, objective=objective, data=make_data(sharding): (
-            eqd.distill(
-                start,
-                objective,
-                data,
-                steps=steps,
-                callbacks=[eqd.Checkpoints(f"{folder}/{kind}", every=20)],
-                key=jr.key(0),
+        args = start, objective, make_data(sharding)
+        checkpoints = [eqd.Checkpoints(f"{folder}/{kind}", every=20)]
+        # The second run continues from a checkpoint of the first one.
+        for steps in (20, 50):
+            result = eqd.distill(
+                *args, steps=steps, callbacks=checkpoints, key=jr.key(0)
             )
-        )
-        run(20)  # Continued from its checkpoint.
-        losses[kind] = run(50).history.loss
+        losses[kind] = result.history.loss
     np.savez(f"{folder}/{index}.npz", **losses)
 
 

@@ -15,6 +15,7 @@ from .._checks import check_at_least
 from .._classifier import parameters
 from .._conversions import ArrayOrList, as_int
 from .._data._distilled_set import DistilledSet
+from .._sharding import vary_like
 from ._inner_solver import AbstractInnerSolver, Fitted, inner_loss, stop_gradient
 from ._unrolled_solver import log_positive
 
@@ -128,7 +129,7 @@ def _forward_run(operands: PyTree, solver: ReversibleSolver):
         stored = exact.dropped.astype(f"uint{half}")
         return (replace(exact, dropped=exact.dropped >> half), norm), stored
 
-    carry = (_to_fixed_point(params), jnp.zeros((), params.dtype))
+    carry = (_to_fixed_point(params), vary_like(jnp.zeros((), params.dtype), params))
     in_blocks = tuple(_blocks(solver.steps, solver.momentum, 2 * half))
     (exact, norm), stored = jax.lax.scan(run_block, carry, in_blocks)
     return (_to_floats(exact, params)[0], exact.fits, norm), (exact, stored)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._checks import check_at_least, check_positive
 from .._conversions import as_float, as_float_or_none, as_int
+from .._sharding import vary_like
 
 
 _LBFGS = optax.scale_by_lbfgs(memory_size=20)
@@ -82,7 +83,7 @@ class WarmLBFGS(optx.AbstractMinimiser):
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         point, _ = ravel_pytree(y)
         zero, inf = jnp.zeros((), point.dtype), jnp.full((), jnp.inf, point.dtype)
-        return _State(
+        state = _State(
             point=point,
             value=inf,  # Accept the first point.
             gradient=jnp.full_like(point, jnp.inf),
@@ -94,6 +95,7 @@ class WarmLBFGS(optx.AbstractMinimiser):
             adam=self._adam().init(point),
             count=jnp.array(0),
         )
+        return vary_like(state, point)
 
     def step(self, fn, y, args, options, state: _State, tags):
         (value, aux), gradient = eqx.filter_value_and_grad(fn, has_aux=True)(y, args)

@@ -10,6 +10,7 @@ from .._inner._fit import check_fit, COLLAPSED, NOT_CONVERGED, solve
 from .._inner._inner_solver import AbstractInnerSolver, stop_gradient
 from .._losses import AbstractLoss
 from .._models._models import AbstractModels, as_models, Fixed
+from .._sharding import vary_like
 from ._data import AbstractData, example_loss, FullBatch
 from ._objective import AbstractObjective, Outcome
 from ._sorted_pixels import SortedPixels
@@ -82,7 +83,7 @@ class Bilevel(AbstractObjective[PyTree]):
             jr.fold_in(own_key, step) for own_key in (models_key, inner_key)
         )
         models, inner_state = state
-        model = self.models.draw(models, key=models_key)
+        model = vary_like(self.models.draw(models, key=models_key), distilled)
         _check_data(data, distilled, check_fit(distilled, model))
         fitted, inner_state = solve(
             distilled, model, self.inner, inner_state, inner_key

@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -87,7 +88,7 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
         absent = {
             name: jnp.array(jnp.nan, x.dtype) for s in shapes for name, x in s.items()
         }
-        absent = vary_like(absent, (distilled, state))
+        absent = vary_like(absent, distilled)
 
         def branch(i):
             def call(distilled):
@@ -98,5 +99,7 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
             return call
 
         branches = [branch(i) for i in range(len(self.objectives))]
+        # The seeds of a `vmap` take the same step: only one objective is computed.
+        step = eqxi.unvmap_max(step)
         turn = jnp.array(self.order)[step % len(self.order)]
         return jax.lax.switch(turn, branches, distilled)

@@ -56,8 +56,13 @@ class CompiledStep:
 
 def copy_arrays(tree: PyTree) -> PyTree:
     """Arrays that may be donated, or that outlive a loop that donates."""
-    # Unlike `jnp.copy`, this compiles nothing.
-    return jax.device_put(tree, may_alias=False)
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        # Unlike `jnp.copy`, this compiles nothing.
+        return jax.device_put(tree, may_alias=False)
+    return _copy(tree)
+
+
+_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 class _Structure(NamedTuple):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from .._checks import array_difference
 from .._data._distilled_set import DistilledSet
 from .._data._parameterisation import AbstractParameterisation
+from .._sharding import vary_like
 from ._data import AbstractData
 from ._objective import AbstractObjective
 
@@ -165,8 +166,10 @@ class Problem(eqx.Module):
         state has stopped before, the state stays the same, except for its `status`.
         """
 
+        problem, data = vary_like((self, data), state.learned)
+
         def loss_fn(learned):
-            start, objective = self._pair(learned, state.rest)
+            start, objective = problem._pair(learned, state.rest)
             return objective(
                 start.decode(),
                 data,

@@ -88,9 +88,9 @@ def steps(repeats: int) -> dict[str, dict[str, float]]:
             with jax.default_device(device):
                 start, objective, data = make()
                 program, state = compiled_step(start, objective, data)
-                run = lambda program=program, state=state, data=data: (
-                    program(state, data)[1]
-                )
+                run = lambda program=program, state=state, data=data: program(
+                    state, data
+                )[1]
                 jax.block_until_ready(run())
                 times = [seconds(run) for _ in range(repeats)]
             found[name][kind] = float(np.median(times))
@@ -113,8 +113,12 @@ def memory(repeats: int) -> list:
             temporary = program.memory_analysis().temp_size_in_bytes
             count = program.as_text().count(" all-reduce(")
             devices = 1 if spread is None else jax.device_count()
-            rows.append([devices, chunk_bytes / 2**20, f"{temporary / 2**20:.1f}", count])
-    print_table(["devices", "`chunk_bytes`, MiB", "temporary, MiB", "all-reduces"], rows)
+            rows.append(
+                [devices, chunk_bytes / 2**20, f"{temporary / 2**20:.1f}", count]
+            )
+    print_table(
+        ["devices", "`chunk_bytes`, MiB", "temporary, MiB", "all-reduces"], rows
+    )
     cases = {
         "linear, 60,000 x 784": linear_problem(),
         "pool, 20,000 x 3 x 32 x 32": pool_problem(),
