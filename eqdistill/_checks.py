@@ -18,12 +18,10 @@ from ._typechecking import describe
 
 
 def error_if(x: Array, is_bad: Callable, message: str) -> Array:
-    """Raises a `ValueError` if an array is bad. A traced array becomes NaN instead, if
-    it is of floating point, and then stops a run. An error from within a program, as of
-    `equinox.error_if`, would keep the program out of JAX's cache, and leave the other
-    devices waiting for the one that raised it.
-
-    `is_bad` is applied to a NumPy array if possible, so that nothing is compiled."""
+    """Raises a `ValueError` if `x` is bad. If `x` is traced and of floating point, it
+    becomes NaN instead. Traced integers are not checked."""
+    # Don't use `eqx.error_if`: it hangs on several devices, and programs with callbacks
+    # are not cached. Use NumPy where possible, so that nothing is compiled.
     if not isinstance(x, jax.core.Tracer):
         if is_bad(np.asarray(x)):
             raise ValueError(message)

@@ -18,12 +18,12 @@ def sharding_of(x: Any) -> NamedSharding | None:
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return None
-    return as_rows("the sharding of an array", sharding)
+    return as_rows("images.sharding", sharding)
 
 
 def as_rows(name: str, sharding: NamedSharding) -> NamedSharding:
-    """A sharding of the first axis alone, on a mesh of automatic axes: the operations
-    of others on such arrays need no annotations.
+    """A sharding of the first axis alone, on a mesh with automatic axes, so that
+    operations need no annotations.
 
     **Raises:** a `ValueError` if another axis is sharded, or the first one is not; or
     if the mesh of `jax.set_mesh` has explicit axes.
@@ -40,17 +40,19 @@ def as_rows(name: str, sharding: NamedSharding) -> NamedSharding:
             f"`{name}` must spread the first axis, that of the examples, and no other; "
             f"got {sharding.spec}. Use `NamedSharding(mesh, PartitionSpec('data'))`."
         )
-    mesh = sharding.mesh
-    types = (AxisType.Auto,) * len(mesh.axis_names)
-    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+    names = sharding.mesh.axis_names
+    devices: Any = sharding.mesh.devices
+    mesh = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
     return NamedSharding(mesh, P(first))
 
 
 def num_shards(sharding: NamedSharding | None) -> int:
     """The number of parts of the first axis."""
-    axes = () if sharding is None else sharding.spec[0]
+    if sharding is None:
+        return 1
+    axes = sharding.spec[0]
     names = axes if isinstance(axes, tuple) else (axes,)
-    return math.prod(sharding.mesh.shape[name] for name in names)  # pyright: ignore[reportOptionalMemberAccess]
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def place(x: Array | np.ndarray, sharding: NamedSharding | None) -> Array:
@@ -58,8 +60,8 @@ def place(x: Array | np.ndarray, sharding: NamedSharding | None) -> Array:
     its own part."""
     if sharding is None:
         return jnp.asarray(x)
-    if isinstance(x, jax.Array):
-        return _put(x, sharding)
+    if isinstance(x, jax.Array):  # It is spread already, over another mesh of these.
+        return jax.device_put(x, sharding)
     return jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows])
 
 
@@ -79,21 +81,20 @@ def _put(arrays: PyTree[Array], sharding: NamedSharding) -> PyTree[Array]:
 
 
 def to_host(x: Array | np.ndarray) -> np.ndarray:
-    """An array as one of NumPy, from the devices of all processes."""
-    is_here = not isinstance(x, jax.Array) or x.is_fully_addressable
-    if is_here or x.is_fully_replicated:
+    """Copies an array to the host, from the devices of all processes."""
+    if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
 
 def vary_like(tree: PyTree, like: PyTree) -> PyTree:
     """Marks arrays as different on the devices where any array of `like` is, which
-    `jax.shard_map` demands of the constants in a loop or a branch. Their values stay."""
+    `jax.shard_map` demands of constants in loops and branches. Their values stay."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-    arrays = [x for x in jax.tree.leaves(like) if eqx.is_array(x) and not is_key(x)]
-    firsts = [jnp.ravel(x)[0] for x in arrays]
+    arrays = jax.tree.leaves(eqx.filter(like, eqx.is_array))
+    firsts = [jnp.ravel(x)[0] for x in arrays if x.size and not is_key(x)]
     false = functools.reduce(jnp.logical_or, [x != x for x in firsts]) & False
     mark = lambda x: jnp.where(false, x, x) if eqx.is_array(x) else x
     return jax.tree.map(mark, tree)

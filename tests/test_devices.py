@@ -41,13 +41,22 @@ def collectives(text: str) -> dict[str, list[str]]:
     return found
 
 
-def numbers(n, **kwargs):
+def numbers(n):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, 2, 3), np.uint8)
     return eqd.Dataset(images, rng.permutation(np.arange(n) % 3), 3)
 
 
+class Rows:
+    """A source of two batches."""
+
+    def __getitem__(self, step):
+        train, rows = numbers(38), slice(19 * step, 19 * step + 19)
+        return np.asarray(train.images[rows]), np.asarray(train.labels[rows])
+
+
 OPTIONS = {
+    "accumulated": lambda data, **kw: eqd.datasets.Accumulated(Rows(), 2, 3, **kw)(0),
     "all": lambda data, **kw: eqd.FullBatch(data, **kw),
     "batches": lambda data, **kw: eqd.Batches(data, 13, **kw),
     "balanced": lambda data, **kw: eqd.Batches(
@@ -81,8 +90,23 @@ def test_mean_and_gradient_are_those_of_one_device(fn, kind, chunk_bytes):
         # Once in the whole program, and never in a loop.
         ((_, kinds),) = collectives(text).items()
         assert kinds.count("all-reduce") == 1
-        if kind == "all":
+        if kind in ("all", "accumulated"):
             assert kinds == ["all-reduce"]
+
+
+class Raises(eqx.nn.MLP):
+    """A network that may raise an error."""
+
+    def __call__(self, x):
+        return eqx.error_if(super().__call__(x.ravel()), jnp.isnan(x).any(), "NaN")
+
+
+def test_errors_from_within_a_program_are_refused():
+    start, _, make_data = problems()["unrolled"]
+    training = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.1}, 1)
+    objective = eqd.Bilevel(Raises(64, 10, 4, 1, key=KEY), training)
+    with pytest.raises(ValueError, match="EQX_ON_ERROR=nan"):
+        eqd.distill(start, objective, make_data(SHARDING), steps=2)
 
 
 @functools.cache
@@ -157,7 +181,7 @@ def test_only_the_first_axis_may_be_spread():
 def test_a_failure_is_an_error_and_not_a_hang():
     start, objective, make_data = problems()["linear"]
     args = {"optimiser": optax.sgd(1e30), "steps": 20}
-    with pytest.raises(eqd.DistillationError, match="not finite|not converge"):
+    with pytest.raises(eqd.DistillationError, match=r"not finite|not converge"):
         eqd.distill(start, objective, make_data(SHARDING), **args)
 
 
@@ -176,7 +200,7 @@ def test_checkpoints_do_not_depend_on_the_number_of_devices(tmp_path):
         whole = run(then, 20, f"whole {i}")
         np.testing.assert_allclose(resumed.history.loss, whole.history.loss, rtol=1e-5)
     run(SHARDING, 10, "same")
-    resumed = run(SHARDING, 20, "same")
+    resumed, whole = (run(SHARDING, 20, folder) for folder in ("same", "whole 1"))
     assert_same_bits(resumed.distilled, whole.distilled)
 
 

@@ -60,19 +60,14 @@ def problem_of(digits, kind):
     return problem, problem.init(key=jr.key(0)), train
 
 
-@pytest.fixture(autouse=True)
-def errors_become_nan(monkeypatch):
-    """As by `EQX_ON_ERROR=nan`: see `docs/scale-up.md`."""
-    monkeypatch.setattr("equinox._errors.EQX_ON_ERROR", "nan")
-
-
 @pytest.mark.parametrize("kind", ALL)
-def test_steps_lower_for_every_platform(digits, kind):
+def test_steps_lower_for_every_platform(digits, kind, monkeypatch):
+    if kind == "argmin":  # As by `EQX_ON_ERROR=nan`: see `docs/scale-up.md`.
+        monkeypatch.setattr("equinox._errors.EQX_ON_ERROR", "nan")
     problem, state, train = problem_of(digits, kind)
     step = jax.jit(lambda state, data: problem.step(state, data))
     traced = step.trace(state, eqd.Batches(train, 20))
-    for platform in ("cuda", "rocm", "tpu"):
-        assert traced.lower(lowering_platforms=(platform,)).as_text()
+    assert traced.lower(lowering_platforms=("cuda", "rocm", "tpu")).as_text()
 
 
 @pytest.mark.parametrize("kind", CHECKED)

@@ -90,8 +90,7 @@ NAN = (ZEROS + np.nan, LABELS)
 def test_a_bad_batch_stops_the_run(run, bad, cause):
     with pytest.raises(eqd.DistillationError, match="at step 6: `data` raised") as info:
         run(15, {6: bad})
-    with pytest.raises(type(info.value.__cause__), match=cause):
-        raise info.value.__cause__
+    assert re.search(cause, str(info.value.__cause__))
     good = info.value.distillation
     assert len(good.history) == 6
     # The last update has not proved good.
@@ -131,21 +130,22 @@ def test_accumulated_batches_in_a_run(logistic):
         (lambda: (ZEROS[:3], LABELS[:3]), r"must have the shapes.*`source\[0\]`"),
     ):
         data = Accumulated(Rows(train, 40, {7: bad}), 5, 10)
-        with pytest.raises(eqd.DistillationError, match="`data` raised") as info:
-            eqd.distill(start, objective, data, steps=5, optimiser=ADAM)
+        with pytest.raises(eqd.DistillationError, match=r"at step 1: .*loss") as info:
+            eqd.distill(start, objective, data, steps=2, optimiser=ADAM)
         assert re.search(cause, str(info.value.__cause__))
         assert_same_bits(info.value.distillation.distilled, start)
 
 
-def test_sources_that_are_none(logistic):
+def test_bad_sources_are_refused():
     with pytest.raises(TypeError, match="`source` must have items"):
         Stream(lambda step: None, 10)
-    with pytest.raises(ValueError, match=r"images of `source\[0\]` must be finite"):
+    with pytest.raises(ValueError, match="`images` must be finite"):
         Accumulated([NAN], 1, 10)
 
 
 def test_grain(logistic):
-    grain = pytest.importorskip("grain")
+    import grain
+
     start, objective, train = logistic
     pairs = list(zip(np.asarray(train.images), np.asarray(train.labels), strict=True))
     dataset = grain.MapDataset.source(pairs).shuffle(seed=0).repeat().batch(40)

@@ -128,12 +128,13 @@ class Dataset(eqx.Module):
         take = lambda rows: self._with(read(self.images, rows), read(self.labels, rows))
         return take(order[num_held_out:]), take(order[:num_held_out])
 
-    def map(self, fn: Callable) -> "Dataset":
+    def map(self, fn: Callable, *, chunk_bytes: int = CHUNK_BYTES) -> "Dataset":
         """Returns a dataset of the images $f(x_i)$ with the same labels. The function
         $f$ maps one image, in the units of [`eqdistill.Dataset.floating`][], to a
         floating-point image of any shape; such as an
         [`eqdistill.datasets.AbstractPreprocessing`][]."""
-        return self._with(_map(fn, self.images, self.sharding), self.labels)
+        images = map_images(fn, self.images, self.sharding, chunk_bytes)
+        return self._with(images, self.labels)
 
     def _with(self, images: Array | np.ndarray, labels: Array) -> "Dataset":
         return Dataset(images, labels, self.num_classes, class_names=self.class_names)
@@ -153,12 +154,14 @@ class Dataset(eqx.Module):
 
 
 @eqx.filter_jit
-def _map(fn: Callable, images: Array, sharding: NamedSharding | None) -> Array:
+def map_images(
+    fn: Callable, images: Array, sharding: NamedSharding | None, chunk_bytes: int
+) -> Array:
     arrays, static = eqx.partition(fn, eqx.is_array)
 
     def of_images(arrays, images):
         of_image = lambda image: eqx.combine(arrays, static)(Dataset.to_floating(image))
-        size = chunk_size(jax.vmap(of_image), images, CHUNK_BYTES)
+        size = chunk_size(jax.vmap(of_image), images, chunk_bytes)
         return jax.lax.map(of_image, images, batch_size=size)
 
     if sharding is None:

@@ -103,6 +103,10 @@ class Batches(AbstractData):
     def num_classes(self) -> int:
         return self.data.num_classes
 
+    @property
+    def sharding(self) -> NamedSharding | None:
+        return self.data.sharding
+
     def mean(self, fn, model, step, *, key):
         """**Raises:** a `ValueError` if the augmentation changes the images' shape."""
         draws = _Draws(self.by_class, self.augmentation, step, key)

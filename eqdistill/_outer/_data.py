@@ -4,23 +4,25 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_positive
 from .._chunks import CHUNK_BYTES
-from .._data._dataset import Dataset
+from .._data._dataset import Dataset, map_images
 from .._losses import AbstractLoss
-from .._sharding import as_rows, num_shards, place, to_host
+from .._sharding import as_rows, num_shards, place, sharding_of, to_host
 from ._mean import Examples, mean_over_examples
 
 
 class AbstractData(eqx.Module):
     """Real data as an outer step sees them: an argument of the compiled step.
 
-    If its arrays are on several devices, so is the run: everything else is replicated
-    on the devices of the data."""
+    **Attributes:** none is needed. If there is a `sharding`, a
+    `jax.sharding.NamedSharding`, the state of a run is replicated on its devices. If
+    there are `shape`, of an image, or `num_classes`, these are checked."""
 
     @abc.abstractmethod
     def mean(
@@ -87,8 +89,8 @@ class FullBatch(AbstractData):
     They are processed in chunks, whose activations take at most `chunk_bytes` bytes:
     the activations of one example are counted in the traced derivative of the model.
 
-    On several devices, each works on its own part of the examples. The devices
-    communicate once, to add up their parts of the loss and of its gradient.
+    On several devices, each works on its own part of the examples, and one sum over
+    the devices adds up their parts of the loss and of its gradient.
     """
 
     images: Array
@@ -133,15 +135,27 @@ class FullBatch(AbstractData):
             sharding = dataset.sharding
         else:
             sharding = as_rows("sharding", sharding)
+        names = [part.name for part in cached]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"`cached` must have parts with different names; got {names}."
+            )
         self.sources = tuple(cached)
         self.num = len(dataset)
         self.num_classes = dataset.num_classes
         self.chunk_bytes = int(chunk_bytes)
         self.sharding = sharding
-        arrays = dataset.images, dataset.labels, compute_cached(dataset, cached)
-        if sharding is not None:
-            arrays = jax.tree.map(lambda x: _spread(x, sharding), arrays)
-        self.images, self.labels, self.cached = arrays
+        self.images = _spread(dataset.images, sharding)
+        self.labels = _spread(dataset.labels, sharding)
+        self.cached = {}
+        for part in cached:
+            found = map_images(part.features, self.images, sharding, self.chunk_bytes)
+            if not jnp.isfinite(found).all():
+                raise ValueError(
+                    f"`cached` must have finite outputs; those of {part.name!r} are "
+                    "not."
+                )
+            self.cached[part.name] = found
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -165,13 +179,12 @@ def mean_of_some(
     return mean_over_examples(of_example, (fn, model), example, examples)
 
 
-def _spread(x: Array, sharding: NamedSharding) -> Array:
+def _spread(x: Array, sharding: NamedSharding | None) -> Array:
     """Spreads rows over devices, with the last row repeated until all devices have the
     same number of rows."""
-    missing = -len(x) % num_shards(sharding)
-    if missing == 0:
-        return place(x, sharding)
-    widths = [(0, missing), *[(0, 0)] * (x.ndim - 1)]
+    if sharding_of(x) == sharding:
+        return x
+    widths = [(0, -len(x) % num_shards(sharding)), *[(0, 0)] * (x.ndim - 1)]
     return place(np.pad(to_host(x), widths, mode="edge"), sharding)
 
 
@@ -202,13 +215,6 @@ def example_loss(
     takes the mean of. Data may recognise it, and take a faster way."""
     loss, network = model
     return loss(network(x)[None], y[None])
-
-
-def compute_cached(dataset: Dataset, cached: Sequence[Cached]) -> dict[str, Array]:
-    names = [part.name for part in cached]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`cached` must have parts with different names; got {names}.")
-    return {part.name: dataset.map(part.features).images for part in cached}
 
 
 def check_cached(objective: PyTree, data: PyTree) -> None:

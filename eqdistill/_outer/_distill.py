@@ -203,7 +203,9 @@ class _Run:
         self._take_steps(step, num_steps)
         failure = self.problem.failure(self.snapshot.state)
         if failure is not None:
-            raise self._error(f"at step {self.step}: {failure}", has_failed=True)
+            error = self._error(f"at step {self.step}: {failure}", has_failed=True)
+            # What data that are read within a step have raised.
+            raise error from getattr(self.data_at, "error", None)
         step = self.step
         try:
             stops = self._call(lambda every: step % every == 0)

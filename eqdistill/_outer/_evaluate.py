@@ -11,7 +11,7 @@ from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
 from .._inner._fit import check_fit, fit
-from .._inner._inner_solver import AbstractInnerSolver, Fitted
+from .._inner._inner_solver import AbstractInnerSolver, Fitted, stop_gradient
 from .._models._models import AbstractModels, as_models, Fixed
 from .._typechecking import describe
 from ._data import FullBatch
@@ -166,6 +166,8 @@ def _measure(model, distilled, test):
 
 def _score(model, x, y):
     loss, network = model
-    outputs = network(x)
+    # Not differentiated, so that chunks have only the activations of a forward pass.
+    outputs = stop_gradient(network)(x)
     is_right = (jnp.argmax(outputs) == y) & ~jnp.isnan(outputs).any()
-    return is_right.astype(outputs.dtype), loss(outputs[None], y[None])
+    scores = is_right, loss(outputs[None], y[None])
+    return tuple(score.astype(jnp.result_type(float)) for score in scores)

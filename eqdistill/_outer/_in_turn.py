@@ -69,7 +69,8 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
 
     def __call__(self, distilled, data, state, *, step, key):
         """As [`eqdistill.AbstractObjective`][]. The metrics of other objectives than
-        that of the step are NaN."""
+        that of the step are NaN. States under one `jax.vmap` must be at the same
+        step."""
 
         def take_turn(i, distilled):
             loss, outcome = self.objectives[i](

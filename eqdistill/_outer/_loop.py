@@ -3,10 +3,11 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .._sharding import replicate, sharding_of
+from .._sharding import replicate
 from ._data import AbstractData
 from ._problem import DistillState, Problem
 
@@ -28,10 +29,10 @@ class CompiledStep:
     def __init__(self, problem: Problem, state: DistillState, data: AbstractData):
         # On all devices of the data from the start, or the second step would compile
         # again.
-        shardings = map(sharding_of, jax.tree.leaves(data))
-        sharding = next((x for x in shardings if x is not None), None)
+        sharding = getattr(data, "sharding", None)
         self._problem = _flatten(replicate(problem, sharding))
         structure, leaves = _flatten(replicate(state, sharding))
+        self._must_check = sharding is not None
         self._state_structure = structure
         self._leaves = copy_arrays(leaves)
         self._data = None
@@ -41,17 +42,32 @@ class CompiledStep:
         if self._data is None or self._data[0] is not data:
             self._data = data, _flatten(data)
         (problem, problem_arrays), (layout, data_arrays) = self._problem, self._data[1]
-        self._leaves, record = _step(
-            (problem, self._state_structure, layout),
-            self._leaves,
-            problem_arrays,
-            data_arrays,
-        )
+        structures = problem, self._state_structure, layout
+        args = structures, self._leaves, problem_arrays, data_arrays
+        if self._must_check:
+            _check_errors(_step.trace(*args).jaxpr.jaxpr)
+            self._must_check = False
+        self._leaves, record = _step(*args)
         return record
 
     def state(self) -> DistillState:
         """A copy of the state after the last step."""
         return _unflatten(self._state_structure, copy_arrays(self._leaves))
+
+
+def _check_errors(jaxpr: Any) -> None:
+    """**Raises:** a `ValueError` if a program may raise an error of Equinox."""
+    for eqn in jaxpr.eqns:
+        function = getattr(eqn.params.get("callback"), "callback_func", None)
+        if "equinox" in getattr(function, "__module__", ""):
+            raise ValueError(
+                "`objective` must not raise errors from within a step on several "
+                "devices, as those of Equinox, Lineax and `ArgminSolver`: the other "
+                "devices would wait forever. Set `EQX_ON_ERROR=nan` in the "
+                "environment: NaN stops the run instead."
+            )
+        for inner in jex.jaxprs_in_params(eqn.params):
+            _check_errors(inner)
 
 
 def copy_arrays(tree: PyTree) -> PyTree:

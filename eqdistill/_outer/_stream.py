@@ -5,6 +5,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from .._checks import check_at_least, check_between
+from .._chunks import CHUNK_BYTES
 from .._conversions import ArrayOrList, as_int
 from .._data._dataset import Dataset
 from .._typechecking import describe
@@ -12,7 +13,7 @@ from ._data import FullBatch
 
 
 class Stream:
-    """Real data that are read while they are used: a function from the number of the
+    """Batches that are read while a run uses them: a function from the number of the
     step to the batch of this step.
 
     A thread reads the next batches, checks them, and puts them on their devices, while
@@ -22,23 +23,10 @@ class Stream:
     !!! Example
 
         ```python
-        class Rows:
-            def __init__(self, images, labels, size):
-                self.images, self.labels, self.size = images, labels, size
-
-            def __getitem__(self, step):
-                first = step * self.size % (len(self.labels) - self.size + 1)
-                rows = slice(first, first + self.size)
-                return self.images[rows], self.labels[rows]
-
-        images = np.load("images.npy", mmap_mode="r")
-        labels = np.load("labels.npy")
-        stream = eqd.datasets.Stream(Rows(images, labels, 256), num_classes=10)
+        source = grain.MapDataset.source(pairs).shuffle(seed=0).repeat().batch(256)
+        stream = eqd.datasets.Stream(source, num_classes=10)
         result = eqd.distill(start, model, stream, steps=1000)
         ```
-
-        A `grain.MapDataset` of pairs of an image and its label is a source too:
-        `Stream(dataset.shuffle(seed=0).repeat().batch(256), num_classes=10)`.
     """
 
     def __init__(
@@ -47,16 +35,18 @@ class Stream:
         num_classes: int,
         *,
         ahead: int = 2,
+        chunk_bytes: int = CHUNK_BYTES,
         sharding: NamedSharding | None = None,
     ):
         """**Arguments:**
 
         - `source`: any object whose item `source[step]` is a batch: a pair of images
-            and labels, as for [`eqdistill.Dataset`][]. All batches have one shape. A
-            thread reads them.
+            and labels, as for [`eqdistill.Dataset`][], of NumPy. All batches have one
+            shape. A thread reads them.
         - `num_classes`: the number of classes.
         - `ahead`: how many batches are read ahead. (Keyword only argument.)
-        - `sharding`: as for [`eqdistill.FullBatch`][]. (Keyword only argument.)
+        - `chunk_bytes`, `sharding`: as for [`eqdistill.FullBatch`][]. (Keyword only
+            arguments.)
 
         **Raises:**
 
@@ -74,7 +64,7 @@ class Stream:
         self.source = source
         self.num_classes = as_int(num_classes)
         self.ahead = as_int(ahead)
-        self.sharding = sharding
+        self.options: Any = {"chunk_bytes": chunk_bytes, "sharding": sharding}
         self._thread = ThreadPoolExecutor(1, "eqdistill-stream")
         self._reading: dict[int, Future] = {}
 
@@ -85,13 +75,15 @@ class Stream:
             self._reading.pop(i).cancel()
         for i in wanted:
             if i not in self._reading:
-                self._reading[i] = self._thread.submit(self._read, i)
+                # The setting of a `with` block is unknown to the thread.
+                is_double = jax.config.jax_enable_x64
+                self._reading[i] = self._thread.submit(self._read, i, is_double)
         return self._reading.pop(step).result()
 
-    def _read(self, step: int) -> FullBatch:
-        images, labels = read_batch(self.source, step)
-        dataset = Dataset(images, labels, self.num_classes)
-        return jax.block_until_ready(FullBatch(dataset, sharding=self.sharding))
+    def _read(self, step: int, is_double: bool) -> FullBatch:
+        with jax.enable_x64(is_double):
+            dataset = Dataset(*read_batch(self.source, step), self.num_classes)
+            return jax.block_until_ready(FullBatch(dataset, **self.options))
 
 
 def read_batch(source: Any, step: int) -> tuple[ArrayOrList, ArrayOrList]:

@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from .._checks import check_positive
 from .._data._dataset import Dataset
+from .._sharding import to_host
 
 
 def whitened(
@@ -89,7 +90,7 @@ def _matrices(
 ) -> tuple[Float[Array, "p p"], Float[Array, "p p"]]:
     """Returns $L / s$ and its inverse."""
     some = Dataset.to_floating(train.images[:: -(-len(train) // 1024)])
-    images = np.asarray(some, jnp.result_type(float)).reshape(len(some), -1)
+    images = to_host(some).astype(jnp.result_type(float)).reshape(len(some), -1)
     # On one thread, because OpenBLAS's threads keep spinning afterwards.
     with threadpool_limits(limits=1, user_api="blas"):
         moments = images.T @ images / len(images)
