@@ -49,7 +49,23 @@ def _unrolled(train):
     return start, eqd.Bilevel(eqd.Fresh(make), training), eqd.Batches(train, 100), ()
 
 
-KINDS = {"linear": _linear, "pool": _pool, "unrolled": _unrolled}
+class _Rows:
+    """Batches of MNIST, one after another."""
+
+    def __init__(self, train):
+        self.images, self.labels = np.asarray(train.images), np.asarray(train.labels)
+
+    def __getitem__(self, step):
+        rows = slice(1000 * step, 1000 * step + 1000)
+        return self.images[rows], self.labels[rows]
+
+
+def _stream(train):
+    start, model, _, _ = _linear(train)
+    return start, model, eqd.datasets.Stream(_Rows(train), 10), ()
+
+
+KINDS = {"linear": _linear, "pool": _pool, "unrolled": _unrolled, "stream": _stream}
 
 
 def distil(kind: str, folder: str | None, output: str) -> None:

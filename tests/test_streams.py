@@ -19,7 +19,7 @@ class Rows:
     """Batches of rows of arrays in memory."""
 
     def __init__(self, train, size, changes=None):
-        self.images, self.labels = np.asarray(train.images), np.asarray(train.labels)
+        self.images, self.labels = map(np.asarray, (train.floating(), train.labels))
         self.size, self.changes = size, changes or {}
 
     def __getitem__(self, step):
@@ -71,7 +71,7 @@ def test_batches_are_read_ahead_by_a_thread(logistic):
     stream(9)
     assert seen[:3] == [3, 4, 5]
     assert set(seen) <= {3, 4, 5, 6, 9, 10, 11}
-    np.testing.assert_array_equal(batch.images, logistic[2].images[120:160])
+    np.testing.assert_array_equal(batch.images, logistic[2].floating()[120:160])
 
 
 ZEROS, LABELS = np.zeros((40, 8, 8), np.float32), np.zeros(40, int)

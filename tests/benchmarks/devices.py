@@ -7,7 +7,7 @@
   communicate in it. Then the bytes of three runs, and those of the rule in
   `docs/scale-up.md`.
 - `stream`: batches of a file that is written first (`--gigabytes`), read with nothing
-  else done, and in a run.
+  else done, and in a run. The peak memory is that of the whole process.
 - `seeds`: eight seeds, spread over all devices, and one by one.
 
 Prints Markdown tables of medians, and writes `devices.json`. Run it with `python
@@ -16,6 +16,7 @@ tests/benchmarks/devices.py`, and on a CPU with `JAX_NUM_CPU_DEVICES=8`.
 
 import functools
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -111,11 +112,10 @@ def memory(repeats: int) -> list:
             problem = fixed_problem(sharding=spread, chunk_bytes=chunk_bytes)
             program, _ = compiled_step(*problem, spread)
             temporary = program.memory_analysis().temp_size_in_bytes
-            count = program.as_text().count(" all-reduce(")
+            found = re.findall(r" all-reduce(?:-start)?\(", program.as_text())
             devices = 1 if spread is None else jax.device_count()
-            rows.append(
-                [devices, chunk_bytes / 2**20, f"{temporary / 2**20:.1f}", count]
-            )
+            mib = [chunk_bytes / 2**20, f"{temporary / 2**20:.1f}"]
+            rows.append([devices, *mib, len(found)])
     print_table(
         ["devices", "`chunk_bytes`, MiB", "temporary, MiB", "all-reduces"], rows
     )
@@ -182,6 +182,7 @@ def stream(repeats: int, path: Path, gigabytes: float) -> dict[str, float]:
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     rows = Rows(str(path))
     reading = seconds(lambda: [rows[i] and None for i in range(rows.num)])
     train = images(2000)
