@@ -21,7 +21,7 @@ PUBLIC = "the public face"
 # From the top: each part may import only from parts above it. With the left edge, the
 # right edge, the bottom and the top of its box, and what is in it.
 PARTS = {
-    "the basics": (0, 10, 0, 1.2, "models that are linear, losses, checks, errors"),
+    "the basics": (0, 10, 0, 1.2, "linear models, losses, checks, devices"),
     "_nn": (7.1, 10, -6.1, -0.7, "convolutions that are fast on a CPU, networks"),
     "_data": (0, 6.9, -2.1, -0.7, "real and distilled sets, augmentation, readers"),
     "_inner": (0, 6.9, -4.1, -2.7, "inner solvers and their derivatives"),

@@ -66,12 +66,12 @@ def fixed_problem(n=10_000, sharding=None, chunk_bytes=2**24):
     return start, objective, data
 
 
-def compiled_step(start, objective, data, sharding=None):
+def compiled_step(start, objective, data):
     problem = eqd.Problem(start, objective, optimiser=ADAM)
     state = problem.init(key=jr.key(0))
-    if sharding is not None:
-        state = jax.device_put(state, NamedSharding(sharding.mesh, P()))
-    step = eqx.filter_jit(problem.step)
+    if data.sharding is not None:
+        state = jax.device_put(state, NamedSharding(data.sharding.mesh, P()))
+    step = jax.jit(lambda state, data: problem.step(state, data))
     return step.lower(state, data).compile(), state
 
 
@@ -110,7 +110,7 @@ def memory(repeats: int) -> list:
     for chunk_bytes in (2**24, 2**26):
         for spread in (None, sharding):
             problem = fixed_problem(sharding=spread, chunk_bytes=chunk_bytes)
-            program, _ = compiled_step(*problem, spread)
+            program, _ = compiled_step(*problem)
             temporary = program.memory_analysis().temp_size_in_bytes
             found = re.findall(r" all-reduce(?:-start)?\(", program.as_text())
             devices = 1 if spread is None else jax.device_count()
@@ -142,18 +142,21 @@ def num_bytes(tree) -> int:
 
 
 def predicted(problem, state) -> float:
-    _, objective, data = problem
+    start, objective, data = problem
     total = num_bytes(data) + 2**24 + (4 + 2) * num_bytes(state.learned)
-    models = objective.models
-    if isinstance(models, eqd.Pool):
-        network = eqx.filter_eval_shape(convnet(), key=jr.key(0))
-        size = sum(
-            x.size * x.dtype.itemsize
-            for x in jax.tree.leaves(network)
-            if isinstance(x, jax.ShapeDtypeStruct)
-        )
-        total += 3 * models.size * size
-    return total
+    if isinstance(data, eqd.Batches):
+        total += data.size * np.prod(data.shape)
+    if not isinstance(start.loss, eqd.SquaredError):
+        return total  # A linear model.
+    network = convnet()(key=jr.key(0))
+    if isinstance(objective.models, eqd.Pool):
+        total += 3 * objective.models.size * num_bytes(network)
+    # The activations of a training step.
+    loss = lambda pair: eqd.inner_loss(*pair)
+    arrays, static = eqx.partition((start, network), eqx.is_inexact_array)
+    of_arrays = lambda arrays: loss(eqx.combine(arrays, static))
+    gradient = jax.jit(jax.grad(of_arrays)).lower(arrays).compile()
+    return total + gradient.memory_analysis().temp_size_in_bytes
 
 
 class Rows:
