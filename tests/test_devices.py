@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import eqdistill as eqd
 
+from . import test_docs
 from .conftest import ADAM, assert_same_bits, subset
 from .test_data import scalar, tree
 from .two_processes import problems, run_processes
@@ -248,6 +249,10 @@ def test_seeds_over_devices(kind, num_same):
         for loss in losses[:num_same]:
             alone[i], metrics = one(alone[i], data)
             np.testing.assert_allclose(loss[i], metrics["loss"], rtol=1e-4)
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    test_docs.test_code_runs("docs/scale-up.md", tmp_path, monkeypatch)
 
 
 @pytest.mark.slow

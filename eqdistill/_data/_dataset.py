@@ -153,22 +153,40 @@ class Dataset(eqx.Module):
         return images
 
 
-@eqx.filter_jit
 def map_images(
     fn: Callable, images: Array, sharding: NamedSharding | None, chunk_bytes: int
 ) -> Array:
-    arrays, static = eqx.partition(fn, eqx.is_array)
+    """The function of each image. Each device works on its own images, in chunks."""
+    if sharding is not None:
+        return _map_on_devices(fn, images, sharding, chunk_bytes)
+    size = _chunk_size(fn, images, chunk_bytes)
+    # A loop in Python, because XLA's convolutions are slow in one of a program.
+    chunks = (images[i : i + size] for i in range(0, len(images), size))
+    return jnp.asarray(np.concatenate([np.asarray(_map(fn, x)) for x in chunks]))
 
-    def of_images(arrays, images):
-        of_image = lambda image: eqx.combine(arrays, static)(Dataset.to_floating(image))
-        size = chunk_size(jax.vmap(of_image), images, chunk_bytes)
+
+@eqx.filter_jit
+def _map(fn: Callable, images: Array) -> Array:
+    return jax.vmap(lambda image: fn(Dataset.to_floating(image)))(images)
+
+
+def _chunk_size(fn: Callable, images: Array, chunk_bytes: int) -> int:
+    return chunk_size(lambda chunk: _map(fn, chunk), images, chunk_bytes)
+
+
+@eqx.filter_jit
+def _map_on_devices(fn, images, sharding, chunk_bytes):
+    arrays, static = eqx.partition(fn, eqx.is_array)
+    rows = P(sharding.spec[0])
+
+    def of_device(arrays, images):
+        fn = eqx.combine(arrays, static)
+        size = _chunk_size(fn, images, chunk_bytes)
+        of_image = lambda image: fn(Dataset.to_floating(image))
         return jax.lax.map(of_image, images, batch_size=size)
 
-    if sharding is None:
-        return of_images(arrays, images)
-    rows = P(sharding.spec[0])
     specs = {"in_specs": (P(), rows), "out_specs": rows, "check_vma": False}
-    return jax.shard_map(of_images, mesh=sharding.mesh, **specs)(arrays, images)
+    return jax.shard_map(of_device, mesh=sharding.mesh, **specs)(arrays, images)
 
 
 def _count(labels: np.ndarray) -> int:
