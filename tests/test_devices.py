@@ -106,7 +106,7 @@ def test_mean_and_gradient_are_those_of_one_device(fn, kind, chunk_bytes):
 class Raises(eqx.nn.MLP):
     """A network that may raise an error."""
 
-    def __call__(self, x):
+    def __call__(self, x, *, key=None):
         return eqx.error_if(super().__call__(x.ravel()), jnp.isnan(x).any(), "NaN")
 
 

@@ -78,7 +78,7 @@ nets = (eqd.nn.AlexNet, eqd.nn.LeNet, eqd.nn.MLP, eqd.nn.ResNet18, eqd.nn.VGG11)
 case(eqd.Dataset, {"images": IMAGES, "labels": LABELS}, images=IMAGES[:0],
      labels=LABELS - 1, num_classes=1, class_names=("a", "b"))
 case(DATA.split, {"fraction": 0.5, "key": KEY}, fraction=1, key=jr.split(KEY))
-case(DATA.map)
+case(DATA.map, {"fn": lambda x: x}, chunk_bytes=0)
 case(eqd.DistilledSet, {"images": IMAGES, "labels": LABELS, "l2": 0.1},
      images=IMAGES + np.nan, labels=LABELS + 0.5, l2=0, loss=eqd.CrossEntropy)
 case(HARD.with_targets, {"num_classes": 3}, num_classes=2)
@@ -90,6 +90,11 @@ case(eqd.DistilledSet.from_herding, from_train, n=0, l2=0)
 case(eqd.Packed, {"small": HARD, "shape": (6, 6)}, shape=(4, 4))
 case(eqd.Packed.from_distilled, {"distilled": HARD}, factor=2)
 case(eqd.CrossEntropy, temperature=0)
+
+source = {"source": [(IMAGES, LABELS)], "num_classes": 3}
+case(eqd.datasets.Stream, source, num_classes=0, ahead=-1, chunk_bytes=0)
+case(eqd.datasets.Accumulated, source | {"num_batches": 1}, num_batches=0,
+     num_classes=0, chunk_bytes=0)
 
 case(eqd.fit, fit, model=WRONG_MODEL, inner=eqd.linear.SpanSolver, key=jr.PRNGKey(0))
 case(eqd.inner_loss, fit, model=Plain)

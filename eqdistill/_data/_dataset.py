@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from .._checks import check_between
+from .._checks import check_between, check_positive
 from .._chunks import CHUNK_BYTES, chunk_size
 from .._conversions import ArrayOrList, as_array, as_int
 from .._sharding import num_shards, place, sharding_of, to_host
@@ -132,7 +132,9 @@ class Dataset(eqx.Module):
         """Returns a dataset of the images $f(x_i)$ with the same labels. The function
         $f$ maps one image, in the units of [`eqdistill.Dataset.floating`][], to a
         floating-point image of any shape; such as an
-        [`eqdistill.datasets.AbstractPreprocessing`][]."""
+        [`eqdistill.datasets.AbstractPreprocessing`][]. Its activations take at most
+        `chunk_bytes` bytes at once."""
+        check_positive(chunk_bytes=chunk_bytes)
         images = map_images(fn, self.images, self.sharding, chunk_bytes)
         return self._with(images, self.labels)
 

@@ -13,7 +13,7 @@ from .._data._dataset import Dataset
 from .._sharding import as_rows, num_shards
 from ._data import AbstractData, of_example
 from ._mean import Examples, mean_over_examples
-from ._stream import read_batch
+from ._stream import check_source, read_batch
 
 
 class Accumulated:
@@ -59,6 +59,7 @@ class Accumulated:
         [`eqdistill.DistillationError`][] if another batch cannot be read, is not
         finite, or has other shapes.
         """
+        check_source(source)
         check_at_least(1, num_batches=num_batches)
         check_positive(chunk_bytes=chunk_bytes)
         first = Dataset(*read_batch(source, 0), num_classes)

@@ -2,9 +2,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from .._checks import check_at_least, check_between
+from .._checks import check_at_least, check_between, check_positive
 from .._chunks import CHUNK_BYTES
 from .._conversions import ArrayOrList, as_int
 from .._data._dataset import Dataset
@@ -54,12 +55,9 @@ class Stream:
         [`eqdistill.DistillationError`][] if reading a batch raises an error, or its
         images are not finite.
         """
-        if not hasattr(source, "__getitem__"):
-            raise TypeError(
-                "`source` must have items, so that `source[step]` is the batch of a "
-                f"step; got {describe(source)}."
-            )
+        check_source(source)
         check_at_least(0, ahead=ahead)
+        check_positive(chunk_bytes=chunk_bytes)
         check_between(1, 2**31 - 1, num_classes=num_classes)
         self.source = source
         self.num_classes = as_int(num_classes)
@@ -76,7 +74,7 @@ class Stream:
         for i in wanted:
             if i not in self._reading:
                 # The setting of a `with` block is unknown to the thread.
-                is_double = jax.config.jax_enable_x64
+                is_double = jnp.result_type(float) == jnp.float64
                 self._reading[i] = self._thread.submit(self._read, i, is_double)
         return self._reading.pop(step).result()
 
@@ -84,6 +82,14 @@ class Stream:
         with jax.enable_x64(is_double):
             dataset = Dataset(*read_batch(self.source, step), self.num_classes)
             return jax.block_until_ready(FullBatch(dataset, **self.options))
+
+
+def check_source(source: Any) -> None:
+    if not hasattr(source, "__getitem__"):
+        raise TypeError(
+            "`source` must have items, so that `source[step]` is the batch of a step; "
+            f"got {describe(source)}."
+        )
 
 
 def read_batch(source: Any, step: int) -> tuple[ArrayOrList, ArrayOrList]:

@@ -19,6 +19,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -103,6 +104,10 @@ def steps(repeats: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def reported(program) -> Any:
+    return program.memory_analysis()
+
+
 def memory(repeats: int) -> list:
     del repeats
     sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("data",)), P("data"))
@@ -111,7 +116,7 @@ def memory(repeats: int) -> list:
         for spread in (None, sharding):
             problem = fixed_problem(sharding=spread, chunk_bytes=chunk_bytes)
             program, _ = compiled_step(*problem)
-            temporary = program.memory_analysis().temp_size_in_bytes
+            temporary = reported(program).temp_size_in_bytes
             found = re.findall(r" all-reduce(?:-start)?\(", program.as_text())
             devices = 1 if spread is None else jax.device_count()
             mib = [chunk_bytes / 2**20, f"{temporary / 2**20:.1f}"]
@@ -127,7 +132,7 @@ def memory(repeats: int) -> list:
     rules = []
     for name, problem in cases.items():
         program, state = compiled_step(*problem)
-        analysis = program.memory_analysis()
+        analysis = reported(program)
         peak = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
         peak += analysis.output_size_in_bytes
         wanted = predicted(problem, state)
@@ -141,7 +146,7 @@ def num_bytes(tree) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
 
 
-def predicted(problem, state) -> float:
+def predicted(problem, state) -> Any:
     start, objective, data = problem
     total = num_bytes(data) + 2**24 + (4 + 2) * num_bytes(state.learned)
     if isinstance(data, eqd.Batches):
@@ -156,7 +161,7 @@ def predicted(problem, state) -> float:
     arrays, static = eqx.partition((start, network), eqx.is_inexact_array)
     of_arrays = lambda arrays: loss(eqx.combine(arrays, static))
     gradient = jax.jit(jax.grad(of_arrays)).lower(arrays).compile()
-    return total + gradient.memory_analysis().temp_size_in_bytes
+    return total + reported(gradient).temp_size_in_bytes
 
 
 class Rows:
