@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["evaluation", "elsewhere", "networks", "training-runs", "backbones"]
-NAMES += ["getting-started"]
+NAMES += ["getting-started", "scale-up"]
 SLOW = [pytest.param(f"docs/{name}.md", marks=pytest.mark.slow) for name in NAMES]
 
 
