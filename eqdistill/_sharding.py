@@ -69,15 +69,13 @@ def replicate(tree: PyTree, like: NamedSharding | None) -> PyTree:
     """Puts all of each array on each device of a mesh."""
     if like is None:
         return tree
+    everywhere = NamedSharding(like.mesh, P())
     arrays, others = eqx.partition(tree, lambda x: isinstance(x, jax.Array))
-    return eqx.combine(_put(arrays, NamedSharding(like.mesh, P())), others)
-
-
-def _put(arrays: PyTree[Array], sharding: NamedSharding) -> PyTree[Array]:
-    if sharding.is_fully_addressable:
-        return jax.device_put(arrays, sharding)
-    # The devices of other processes are reached only by a program.
-    return jax.jit(lambda x: x, out_shardings=sharding)(arrays)
+    if like.is_fully_addressable:
+        arrays = jax.device_put(arrays, everywhere)
+    else:  # The devices of other processes are reached only by a program.
+        arrays = jax.jit(lambda x: x, out_shardings=everywhere)(arrays)
+    return eqx.combine(arrays, others)
 
 
 def to_host(x: Array | np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ class Rows:
 
 OPTIONS = {
     "accumulated": lambda data, **kw: eqd.datasets.Accumulated(Rows(), 2, 3, **kw)(0),
-    "all": lambda data, **kw: eqd.FullBatch(data, **kw),
+    "all": eqd.FullBatch,
     "batches": lambda data, **kw: eqd.Batches(data, 13, **kw),
     "balanced": lambda data, **kw: eqd.Batches(
         data, 12, balanced=True, augmentation=eqd.augment.Flip(), **kw

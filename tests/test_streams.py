@@ -35,7 +35,7 @@ def broken():
 
 
 @pytest.fixture
-def run(logistic, tmp_path):
+def run(logistic):
     start, objective, train = logistic
 
     def distil(steps, changes=None, callbacks=()):

@@ -91,8 +91,8 @@ def augment(
     *,
     key: PRNGKeyArray,
 ) -> Float[Array, "n *shape"]:
-    r"""Augments each image of a batch with its own random key, $x_i' = A(x_i, k_i)$,
-    in which the index $i$ is folded into `key`."""
+    r"""Augments each image of a batch with its own random key, $x_i' = A(x_i, k_i)$.
+    The key $k_i$ is `key` with the index $i$ folded in."""
     return augment_part(augmentation, images, jnp.arange(len(images)), key)
 
 

@@ -184,8 +184,10 @@ def _spread(x: Array, sharding: NamedSharding | None) -> Array:
     same number of rows."""
     if sharding_of(x) == sharding:
         return x
-    widths = [(0, -len(x) % num_shards(sharding)), *[(0, 0)] * (x.ndim - 1)]
-    return place(np.pad(to_host(x), widths, mode="edge"), sharding)
+    rows, missing = to_host(x), -len(x) % num_shards(sharding)
+    if missing:
+        rows = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
+    return place(rows, sharding)
 
 
 def of_example(model: PyTree, example: tuple) -> PyTree:

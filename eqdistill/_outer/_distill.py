@@ -305,6 +305,6 @@ def _check_state(
     failure = problem.failure(state)
     if failure is not None:
         raise ValueError(
-            f"`state` must be of a run that can continue; this run has stopped: "
+            "`state` must be of a run that can continue; this run has stopped: "
             f"{failure}."
         )

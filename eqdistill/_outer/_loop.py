@@ -62,8 +62,8 @@ def _check_errors(jaxpr: Any) -> None:
         if "equinox" in getattr(function, "__module__", ""):
             raise ValueError(
                 "`objective` must not raise errors from within a step on several "
-                "devices, as those of Equinox, Lineax and `ArgminSolver`: the other "
-                "devices would wait forever. Set `EQX_ON_ERROR=nan` in the "
+                "devices, such as those of Equinox, Lineax and `ArgminSolver`: the "
+                "other devices would wait forever. Set `EQX_ON_ERROR=nan` in the "
                 "environment: NaN stops the run instead."
             )
         for inner in jex.jaxprs_in_params(eqn.params):

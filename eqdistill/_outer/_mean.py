@@ -140,8 +140,8 @@ def _over_chunks(of_chunk, fn, learned, fixed, examples):
 
 
 def _of_read(of_chunk, fn, learned, fixed, own, first, examples):
-    """The sum over the chunks of one device, whose examples are numbered from `first`
-    on, or are all there are."""
+    """The sum over the chunks of one device, whose first example has the number
+    `first`. On one device, `first` is `None`."""
     num = _num(own)
     moving, still = eqx.partition(learned, eqx.is_inexact_array)
 
