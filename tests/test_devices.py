@@ -1,5 +1,5 @@
 """Real data on eight devices. `.ci/run` runs this file with eight simulated ones, by
-`JAX_NUM_CPU_DEVICES=8`; elsewhere it is skipped."""
+`JAX_NUM_CPU_DEVICES=8` and `NPROC=16`; elsewhere it is skipped."""
 
 import functools
 import re

@@ -60,7 +60,7 @@ def run_processes(folder: Path) -> list:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "tests.two_processes", port]
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "NPROC": "8"}
     processes = [
         subprocess.Popen([*command, str(i), str(folder)], env=env) for i in range(2)
     ]
