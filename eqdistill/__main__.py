@@ -15,7 +15,7 @@ from . import nn, recipes
 from ._checks import check_between
 from ._files._artifact import Artifact, load
 from ._files._foreign import read_foreign, to_distilled
-from ._files._sources import check_fitted, load_data, load_recipe
+from ._files._sources import call, check_fitted, load_data
 from ._outer._evaluate import evaluate
 from .datasets import _published_hashes
 
@@ -23,7 +23,7 @@ from .datasets import _published_hashes
 _RECIPES = ("dc", "frepo", "zero_start", "feature_regression", "supervised")
 _NETWORKS = {
     "ConvNet": nn.ConvNet,
-    "FRePo's ConvNet": ft.partial(nn.ConvNet, widths=(128, 256, 512), norm=None),
+    "FRePoConvNet": ft.partial(nn.ConvNet, widths=(128, 256, 512), norm=None),
     "LeNet": nn.LeNet,
     "MLP": nn.MLP,
     "AlexNet": nn.AlexNet,
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(parser)
     units = (
         "the units of the images: from 0 (black) to 1 (white), or as the training data "
-        "after eqdistill.datasets.Standardisation or ZCA. By default, exports know "
+        "after eqdistill.datasets.Standardisation or ZCA. By default, exports store "
         "their units, and all other images are pixels"
     )
     choices = ("pixels", "standardised", "zca")
@@ -154,7 +154,7 @@ def _check_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
                 f"The recipe of {file} cannot be rebuilt. To check it, pass --recipe "
                 f"module:function, which returns this recipe: {words}"
             )
-        recipe = load_recipe(args.recipe)
+        recipe = call(args.recipe, "--recipe")
     train, test = load_data(name, args.data, args.data_dir)
     if artifact.preprocessing is not None:
         check_fitted(file, artifact.preprocessing, train)
@@ -204,15 +204,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     settings = {name: x for name, x in settings.items() if x is not None}
     if rate is None:
         recipe = getattr(recipes, args.recipe or "dc")(make, **settings)
+        settings = dict(recipe.settings)
     else:
         recipe = dc_at_rate(make, rate, len(distilled), **settings)
+        settings |= {"learning_rate": rate}
+    words = ", ".join(f"{name}={x}" for name, x in settings.items())
     models = {"num_models": args.num_networks, "key": jr.key(args.seed)}
     found = evaluate(distilled, recipe, test, **models)
     std = f" ± {found.std_models:.2%}" if args.num_networks > 1 else ""
     print(
         f"images          {len(distilled)}, {distilled.nbytes:,} bytes with labels\n"
         f"preprocessing   {preprocessing and type(preprocessing).__name__}\n"
-        f"recipe          {recipe.name}, {args.network}\n"
+        f"recipe          {args.recipe or 'dc'}({words}), {args.network}\n"
         f"networks        {', '.join(f'{x:.2%}' for x in found.accuracies[0])}\n"
         f"test accuracy   {found.accuracy:.2%}{std}"
     )

@@ -45,7 +45,7 @@ def accuracy(run):
         short = ("--network", "MLP", "--num-networks", 1, "--updates", 20)
         status, out, err = run("evaluate", path, *short, *args)
         assert status == 0, err
-        return float(re.search(r"test accuracy   ([\d.]+)%\n$", out)[1])
+        return float(re.findall(r"test accuracy   ([\d.]+)%\n$", out)[0])
 
     return accuracy
 
@@ -65,7 +65,10 @@ def write_folder(folder, images, labels, names="0123456789"):
         Image.fromarray(np.asarray(image)).save(file)
 
 
-@pytest.mark.parametrize("kind", [Standardisation, ZCA, None])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in (ZCA, None)]
+
+
+@pytest.mark.parametrize("kind", [Standardisation, *SLOW])
 def test_exports_are_evaluated_in_their_units(tmp_path, digits, accuracy, kind):
     train, test = digits
     preprocessing = kind and kind.fit(train)
@@ -105,7 +108,6 @@ def test_images_of_others(tmp_path, digits, pixels, accuracy):
     assert of("--units", "standardised", images=learned[:, None]) == wanted
     one_hot = np.eye(10)[labels]
     assert of("--soft-labels", "probabilities", labels=one_hot) == wanted
-    assert abs(of(learning_rate=0.01) - wanted) < 0.5
     assert of(learning_rate=0.0001) < wanted - 5
     # Names decide, not their order.
     write_folder(tmp_path / "folder", images, labels)
@@ -145,7 +147,7 @@ DIGITS = "--dataset digits "
         ({"images": np.uint16(9 * FLOATS)}, DIGITS, "got uint16: divide by 65535"),
         ({"images": 3 * FLOATS - 1}, DIGITS, "from -1 to 2, in unknown units: pass --"),
         ({}, DIGITS + "--units standardised", "but standardised images have negative"),
-        ({"images": np.uint8(FLOATS)}, DIGITS + "--units zca", "uint8, which --units"),
+        ({"images": np.uint8(FLOATS)}, DIGITS + "--units zca", "but zca images have"),
         ({"images": FLOATS[:, :4]}, DIGITS, r"shape of the real ones, \(8, 8\); got"),
         ({"labels": np.array([1, 10])}, DIGITS, r"class indices in \[0, 10\)"),
         ({"labels": np.ones((2, 10))}, DIGITS, "pass --soft-labels logits, prob"),
@@ -173,7 +175,7 @@ def test_evaluate_refuses(tmp_path, run, changes, args, match):
 class Scaled(eqx.Module):
     """A model that `save` cannot rebuild."""
 
-    model: linear.LogisticRegression
+    model: eqx.Module
 
     def __call__(self, image):
         return self.model(image / 2)

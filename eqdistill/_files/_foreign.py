@@ -115,22 +115,19 @@ def _exported_preprocessing(
 
 def _to_floating(images: np.ndarray, units: str | None) -> np.ndarray:
     """Converts bytes to pixels from 0 to 1, and refuses values in other units."""
-    is_own = units in ("standardised", "zca")
     if images.dtype == np.uint8:
-        if is_own:
-            raise ValueError(f"`images` are uint8, which --units {units} cannot be.")
-        return images / 255
+        images = images / 255
     if images.dtype.kind in "iu":
         white = 65535 if images.dtype == np.uint16 else 255
         raise ValueError(
-            "`images` must be uint8 or floating point; got "
-            f"{images.dtype}: divide by {white}."
+            f"`images` must be uint8 or floating point; got {images.dtype}: divide by "
+            f"{white}."
         )
     low, high = images.min(), images.max()
     got = f"`images` have values from {low:.3g} to {high:.3g}"
     if low >= 0 and high > 16:
         raise ValueError(f"{got}: divide by {255 if high <= 255 else 65535}.")
-    if low >= 0 and is_own:
+    if low >= 0 and units in ("standardised", "zca"):
         raise ValueError(f"{got}, but {units} images have negative values.")
     if units is None and not (low >= -1e-6 and high <= 1 + 1e-6):
         raise ValueError(

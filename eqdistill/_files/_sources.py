@@ -1,7 +1,6 @@
 """Real data and recipes that the command line names."""
 
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def load_data(
         train = Dataset(images, labels)
         test = Dataset(test_images, test_labels, train.num_classes)
     else:
-        train, test = _import(data, "--data")()
+        train, test = call(data, "--data")
     for name in ("shape", "num_classes", "class_names"):
         a, b = getattr(train, name), getattr(test, name)
         if a != b:
@@ -45,15 +44,12 @@ def load_data(
     return train, test
 
 
-def load_recipe(name: str) -> Any:
-    return _import(name, "--recipe")()
-
-
-def _import(name: str, flag: str) -> Callable:
+def call(name: str, flag: str) -> Any:
+    """Calls a function without arguments, named as `module:function`."""
     module, colon, function = name.partition(":")
-    if not (module and colon and function):
+    if not colon:
         raise ValueError(f"{flag} {name} does not exist, and is no module:function.")
-    return getattr(importlib.import_module(module), function)
+    return getattr(importlib.import_module(module), function)()
 
 
 def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
