@@ -1,19 +1,35 @@
-"""The command `python -m eqdistill check FILE`, which checks the accuracy of a file."""
+"""The commands `python -m eqdistill check FILE`, which checks the accuracy that a file
+claims, and `python -m eqdistill evaluate FILE`, which measures that of any images."""
 
 import argparse
+import functools as ft
 import sys
-from typing import Any
+from collections.abc import Callable
 
+import equinox as eqx
 import jax
+import jax.random as jr
 import numpy as np
 
-from . import datasets
+from . import nn, recipes
 from ._checks import check_between
-from ._data._dataset import Dataset
-from ._data._preprocessing import ZCA
-from ._files._artifact import load
+from ._files._artifact import Artifact, load
+from ._files._foreign import read_foreign, to_distilled
+from ._files._sources import call, check_fitted, load_data
 from ._outer._evaluate import evaluate
 from .datasets import _published_hashes
+
+
+_RECIPES = ("dc", "frepo", "zero_start", "feature_regression", "supervised")
+_NETWORKS = {
+    "ConvNet": nn.ConvNet,
+    "FRePoConvNet": ft.partial(nn.ConvNet, widths=(128, 256, 512), norm=None),
+    "LeNet": nn.LeNet,
+    "MLP": nn.MLP,
+    "AlexNet": nn.AlexNet,
+    "VGG11": nn.VGG11,
+    "ResNet18": nn.ResNet18,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,7 +40,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     main = _Parser(prog="python -m eqdistill")
-    parser = main.add_subparsers(required=True, metavar="COMMAND").add_parser(
+    commands = main.add_subparsers(required=True, metavar="COMMAND")
+
+    parser = commands.add_parser(
         "check",
         help="check the accuracy that a file claims",
         description="Trains models on the distilled set in a file, with the recipe in "
@@ -32,85 +50,195 @@ def _parser() -> argparse.ArgumentParser:
         "that the file claims. The exit status is 0 if the two agree, 1 if they differ "
         "by more than the tolerance, and 2 if the file or an argument is bad.",
     )
-    parser.set_defaults(error=parser.error)
+    parser.set_defaults(run=_check, error=parser.error)
     add = parser.add_argument
     add("file", metavar="FILE", help="a file that eqdistill.save wrote")
-    add("--dataset", metavar="NAME", help="the dataset, if the file names none")
-    add("--data-dir", metavar="DIR", help="the folder with the files of the dataset")
+    _add_data(parser)
+    recipe = (
+        "your function, without arguments, that returns the recipe, if the recipe in "
+        "the file cannot be rebuilt"
+    )
+    add("--recipe", metavar="MODULE:FUNCTION", help=recipe)
     tolerance = (
         "the largest difference allowed between the accuracies, which are from 0 to 1. "
-        "Defaults to the measured standard deviation over models, but at least 0.0001: "
+        "Defaults to the claimed standard deviation over models, but at least 0.0001: "
         "one test image in 10,000"
     )
     add("--tolerance", type=float, metavar="T", help=tolerance)
+
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure the accuracy of distilled images from any program",
+        description="Trains fresh networks only on distilled images, and prints their "
+        "accuracy on real test data. The exit status is 2 if the file or an argument "
+        "is bad.",
+    )
+    parser.set_defaults(run=_evaluate, error=parser.error)
+    add = parser.add_argument
+    file = (
+        "a folder or distilled.npz that eqdistill.export wrote; a folder with a folder "
+        "of pictures for each class; or an .npz with images and labels"
+    )
+    add("file", metavar="FILE", help=file)
+    _add_data(parser)
+    units = (
+        "the units of the images: from 0 (black) to 1 (white), or as the training data "
+        "after eqdistill.datasets.Standardisation or ZCA. By default, exports store "
+        "their units, and all other images are pixels"
+    )
+    choices = ("pixels", "standardised", "zca")
+    add("--units", choices=choices, help=units)
+    regularisation = "the regularisation of ZCA (default: 0.1)"
+    add("--regularisation", type=float, default=0.1, metavar="R", help=regularisation)
+    choices = ("logits", "probabilities", "targets")
+    soft_labels = "what soft labels are: targets are of the squared error"
+    add("--soft-labels", choices=choices, help=soft_labels)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--recipe", choices=_RECIPES, help="(default: dc)")
+    rate = (
+        "train as dc does, but with this learning rate, and with soft labels if there "
+        "are any. Defaults to learning_rate in the .npz, if it is there"
+    )
+    group.add_argument("--learning-rate", type=float, metavar="X", help=rate)
+    add("--updates", type=int, metavar="N", help="the number of updates of the recipe")
+    augment = "augment the images as the recipe does"
+    add("--augment", action="store_true", default=None, help=augment)
+    add("--network", choices=_NETWORKS, default="ConvNet", help="(default: ConvNet)")
+    number = "the number of networks (default: 5)"
+    add("--num-networks", type=int, default=5, metavar="N", help=number)
+    add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     return main
 
 
-def _check(file: str, dataset: str | None, data_dir: str | None) -> tuple:
-    """The name of the dataset, the claimed accuracy, and the new evaluation."""
-    with jax.enable_x64(load(file).x64):
-        artifact = load(file)
-        name = artifact.dataset or dataset
-        if name is None:
-            raise ValueError(f"{file} names no dataset: pass one as --dataset.")
-        if dataset not in (None, name):
-            raise ValueError(f"{file} is of {name!r}, but --dataset is {dataset!r}.")
-        if artifact.accuracy is None:
-            raise ValueError(f"{file} claims no accuracy, so there is none to check.")
-        if artifact.sha256 not in ({}, _published_hashes(name)):
-            raise ValueError(
-                f"{file} was made with other files of {name!r} than eqdistill loads: "
-                "their SHA-256 differ."
-            )
-        if artifact.recipe is None:
-            raise ValueError(
-                f"The recipe of {file} cannot be rebuilt. To check it, call "
-                "eqdistill.evaluate with the distilled set of eqdistill.load, and this "
-                f"recipe: {artifact.recipe_description!r}"
-            )
-        train, test = datasets.load(name, data_dir)
-        if artifact.preprocessing is not None:
-            _check_preprocessing(file, artifact.preprocessing, train)
-            test = test.map(artifact.preprocessing)
-        models = {"num_models": artifact.num_models, "key": artifact.key}
-        found = evaluate(artifact.distilled, artifact.recipe, test, **models)
-    return name, artifact.accuracy, found
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    name = "the dataset, if the file names none"
+    group.add_argument("--dataset", metavar="NAME", help=name)
+    data = (
+        "your own data: a folder with the folders train and test, which have a folder "
+        "of pictures for each class; an .npz with train_images, train_labels, "
+        "test_images and test_labels; or module:function, which returns the training "
+        "and the test data"
+    )
+    group.add_argument("--data", metavar="SOURCE", help=data)
+    data_dir = "the folder with the files of the dataset"
+    parser.add_argument("--data-dir", metavar="DIR", help=data_dir)
 
 
-def _check_preprocessing(file: str, preprocessing: Any, train: Dataset) -> None:
-    """Checks that a preprocessing is the one fitted to the training data. Otherwise it
-    could hold everything that is to be learned."""
-    if isinstance(preprocessing, ZCA):
-        wanted = ZCA.fit(train, regularisation=preprocessing.regularisation)
+def _check(args: argparse.Namespace) -> int:
+    if args.tolerance is not None:
+        check_between(0, 1, tolerance=args.tolerance)
+    with jax.enable_x64(load(args.file).x64):
+        return _check_artifact(args, load(args.file))
+
+
+def _check_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
+    file, name = args.file, artifact.dataset or args.dataset
+    if args.dataset not in (None, name):
+        raise ValueError(f"{file} is of {name!r}, but --dataset is {args.dataset!r}.")
+    if artifact.accuracy is None:
+        raise ValueError(f"{file} claims no accuracy, so there is none to check.")
+    if artifact.sha256 not in ({}, _published_hashes(name or "")):
+        raise ValueError(
+            f"{file} was made with other files of {name!r} than eqdistill loads: "
+            "their SHA-256 differ."
+        )
+    if artifact.sha256 and args.data is not None:
+        raise ValueError(f"{file} is of {name!r}, so it needs no --data.")
+    words, recipe = ascii(artifact.recipe_description), artifact.recipe
+    if recipe is not None and args.recipe is not None:
+        raise ValueError(f"{file} holds its recipe, so it needs no --recipe.")
+    if recipe is None:
+        if args.recipe is None:
+            raise ValueError(
+                f"The recipe of {file} cannot be rebuilt. To check it, pass --recipe "
+                f"module:function, which returns this recipe: {words}"
+            )
+        recipe = call(args.recipe, "--recipe")
+    train, test = load_data(name, args.data, args.data_dir)
+    if artifact.preprocessing is not None:
+        check_fitted(file, artifact.preprocessing, train)
+        test = test.map(artifact.preprocessing)
+    print(f"recipe: {words[1:-1]}")
+    if args.recipe is not None:
+        print(f"{args.recipe}: {' '.join(eqx.tree_pformat(recipe).split())}")
+    models = {"num_models": artifact.num_models, "key": artifact.key}
+    found = evaluate(artifact.distilled, recipe, test, **models)
+    tolerance = args.tolerance
+    if tolerance is None:
+        tolerance = max(artifact.std or 0, 1e-4)
+    # Accuracies are float32 fractions, so further digits are rounding.
+    difference = round(abs(artifact.accuracy - found.accuracy), 6)
+    print(
+        f"{args.data or name} test accuracy: claimed {artifact.accuracy:.3%}, measured "
+        f"{found.accuracy:.3%}, difference {100 * difference:.3f} points (tolerance "
+        f"{100 * tolerance:.3g})"
+    )
+    return 0 if difference <= tolerance else 1
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    arrays = read_foreign(args.file)
+    name = args.dataset
+    if name is None and "dataset" in arrays:
+        name = str(arrays["dataset"])
+    train, test = load_data(name, args.data, args.data_dir)
+    distilled, preprocessing = to_distilled(
+        args.file,
+        arrays,
+        train,
+        units=args.units,
+        regularisation=args.regularisation,
+        soft_labels=args.soft_labels,
+    )
+    if preprocessing is not None:
+        test = test.map(preprocessing)
+    rate = args.learning_rate
+    if rate is None and args.recipe is None and "learning_rate" in arrays:
+        rate = float(arrays["learning_rate"])
+    network = _NETWORKS[args.network]
+    if "ConvNet" in args.network and max(test.shape[-2:]) < 32:
+        network = ft.partial(network, size=32)  # As in the papers.
+    make = ft.partial(network, test.shape, test.num_classes)
+    settings = {"updates": args.updates, "augment": args.augment}
+    settings = {name: x for name, x in settings.items() if x is not None}
+    if rate is None:
+        recipe = getattr(recipes, args.recipe or "dc")(make, **settings)
+        settings = dict(recipe.settings)
     else:
-        wanted = type(preprocessing).fit(train)
-    pairs = map(jax.tree.leaves, (preprocessing, wanted))
-    for x, y in zip(*pairs, strict=True):
-        if x.shape != y.shape or not np.allclose(x, y, 1e-2, 1e-3 * np.abs(y).max()):
-            problem = "is not fitted to the training data."
-            raise ValueError(f"The preprocessing in {file} {problem}")
+        recipe = dc_at_rate(make, rate, len(distilled), **settings)
+        settings |= {"learning_rate": rate}
+    words = ", ".join(f"{name}={x}" for name, x in settings.items())
+    models = {"num_models": args.num_networks, "key": jr.key(args.seed)}
+    found = evaluate(distilled, recipe, test, **models)
+    std = f" ± {found.std_models:.2%}" if args.num_networks > 1 else ""
+    print(
+        f"images          {len(distilled)}, {distilled.nbytes:,} bytes with labels\n"
+        f"preprocessing   {preprocessing and type(preprocessing).__name__}\n"
+        f"recipe          {args.recipe or 'dc'}({words}), {args.network}\n"
+        f"networks        {', '.join(f'{x:.2%}' for x in found.accuracies[0])}\n"
+        f"test accuracy   {found.accuracy:.2%}{std}"
+    )
+    return 0
+
+
+def dc_at_rate(
+    make: Callable, rate: float, n: int, *, updates: int = 300
+) -> recipes.Recipe:
+    """The recipe `dc` with another learning rate, for soft labels too."""
+    rates = np.full(updates, rate)
+    rates[updates // 2 :] /= 10
+    return recipes.learned_rates(make, learning_rates=rates, batch_size=n, momentum=0.9)
 
 
 def _main() -> int:
     args = _parser().parse_args()
     try:
-        if args.tolerance is not None:
-            check_between(0, 1, tolerance=args.tolerance)
-        name, claimed, found = _check(args.file, args.dataset, args.data_dir)
+        return args.run(args)
     # Every error: exit status 1 is only for accuracies that differ.
     except (Exception, KeyboardInterrupt) as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         return args.error(lines[0][:1000])
-    tolerance = args.tolerance
-    if tolerance is None:
-        tolerance = np.nanmax([found.std_models, 1e-4])
-    # Accuracies are float32 fractions, so further digits are rounding.
-    difference = round(abs(claimed - found.accuracy), 6)
-    print(
-        f"{name} test accuracy: claimed {claimed:.3%}, measured {found.accuracy:.3%}, "
-        f"difference {100 * difference:.3f} points (tolerance {100 * tolerance:.3g})"
-    )
-    return 0 if difference <= tolerance else 1
 
 
 if __name__ == "__main__":

@@ -500,6 +500,12 @@ def test_command_finds_a_false_claim(copied, monkeypatch, capsys):
     assert f"claimed {true + 0.01:.3%}, measured {true:.3%}, difference 1.000" in out
     status, _, _ = run(monkeypatch, capsys, copied, "--tolerance", "0.02")
     assert status == 0
+    # The claimed standard deviation is the default tolerance.
+    change(copied, artifact__num_models=2, artifact__std=0.02)
+    status, out, _ = run(monkeypatch, capsys, copied)
+    assert status == 0
+    assert out.startswith("recipe: Recipe(")
+    assert "(tolerance 2)" in out
 
 
 def test_command_refuses_another_preprocessing(
@@ -528,7 +534,7 @@ def test_command_refuses_another_preprocessing(
         ("--tolerance nan", {}, "`tolerance` must be from 0 to 1; got nan"),
         ("", {"artifact__seed": "\x1b[31m"}, "seed` must be"),
         ("", {"artifact__accuracy": None, "artifact__num_models": 0}, "no accuracy"),
-        ("", {"artifact__dataset": None}, "names no dataset: pass one as --dataset"),
+        ("", {"artifact__dataset": None}, "pass --dataset or --data"),
         ("", {"artifact__dataset": "x"}, "`name` must be one of"),
         (
             "",
