@@ -74,9 +74,8 @@ with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     from ._outer._problem import Problem as Problem
 
 
-for _name in ("distill", "evaluate", "fit", "save"):
-    globals()[_name] = _typechecking.suggest_arguments(globals()[_name])
-for _class in (Batches, Pool, Problem):
-    _class.__init__ = _typechecking.suggest_arguments(_class.__init__)
+for _module in (adjoints, augment, datasets, linear, nn, plot, recipes):
+    _typechecking.suggest_arguments(_module)
+_typechecking.suggest_arguments(_import_module(__name__))
 
 __version__ = _version("eqdistill")

@@ -52,6 +52,25 @@ def check_between(low: float, high: float, **values: float) -> None:
             raise ValueError(f"`{name}` must be from {low} to {high}; got {value}.")
 
 
+def check_concrete(name: str, **values: PyTree) -> None:
+    """Checks that the arguments of a function have no traced arrays."""
+    for argument, value in values.items():
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)):
+            raise TypeError(
+                f"`{argument}` of `{name}` must not be traced. Call `{name}` outside "
+                "of `jit`."
+            )
+
+
+def check_lengths(name: str, images: Array, labels: Array) -> None:
+    """Checks that there is a label for each image, as `equinox.tree_at` may break."""
+    if len(labels) != len(images):
+        raise ValueError(
+            f"`{name}.labels` must have a label for each of the {len(images)} images; "
+            f"got {len(labels)}."
+        )
+
+
 @contextlib.contextmanager
 def needs(name: str, package: str, extra: str) -> Iterator[None]:
     """Adds to an `ImportError` how to install the package that `name` needs."""
@@ -125,9 +144,12 @@ def count_outputs(name: str, model: Any, image: jax.ShapeDtypeStruct) -> int:
     return outputs.shape[0]
 
 
-def array_difference(wanted: PyTree, got: PyTree) -> str | None:
-    """Describes where two pytrees of arrays differ in structure, shapes or dtypes, or
-    returns `None`. A leaf of `got` that is not an array is a difference."""
+def array_difference(
+    wanted: PyTree, got: PyTree, *, check_structure: bool = True
+) -> str | None:
+    """Describes where two pytrees of arrays differ in names, shapes or dtypes, and in
+    structure, or returns `None`. A leaf of `got` that is not an array is a
+    difference."""
     texts: list[dict[str, str]] = []
     for tree, describe_other in ((wanted, lambda _: "an array"), (got, describe)):
         texts.append({})
@@ -143,7 +165,7 @@ def array_difference(wanted: PyTree, got: PyTree) -> str | None:
         if a.get(name) != b.get(name)
     ]
     structures = jax.tree.structure(wanted), jax.tree.structure(got)
-    if not lines and structures[0] != structures[1]:
+    if not lines and check_structure and structures[0] != structures[1]:
         lines = ["structure {} wanted, {} got".format(*structures)]
     more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
     return "; ".join(lines[:3]) + more or None

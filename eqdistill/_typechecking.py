@@ -5,6 +5,7 @@ import difflib
 import functools
 import inspect
 import re
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, get_args, get_origin, no_type_check, TypeVar, Union
@@ -65,9 +66,30 @@ def typechecked(fn: _Fn) -> _Fn:
     return wrapper  # pyright: ignore[reportReturnType]
 
 
-def suggest_arguments(fn: Callable) -> Callable:
-    """Makes the error for an unknown keyword name the closest argument."""
-    names = inspect.signature(fn).parameters
+def suggest_arguments(module: types.ModuleType) -> None:
+    """Makes the error for an unknown keyword name the closest argument, for all public
+    functions, classes and class methods of a module."""
+    for name, x in list(vars(module).items()):
+        is_ours = getattr(x, "__module__", "").startswith("eqdistill.")
+        if is_ours and inspect.isfunction(x) and name[0] != "_":
+            # Functions are pickled by the names that they have at home.
+            for place in (module, sys.modules[x.__module__]):
+                setattr(place, name, _suggest_arguments(x))
+        elif is_ours and inspect.isclass(x) and not inspect.isabstract(x):
+            for own, method in list(vars(x).items()):
+                if own == "__init__":
+                    setattr(x, own, _suggest_arguments(method))
+                elif isinstance(method, classmethod):
+                    suggests = _suggest_arguments(method.__func__)
+                    setattr(x, own, classmethod(suggests))
+
+
+@functools.cache
+def _suggest_arguments(fn: Callable) -> Callable:
+    parameters = inspect.signature(fn).parameters
+    if any(x.kind is x.VAR_KEYWORD for x in parameters.values()):
+        return fn
+    names = [name for name in parameters if name not in ("self", "cls")]
 
     @functools.wraps(fn)
     def wrapper(*args, **kwargs):

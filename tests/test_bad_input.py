@@ -51,11 +51,61 @@ def test_distilled_set_under_jit():
         (IMAGES, LABELS.astype(float), 3, "`labels` must be integer.*float64"),
         (IMAGES, LABELS, 2, r"`labels` must be in \[0, 2\).*got 0 to 2"),
         (IMAGES + np.nan, LABELS, 3, "`images` must be finite; 36 of 36"),
+        (IMAGES.astype(np.uint16), LABELS, 3, "divide uint16 by 65535"),
     ],
 )
 def test_dataset(images, labels, num_classes, match):
     with pytest.raises((TypeError, ValueError), match=match):
         eqd.Dataset(images, labels, num_classes)
+
+
+def test_inside_of_jit():
+    run = lambda **kwargs: eqd.distill(**{**good, **kwargs}, steps=1).distilled
+    model = eqd.linear.LogisticRegression(9, 3)
+    good = {"start": DISTILLED, "objective": model, "data": DATA}
+    state = eqd.Problem(DISTILLED, eqd.Bilevel(model), optimiser=optax.adam(0.02)).init(
+        key=jax.random.key(0)
+    )
+    for fn, name, argument, value in (
+        (lambda x: eqd.Dataset(x, LABELS), "Dataset", "images", IMAGES),
+        (lambda x: eqd.Dataset(IMAGES, x), "Dataset", "labels", LABELS),
+        (eqd.FullBatch, "FullBatch", "dataset", DATA),
+        (lambda x: run(start=x), "distill", "start", DISTILLED),
+        (lambda x: run(objective=x), "distill", "objective", model),
+        (lambda x: run(data=x), "distill", "data", DATA),
+        (lambda x: run(state=x), "distill", "state", state),
+        (lambda x: run(), "distill", "key", 0.0),
+    ):
+        match = f"`{argument}` of `{name}` must not be traced.*outside of `jit`"
+        with pytest.raises(TypeError, match=match):
+            eqx.filter_jit(fn)(jax.tree.map(jnp.asarray, value))
+
+
+def test_labels_beside_fewer_images():
+    cut = lambda x: eqx.tree_at(lambda s: s.images, x, x.images[:3])
+    linear = eqd.linear.LogisticRegression(9, 3)
+    for model in (linear, eqd.nn.MLP((3, 3), 3, widths=(2,), key=jax.random.key(0))):
+        for call in (eqd.fit, lambda *args: eqd.distill(*args, DATA)):
+            with pytest.raises(
+                ValueError, match=r"`distilled.labels` must .* 3 .*got 4"
+            ):
+                call(cut(DISTILLED), model)
+    with pytest.raises(ValueError, match=r"`dataset.labels` must .* 3 images; got 4"):
+        eqd.distill(DISTILLED, linear, cut(DATA))
+
+
+def test_half_precision():
+    images = jnp.linspace(-1, 1, 36).reshape(4, 3, 3).astype(jnp.bfloat16)
+    half = eqd.DistilledSet(images, LABELS, l2=0.1)
+    data, model = eqd.Dataset(images, LABELS), eqd.linear.LogisticRegression(9, 3)
+    for x, solver in ((half, "SpanSolver"), (half.with_targets(3), "RidgeSolver")):
+        match = f"`distilled.images` must be float32.*`{solver}`.*got bfloat16"
+        with pytest.raises(TypeError, match=match):
+            eqd.distill(x, model, data)
+    single = eqd.DistilledSet(images.astype(jnp.float32), LABELS, l2=0.1)
+    result = eqd.distill(single, model, data, steps=1)
+    wanted = eqd.distill(single, model, data.map(lambda x: x.astype(float)), steps=1)
+    np.testing.assert_allclose(result.history.loss, wanted.history.loss, rtol=2**-8)
 
 
 class Scalar(eqx.Module):

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -79,6 +80,23 @@ def test_progress_bar_in_a_terminal(logistic, monkeypatch):
     # It is one line, which is written several times.
     assert shown.count("\n") == 1
     assert shown.count("\r") >= 2
+
+
+def test_progress_bar_moves_with_each_step(logistic, monkeypatch):
+    start, objective, train = logistic
+    data = objective.layout(train)
+
+    def slow(step):
+        time.sleep(0.15)
+        return data
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    bar = eqd.ProgressBar(every=100)
+    eqd.distill(start, objective, slow, optimiser=ADAM, steps=6, callbacks=[bar])
+    before, _, after = sys.stderr.getvalue().partition("| 1/6")
+    assert "compiling the first step:   0%" in before
+    assert [n for n in range(7) if f"| {n}/6" in after] == [2, 3, 4, 5, 6]
+    assert "compiling" not in after
 
 
 @pytest.mark.parametrize("every", [1, 10])

@@ -1,19 +1,22 @@
 """The outer loop: optimisers, what is learned, failures, results."""
 
 import copy
+import functools as ft
 import logging
 import pickle
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import optax
+import optax.contrib
 import optimistix as optx
 import pytest
 
 import eqdistill as eqd
 
-from .conftest import ADAM, hypergradient, LBFGS, SGD
+from .conftest import ADAM, hypergradient, LBFGS, SGD, subset
 
 
 STEPS = 12
@@ -83,6 +86,43 @@ def failed(start, objective, train, optimiser, match):
     return info.value
 
 
+@pytest.mark.parametrize("case", ["linear", "pool"])
+def test_rank_promotion_may_raise(digits, case):
+    train = subset(digits[0], 60)
+    start = eqd.DistilledSet.from_noise(train, l2=0.1, scale=0.3, key=jr.key(0))
+    objective, data = eqd.linear.LogisticRegression(64, 10), train
+    if case == "pool":
+        start = start.with_targets(10)
+        make = ft.partial(eqd.nn.ConvNet, (8, 8), 10, widths=(4,))
+        objective = eqd.Bilevel(eqd.Pool(make, size=2))
+        data = eqd.Batches(train, 20, augmentation=eqd.augment.Affine())
+    with jax.numpy_rank_promotion("raise"):
+        result = eqd.distill(start, objective, data, steps=2)
+    assert np.isfinite(result.history.loss).all()
+
+
+def test_multi_steps(logistic):
+    # With all data, two halves of an update are the update.
+    run = lambda **kwargs: eqd.distill(*logistic, **kwargs).distilled.images
+    twice = run(optimiser=optax.MultiSteps(SGD, 2), steps=2)
+    np.testing.assert_allclose(twice, run(optimiser=SGD, steps=1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimiser"),
+    [
+        ("lookahead", optax.lookahead(SGD, 5, 0.5)),
+        ("sam", optax.contrib.sam(SGD, SGD)),
+        ("sophia", optax.chain(optax.clip(1.0), optax.contrib.sophia(0.1))),
+        ("schedule_free", optax.contrib.schedule_free(SGD, 1.0)),
+        ("schedule_free", optax.contrib.schedule_free_adamw(0.1)),
+    ],
+)
+def test_optimisers_that_are_refused(logistic, name, optimiser):
+    with pytest.raises(ValueError, match=f"`optimiser` must not be `{name}`: it"):
+        eqd.distill(*logistic, optimiser=optimiser)
+
+
 @pytest.mark.parametrize("learning_rate", [1e25, float("inf")])
 def test_divergence_returns_the_last_good_set(logistic, learning_rate):
     start, objective, train = logistic
@@ -125,7 +165,7 @@ def test_an_adjoint_that_raises(logistic):
     inner = eqd.ArgminSolver(minimiser, optx.ImplicitAdjoint(useless))
     objective = eqd.Bilevel(eqd.linear.LogisticRegression(64, 10), inner)
     error = failed(
-        start, objective, train, ADAM, "the objective raised the error above"
+        start, objective, train, ADAM, "the objective or `data` raised the error above"
     )
     assert "hypergradient is useless" in str(error.__cause__)
     assert jnp.array_equal(error.distillation.distilled.images, start.images)

@@ -322,6 +322,16 @@ def test_unknown_keywords():
         eqd.distill(HARD, MODEL, DATA, optimizer=ADAM)
     with pytest.raises(TypeError, match=r"`Batches` has no .* you mean `size`"):
         eqd.Batches(DATA, batch_size=2)
+    with pytest.raises(TypeError, match=r"from_noise` has no argument `s"):
+        eqd.DistilledSet.from_noise(DATA, seed=2)
+
+
+def test_unknown_keywords_of_all_public_names():
+    is_function = lambda x: inspect.isroutine(x) and x.__name__ != "<lambda>"
+    for fn, *_ in CASES:
+        if is_function(fn) or inspect.isclass(fn):
+            with pytest.raises(TypeError, match=f"`{name_of(fn)}` has no argument `x`"):
+                fn(x=1)
 
 
 def test_lists():

@@ -133,13 +133,34 @@ def test_a_state_of_another_problem_is_refused(logistic):
     )
     state = run(start, steps=2).state
     fewer = eqd.DistilledSet(start.images[:5], start.labels[:5], l2=0.1)
-    match = r"`state` must be .* same problem: .*`\.learned\[0\]\.images`.*5, 8, 8"
+    match = r"`state` must fit `start` and `learn`: .*`\[0\]\.images`.*5, 8, 8"
     with pytest.raises(ValueError, match=match):
         run(fewer, state=state)
     with pytest.raises(ValueError, match="`steps` must be above 2, the step of"):
         run(start, steps=2, state=state)
     with pytest.raises(ValueError, match="`key` must not be given with `state`"):
         run(start, steps=4, state=state, key=KEY)
+
+
+def test_one_bad_start_among_eight(logistic):
+    start, objective, train = logistic
+    problem, data = problem_of(logistic), objective.layout(train)
+    images = jnp.stack([start.images] * 8).at[3].set(jnp.inf)
+    starts = jax.vmap(lambda x: eqx.tree_at(lambda s: s.images, start, x))(images)
+    states = jax.vmap(problem.init)(starts, key=jr.split(KEY, 8))
+    step = eqx.filter_jit(eqx.filter_vmap(problem.step, in_axes=(0, None)))
+    for _ in range(2):
+        states, _ = step(states, data)
+    each = [jax.tree.map(lambda x, i=i: x[i], states) for i in range(8)]
+    failures = [problem.failure(state) for state in each]
+    assert failures[3] == "the inner solver did not converge"
+    assert [*filter(None, failures)] == [failures[3]]
+    assert [int(state.step) for state in each] == [2, 2, 2, 0, 2, 2, 2, 2]
+    alone, _ = eqx.filter_jit(problem.step)(problem.init(key=KEY), data)
+    alone, _ = eqx.filter_jit(problem.step)(alone, data)
+    for i in (0, 7):
+        found = problem.distilled(each[i]).images
+        np.testing.assert_allclose(found, problem.distilled(alone).images, atol=1e-3)
 
 
 @pytest.mark.usefixtures("x64")

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from .._checks import check_between, check_positive
+from .._checks import check_between, check_concrete, check_positive
 from .._chunks import CHUNK_BYTES, chunk_size
 from .._conversions import ArrayOrList, as_array, as_int
 from .._sharding import num_shards, place, sharding_of, to_host
@@ -48,6 +48,7 @@ class Dataset(eqx.Module):
         - `class_names`: the name of each class, all different, or `None` if the classes
             have no names.
         """
+        check_concrete("Dataset", images=images, labels=labels)
         # On the host, because a dataset is made once, from concrete arrays.
         images_ = as_array("images", images)
         labels_ = to_host(as_array("labels", labels))
@@ -57,8 +58,8 @@ class Dataset(eqx.Module):
         is_image = is_bytes or jnp.issubdtype(images_.dtype, jnp.floating)
         if not is_image or images_.ndim < 2 or images_.size == 0:
             raise ValueError(
-                "`images` must be uint8 or floating point, of shape (N, *shape), with "
-                f"at least one pixel; got {describe(images_)}."
+                "`images` must be uint8 or floating point (divide uint16 by 65535), of "
+                f"shape (N, *shape), with at least one pixel; got {describe(images_)}."
             )
         is_index = np.issubdtype(labels_.dtype, np.integer)
         if not is_index or labels_.shape != images_.shape[:1]:

@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 
 from .._checks import check_at_least, needs
 from .._conversions import as_int
+from .._describe import describe, differences
 from .._outer._callbacks import AbstractCheckpoints, Snapshot
-from ._describe import describe, difference
 
 
 class Checkpoints(AbstractCheckpoints):
@@ -89,11 +89,11 @@ class _Store:
             except Exception as e:
                 self._warn(f"Checkpoint {step} cannot be read", e)
                 continue
-            changed = difference(run["problem"], self._describe(template))
-            if changed is not None:
+            changed = differences(run["problem"], self._describe(template))
+            if changed:
                 raise ValueError(
                     f"The checkpoints in {self._directory} are of another problem: "
-                    f"{changed}. Pass the same arguments, or another `directory`."
+                    f"{changed[0]}. Pass the same arguments, or another `directory`."
                 )
             self._newest = step
             empty = np.zeros(0, np.float32)

@@ -113,4 +113,5 @@ def _spread(distilled: DistilledSet, model: PyTree) -> Float[Array, ""]:
     over the classes."""
     outputs = jax.lax.stop_gradient(jax.vmap(model)(distilled.images))
     outputs = outputs - jnp.mean(outputs, axis=1, keepdims=True)
-    return jnp.sqrt(jnp.mean((outputs - jnp.mean(outputs, axis=0)) ** 2))
+    means = jnp.mean(outputs, axis=0, keepdims=True)
+    return jnp.sqrt(jnp.mean((outputs - means) ** 2))

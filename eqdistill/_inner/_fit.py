@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
-from .._checks import array_difference, check_model, count_outputs
+from .._checks import array_difference, check_lengths, check_model, count_outputs
 from .._data._distilled_set import DistilledSet
 from .._typechecking import describe
 from ._auto_solver import AutoSolver
@@ -127,6 +127,7 @@ def check_fit(distilled: DistilledSet, model: PyTree) -> int:
     its outputs. Traced labels are not checked."""
     num_outputs = check_model(model, image_struct(distilled))
     labels = distilled.labels
+    check_lengths("distilled", distilled.images, labels)
     if labels.ndim == 2:
         if labels.shape[1] != num_outputs:
             raise ValueError(

@@ -1,7 +1,8 @@
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from .._classifier import LinearClassifier
+from .._classifier import LinearClassifier, takes_pixels
 from .._data._distilled_set import DistilledSet
 from .._losses import AbstractLoss, CrossEntropy
 from .._typechecking import describe
@@ -18,6 +19,12 @@ def check_linear(
             "`linear.last_layer(network)`."
         )
     check_loss(solver, distilled, loss)
+    dtype = distilled.images.dtype
+    if takes_pixels(model) and jnp.finfo(dtype).bits < 32:
+        raise TypeError(
+            f"`distilled.images` must be float32 or float64 for `{solver}`, as LAPACK "
+            f"has no other precision; got {dtype}. The real data may be {dtype}."
+        )
     return model
 
 

@@ -62,8 +62,8 @@ class Span(eqx.Module):
             rounding = max(images.shape) * eps
             is_zero = ~(singular_values > rounding * singular_values[0])
             left = jnp.where(is_zero, 0, left)
-            features = left * jnp.where(is_zero, 0, singular_values)
-            self.inverse = (left / jnp.where(is_zero, 1, singular_values)).T
+            features = left * jnp.where(is_zero, 0, singular_values)[None]
+            self.inverse = (left / jnp.where(is_zero, 1, singular_values)[None]).T
             self.shift = jnp.sum(self.inverse, axis=1)
         if use_intercept:
             # What the images cannot reproduce of a constant. Zero at rounding level.
@@ -85,11 +85,11 @@ class Span(eqx.Module):
         if head.bias is None:
             return weights
         b = self.contrasts @ head.bias[:, None]
-        return jnp.concatenate([weights + b * self.shift, b], axis=1)
+        return jnp.concatenate([weights + b * self.shift[None], b], axis=1)
 
     def weights(self, y: Float[Array, "k m"]) -> Float[Array, "k r"]:
         r"""$V^\top$."""
-        return y[:, :-1] - y[:, -1:] * self.shift if self.use_intercept else y
+        return y[:, :-1] - y[:, -1:] * self.shift[None] if self.use_intercept else y
 
     def full_weights(self, y: Float[Array, "k m"]) -> Float[Array, "p c"]:
         """The weights of the model with these coordinates."""

@@ -229,7 +229,7 @@ def _convolve_channels_last(
         return _convolve_patches(image, weight, settings)
     if image.shape[2] == 1 and math.prod(kernel) <= 9:
         shifted = _shift_image(image, kernel, settings)
-        weights = weight.reshape(-1, out_channels)
+        weights = weight.reshape(-1, 1, 1, out_channels)
         return sum(map(jnp.multiply, shifted[1:], weights[1:]), shifted[0] * weights[0])
     return convolve_xla(image, weight, settings, ("NHWC", "HWIO", "NHWC"))
 

@@ -65,6 +65,11 @@ class AbstractCallback(eqx.Module, Generic[Own]):
         The new state of the callback, and whether the run should stop.
         """
 
+    def on_step(self, step: int, own: Own) -> None:
+        """Called after each step, whatever `every` is, with the number of steps taken.
+        Does nothing by default; a progress bar moves."""
+        del step, own
+
     @abc.abstractmethod
     def close(self, own: Own) -> None:
         """Called once at the end, also after an error, with the last state."""
@@ -100,9 +105,9 @@ class AbstractCheckpoints(eqx.Module):
 
 
 class ProgressBar(AbstractCallback[Any]):
-    """Shows a progress bar with the loss of the last step, and that the first step is
-    being compiled, which the displayed speed leaves out. Needs `tqdm`, which is in
-    `eqdistill[progress]`."""
+    """Shows a progress bar, and that the first step is being compiled, which the
+    displayed speed leaves out. The bar moves with each step, and shows the loss as
+    often as `every` says. Needs `tqdm`, which is in `eqdistill[progress]`."""
 
     every: int = eqx.field(default=10, converter=as_int)
 
@@ -124,17 +129,21 @@ class ProgressBar(AbstractCallback[Any]):
             desc="compiling the first step",
             unit="step",
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # A log file is not one.
+            miniters=1,  # Or a run that becomes slower is shown late.
         )
 
     def __call__(self, problem, state, history, own):
         del problem
+        if len(history) > 0:
+            own.set_postfix(loss=f"{history.loss[-1]:.4f}", refresh=False)
+        self.on_step(int(state.step), own)
+        return own, False
+
+    def on_step(self, step, own):
         if own.desc:  # The clock starts after the compilation.
             own.set_description(refresh=False)
             own.unpause()
-        if len(history) > 0:
-            own.set_postfix(loss=f"{history.loss[-1]:.4f}", refresh=False)
-        own.update(int(state.step) - own.n)
-        return own, False
+        own.update(step - own.n)
 
     def close(self, own):
         own.close()

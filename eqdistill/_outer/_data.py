@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._checks import check_positive
+from .._checks import check_concrete, check_lengths, check_positive
 from .._chunks import CHUNK_BYTES
 from .._data._dataset import Dataset, map_images
 from .._losses import AbstractLoss
@@ -131,6 +131,8 @@ class FullBatch(AbstractData):
         if `sharding` does not spread the first axis alone.
         """
         check_positive(chunk_bytes=chunk_bytes)
+        check_concrete("FullBatch", dataset=dataset, cached=cached)
+        check_lengths("dataset", dataset.images, dataset.labels)
         if sharding is None:
             sharding = dataset.sharding
         else:

@@ -2,20 +2,23 @@ import contextlib
 import dataclasses
 import logging
 import threading
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._checks import array_difference, check_at_least
+from .._checks import array_difference, check_at_least, check_concrete
 from .._conversions import as_int
 from .._data._dataset import Dataset
 from .._data._parameterisation import AbstractParameterisation
+from .._describe import describe as describe_parts, differences
 from .._models._models import as_models
 from .._typechecking import describe
 from ._bilevel import Bilevel
@@ -41,13 +44,13 @@ def distill(
     objective: AbstractObjective | PyTree,
     data: Dataset | AbstractData | Callable[[int], AbstractData],
     *,
-    optimiser: optax.GradientTransformation = optax.adam(0.02),
+    optimiser: optax.GradientTransformation | optax.MultiSteps = optax.adam(0.02),
     steps: int = 50,
     learn: Callable = lambda start: start.images,
     learn_objective: Callable = lambda objective: (),
     callbacks: Sequence[AbstractCallback | AbstractCheckpoints] = (),
     key: PRNGKeyArray | None = None,
-    state: DistillState | None = None,
+    state: Distillation | DistillState | None = None,
 ) -> Distillation:
     r"""Distils a dataset: minimises an objective over a distilled set,
 
@@ -73,7 +76,9 @@ def distill(
         `optax.lbfgs`, receive the value, the gradient and the function that they need.
         With a convex inner problem and all data in each step,
         `optax.lbfgs(learning_rate=1.0, linesearch=None)` converges in far fewer steps,
-        and with [`eqdistill.linear.whitened`][] around it in fewer still.
+        and with [`eqdistill.linear.whitened`][] around it in fewer still. Four are
+        refused: `lookahead`, `sam`, `sophia` and `schedule_free`, instead of which
+        there is [`eqdistill.averaged`][].
     - `steps`: the number of the step at which the run ends.
     - `learn`: picks what is learned of `start`, as `where` in `equinox.tree_at`. It
         defaults to the images. `lambda s: s` learns all of its floating-point arrays.
@@ -83,9 +88,10 @@ def distill(
         [`eqdistill.ProgressBar`][] and [`eqdistill.EarlyStopping`][]. With
         [`eqdistill.Checkpoints`][] among them, a run that was killed resumes.
     - `key`: a `jax.random.key` for all random numbers. Defaults to `jax.random.key(0)`.
-    - `state`: continues from this state, which is the `state` of an earlier result. All
-        other arguments must be those of the earlier call, except for `steps`, which
-        counts from the start of the first run.
+    - `state`: continues from this earlier result, as if it had not stopped. `steps`
+        counts from the start of the first run. The data, the objective and the settings
+        of the optimiser may change: the `changes` of the new result say how. Or the
+        `state` of an earlier result, with which the changes are not known.
 
     **Returns:**
 
@@ -101,6 +107,12 @@ def distill(
         callback raise an error.
     """
     steps = as_int(steps)
+    if key is not None and state is not None:
+        raise ValueError("`key` must not be given with `state`, which has the key.")
+    key = jr.key(0) if key is None else key
+    check_concrete(
+        "distill", start=start, objective=objective, data=data, state=state, key=key
+    )
     if not isinstance(objective, AbstractObjective):
         wanted = "`objective` must be an `AbstractObjective`,"
         objective = Bilevel(as_models(objective, wanted))
@@ -112,12 +124,20 @@ def distill(
         learn_objective=learn_objective,
     )
     data_at = _as_function(objective, data)
+    settings, changes = _settings(problem, data), ()
     if state is None:
-        state = problem.init(key=jr.key(0) if key is None else key)
+        state = problem.init(key=key)
+    elif isinstance(state, Distillation):
+        changes = *state.changes, *_changes(state, settings)
+        state = _check_state(problem, state.state)
     else:
-        _check_state(problem, state, key)
+        state = _check_state(problem, state)
+        changes = (f"from step {state.step}: unknown, as `state` was not a result",)
+    for change in changes:
+        _LOGGER.info(change)
+    record = {"settings": settings, "changes": changes}
     with contextlib.ExitStack() as stack:
-        run = _Run(problem, data_at, state, steps, callbacks, stack)
+        run = _Run(problem, data_at, state, steps, callbacks, record, stack)
         while not run.has_ended():
             run.advance()
         return run.result()
@@ -126,7 +146,7 @@ def distill(
 class _Run:
     """A run of the outer loop, with its callbacks and checkpoints."""
 
-    def __init__(self, problem, data_at, state, steps, callbacks, stack):
+    def __init__(self, problem, data_at, state, steps, callbacks, record, stack):
         is_store = lambda x: isinstance(x, AbstractCheckpoints)
         for x in callbacks:
             if not isinstance(x, AbstractCallback | AbstractCheckpoints):
@@ -139,6 +159,7 @@ class _Run:
         self.data_at = data_at
         self.snapshot = Snapshot(state, {}, (), False)
         self.steps = steps
+        self.record = record
         self.every = [_FETCH_EVERY, *(x.every for x in callbacks)]
         check_at_least(1, every=min(self.every))
         self.order = [is_store(x) for x in callbacks]
@@ -188,13 +209,11 @@ class _Run:
         is_data = lambda x: eqx.is_array_like(x) or isinstance(x, str)
         own = iter(eqx.filter(self.own, is_data))
         callbacks = tuple(None if is_store else next(own) for is_store in self.order)
-        return to_result(
-            self.problem,
-            self.snapshot.state,
-            self.snapshot.history,
-            callbacks,
-            has_failed=has_failed,
-        )
+        state = self.snapshot.state
+        if has_failed:
+            state = eqx.tree_at(lambda s: s.learned, state, state.last_good)
+        others = {"callbacks": callbacks, **self.record}
+        return to_result(self.problem, state, self.snapshot.history, **others)
 
     def advance(self) -> None:
         """Takes the steps until a callback is due, and calls it."""
@@ -203,9 +222,11 @@ class _Run:
         self._take_steps(step, num_steps)
         failure = self.problem.failure(self.snapshot.state)
         if failure is not None:
-            error = self._error(f"at step {self.step}: {failure}", has_failed=True)
             # What data that are read within a step have raised.
-            raise error from getattr(self.data_at, "error", None)
+            cause = getattr(self.data_at, "error", None)
+            reason = failure if cause is None else "`data` raised the error above"
+            error = self._error(f"at step {self.step}: {reason}", has_failed=True)
+            raise error from cause
         step = self.step
         try:
             stops = self._call(lambda every: step % every == 0)
@@ -248,12 +269,14 @@ class _Run:
                     records.append(self.compiled(data))
                 # At most two steps are under way, so that Ctrl-C is prompt.
                 jax.block_until_ready(records[max(i - 1, 0)])
+                for callback, own in zip(self.callbacks, self.own, strict=True):
+                    callback.on_step(step + max(i, 1), own)
                 if i + 1 == num_steps:
                     self._fetch(records)
             except jax.errors.JaxRuntimeError as e:
                 message = (
-                    f"in the {num_steps} steps after step {step}: the objective raised "
-                    "the error above"
+                    f"in the {num_steps} steps after step {step}: the objective or "
+                    "`data` raised the error above"
                 )
                 raise self._error(message, has_failed=True) from e
 
@@ -293,18 +316,83 @@ def _as_function(objective, data) -> Callable[[int], AbstractData]:
     return (lambda step: data) if isinstance(data, AbstractData) else data
 
 
-def _check_state(
-    problem: Problem, state: DistillState, key: PRNGKeyArray | None
-) -> None:
-    if key is not None:
-        raise ValueError("`key` must not be given with `state`, which has the key.")
+def _settings(problem: Problem, data: Any) -> dict[str, str]:
+    """The arguments in words, without the arrays that the state holds."""
+    return describe_parts(
+        start=eqx.filter(problem.start, eqx.is_array, inverse=True),
+        objective=eqx.filter(problem.objective, problem.learn[1], inverse=True),
+        optimiser=problem.optimiser,
+        data=jax.tree.map(_describe_data, data),
+    )
+
+
+def _describe_data(x: Any) -> Any:
+    if not eqx.is_array(x) or x.ndim == 0 or not x.is_fully_addressable:
+        return x
+    rows = np.asarray(x[:: max(1, len(x) // 64)])
+    return f"{x.dtype} of shape {x.shape}, checksum {zlib.crc32(rows.tobytes()):x}"
+
+
+def _changes(old: Distillation, new: dict[str, str]) -> list[str]:
+    """One sentence for each argument that has changed."""
+    found = []
+    for argument in ("start", "objective", "optimiser", "data"):
+        before, now = (
+            {path: x for path, x in settings.items() if path.startswith(argument)}
+            for settings in (old.settings, new)
+        )
+        if lines := differences(before, now):
+            more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+            found.append(f"from step {old.state.step}: {lines[0]}{more}")
+    return found
+
+
+def _check_state(problem: Problem, state: DistillState) -> DistillState:
+    """Checks that a run can continue from a state, and returns the state with the
+    structure of this problem."""
+    # `optax.tree.set` leaves numbers of Python.
+    to_array = lambda x: jnp.asarray(x, float) if isinstance(x, float) else x
+    state = jax.tree.map(to_array, state)
     template = eqx.filter_eval_shape(problem.init, key=state.key)
-    difference = array_difference(template, state)
-    if difference is not None:
-        raise ValueError(f"`state` must be a state of the same problem: {difference}.")
+    for argument, part in (
+        ("start` and `learn", "learned"),
+        ("start", "rest"),
+        ("objective", "objective_state"),
+        ("optimiser", "optimiser_state"),
+    ):
+        wanted, got = getattr(template, part), getattr(state, part)
+        difference = array_difference(wanted, got, check_structure=False)
+        if difference is not None:
+            raise ValueError(
+                f"`state` must fit `{argument}`: {difference}. To go on from its "
+                "images alone, pass `start=result.start` and no `state`."
+            )
+    _check_hyperparameters(problem, state)
     failure = problem.failure(state)
     if failure is not None:
         raise ValueError(
             "`state` must be of a run that can continue; this run has stopped: "
             f"{failure}."
         )
+    return jax.tree.unflatten(jax.tree.structure(template), jax.tree.leaves(state))
+
+
+def _check_hyperparameters(problem: Problem, state: DistillState) -> None:
+    """Checks the numbers that `optax.inject_hyperparams` keeps in the state."""
+    is_injected = lambda x: hasattr(x, "hyperparams")
+    find = lambda tree: list(
+        filter(is_injected, jax.tree.leaves(tree, is_leaf=is_injected))
+    )
+    injected = find(state.optimiser_state)
+    fresh = find(problem.optimiser.init(state.learned)) if injected else []
+    for old, new in zip(injected, fresh, strict=True):
+        for name in old.hyperparams.keys() - old.hyperparams_states.keys():
+            before, now = old.hyperparams[name], new.hyperparams[name]
+            if not jnp.array_equal(before, now):
+                before, now = np.asarray(before), np.asarray(now)
+                raise ValueError(
+                    f"`optimiser` must have the `{name}` of `state`, where "
+                    f"`optax.inject_hyperparams` keeps it: {before!s}; got {now!s}. To "
+                    "change it, also pass "
+                    f"`state=optax.tree.set(result.state, {name}={now!s})`."
+                )

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import equinox as eqx
 import numpy as np
@@ -48,6 +49,10 @@ class Distillation(eqx.Module):
         checkpoints it continued.
     - `learned`: the names of the learned arrays, such as `"images"` and `"log_l2"`.
     - `state`: the last state, from which [`eqdistill.distill`][] can continue.
+    - `settings`: the arguments of the call in words, each part under its name.
+    - `changes`: how these differ from the arguments of the result that the call
+        continued, if it did, with the changes of that result before them. Data are
+        compared by 64 of their rows, other large arrays by shape.
     - `callbacks`: the last states of the callbacks, without leaves that are not data,
         such as an open file; `None` for [`eqdistill.Checkpoints`][].
     """
@@ -58,6 +63,8 @@ class Distillation(eqx.Module):
     history: History
     learned: tuple[str, ...]
     state: DistillState
+    settings: dict[str, str]
+    changes: tuple[str, ...]
     callbacks: tuple[PyTree, ...]
 
     def average(self) -> "Distillation":
@@ -71,9 +78,11 @@ class Distillation(eqx.Module):
 
     def __repr__(self) -> str:
         loss = f", loss {self.history.loss[-1]:.4g}" if len(self.history) else ""
+        changes = f"; changes: {len(self.changes)}" if self.changes else ""
         return (
             f"<Distillation: {int(self.state.step)} steps{loss}; images of shape "
-            f"{self.distilled.images.shape}; learned {', '.join(self.learned)}>"
+            f"{self.distilled.images.shape}; learned {', '.join(self.learned)}"
+            f"{changes}>"
         )
 
 
@@ -100,15 +109,10 @@ def to_result(
     problem: Problem,
     state: DistillState,
     columns: dict[str, np.ndarray],
-    callbacks: tuple[PyTree, ...] = (),
-    *,
-    has_failed: bool = False,
+    **others: Any,
 ) -> Distillation:
-    """The result of a run that has ended in `state`: after a failure, with the last
-    good arrays."""
-    if has_failed:
-        state = eqx.tree_at(lambda s: s.learned, state, state.last_good)
+    """The result of a run that has ended in `state`."""
     start, objective = problem.pair(state)
     distilled, history = start.decode(), History.of(columns)
     learned = learned_names(problem.learn)
-    return Distillation(distilled, start, objective, history, learned, state, callbacks)
+    return Distillation(distilled, start, objective, history, learned, state, **others)

@@ -171,13 +171,13 @@ def _loss_and_residual(logits: Float[Array, "k m"], labels: Int[Array, " m"]):
     """The sum of the cross-entropies, and its gradient in the logits. The logit of the
     last class, which is not among them, is zero."""
     largest = jnp.max(logits, axis=0, initial=0)
-    exponentials = jnp.exp(logits - largest)
+    exponentials = jnp.exp(logits - largest[None])
     total = jnp.sum(exponentials, axis=0) + jnp.exp(-largest)
-    is_label = jnp.arange(len(logits))[:, None] == labels
+    is_label = jnp.arange(len(logits))[:, None] == labels[None]
     is_real = (labels >= 0).astype(logits.dtype)
     of_label = jnp.sum(jnp.where(is_label, logits, 0), axis=0)
     loss = jnp.sum(is_real * (largest - of_label + jnp.log(total)))
-    return loss, exponentials * (is_real / total) - is_label
+    return loss, exponentials * (is_real / total)[None] - is_label
 
 
 def _with_last_class(gradient: Float[Array, "*p k"]) -> Float[Array, "*p c"]:

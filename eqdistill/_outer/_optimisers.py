@@ -6,6 +6,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import check_positive
+from .._describe import describe
 
 
 def averaged(
@@ -69,6 +70,32 @@ class _State(NamedTuple):
     average: PyTree
     num_updates: Int[Array, ""]
     inner: optax.OptState
+
+
+_REFUSED = {
+    "lookahead": "it needs two copies of the learned arrays.",
+    "sam": "it needs gradients at other points than the learned arrays.",
+    "scale_by_sophia": "it needs the loss as `obj_fn`, and random numbers.",
+    "schedule_free": "its result is not the learned arrays but their average. Wrap "
+    "another optimiser in `eqdistill.averaged`.",
+}
+
+
+def as_optimiser(
+    optimiser: optax.GradientTransformation | optax.MultiSteps,
+) -> optax.GradientTransformation:
+    """Converts `optax.MultiSteps`, and refuses optimisers whose updates need more than
+    the loss and its gradient, or whose result is elsewhere."""
+    for text in describe(optimiser=optimiser).values():
+        name = text.partition(".<locals>")[0].rpartition(".")[2]
+        if text.startswith("optax.") and name in _REFUSED:
+            raise ValueError(
+                f"`optimiser` must not be `{name.removeprefix('scale_by_')}`: "
+                f"{_REFUSED[name]}"
+            )
+    if isinstance(optimiser, optax.MultiSteps):
+        return optimiser.gradient_transformation()
+    return optimiser
 
 
 class RunningNorm(NamedTuple):

@@ -14,6 +14,7 @@ from .._data._parameterisation import AbstractParameterisation
 from .._sharding import vary_like
 from ._data import AbstractData
 from ._objective import AbstractObjective
+from ._optimisers import as_optimiser
 
 
 class Status(enum.IntEnum):
@@ -102,7 +103,7 @@ class Problem(eqx.Module):
         start: AbstractParameterisation,
         objective: AbstractObjective,
         *,
-        optimiser: optax.GradientTransformation,
+        optimiser: optax.GradientTransformation | optax.MultiSteps,
         learn: Callable = lambda start: start.images,
         learn_objective: Callable = lambda objective: (),
     ):
@@ -114,7 +115,7 @@ class Problem(eqx.Module):
         """
         self.start = start
         self.objective = objective
-        self.optimiser = optimiser
+        self.optimiser = as_optimiser(optimiser)
         self.learn = (
             _learned("learn", start, learn),
             _learned("learn_objective", objective, learn_objective),

@@ -7,6 +7,7 @@ import types
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -29,13 +30,13 @@ def describe(**parts: Any) -> dict[str, str]:
     return found
 
 
-def difference(old: dict[str, str], new: dict[str, str]) -> str | None:
-    """The first difference between the descriptions in a checkpoint and of a run."""
-    for path in {**new, **old}:
-        before, now = old.get(path, "nothing"), new.get(path, "nothing")
-        if before != now:
-            return f"`{path}` is {before} in the checkpoint and {now} now"
-    return None
+def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """The differences between the descriptions of an earlier run and of this run."""
+    return [
+        f"`{path}` was {old.get(path, 'nothing')} and is {new.get(path, 'nothing')} now"
+        for path in {**new, **old}
+        if old.get(path) != new.get(path)
+    ]
 
 
 def _describe(x: Any, path: str, found: dict[str, str], above: tuple[int, ...]) -> None:
@@ -46,7 +47,7 @@ def _describe(x: Any, path: str, found: dict[str, str], above: tuple[int, ...]) 
         found[path] = repr(x)
     elif isinstance(x, _ARRAYS):
         found[path] = f"{x.dtype} of shape {x.shape}"
-        if x.size <= 8 and not isinstance(x, jax.ShapeDtypeStruct):
+        if x.size <= 8 and not isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer):
             is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
             to_values: Any = jr.key_data if is_key else np.asarray
             found[path] += f" {to_values(x).tolist()}"
@@ -73,6 +74,8 @@ def _parts(x: Any) -> list[tuple[str, Any]]:
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         names = [field.name for field in dataclasses.fields(x)]
         return [(name, getattr(x, name, None)) for name in names]
+    if type(x).__module__.startswith("optax."):  # Such as `optax.MultiSteps`.
+        return sorted(vars(x).items())
     if not isinstance(x, types.FunctionType):
         return []
     closure = zip(x.__code__.co_freevars, x.__closure__ or (), strict=True)
