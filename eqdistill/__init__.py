@@ -44,6 +44,7 @@ with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     from ._inner._unrolled_solver import UnrolledSolver as UnrolledSolver
     from ._losses import (
         AbstractLoss as AbstractLoss,
+        BinaryCrossEntropy as BinaryCrossEntropy,
         CrossEntropy as CrossEntropy,
         SquaredError as SquaredError,
     )

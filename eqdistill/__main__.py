@@ -216,7 +216,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         f"images          {len(distilled)}, {distilled.nbytes:,} bytes with labels\n"
         f"preprocessing   {preprocessing and type(preprocessing).__name__}\n"
         f"recipe          {args.recipe or 'dc'}({words}), {args.network}\n"
-        f"networks        {', '.join(f'{x:.2%}' for x in found.accuracies[0])}\n"
+        f"networks        {', '.join(f'{x:.2%}' for x in found.scores[0])}\n"
         f"test accuracy   {found.accuracy:.2%}{std}"
     )
     return 0

@@ -12,6 +12,7 @@ from ._conversions import as_array, Labels
 
 def cross_entropies(logits: Float[Array, "n c"], labels: Labels) -> Float[Array, " n"]:
     """The cross-entropy of each example. Labels in floating point are logits."""
+    _check_columns(logits, labels)
     if labels.ndim == 2:
         return optax.softmax_cross_entropy(logits, jax.nn.softmax(labels))
     # Don't use `eqx.error_if`: programs with callbacks are not cached.
@@ -36,11 +37,26 @@ class AbstractLoss(eqx.Module):
         - `labels`: the class indices, or the soft labels or targets, of these examples.
         """
 
-    def default_outer_loss(self) -> "AbstractLoss":
-        """Returns the loss that real data are scored with, if a model was fitted by
-        this loss and [`eqdistill.Bilevel`][] is given no other: this loss, by
-        default."""
+    def default_outer_loss(self, labels: Labels) -> "AbstractLoss":
+        """Returns the loss that real data with such `labels` are scored with, if a
+        model was fitted by this loss and [`eqdistill.Bilevel`][] is given no other:
+        this loss, by default."""
+        del labels
         return self
+
+    def check_labels(self, labels: np.ndarray) -> None:
+        """Raises a `ValueError` if this loss is not for `labels`, class indices or
+        floating point of shape `(n, c)`. By default, it is for any."""
+        del labels
+
+
+class DefaultOuterLoss(AbstractLoss):
+    """The default outer loss of models that are fitted by the loss `inner`."""
+
+    inner: AbstractLoss
+
+    def __call__(self, outputs, labels):
+        return self.inner.default_outer_loss(labels)(outputs, labels)
 
 
 class CrossEntropy(AbstractLoss):
@@ -76,6 +92,43 @@ class CrossEntropy(AbstractLoss):
             outputs = outputs * jnp.exp(-self.log_temperature).astype(outputs.dtype)
         return jnp.mean(cross_entropies(outputs, labels))
 
+    def check_labels(self, labels):
+        """**Raises:** a `ValueError` if `labels` are probabilities, or 0 and 1."""
+        if labels.ndim == 2 and ((labels >= 0) & (labels <= 1)).all():
+            raise ValueError(
+                "`labels` in floating point must be logits for `CrossEntropy`; got "
+                "numbers from 0 to 1. Take the logarithms of probabilities, replace "
+                "one-hot rows by class indices, or use `BinaryCrossEntropy` if an "
+                "example can have several classes."
+            )
+
+
+class BinaryCrossEntropy(AbstractLoss):
+    r"""The cross-entropy of each class by itself, for examples that have any number of
+    classes (multi-label classification),
+
+    $$-\frac{1}{n} \sum_{i=1}^n \sum_{k=1}^c t_{ik} \log \sigma(z_{ik}) +
+    (1 - t_{ik}) \log(1 - \sigma(z_{ik})),$$
+
+    with the logistic function $\sigma$. Labels in floating point are the probabilities
+    $t$, such as 0 and 1. Class indices are one-hot.
+    """
+
+    def __call__(self, outputs, labels):
+        _check_columns(outputs, labels)
+        if labels.ndim == 1:
+            labels = jax.nn.one_hot(labels, outputs.shape[1])
+        labels = labels.astype(outputs.dtype)
+        return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(outputs, labels), 1))
+
+    def check_labels(self, labels):
+        """**Raises:** a `ValueError` if `labels` are not from 0 to 1."""
+        if labels.ndim == 2 and not ((labels >= 0) & (labels <= 1)).all():
+            raise ValueError(
+                "`labels` must be from 0 to 1 for `BinaryCrossEntropy`; got "
+                f"{labels.min():.4g} to {labels.max():.4g}."
+            )
+
 
 class SquaredError(AbstractLoss):
     r"""Half the squared distance of the outputs $z$ from targets $t$,
@@ -90,16 +143,26 @@ class SquaredError(AbstractLoss):
     """
 
     def __call__(self, outputs, labels):
+        _check_columns(outputs, labels)
         errors = outputs - self.targets(labels, outputs.shape[1]).astype(outputs.dtype)
         return jnp.mean(jnp.sum(errors**2, axis=1)) / 2
 
-    def default_outer_loss(self):
-        """The cross-entropy at a temperature of 0.2. Targets differ by one between
-        classes: the temperature makes that a difference of five between logits."""
-        return CrossEntropy(0.2)
+    def default_outer_loss(self, labels):
+        """For class indices, the cross-entropy at a temperature of 0.2. Targets differ
+        by one between classes: the temperature makes that a difference of five between
+        logits. For targets, the squared error itself."""
+        return CrossEntropy(0.2) if labels.ndim == 1 else self
 
     def targets(self, labels: Labels, num_classes: int) -> Float[Array, "n c"]:
         """The targets of labels, one row for each example."""
         if labels.ndim == 2:
             return labels
         return jax.nn.one_hot(labels, num_classes) - 1 / num_classes
+
+
+def _check_columns(outputs: Float[Array, "n c"], labels: Labels) -> None:
+    if labels.ndim == 2 and labels.shape != outputs.shape:
+        raise ValueError(
+            "`labels` must have a column for each output of the model; got labels of "
+            f"shape {labels.shape} and outputs of shape {outputs.shape}."
+        )

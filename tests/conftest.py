@@ -214,7 +214,8 @@ def evaluation(recipe, accuracies=(0.5, 0.7), key=None):
     accuracies = np.array([accuracies])
     fitted = eqd.Fitted(None, jnp.array(True), jnp.array(0.0))
     key = jr.key(3) if key is None else key
-    return Evaluation(accuracies, accuracies, recipe, fitted, key)
+    metrics = {"accuracy": accuracies, "loss": accuracies}
+    return Evaluation(metrics, accuracies[..., None], recipe, fitted, key)
 
 
 def small_noise(train: eqd.Dataset, n: int | None = None, *, l2=0.1, seed=0):

@@ -267,7 +267,7 @@ def test_refuses_to_save(tmp_path, path):
     claim = evaluation(regression(), [1.5])
     with pytest.raises(ValueError, match=r"accuracy` must be.*1\.5"):
         eqd.save(path, small(), claim)
-    two = dataclasses.replace(claim, accuracies=np.ones((2, 1)), losses=np.ones((2, 1)))
+    two = dataclasses.replace(claim, metrics={"accuracy": np.ones((2, 1))})
     with pytest.raises(ValueError, match="must be of one distilled set; got 2"):
         eqd.save(path, small(), two)
     assert path.read_bytes() == before

@@ -176,8 +176,9 @@ def test_arrays_that_are_spread_already_stay_so():
     alone = eqd.distill(start, model, train, steps=5)
     np.testing.assert_allclose(result.history.loss, alone.history.loss, rtol=1e-5)
     wanted = eqd.evaluate(alone.distilled, model, test.map(standardisation))
-    np.testing.assert_allclose(found.losses, wanted.losses, rtol=1e-5)
-    np.testing.assert_allclose(found.accuracies, wanted.accuracies, atol=1e-6)
+    np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-5)
+    np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-6)
+    np.testing.assert_allclose(found.per_class, wanted.per_class, atol=1e-6)
 
 
 def test_only_the_first_axis_may_be_spread():

@@ -64,7 +64,7 @@ def test_linear_model_is_as_by_scikit_learn(real, digits, loss):
         logits = reference.fit(x, np.eye(10)[y] - 0.1).predict(x_test) / 0.2
     distilled = eqd.DistilledSet(real.images, y, l2=0.1, loss=loss)
     got = eqd.evaluate(distilled, eqd.linear.LogisticRegression(64, 10), digits[1])
-    assert got.accuracies.shape == got.losses.shape == (1, 1)
+    assert got.scores.shape == got.metrics["loss"].shape == (1, 1)
     wanted = sklearn.metrics.accuracy_score(y_test, logits.argmax(axis=1))
     np.testing.assert_allclose(got.accuracy, wanted, atol=1.5 / len(y_test))
     wanted = sklearn.metrics.log_loss(y_test, jax.nn.softmax(logits))
@@ -84,7 +84,7 @@ def test_own_models(real, digits, own, recipe):
     assert found.std_models > 0
     outputs = jax.vmap(eqx.nn.inference_mode(found.fitted.model))(test.floating())
     wanted = sklearn.metrics.accuracy_score(test.labels, outputs.argmax(axis=1))
-    np.testing.assert_allclose(found.accuracies[0, 1], wanted, atol=1e-6)
+    np.testing.assert_allclose(found.scores[0, 1], wanted, atol=1e-6)
     # A plain model starts from its own parameters.
     model = own(key=jr.key(0))
     found = eqd.evaluate(start, model, test, inner=Untrained())
@@ -111,7 +111,7 @@ def test_output_of_nan_is_wrong():
 def test_statistics(num_sets, num_models, seed):
     rows = np.random.default_rng(seed).random((num_sets, num_models))
     found = evaluation(recipes.Recipe(eqx.nn.Identity()))
-    found = dataclasses.replace(found, accuracies=rows, losses=2 * rows)
+    found = dataclasses.replace(found, metrics={"accuracy": rows, "loss": 2 * rows})
     np.testing.assert_allclose([found.accuracy, found.loss / 2], rows.mean())
     models = sets = math.nan
     if num_models > 1:
@@ -235,11 +235,11 @@ def test_scores_are_as_in_the_paper():
 def test_models_differ_and_are_the_same_for_all_sets(real, digits):
     recipe = recipes.zero_start(make, updates=10)
     found = eqd.evaluate([real, real], recipe, digits[1])
-    assert found.accuracies.shape == (2, 5)
-    np.testing.assert_array_equal(*found.accuracies)
+    assert found.scores.shape == (2, 5)
+    np.testing.assert_array_equal(*found.scores)
     assert found.std_models > 0
     one = eqd.evaluate(real, recipe, digits[1], num_models=2, key=jr.key(0))
-    np.testing.assert_array_equal(one.accuracies, found.accuracies[:1, :2])
+    np.testing.assert_array_equal(one.scores, found.scores[:1, :2])
 
 
 def test_bad_input(real, digits):

@@ -10,20 +10,20 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from .._checks import check_between, check_concrete, check_positive
 from .._chunks import CHUNK_BYTES, chunk_size
-from .._conversions import ArrayOrList, as_array, as_int
+from .._conversions import ArrayOrList, as_array, as_int, Labels
 from .._sharding import num_shards, place, sharding_of, to_host
 from .._typechecking import describe
 
 
 class Dataset(eqx.Module):
-    r"""Labelled real images, from which a set is distilled, or on which it is
-    evaluated.
+    r"""Labelled real images, or other arrays such as the rows of a table, from which a
+    set is distilled, or on which it is evaluated.
 
     **Attributes:** as the arguments below.
     """
 
     images: Float[Array, "N *shape"] | UInt8[Array, "N *shape"]
-    labels: Int[Array, " N"]
+    labels: Labels
     num_classes: int = eqx.field(static=True, converter=as_int)
     class_names: tuple[str, ...] | None = eqx.field(static=True)
 
@@ -41,12 +41,14 @@ class Dataset(eqx.Module):
             255, as on disk, or floating point in any units, finite in JAX's precision.
             An array whose first axis is spread over devices stays there.
         - `labels`: class indices in `[0, num_classes)`, an array or a list of any
-            integer type, of shape `(N,)`.
-        - `num_classes`: the number of classes $c$. Defaults to the number of
-            `class_names`. Without either, it is the largest label plus one, and each
-            class must have an image.
-        - `class_names`: the name of each class, all different, or `None` if the classes
-            have no names.
+            integer type, of shape `(N,)`. Or targets of shape `(N, c)`, finite numbers
+            of any type: what a regression predicts, 0 or 1 for each class that an image
+            may have, or soft labels. Their meaning is that of the loss.
+        - `num_classes`: the number of classes, or of columns of the targets, $c$.
+            Defaults to the number of columns, or of `class_names`. Without either, it
+            is the largest label plus one, and each class must have an image.
+        - `class_names`: the name of each class or column, all different, or `None` if
+            they have no names.
         """
         check_concrete("Dataset", images=images, labels=labels)
         # On the host, because a dataset is made once, from concrete arrays.
@@ -61,13 +63,22 @@ class Dataset(eqx.Module):
                 "`images` must be uint8 or floating point (divide uint16 by 65535), of "
                 f"shape (N, *shape), with at least one pixel; got {describe(images_)}."
             )
-        is_index = np.issubdtype(labels_.dtype, np.integer)
-        if not is_index or labels_.shape != images_.shape[:1]:
+        is_target = labels_.ndim == 2 and labels_.size > 0
+        is_index = labels_.ndim == 1 and np.issubdtype(labels_.dtype, np.integer)
+        if not (is_target or is_index) or len(labels_) != len(images_):
             raise ValueError(
-                "`labels` must be integer class indices, one for each of the "
-                f"{len(images_)} images; got {describe(labels_)}."
+                "`labels` must be integer class indices of shape (N,), or targets of "
+                f"shape (N, c), for each of the {len(images_)} images; got "
+                f"{describe(labels_)}."
             )
-        if num_classes is None:
+        if is_target and num_classes not in (None, labels_.shape[1]):
+            raise ValueError(
+                f"`num_classes` must be the number of columns of the targets, "
+                f"{labels_.shape[1]}; got {num_classes}."
+            )
+        if is_target:
+            num_classes = labels_.shape[1]
+        elif num_classes is None:
             num_classes = len(class_names) if class_names else _count(labels_)
         names = class_names if class_names is None else tuple(class_names)
         if names is not None and not len(names) == len({*names}) == num_classes:
@@ -76,7 +87,7 @@ class Dataset(eqx.Module):
                 f"classes, all different; got {len(names)}."
             )
         check_between(1, 2**31 - 1, num_classes=num_classes)
-        if labels_.min() < 0 or labels_.max() >= num_classes:
+        if is_index and not 0 <= labels_.min() <= labels_.max() < num_classes:
             raise ValueError(
                 f"`labels` must be in [0, {num_classes}), by `num_classes` or "
                 f"`class_names`; got {labels_.min()} to {labels_.max()}."
@@ -90,8 +101,15 @@ class Dataset(eqx.Module):
                     f"`images` must be finite; {bad} of {images_.size} pixels are NaN "
                     "or infinite."
                 )
+        labels_ = labels_.astype(jnp.result_type(float if is_target else np.int32))
+        if not np.isfinite(labels_).all():
+            bad = int((~np.isfinite(labels_)).sum())
+            raise ValueError(
+                f"`labels` must be finite; {bad} of {labels_.size} targets are NaN or "
+                "infinite."
+            )
         self.images = place(images_, sharding)
-        self.labels = place(labels_.astype(np.int32), sharding)
+        self.labels = place(labels_, sharding)
         self.num_classes = num_classes
         self.class_names = names
 
@@ -102,6 +120,26 @@ class Dataset(eqx.Module):
     def shape(self) -> tuple[int, ...]:
         """The shape of one image."""
         return self.images.shape[1:]
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the labels are targets, instead of class indices."""
+        return self.labels.ndim == 2
+
+    @property
+    def class_counts(self) -> Int[np.ndarray, " c"]:
+        """The number of images of each class. Raises a `ValueError` for targets."""
+        if self.has_targets:
+            raise ValueError(
+                "`dataset` must have class indices as labels; it has targets of shape "
+                f"{self.labels.shape}."
+            )
+        return np.bincount(to_host(self.labels), minlength=self.num_classes)
+
+    def class_name(self, index: int) -> str:
+        """A class in words, such as `class 3 ('dog')`."""
+        name = "" if self.class_names is None else f" ({self.class_names[index]!r})"
+        return f"class {index}{name}"
 
     @property
     def sharding(self) -> NamedSharding | None:
@@ -139,7 +177,7 @@ class Dataset(eqx.Module):
         images = map_images(fn, self.images, self.sharding, chunk_bytes)
         return self._with(images, self.labels)
 
-    def _with(self, images: Array | np.ndarray, labels: Array) -> "Dataset":
+    def _with(self, images: Array | np.ndarray, labels: Labels) -> "Dataset":
         return Dataset(images, labels, self.num_classes, class_names=self.class_names)
 
     def floating(self) -> Float[Array, "N *shape"]:

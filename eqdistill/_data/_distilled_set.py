@@ -1,11 +1,13 @@
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from .._checks import check_at_least, check_positive, error_if
+from .._checks import check_positive, error_if
 from .._conversions import ArrayOrList, as_array, Labels
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from .._sharding import replicate
@@ -41,8 +43,10 @@ class DistilledSet(AbstractParameterisation):
         - `images`: the synthetic images $\theta$, an array or a list of shape
             `(n, *shape)`, floating point, finite, in the units of the real images.
         - `labels`: class indices in $[0, c)$ of shape `(n,)`; or, in floating point and
-            of shape `(n, c)`, the logits of soft labels ([`eqdistill.CrossEntropy`][]),
-            but not their probabilities, or targets ([`eqdistill.SquaredError`][]).
+            of shape `(n, c)`, what the loss takes: the logits of soft labels
+            ([`eqdistill.CrossEntropy`][]), but not their probabilities; targets
+            ([`eqdistill.SquaredError`][]); or the probability of each class
+            ([`eqdistill.BinaryCrossEntropy`][]).
         - `l2`: the ridge $\lambda > 0$. Logistic regression works well at 0.1. Networks
             need 1e-3 or less, as a larger ridge shrinks all of their weights to zero.
         - `loss`: the loss that models are trained with.
@@ -82,13 +86,8 @@ class DistilledSet(AbstractParameterisation):
             "`labels` must be non-negative class indices, or finite in floating point; "
             "some are not.",
         )
-        is_soft = not is_hard and isinstance(loss, CrossEntropy)
-        if is_soft and _are_probabilities(labels):
-            raise ValueError(
-                "`labels` in floating point must be logits for `CrossEntropy`; got "
-                "probabilities: each row is non-negative and sums to 1. Take their "
-                "logarithms, or replace one-hot rows by class indices."
-            )
+        if not isinstance(labels, jax.core.Tracer):
+            loss.check_labels(np.asarray(labels))
         message = f"`l2` must be positive and finite; got {l2}."
         ridge = error_if(ridge, lambda x: ~((x > 0) & (x < np.inf)), message)
         self.log_l2 = jnp.log(ridge)
@@ -119,10 +118,11 @@ class DistilledSet(AbstractParameterisation):
     def from_noise(
         cls,
         train: Dataset,
-        n: int | None = None,
+        n: int | Sequence[int] | None = None,
         *,
         l2: ArrayLike,
         scale: float,
+        loss: AbstractLoss | None = None,
         key: PRNGKeyArray,
     ) -> "DistilledSet":
         r"""Images of independent normal noise, $\theta_{ij} \sim \mathcal{N}(0, s^2)$.
@@ -130,58 +130,97 @@ class DistilledSet(AbstractParameterisation):
         **Arguments:**
 
         - `train`: the dataset to distil, for the shape of its images and its classes.
+            If it has targets, those of random examples are taken.
         - `n`: the number of images. Labels cycle through the class indices, so that
-            `n = m * num_classes` gives `m` images per class. Defaults to one per class.
+            `n = m * num_classes` gives `m` images per class. Or a list of the number of
+            images of each class. Defaults to one per class; with targets, there is no
+            default.
         - `l2`: the ridge $\lambda > 0$, as in [`eqdistill.DistilledSet`][].
         - `scale`: the standard deviation $s > 0$. Linear models work best from weak
             noise: JAXopt's notebook takes one over the number of pixels of an image.
             Networks need noise as strong as the data, such as 0.3.
+        - `loss`: the loss that models are trained with. Defaults to
+            [`eqdistill.CrossEntropy`][], and with targets to
+            [`eqdistill.SquaredError`][].
+
+        Raises a `ValueError` if `train` has no image of a class that has a label.
 
         Source: the start of JAXopt's dataset-distillation notebook.
         """
         check_positive(scale=scale)
-        labels = _cyclic_labels(train, n)
+        if train.has_targets:
+            n = _initialisers.number_of_rows(train, n)
+            rows = jr.choice(jr.fold_in(key, 1), len(train), (n,), replace=False)
+            labels = train.labels[rows]
+        else:
+            labels = _initialisers.class_labels(train, n)
         images = scale * jr.normal(key, (len(labels), *train.shape))
-        return replicate(cls(images, labels, l2=l2), train.sharding)
+        return cls._of(train, images, labels, l2, loss)
 
     @classmethod
     def from_real(
-        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
+        cls,
+        train: Dataset,
+        n: int | Sequence[int] | None = None,
+        *,
+        l2: ArrayLike,
+        loss: AbstractLoss | None = None,
+        key: PRNGKeyArray,
     ) -> "DistilledSet":
         r"""Random real images of each class, without repeats. Arguments and result are
         as for [`eqdistill.DistilledSet.from_noise`][]. Raises a `ValueError` if `train`
-        has too few images of a class.
+        has too few images of a class. Images with targets are treated as one class, and
+        each image has its own target.
 
         Source: the baseline of random real images in Wang et al., *Dataset
         Distillation*, 2018.
         """
-        return cls._by_class(train, n, l2, _initialisers.real, key)
+        return cls._by_class(train, n, l2, loss, _initialisers.real, key)
 
     @classmethod
     def from_class_means(
-        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
+        cls,
+        train: Dataset,
+        n: int | Sequence[int] | None = None,
+        *,
+        l2: ArrayLike,
+        loss: AbstractLoss | None = None,
+        key: PRNGKeyArray,
     ) -> "DistilledSet":
         r"""As [`eqdistill.DistilledSet.from_real`][], with the mean of each class; or
         with several images per class, the means of random disjoint parts of the class,
         equal in size to within one image."""
-        return cls._by_class(train, n, l2, _initialisers.class_means, key)
+        return cls._by_class(train, n, l2, loss, _initialisers.class_means, key)
 
     @classmethod
     def from_kmeans(
-        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
+        cls,
+        train: Dataset,
+        n: int | Sequence[int] | None = None,
+        *,
+        l2: ArrayLike,
+        loss: AbstractLoss | None = None,
+        key: PRNGKeyArray,
     ) -> "DistilledSet":
         r"""As [`eqdistill.DistilledSet.from_real`][], with the centroids of each class
         by k-means, from one start by k-means++ and with at most 30 iterations. A single
-        image per class is the class mean. Needs `eqdistill[data]`.
+        image per class is the class mean. With targets, the columns of both are
+        clustered together. Needs `eqdistill[data]`.
 
         Source: the k-means baseline of Wang et al., *Dataset Distillation*, 2018; Lloyd
         1982.
         """
-        return cls._by_class(train, n, l2, _initialisers.kmeans, key)
+        return cls._by_class(train, n, l2, loss, _initialisers.kmeans, key)
 
     @classmethod
     def from_herding(
-        cls, train: Dataset, n: int | None = None, *, l2: ArrayLike, key: PRNGKeyArray
+        cls,
+        train: Dataset,
+        n: int | Sequence[int] | None = None,
+        *,
+        l2: ArrayLike,
+        loss: AbstractLoss | None = None,
+        key: PRNGKeyArray,
     ) -> "DistilledSet":
         r"""As [`eqdistill.DistilledSet.from_real`][], with images chosen by greedy
         herding in pixel space: each image brings the mean of the chosen images as close
@@ -195,13 +234,18 @@ class DistilledSet(AbstractParameterisation):
         Source: Welling, *Herding dynamical weights to learn*, 2009; in this greedy
         form, Rebuffi et al., *iCaRL*, 2017, Algorithm 4.
         """
-        return cls._by_class(train, n, l2, _initialisers.herding, key)
+        return cls._by_class(train, n, l2, loss, _initialisers.herding, key)
 
     @classmethod
-    def _by_class(cls, train, n, l2, choose, key):
-        labels = _cyclic_labels(train, n)
-        images = _initialisers.by_class(train, labels, choose, key)
-        return replicate(cls(images, labels, l2=l2), train.sharding)
+    def _by_class(cls, train, n, l2, loss, choose, key):
+        images, labels = _initialisers.choose_images(train, n, choose, key)
+        return cls._of(train, images, labels, l2, loss)
+
+    @classmethod
+    def _of(cls, train, images, labels, l2, loss):
+        if loss is None:
+            loss = SquaredError() if train.has_targets else CrossEntropy()
+        return replicate(cls(images, labels, l2=l2, loss=loss), train.sharding)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -217,15 +261,3 @@ class DistilledSet(AbstractParameterisation):
         return jnp.exp(self.log_l2)
 
 
-def _are_probabilities(labels: Array) -> bool:
-    """Whether labels are concrete, and every row is a probability distribution."""
-    if isinstance(labels, jax.core.Tracer):
-        return False
-    rows = np.asarray(labels, np.float64)
-    return bool((rows >= 0).all() and (abs(rows.sum(axis=1) - 1) < 1e-3).all())
-
-
-def _cyclic_labels(train: Dataset, n: int | None) -> Int[np.ndarray, " n"]:
-    n = train.num_classes if n is None else n
-    check_at_least(1, n=n)
-    return np.arange(n, dtype=np.int32) % train.num_classes

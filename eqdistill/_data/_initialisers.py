@@ -1,14 +1,15 @@
 """Functions that represent the images of one class by a few images. Each takes the
 images of one class as rows, and returns `k` rows. They run once, on the host."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.random as jr
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
-from .._checks import needs
+from .._checks import check_at_least, needs
+from .._conversions import as_ints, Labels
 from .._sharding import to_host
 from ._dataset import Dataset
 
@@ -16,25 +17,64 @@ from ._dataset import Dataset
 Rows = Float[np.ndarray, "_ p"]
 
 
-def by_class(
-    train: Dataset, labels: Int[np.ndarray, " n"], choose: Callable, key: PRNGKeyArray
-) -> Float[np.ndarray, "n *shape"]:
-    """Makes the images for `labels`: of each class, by `choose(x, k, rng)` from its
-    real images."""
+def choose_images(
+    train: Dataset, n: int | Sequence[int] | None, choose: Callable, key: PRNGKeyArray
+) -> tuple[Float[np.ndarray, "n *shape"], Labels]:
+    """Makes the images of each class, by `choose(x, k, rng)` from its real images, and
+    their labels. Images with targets are chosen with them, as one class."""
     rng = np.random.default_rng(np.asarray(jr.bits(key, (4,))))
-    real = to_host(train.floating()).reshape(len(train), -1)
-    real_labels = to_host(train.labels)
+    real, real_labels = to_host(train.floating()), to_host(train.labels)
+    real = real.reshape(len(train), -1)
+    if train.has_targets:
+        n = number_of_rows(train, n)
+        rows = choose(np.concatenate([real, real_labels], axis=1), n, rng)
+        images, labels = np.split(rows.astype(real.dtype), [real.shape[1]], axis=1)
+        return images.reshape(-1, *train.shape), labels
+    labels = class_labels(train, n)
     images = np.empty((len(labels), real.shape[1]), real.dtype)
     for class_ in np.unique(labels):
         is_here = labels == class_
         x, wanted = real[real_labels == class_], int(is_here.sum())
         if len(x) < wanted:
             raise ValueError(
-                f"`n` = {len(labels)} requires {wanted} images of class {class_}; "
+                f"`n` = {n} requires {wanted} images of {train.class_name(class_)}; "
                 f"`train` has {len(x)}."
             )
         images[is_here] = choose(x, wanted, rng)
-    return images.reshape(-1, *train.shape)
+    return images.reshape(-1, *train.shape), labels
+
+
+def number_of_rows(train: Dataset, n: int | Sequence[int] | None) -> int:
+    if not isinstance(n, int) or not 1 <= n <= len(train):
+        raise ValueError(
+            f"`n` must be from 1 to {len(train)}, the number of images in `train`, "
+            f"which has targets instead of classes; got {n}."
+        )
+    return n
+
+
+def class_labels(
+    train: Dataset, n: int | Sequence[int] | None
+) -> Int[np.ndarray, " n"]:
+    """The labels of `n` images of all classes in turn, or of `n[y]` of each class."""
+    if isinstance(n, Sequence):
+        counts = np.asarray(as_ints("n", n))
+        if len(counts) != train.num_classes or counts.min() < 0 or not counts.any():
+            raise ValueError(
+                "`n` must be a number of images, or one for each of the "
+                f"{train.num_classes} classes; got {n}."
+            )
+        labels = np.repeat(np.arange(len(counts)), counts)
+    else:
+        n = train.num_classes if n is None else n
+        check_at_least(1, n=n)
+        labels = np.arange(n) % train.num_classes
+    if missing := sorted({*labels.tolist()} - {*np.flatnonzero(train.class_counts)}):
+        raise ValueError(
+            f"`train` has no images of {train.class_name(missing[0])}. Ask for none by "
+            "a number of images for each class, `n=[...]`."
+        )
+    return labels.astype(np.int32)
 
 
 def real(x: Rows, k: int, rng: np.random.Generator) -> Rows:

@@ -239,7 +239,11 @@ def _refusal(verb: str, path: Path, e: Exception) -> ValueError:
 def _claim(evaluation: Evaluation | None) -> dict[str, Any]:
     if evaluation is None:
         return dict.fromkeys(("recipe", "accuracy", "std", "key")) | {"num_models": 0}
-    sets, num_models = evaluation.accuracies.shape
+    sets, num_models = evaluation.scores.shape
+    check(
+        evaluation.metric == "accuracy",
+        f"`evaluation` must be of an accuracy; got {evaluation.metric}",
+    )
     check(sets == 1, f"`evaluation` must be of one distilled set; got {sets}")
     std = evaluation.std_models if num_models > 1 else None
     claim = {name: getattr(evaluation, name) for name in ("recipe", "accuracy", "key")}

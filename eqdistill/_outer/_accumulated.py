@@ -49,7 +49,7 @@ class Accumulated:
             `source[t * num_batches]` to `source[(t + 1) * num_batches - 1]`. Several
             threads may read at once.
         - `num_batches`: the number of batches in a step.
-        - `num_classes`: the number of classes.
+        - `num_classes`: the number of classes, or of columns of targets.
         - `chunk_bytes`, `sharding`: as for [`eqdistill.FullBatch`][]. Each device reads
             the batches, and works on its part. (Keyword only arguments.)
 
@@ -86,8 +86,9 @@ class Accumulated:
         shapes = tuple(x.shape for x in self.struct)
         is_byte = images.dtype == self.struct[0].dtype == np.uint8
         is_same_kind = is_byte or images.dtype.kind == self.struct[0].dtype.kind == "f"
-        is_index = labels.dtype.kind in "iu"
-        if (images.shape, labels.shape) != shapes or not is_same_kind or not is_index:
+        has_targets = len(shapes[1]) == 2
+        is_label = has_targets or labels.dtype.kind in "iu"
+        if (images.shape, labels.shape) != shapes or not is_same_kind or not is_label:
             raise ValueError(
                 f"`source[{step}]` must have the shapes and dtypes of `source[0]`, "
                 f"{self.struct}; got {images.dtype} of shape {images.shape} and "
@@ -95,12 +96,17 @@ class Accumulated:
             )
         if not is_byte and not np.isfinite(images).all():
             raise ValueError(f"The images of `source[{step}]` must be finite.")
-        if not 0 <= labels.min() <= labels.max() < self.num_classes:
+        if has_targets and not np.isfinite(labels).all():
+            raise ValueError(f"The targets of `source[{step}]` must be finite.")
+        if not has_targets and not 0 <= labels.min() <= labels.max() < self.num_classes:
             raise ValueError(
                 f"The labels of `source[{step}]` must be in [0, {self.num_classes}); "
                 f"got {labels.min()} to {labels.max()}."
             )
-        return images.astype(self.struct[0].dtype), labels.astype(np.int32)
+        return tuple(
+            x.astype(struct.dtype)
+            for x, struct in zip((images, labels), self.struct, strict=True)
+        )
 
 
 class _Accumulated(AbstractData):

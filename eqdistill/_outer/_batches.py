@@ -51,7 +51,8 @@ class Batches(AbstractData):
 
         All other arguments are keyword only.
 
-        - `balanced`: whether a batch has the same number of examples of each class.
+        - `balanced`: whether a batch has the same number of examples of each class. A
+            class with fewer examples is taken several times.
         - `augmentation`: changes each image at random, differently in each step.
         - `cached`, `chunk_bytes`, `sharding`: as for [`eqdistill.FullBatch`][]. Every
             device works on its own part of a batch, and the batches are the same for
@@ -60,8 +61,7 @@ class Batches(AbstractData):
         **Raises:**
 
         A `ValueError` if `size` is not from 1 to the number of examples; if a balanced
-        batch would not have the same number of examples of each class, or more than the
-        smallest class has; if images with cached outputs are to be augmented; and as
+        batch cannot have the same number of examples of each class; if images with cached outputs are to be augmented; and as
         [`eqdistill.FullBatch`][].
         """
         if not 1 <= size <= len(dataset):
@@ -81,18 +81,21 @@ class Batches(AbstractData):
         self.augmentation = augmentation
         self.by_class, self.counts = None, ()
         if balanced:
-            labels = to_host(dataset.labels)
-            counts = np.bincount(labels, minlength=dataset.num_classes)
-            most = counts.min() * dataset.num_classes
-            if size % dataset.num_classes or size > most:
+            share, rest = divmod(size, dataset.num_classes)
+            counts = dataset.class_counts
+            if rest or not counts.min():
                 raise ValueError(
                     f"`size` must be a multiple of the {dataset.num_classes} classes, "
-                    f"and at most {most}, since class {counts.argmin()} has "
-                    f"{counts.min()} examples; got {size}."
+                    "each of which needs an example, for balanced batches; got "
+                    f"{size}, and {counts.min()} examples of "
+                    f"{dataset.class_name(counts.argmin())}."
                 )
-            by_class = jnp.asarray(np.argsort(labels, kind="stable"))
+            labels = to_host(dataset.labels)
+            copies = -(-share // np.minimum(share, counts))
+            order = np.argsort(labels, kind="stable")
+            by_class = jnp.asarray(np.repeat(order, copies[labels[order]]))
             self.by_class = replicate(by_class, self.data.sharding)
-            self.counts = tuple(counts.tolist())
+            self.counts = tuple((copies * counts).tolist())
 
     @property
     def shape(self) -> tuple[int, ...]:

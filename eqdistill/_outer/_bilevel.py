@@ -8,9 +8,9 @@ from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
 from .._inner._fit import check_fit, COLLAPSED, NOT_CONVERGED, solve
 from .._inner._inner_solver import AbstractInnerSolver, stop_gradient
-from .._losses import AbstractLoss
+from .._losses import AbstractLoss, DefaultOuterLoss
 from .._models._models import AbstractModels, as_models, Fixed
-from .._sharding import vary_like
+from .._sharding import to_host, vary_like
 from ._data import AbstractData, example_loss, FullBatch
 from ._objective import AbstractObjective, Outcome
 from ._sorted_pixels import SortedPixels
@@ -54,9 +54,10 @@ class Bilevel(AbstractObjective[PyTree]):
             outputs, of shape `(c,)`. Or an [`eqdistill.AbstractModels`][], such as
             [`eqdistill.Pool`][], which provides a model in each step.
         - `inner`: how the model is fitted.
-        - `loss`: the outer loss $\\ell$. Defaults to the cross-entropy: of the outputs
-            if the distilled set has it as its loss, and of five times the outputs if
-            that is the squared error, whose targets differ by one between classes.
+        - `loss`: the outer loss $\\ell$, of the outputs as they are. Defaults to the
+            loss of the distilled set, except if that is the squared error and the real
+            data have class indices: then to the cross-entropy of five times the
+            outputs, because targets differ by one between classes.
 
         **Raises:**
 
@@ -88,7 +89,7 @@ class Bilevel(AbstractObjective[PyTree]):
         fitted, inner_state = solve(
             distilled, model, self.inner, inner_state, inner_key
         )
-        loss = distilled.loss.default_outer_loss() if self.loss is None else self.loss
+        loss = DefaultOuterLoss(distilled.loss) if self.loss is None else self.loss
         network = eqx.nn.inference_mode(fitted.model)
         value = data.mean(example_loss, (loss, network), step, key=data_key)
         models = self.models.update(models, stop_gradient(distilled), key=models_key)
@@ -99,9 +100,11 @@ class Bilevel(AbstractObjective[PyTree]):
     def layout(self, dataset):
         """As [`eqdistill.AbstractObjective`][]. For logistic regression the pixels are
         sorted, so that pixels that are mostly background cost little."""
+        if self.loss is not None:
+            self.loss.check_labels(to_host(dataset.labels))
         is_linear = isinstance(self.models, Fixed) and takes_pixels(self.models.model)
-        is_here = dataset.sharding is None
-        return SortedPixels(dataset) if is_linear and is_here else FullBatch(dataset)
+        is_plain = dataset.sharding is None and not dataset.has_targets
+        return SortedPixels(dataset) if is_linear and is_plain else FullBatch(dataset)
 
 
 def _check_data(data: AbstractData, distilled: DistilledSet, num_outputs: int) -> None:
@@ -115,6 +118,6 @@ def _check_data(data: AbstractData, distilled: DistilledSet, num_outputs: int) -
     num_classes = getattr(data, "num_classes", 0)
     if num_outputs < num_classes:
         raise ValueError(
-            f"`model` must have an output for each of the {num_classes} classes of "
-            f"`data`; it has {num_outputs}."
+            f"`model` must have an output for each of the {num_classes} classes or "
+            f"targets of `data`; it has {num_outputs}."
         )

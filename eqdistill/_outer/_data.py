@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import check_concrete, check_lengths, check_positive
 from .._chunks import CHUNK_BYTES
+from .._conversions import Labels
 from .._data._dataset import Dataset, map_images
 from .._losses import AbstractLoss
 from .._sharding import as_rows, num_shards, place, sharding_of, to_host
@@ -94,7 +95,7 @@ class FullBatch(AbstractData):
     """
 
     images: Array
-    labels: Int[Array, " N"]
+    labels: Labels
     cached: dict[str, Array]
     sources: tuple[Cached, ...]
     num: int = eqx.field(static=True)

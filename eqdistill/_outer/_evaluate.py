@@ -1,7 +1,6 @@
 from collections.abc import Sequence
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray, PyTree
@@ -11,62 +10,95 @@ from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
 from .._inner._fit import check_fit, fit
-from .._inner._inner_solver import AbstractInnerSolver, Fitted, stop_gradient
+from .._inner._inner_solver import AbstractInnerSolver, Fitted
 from .._models._models import AbstractModels, as_models, Fixed
+from .._sharding import to_host
 from .._typechecking import describe
-from ._data import FullBatch
+from ._metrics import measure
 from ._recipes import Recipe
 
 
 class Evaluation(eqx.Module):
     """How well models do on real data after training on distilled sets. It is printed
-    as `95.7% ± 0.4% (5 models)`: the mean accuracy and its standard deviation.
+    as `95.7% ± 0.4% (5 models)`: the mean of the first metric and its standard
+    deviation.
 
     **Attributes:**
 
-    - `accuracies`: the fraction of the examples that each model classifies correctly,
-        from 0 to 1, with one row for each distilled set.
-    - `losses`: the mean loss of each model on the real data, per example.
+    - `metrics`: each metric by its name, with one row for each distilled set. For class
+        indices, `accuracy`, the fraction of the examples that a model classifies
+        correctly, and `balanced accuracy`, the mean over classes of this fraction. For
+        targets of [`eqdistill.BinaryCrossEntropy`][], `mean average precision`. For
+        other targets, `R2`, the mean over columns of the coefficient of determination,
+        and `mean squared error`, the mean over all numbers. Last, for all, `loss`.
+    - `per_class`: the accuracy of each class, or the average precision or $R^2$ of each
+        column. NaN for a class without examples, and a column that is constant.
     - `recipe`: how the models were made and trained.
     - `fitted`: the last model of the last set, as [`eqdistill.fit`][] returned it.
     - `key`: the key that the models were made with.
     """
 
-    accuracies: Float[np.ndarray, "sets models"]
-    losses: Float[np.ndarray, "sets models"]
+    metrics: dict[str, Float[np.ndarray, "sets models"]]
+    per_class: Float[np.ndarray, "sets models c"]
     recipe: Recipe
     fitted: Fitted
     key: PRNGKeyArray
 
     @property
+    def metric(self) -> str:
+        """The name of the first metric."""
+        return next(iter(self.metrics))
+
+    @property
+    def scores(self) -> Float[np.ndarray, "sets models"]:
+        """The values of the first metric."""
+        return self.metrics[self.metric]
+
+    @property
+    def score(self) -> float:
+        """The mean of the first metric over sets and models."""
+        return float(np.mean(self.scores))
+
+    @property
     def accuracy(self) -> float:
-        """The mean accuracy over sets and models."""
-        return float(np.mean(self.accuracies))
+        """The mean accuracy over sets and models. Raises an `AttributeError` if the
+        real data have targets."""
+        if "accuracy" not in self.metrics:
+            raise AttributeError(
+                "There is no accuracy, because the real data have targets. There are "
+                f"`metrics` {', '.join(map(repr, self.metrics))}, and `score`, the "
+                "mean of the first."
+            )
+        return float(np.mean(self.metrics["accuracy"]))
 
     @property
     def loss(self) -> float:
-        """The mean loss over sets and models."""
-        return float(np.mean(self.losses))
+        """The mean loss over sets and models, per example."""
+        return float(np.mean(self.metrics["loss"]))
 
     @property
     def std_models(self) -> float:
-        """The sample standard deviation (`ddof=1`) of the accuracy over the models of
-        one set, pooled over sets. NaN for one model."""
-        return _pooled_std(self.accuracies)
+        """The sample standard deviation (`ddof=1`) of the first metric over the models
+        of one set, pooled over sets. NaN for one model."""
+        return _pooled_std(self.scores)
 
     @property
     def std_sets(self) -> float:
-        """The sample standard deviation (`ddof=1`) over sets of the mean accuracy on
-        one set. NaN for one set."""
-        return _pooled_std(np.mean(self.accuracies, axis=1)[None])
+        """The sample standard deviation (`ddof=1`) over sets of the mean of the first
+        metric on one set. NaN for one set."""
+        return _pooled_std(np.mean(self.scores, axis=1)[None])
 
     def __repr__(self) -> str:
-        sets, models = self.accuracies.shape
-        words = f"{self.accuracy:.1%}"
+        is_fraction = self.metric == "accuracy"
+        show = "{:.1%}".format if is_fraction else "{:.4g}".format
+        sets, models = self.scores.shape
+        words = show(self.score) if is_fraction else f"{self.metric} {show(self.score)}"
         if sets == 1:
-            return words + f" ± {self.std_models:.1%} ({models} models)" * (models > 1)
-        parts = [f" ± {self.std_models:.1%} over {models} models"] * (models > 1)
-        return words + ",".join([*parts, f" ± {self.std_sets:.1%} over {sets} sets"])
+            return words + f" ± {show(self.std_models)} ({models} models)" * (
+                models > 1
+            )
+        parts = [f" ± {show(self.std_models)} over {models} models"] * (models > 1)
+        return words + ",".join([*parts, f" ± {show(self.std_sets)} over {sets} sets"])
 
 
 def _pooled_std(rows: Float[np.ndarray, "rows columns"]) -> float:
@@ -83,7 +115,8 @@ def evaluate(
     num_models: int | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Evaluation:
-    r"""Trains models on a distilled set and measures their accuracy on real data,
+    r"""Trains models on a distilled set and measures how well they do on real data. For
+    class indices this is the accuracy,
 
     $$\frac{1}{N} \sum_{i=1}^N \left[\arg\max_k w^\star(\theta)(x_i)_k = y_i\right].$$
 
@@ -130,15 +163,16 @@ def evaluate(
     if num_models is None:
         num_models = 1 if isinstance(recipe.models, Fixed) else 5
     key = jr.key(0) if key is None else key
-    accuracies, losses = np.empty((2, len(sets), num_models))
-    data = FullBatch(test)
-    for i, one in enumerate(sets):
+    found: list[list[tuple[dict[str, float], np.ndarray]]] = []
+    for one in sets:
         if one.images.shape[1:] != test.shape:
             raise ValueError(
                 "`test` and `distilled` must have images of one shape; got "
                 f"{test.shape} and {one.images.shape[1:]}."
             )
         prepared = recipe.prepare(one, test.num_classes)
+        prepared.loss.check_labels(to_host(test.labels))
+        found.append([])
         for j in range(num_models):
             draw_key, fit_key, init_key = jr.split(jr.fold_in(key, j), 3)
             model = _draw(recipe.models, prepared, init_key, draw_key)
@@ -146,28 +180,20 @@ def evaluate(
             if num_outputs < test.num_classes:
                 raise ValueError(
                     "`recipe` must have models with an output for each of the "
-                    f"{test.num_classes} classes of `test`; got {num_outputs} outputs."
+                    f"{test.num_classes} classes or targets of `test`; got "
+                    f"{num_outputs} outputs."
                 )
             fitted = fit(prepared, model, recipe.inner, key=fit_key)
-            accuracies[i, j], losses[i, j] = _measure(fitted.model, prepared, data)
-    return Evaluation(accuracies, losses, recipe, fitted, key)  # pyright: ignore[reportPossiblyUnboundVariable]
+            found[-1].append(measure(fitted.model, prepared.loss, test))
+    collect = lambda of: np.array([[of(*x) for x in row] for row in found])
+    metrics = {
+        name: collect(lambda values, _, name=name: values[name])
+        for name in found[0][0][0]
+    }
+    per_class = collect(lambda _, per_class: per_class)
+    return Evaluation(metrics, per_class, recipe, fitted, key)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 @eqx.filter_jit  # Otherwise each layer of a network compiles several programs.
 def _draw(models, distilled, init_key, draw_key):
     return models.draw(models.init(distilled, key=init_key), key=draw_key)
-
-
-@eqx.filter_jit
-def _measure(model, distilled, test):
-    model, loss = eqx.nn.inference_mode(model), distilled.loss.default_outer_loss()
-    return test.mean(_score, (loss, model), jnp.array(0), key=jr.key(0))
-
-
-def _score(model, x, y):
-    loss, network = model
-    # Not differentiated, so that chunks have only the activations of a forward pass.
-    outputs = stop_gradient(network)(x)
-    is_right = (jnp.argmax(outputs) == y) & ~jnp.isnan(outputs).any()
-    scores = is_right, loss(outputs[None], y[None])
-    return tuple(score.astype(jnp.result_type(float)) for score in scores)

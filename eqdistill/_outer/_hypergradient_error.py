@@ -17,7 +17,7 @@ from .._inner._auto_solver import AutoSolver
 from .._inner._fit import fit
 from .._inner._inner_solver import AbstractInnerSolver, Fitted
 from .._inner._unrolled_solver import UnrolledSolver
-from .._losses import CrossEntropy
+from .._losses import CrossEntropy, DefaultOuterLoss
 from .._models._models import AbstractModels
 from .._softmax import label_residual, softmax_change
 from .._typechecking import describe
@@ -105,7 +105,7 @@ def _hypergradient(start, model, data, inner, key) -> tuple[PyTree, Fitted]:
         distilled = start.decode()
         fitted = fit(distilled, model, inner, key=key, throw=False)
         network = eqx.nn.inference_mode(fitted.model)
-        outer_loss = distilled.loss.default_outer_loss()
+        outer_loss = DefaultOuterLoss(distilled.loss)
         value = data.mean(example_loss, (outer_loss, network), jnp.array(0), key=key)
         return value, fitted
 

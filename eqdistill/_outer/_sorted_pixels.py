@@ -7,14 +7,14 @@ from jaxtyping import Array, Float
 
 from .._classifier import takes_pixels
 from .._data._dataset import Dataset
-from .._losses import CrossEntropy
+from .._losses import CrossEntropy, DefaultOuterLoss
 from ._data import AbstractData, example_loss, FullBatch
 from ._linear_layout import LinearLayout
 
 
 class SortedPixels(AbstractData):
-    """A full batch with a fast path: the cross-entropy of a model that is linear in the
-    pixels, by a [`LinearLayout`][]. Anything else is computed as by a full batch."""
+    """A full batch with a fast path: the cross-entropy of class indices, for a model
+    that is linear in the pixels, by a [`LinearLayout`][]. Anything else is computed as by a full batch."""
 
     full_batch: FullBatch
     sorted_pixels: LinearLayout
@@ -33,10 +33,12 @@ class SortedPixels(AbstractData):
         return self.full_batch.num_classes
 
     def mean(self, fn, model, step, *, key):
-        is_known = fn is example_loss and type(model[0]) is CrossEntropy
-        if not is_known or not takes_pixels(model[1]):
+        loss = model[0] if fn is example_loss else None
+        if isinstance(loss, DefaultOuterLoss):
+            loss = loss.inner.default_outer_loss(self.full_batch.labels)
+        if type(loss) is not CrossEntropy or not takes_pixels(model[1]):
             return self.full_batch.mean(fn, model, step, key=key)
-        loss, head = model[0], model[1].head
+        head = model[1].head
         if loss.log_temperature is not None:
             scale = jnp.exp(-loss.log_temperature)
             head = jax.tree.map(lambda x: x * scale.astype(x.dtype), head)

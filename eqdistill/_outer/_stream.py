@@ -44,7 +44,7 @@ class Stream:
         - `source`: any object whose item `source[step]` is a batch: a pair of images
             and labels, as for [`eqdistill.Dataset`][], of NumPy. All batches have one
             shape. A thread reads them.
-        - `num_classes`: the number of classes.
+        - `num_classes`: the number of classes, or of columns of targets.
         - `ahead`: how many batches are read ahead. (Keyword only argument.)
         - `chunk_bytes`, `sharding`: as for [`eqdistill.FullBatch`][]. (Keyword only
             arguments.)

@@ -112,7 +112,7 @@ def accuracies(
     if recipe.name in ("dc", "supervised") and sets[0].labels.ndim == 2:
         return None
     found = eqd.evaluate(sets, recipe, test, num_models=num_networks)
-    return found.accuracies.tolist()
+    return found.scores.tolist()
 
 
 def make_sets(train: eqd.Dataset, images: int, draws: int) -> dict[str, Sets]:

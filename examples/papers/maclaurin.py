@@ -119,7 +119,7 @@ def learn_schedules(
             num_models=num_networks,
             key=jr.key(seed + 1),
         )
-        return found.losses[0]
+        return found.metrics["loss"][0]
 
     constants = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2)
     of_constants = {}

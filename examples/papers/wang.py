@@ -117,13 +117,13 @@ def main(
     print(f"outer steps       {steps}, {time.perf_counter() - began:.0f} s")
     found = evaluate(result)
     print(f"{on} accuracy, {num_networks} networks, {gradient_steps} steps:")
-    print(f"distilled         {to_text(found.accuracies[0])}")
+    print(f"distilled         {to_text(found.scores[0])}")
     if start == "adapted":
         untrained = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 1e-12}, 1)
         before = eqd.evaluate(
             real, eqd.Fresh(unseen), test, inner=untrained, num_models=num_networks
         )
-        print(f"before            {to_text(before.accuracies[0])}")
+        print(f"before            {to_text(before.scores[0])}")
     if baseline_steps > 0:
         sets = eqd.DistilledSet
         for name, choose in (
@@ -132,8 +132,8 @@ def main(
             ("k-means", sets.from_kmeans),
         ):
             own = choose(train, n, l2=1e-8, key=jr.key(seed))
-            of_own = evaluate(distil(own, baseline_steps, images=False)).accuracies[0]
-            more = found.accuracies[0] - of_own
+            of_own = evaluate(distil(own, baseline_steps, images=False)).scores[0]
+            more = found.scores[0] - of_own
             error = np.std(more, ddof=1) / np.sqrt(len(more)) if len(more) > 1 else 0.0
             print(
                 f"{name:17s} {to_text(of_own)}; distilled is "

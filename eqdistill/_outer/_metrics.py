@@ -1,0 +1,86 @@
+"""How well a model does on real data."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Float, PyTree
+
+from .._chunks import CHUNK_BYTES
+from .._data._dataset import Dataset, map_images
+from .._inner._inner_solver import stop_gradient
+from .._losses import AbstractLoss, BinaryCrossEntropy, CrossEntropy, DefaultOuterLoss
+from .._sharding import to_host
+from ._data import FullBatch
+
+
+def measure(
+    model: PyTree, loss: AbstractLoss, test: Dataset
+) -> tuple[dict[str, float], Float[np.ndarray, " c"]]:
+    """The metrics of a model that was fitted by `loss`, and the first one for each
+    class: see [`eqdistill.Evaluation`][]."""
+    model = eqx.nn.inference_mode(model)
+    labels = to_host(test.labels)
+    # A soft label is correctly classified by its most likely class.
+    is_class = not test.has_targets or isinstance(loss, CrossEntropy)
+    centre = None if is_class else jnp.asarray(np.mean(labels, 0, np.float64), float)
+    value, sums = _means(model, loss, centre, FullBatch(test))
+    sums = [np.asarray(x, np.float64) for x in sums]
+    known = sums[1] > 0
+    per_class = np.full(known.shape, np.nan)
+    per_class[known] = sums[0][known] / sums[1][known]
+    if is_class:
+        metrics = {"accuracy": sums[0].sum()}
+        metrics["balanced accuracy"] = _mean(per_class)
+    elif isinstance(loss, BinaryCrossEntropy):
+        outputs = map_images(model, test.images, test.sharding, CHUNK_BYTES)
+        per_class = average_precision(to_host(outputs), labels)
+        metrics = {"mean average precision": _mean(per_class)}
+    else:
+        per_class = 1 - per_class
+        metrics = {"R2": _mean(per_class), "mean squared error": sums[0].mean()}
+    return {**metrics, "loss": float(value)}, per_class
+
+
+def _mean(columns: Float[np.ndarray, " c"]) -> float:
+    known = columns[~np.isnan(columns)]
+    return float(known.mean()) if known.size else np.nan
+
+
+@eqx.filter_jit
+def _means(model, loss, centre, data):
+    args = DefaultOuterLoss(loss), model, centre
+    return data.mean(_score, args, jnp.array(0), key=jr.key(0))
+
+
+def _score(args, x, y):
+    loss, network, centre = args
+    # Not differentiated, so that chunks have only the activations of a forward pass.
+    outputs = stop_gradient(network)(x)
+    if centre is None:
+        y_class = y if y.ndim == 0 else jnp.argmax(y)
+        is_class = jax.nn.one_hot(y_class, len(outputs))
+        is_right = (jnp.argmax(outputs) == y_class) & ~jnp.isnan(outputs).any()
+        sums = is_class * is_right, is_class
+    else:
+        sums = (outputs - y) ** 2, (y - centre) ** 2
+    scores = loss(outputs[None], y[None]), sums
+    return jax.tree.map(lambda x: x.astype(jnp.result_type(float)), scores)
+
+
+def average_precision(
+    outputs: Float[np.ndarray, "N c"], targets: Float[np.ndarray, "N c"]
+) -> Float[np.ndarray, " c"]:
+    """The mean over the positive examples of a column of the fraction of positives
+    among the examples with an output at least as large. NaN without positives."""
+    found = np.full(outputs.shape[1], np.nan)
+    for k, (scores, truth) in enumerate(zip(outputs.T, targets.T, strict=True)):
+        order = np.argsort(-scores, kind="stable")
+        is_positive, scores = truth[order] > 0.5, scores[order]
+        # Examples with equal outputs have one rank: that of the last of them.
+        last = np.searchsorted(-scores, -scores, side="right") - 1
+        precision = np.cumsum(is_positive)[last] / (last + 1)
+        if is_positive.any():
+            found[k] = precision[is_positive].mean()
+    return found
