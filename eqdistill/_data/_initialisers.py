@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from .._checks import check_at_least, needs
-from .._conversions import as_ints, Labels
+from .._conversions import as_ints
 from .._sharding import to_host
 from ._dataset import Dataset
 
@@ -19,7 +19,7 @@ Rows = Float[np.ndarray, "_ p"]
 
 def choose_images(
     train: Dataset, n: int | Sequence[int] | None, choose: Callable, key: PRNGKeyArray
-) -> tuple[Float[np.ndarray, "n *shape"], Labels]:
+) -> tuple[Float[np.ndarray, "n *shape"], np.ndarray]:
     """Makes the images of each class, by `choose(x, k, rng)` from its real images, and
     their labels. Images with targets are chosen with them, as one class."""
     rng = np.random.default_rng(np.asarray(jr.bits(key, (4,))))

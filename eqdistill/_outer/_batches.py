@@ -61,8 +61,8 @@ class Batches(AbstractData):
         **Raises:**
 
         A `ValueError` if `size` is not from 1 to the number of examples; if a balanced
-        batch cannot have the same number of examples of each class; if images with cached outputs are to be augmented; and as
-        [`eqdistill.FullBatch`][].
+        batch cannot have the same number of examples of each class; if images with
+        cached outputs are to be augmented; and as [`eqdistill.FullBatch`][].
         """
         if not 1 <= size <= len(dataset):
             raise ValueError(

@@ -14,7 +14,8 @@ from ._linear_layout import LinearLayout
 
 class SortedPixels(AbstractData):
     """A full batch with a fast path: the cross-entropy of class indices, for a model
-    that is linear in the pixels, by a [`LinearLayout`][]. Anything else is computed as by a full batch."""
+    that is linear in the pixels, by a [`LinearLayout`][]. Anything else is computed as
+    by a full batch."""
 
     full_batch: FullBatch
     sorted_pixels: LinearLayout
