@@ -5,16 +5,21 @@ import re
 import runpy
 from pathlib import Path
 
+import jax
 import pytest
 
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["evaluation", "elsewhere", "networks", "training-runs", "backbones"]
-NAMES += ["getting-started", "scale-up"]
+NAMES += ["getting-started"]
 SLOW = [pytest.param(f"docs/{name}.md", marks=pytest.mark.slow) for name in NAMES]
+SCALE_UP = pytest.param(
+    "docs/scale-up.md",
+    marks=pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices"),
+)
 
 
-@pytest.mark.parametrize("page", ["README.md", *SLOW])
+@pytest.mark.parametrize("page", ["README.md", *SLOW, SCALE_UP])
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
