@@ -87,9 +87,9 @@ def suggest_arguments(module: types.ModuleType) -> None:
 @functools.cache
 def _suggest_arguments(fn: Callable) -> Callable:
     parameters = inspect.signature(fn).parameters
-    # Functions of one argument, such as `nn.group_norm`, are compared by identity.
-    is_any = any(x.kind is x.VAR_KEYWORD for x in parameters.values())
-    if is_any or len(parameters) == 1:
+    # Layers, such as `nn.group_norm`, are compared by identity.
+    is_layer = "._nn." in fn.__module__ and len(parameters) == 1
+    if is_layer or any(x.kind is x.VAR_KEYWORD for x in parameters.values()):
         return fn
     names = [name for name in parameters if name not in ("self", "cls")]
 

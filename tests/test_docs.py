@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,12 @@ def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
-    exec(compile("\n".join(blocks), page, "exec"), {"__name__": page})
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        exec(compile("\n".join(blocks), page, "exec"), {"__name__": page})
+    finally:  # A page may choose a folder for compiled programs.
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()
 
 
 def test_folders_import_only_from_folders_above():

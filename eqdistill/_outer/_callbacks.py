@@ -129,7 +129,7 @@ class ProgressBar(AbstractCallback[Any]):
             desc="compiling the first step",
             unit="step",
             mininterval=0.1 if sys.stderr.isatty() else 10.0,  # A log file is not one.
-            miniters=1,  # Or a run that becomes slower is shown late.
+            miniters=1,  # Else tqdm skips updates when a run slows down.
         )
 
     def __call__(self, problem, state, history, own):

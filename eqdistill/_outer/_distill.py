@@ -76,9 +76,9 @@ def distill(
         `optax.lbfgs`, receive the value, the gradient and the function that they need.
         With a convex inner problem and all data in each step,
         `optax.lbfgs(learning_rate=1.0, linesearch=None)` converges in far fewer steps,
-        and with [`eqdistill.linear.whitened`][] around it in fewer still. Four are
-        refused: `lookahead`, `sam`, `sophia` and `schedule_free`, instead of which
-        there is [`eqdistill.averaged`][].
+        and with [`eqdistill.linear.whitened`][] around it in fewer still. `lookahead`,
+        `sam`, `sophia` and `schedule_free` are refused. Use [`eqdistill.averaged`][]
+        instead of `schedule_free`.
     - `steps`: the number of the step at which the run ends.
     - `learn`: picks what is learned of `start`, as `where` in `equinox.tree_at`. It
         defaults to the images. `lambda s: s` learns all of its floating-point arrays.
@@ -350,7 +350,7 @@ def _changes(old: Distillation, new: dict[str, str]) -> list[str]:
 def _check_state(problem: Problem, state: DistillState) -> DistillState:
     """Checks that a run can continue from a state, and returns the state with the
     structure of this problem."""
-    # `optax.tree.set` leaves numbers of Python.
+    # `optax.tree.set` may have put Python numbers there.
     to_array = lambda x: jnp.asarray(x, float) if isinstance(x, float) else x
     state = jax.tree.map(to_array, state)
     template = eqx.filter_eval_shape(problem.init, key=state.key)

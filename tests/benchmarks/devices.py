@@ -11,8 +11,7 @@
 - `seeds`: eight seeds, spread over all devices, and one by one.
 
 Prints Markdown tables of medians, and writes `devices.json`. Run it with `python
-tests/benchmarks/devices.py`, and on a CPU with `JAX_NUM_CPU_DEVICES=8
-NPROC=16`.
+tests/benchmarks/devices.py`. On a CPU, set `JAX_NUM_CPU_DEVICES=8` and `NPROC=16`.
 """
 
 import functools
