@@ -93,13 +93,18 @@ class CrossEntropy(AbstractLoss):
         return jnp.mean(cross_entropies(outputs, labels))
 
     def check_labels(self, labels):
-        """**Raises:** a `ValueError` if `labels` are probabilities, or 0 and 1."""
-        if labels.ndim == 2 and ((labels >= 0) & (labels <= 1)).all():
+        """**Raises:** a `ValueError` if `labels` are probabilities, or zeros and ones.
+        Zeros alone are logits."""
+        if labels.ndim == 1 or not labels.any():
+            return
+        is_binary = ((labels == 0) | (labels == 1)).all()
+        sums = labels.sum(axis=1, dtype=np.float64)
+        if is_binary or ((labels >= 0).all() and (abs(sums - 1) < 1e-3).all()):
             raise ValueError(
                 "`labels` in floating point must be logits for `CrossEntropy`; got "
-                "numbers from 0 to 1. Take the logarithms of probabilities, replace "
-                "one-hot rows by class indices, or use `BinaryCrossEntropy` if an "
-                "example can have several classes."
+                f"{'zeros and ones' if is_binary else 'probabilities'}. Take the "
+                "logarithms of probabilities, replace one-hot rows by class indices, "
+                "or use `BinaryCrossEntropy` if an example can have several classes."
             )
 
 

@@ -96,9 +96,10 @@ def _suggest_arguments(fn: Callable) -> Callable:
     @functools.wraps(fn)
     def wrapper(*args, **kwargs):
         for name in kwargs.keys() - names:
-            (close,) = difflib.get_close_matches(name, names, 1, 0)
-            hint = f"has no argument `{name}`; did you mean `{close}`?"
-            raise TypeError(f"`{fn.__qualname__.removesuffix('.__init__')}` {hint}")
+            close = difflib.get_close_matches(name, names, 1, 0)
+            hint = f"; did you mean `{close[0]}`?" if close else "."
+            function = fn.__qualname__.removesuffix(".__init__")
+            raise TypeError(f"`{function}` has no argument `{name}`{hint}")
         return fn(*args, **kwargs)
 
     return wrapper

@@ -113,7 +113,7 @@ def test_progress_bar_in_a_log_file(logistic, capsys, every):
 def test_early_stopping(logistic, digits):
     # So few images are soon overfitted.
     few, held_out = subset(digits[0], 150).split(2 / 3, key=jr.key(0))
-    start = eqd.DistilledSet.from_noise(few, l2=1e-3, scale=0.02, key=jr.key(0))
+    start = eqd.DistilledSet.from_noise(digits[0], l2=1e-3, scale=0.02, key=jr.key(0))
     problem = start, logistic[1], few
     stopping = eqd.EarlyStopping(held_out, patience=2)
     watch = Recorder(every=10)

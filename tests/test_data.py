@@ -145,10 +145,8 @@ def test_augmented_batches(balanced):
 
 def test_batches_refuse_sizes_that_do_not_fit():
     dataset = eqd.Dataset(NUMBERS, LABELS)
-    for size in (4, 12):
-        match = f"multiple of the 3 classes, and at most 9, since class 0.*; got {size}"
-        with pytest.raises(ValueError, match=match):
-            eqd.Batches(dataset, size, balanced=True)
+    with pytest.raises(ValueError, match="multiple of the 3 classes.*; got 4"):
+        eqd.Batches(dataset, 4, balanced=True)
 
 
 class Backbone(eqx.Module):

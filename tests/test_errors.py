@@ -89,6 +89,7 @@ case(eqd.DistilledSet.from_kmeans, from_train, n=0, l2=0)
 case(eqd.DistilledSet.from_herding, from_train, n=0, l2=0)
 case(eqd.Packed, {"small": HARD, "shape": (6, 6)}, shape=(4, 4))
 case(eqd.Packed.from_distilled, {"distilled": HARD}, factor=2)
+case(eqd.BinaryCrossEntropy)
 case(eqd.CrossEntropy, temperature=0)
 
 source = {"source": [(IMAGES, LABELS)], "num_classes": 3}
