@@ -15,6 +15,17 @@ ArrayOrList = ArrayLike | list | tuple
 Labels = Int[Array, " n"] | Float[Array, "n c"]
 
 
+def as_weights(weights: ArrayOrList, n: int) -> Float[np.ndarray, " n"]:
+    """Weights of `n` examples, divided by their mean."""
+    weights_ = np.asarray(as_array("weights", weights), np.float64)
+    if weights_.shape != (n,) or not ((weights_ > 0) & (weights_ < np.inf)).all():
+        raise ValueError(
+            f"`weights` must be positive and finite, one for each of the {n} examples; "
+            f"got {describe(weights)}."
+        )
+    return weights_ / weights_.mean()
+
+
 def as_int(x: int) -> int:
     return int(x)
 

@@ -44,10 +44,33 @@ class AbstractLoss(eqx.Module):
         del labels
         return self
 
+    def targets(self, labels: Labels, num_classes: int) -> Float[Array, "n c"]:
+        """Returns labels in floating point, one row for each example, of class indices
+        or of labels with fewer columns. By default, raises a `TypeError`."""
+        del labels, num_classes
+        raise TypeError(
+            f"`{type(self).__name__}` has no `targets`, which are needed to replace "
+            "class indices or to add columns to labels."
+        )
+
     def check_labels(self, labels: np.ndarray) -> None:
         """Raises a `ValueError` if this loss is not for `labels`, class indices or
         floating point of shape `(n, c)`. By default, it is for any."""
         del labels
+
+
+def mean_loss(
+    loss: AbstractLoss,
+    outputs: Float[Array, "n c"],
+    labels: Labels,
+    weights: Float[Array, " n"] | None,
+) -> Float[Array, ""]:
+    """The mean of a loss over the examples, with weights whose mean is one."""
+    if weights is None:
+        return loss(outputs, labels)
+    of_each = jax.vmap(lambda output, label: loss(output[None], label[None]))
+    losses = of_each(outputs, labels)
+    return jnp.mean(weights.astype(losses.dtype) * losses)
 
 
 class DefaultOuterLoss(AbstractLoss):
@@ -92,6 +115,14 @@ class CrossEntropy(AbstractLoss):
             outputs = outputs * jnp.exp(-self.log_temperature).astype(outputs.dtype)
         return jnp.mean(cross_entropies(outputs, labels))
 
+    def targets(self, labels, num_classes):
+        """The logits of a class index, or of soft labels of the first classes: other
+        classes have a probability of zero, to rounding."""
+        if labels.ndim == 1:
+            return _NEVER * (jax.nn.one_hot(labels, num_classes) - 1)
+        never = jnp.min(labels, axis=1, keepdims=True) - _NEVER
+        return _add_columns(labels, never, num_classes)
+
     def check_labels(self, labels):
         """**Raises:** a `ValueError` if `labels` are probabilities, or zeros and ones.
         Zeros alone are logits."""
@@ -121,10 +152,15 @@ class BinaryCrossEntropy(AbstractLoss):
 
     def __call__(self, outputs, labels):
         _check_columns(outputs, labels)
-        if labels.ndim == 1:
-            labels = jax.nn.one_hot(labels, outputs.shape[1])
-        labels = labels.astype(outputs.dtype)
+        labels = self.targets(labels, outputs.shape[1]).astype(outputs.dtype)
         return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(outputs, labels), 1))
+
+    def targets(self, labels, num_classes):
+        """One-hot rows, or labels of the first classes: others have a probability of
+        zero."""
+        if labels.ndim == 1:
+            return jax.nn.one_hot(labels, num_classes)
+        return _add_columns(labels, 0.0, num_classes)
 
     def check_labels(self, labels):
         """**Raises:** a `ValueError` if `labels` are not from 0 to 1."""
@@ -158,11 +194,30 @@ class SquaredError(AbstractLoss):
         logits. For targets, the squared error itself."""
         return CrossEntropy(0.2) if labels.ndim == 1 else self
 
-    def targets(self, labels: Labels, num_classes: int) -> Float[Array, "n c"]:
-        """The targets of labels, one row for each example."""
-        if labels.ndim == 2:
-            return labels
-        return jax.nn.one_hot(labels, num_classes) - 1 / num_classes
+    def targets(self, labels, num_classes):
+        """The targets of class indices, or of targets of the first classes: if these
+        are centred one-hot vectors, so is the result."""
+        if labels.ndim == 1:
+            return jax.nn.one_hot(labels, num_classes) - 1 / num_classes
+        shift = 1 / labels.shape[1] - 1 / num_classes
+        return _add_columns(labels + shift, -1 / num_classes, num_classes)
+
+
+# The softmax of minus this is zero in every precision.
+_NEVER = 1e4
+
+
+def _add_columns(
+    labels: Float[Array, "n k"], value: ArrayLike, num_classes: int
+) -> Float[Array, "n c"]:
+    missing = num_classes - labels.shape[1]
+    if missing < 0:
+        raise ValueError(
+            f"`num_classes` must be at least {labels.shape[1]}, the number of columns "
+            f"of the labels; got {num_classes}."
+        )
+    others = jnp.broadcast_to(value, (len(labels), missing)).astype(labels.dtype)
+    return jnp.concatenate([labels, others], axis=1)
 
 
 def _check_columns(outputs: Float[Array, "n c"], labels: Labels) -> None:

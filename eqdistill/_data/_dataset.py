@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from .._checks import check_between, check_concrete, check_positive
 from .._chunks import CHUNK_BYTES, chunk_size
-from .._conversions import ArrayOrList, as_array, as_int, Labels
+from .._conversions import ArrayOrList, as_array, as_int, as_weights, Labels
 from .._sharding import num_shards, place, sharding_of, to_host
 from .._typechecking import describe
 
@@ -24,6 +24,7 @@ class Dataset(eqx.Module):
 
     images: Float[Array, "N *shape"] | UInt8[Array, "N *shape"]
     labels: Labels
+    weights: Float[Array, " N"] | None
     num_classes: int = eqx.field(static=True, converter=as_int)
     class_names: tuple[str, ...] | None = eqx.field(static=True)
 
@@ -34,6 +35,7 @@ class Dataset(eqx.Module):
         num_classes: int | None = None,
         *,
         class_names: list[str] | tuple[str, ...] | None = None,
+        weights: ArrayOrList | None = None,
     ):
         r"""**Arguments:**
 
@@ -49,6 +51,10 @@ class Dataset(eqx.Module):
             is the largest label plus one, and each class must have an image.
         - `class_names`: the name of each class or column, all different, or `None` if
             they have no names.
+        - `weights`: how much each example counts in means such as the outer loss and
+            the accuracy, positive numbers of shape `(N,)`. They are divided by their
+            mean. By default, all count the same. The choice of a start or of a batch
+            ignores them.
         """
         check_concrete("Dataset", images=images, labels=labels)
         # On the host, because a dataset is made once, from concrete arrays.
@@ -78,7 +84,7 @@ class Dataset(eqx.Module):
             )
         if is_target:
             num_classes = labels_.shape[1]
-        elif num_classes is None:
+        if num_classes is None:
             num_classes = len(class_names) if class_names else _count(labels_)
         names = class_names if class_names is None else tuple(class_names)
         if names is not None and not len(names) == len({*names}) == num_classes:
@@ -110,6 +116,10 @@ class Dataset(eqx.Module):
             )
         self.images = place(images_, sharding)
         self.labels = place(labels_, sharding)
+        self.weights = None
+        if weights is not None:
+            relative = as_weights(weights, len(images_))
+            self.weights = place(relative.astype(jnp.result_type(float)), sharding)
         self.num_classes = num_classes
         self.class_names = names
 
@@ -164,7 +174,8 @@ class Dataset(eqx.Module):
         order = jr.permutation(key, len(self))
         where = self.sharding
         read = jax.jit(lambda x, rows: x[rows], out_shardings=where)
-        take = lambda rows: self._with(read(self.images, rows), read(self.labels, rows))
+        arrays = self.images, self.labels, self.weights
+        take = lambda rows: self._with(*jax.tree.map(lambda x: read(x, rows), arrays))
         return take(order[num_held_out:]), take(order[:num_held_out])
 
     def map(self, fn: Callable, *, chunk_bytes: int = CHUNK_BYTES) -> "Dataset":
@@ -175,10 +186,11 @@ class Dataset(eqx.Module):
         `chunk_bytes` bytes at once."""
         check_positive(chunk_bytes=chunk_bytes)
         images = map_images(fn, self.images, self.sharding, chunk_bytes)
-        return self._with(images, self.labels)
+        return self._with(images, self.labels, self.weights)
 
-    def _with(self, images: Array | np.ndarray, labels: Labels) -> "Dataset":
-        return Dataset(images, labels, self.num_classes, class_names=self.class_names)
+    def _with(self, images, labels, weights) -> "Dataset":
+        names, c = self.class_names, self.num_classes
+        return Dataset(images, labels, c, class_names=names, weights=weights)
 
     def floating(self) -> Float[Array, "N *shape"]:
         """The images in floating point: `uint8` is scaled to the range 0 to 1."""

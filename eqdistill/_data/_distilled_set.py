@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
 from .._checks import check_positive, error_if
-from .._conversions import ArrayOrList, as_array, Labels
+from .._conversions import ArrayOrList, as_array, as_weights, Labels
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from .._sharding import replicate
 from .._typechecking import describe
@@ -21,13 +21,15 @@ class DistilledSet(AbstractParameterisation):
     r"""Synthetic images with their labels, the ridge and the loss: everything that is
     needed to train a model on them.
 
-    **Attributes:** `images`, `labels` and `loss` as below, and `log_l2`: the logarithm
-    of the ridge $\lambda$, which keeps a learned ridge positive.
+    **Attributes:** `images`, `labels` and `loss` as below, `log_l2` and `log_weights`:
+    the logarithms of the ridge $\lambda$ and of the weights, which keep them positive
+    when they are learned. `log_weights` is `None` if all examples count the same.
     """
 
     images: Float[Array, "n *shape"]
     labels: Labels
     log_l2: Float[Array, ""]
+    log_weights: Float[Array, " n"] | None
     loss: AbstractLoss
 
     def __init__(
@@ -37,6 +39,7 @@ class DistilledSet(AbstractParameterisation):
         *,
         l2: ArrayLike,
         loss: AbstractLoss = CrossEntropy(),
+        weights: ArrayOrList | None = None,
     ):
         r"""**Arguments:**
 
@@ -50,6 +53,9 @@ class DistilledSet(AbstractParameterisation):
         - `l2`: the ridge $\lambda > 0$. Logistic regression works well at 0.1. Networks
             need 1e-3 or less, as a larger ridge shrinks all of their weights to zero.
         - `loss`: the loss that models are trained with.
+        - `weights`: how much each example counts in the loss, positive numbers of shape
+            `(n,)`: an example of weight 2 counts as much as two of weight 1. They are
+            divided by their mean. By default, all count the same.
 
         Traced values are not refused, but bad ones in floating point become NaN.
         """
@@ -88,6 +94,10 @@ class DistilledSet(AbstractParameterisation):
         )
         if not isinstance(labels, jax.core.Tracer):
             loss.check_labels(np.asarray(labels))
+        self.log_weights = None
+        if weights is not None:
+            log_weights = np.log(as_weights(weights, n))
+            self.log_weights = jnp.asarray(log_weights, images.dtype)
         message = f"`l2` must be positive and finite; got {l2}."
         ridge = error_if(ridge, lambda x: ~((x > 0) & (x < np.inf)), message)
         self.log_l2 = jnp.log(ridge)
@@ -113,6 +123,85 @@ class DistilledSet(AbstractParameterisation):
         loss = SquaredError()
         targets = loss.targets(labels, num_classes).astype(self.images.dtype)
         return eqx.tree_at(lambda d: (d.labels, d.loss), self, (targets, loss))
+
+    @classmethod
+    def concatenate(
+        cls,
+        sets: Sequence["DistilledSet | Dataset"],
+        *,
+        weights: Sequence[float] | None = None,
+        num_classes: int | None = None,
+        l2: ArrayLike | None = None,
+    ) -> "DistilledSet":
+        r"""The union of distilled sets and real data, in the order given.
+
+        !!! Example
+            ```python
+            # Each old distilled image counts as much as 130 of the new real ones.
+            union = eqd.DistilledSet.concatenate([old, new], weights=[130, 1])
+            ```
+
+        **Arguments:**
+
+        - `sets`: at least one distilled set, and any number of other distilled sets and
+            real data, with images of one shape and in the same units. The distilled
+            sets have one loss.
+
+        All other arguments are keyword only.
+
+        - `weights`: a positive number for each of the `sets`, by which the weights of
+            its examples are multiplied. Defaults to one.
+        - `num_classes`: the number of classes of the union, if some labels are soft or
+            targets and have fewer columns. The classes of a set come first. An example
+            of a set has none of the classes that this set lacks.
+        - `l2`: the ridge. Defaults to that of the distilled sets, if it is the same.
+
+        If some labels are soft or targets, class indices become `loss.targets` of them,
+        such as the logits of a probability of one.
+
+        **Raises:** a `ValueError` if the sets do not fit together.
+        """
+        sets = list(sets)
+        distilled = [x for x in sets if isinstance(x, DistilledSet)]
+        if not distilled:
+            raise ValueError("`sets` must have at least one `DistilledSet`; got none.")
+        factors = [1.0] * len(sets) if weights is None else list(weights)
+        if len(factors) != len(sets):
+            raise ValueError(
+                f"`weights` must be a number for each of the {len(sets)} `sets`; got "
+                f"{len(factors)}."
+            )
+        shapes, loss = {x.images.shape[1:] for x in sets}, distilled[0].loss
+        if len(shapes) > 1:
+            raise ValueError(f"`sets` must have images of one shape; got {shapes}.")
+        if not all(eqx.tree_equal(x.loss, loss) for x in distilled):
+            raise ValueError("`sets` must have one loss; got different ones.")
+        ridges = {float(x.l2) for x in distilled}
+        if l2 is None and len(ridges) > 1:
+            raise ValueError(f"`l2` must be given, as the sets have {sorted(ridges)}.")
+        columns = {x.labels.shape[1] for x in sets if x.labels.ndim == 2}
+        if num_classes is None and len(columns) > 1:
+            raise ValueError(
+                "`num_classes` must be given, as the sets have labels of "
+                f"{sorted(columns)} columns."
+            )
+        labels = [x.labels for x in sets]
+        if columns:
+            c = max(columns) if num_classes is None else num_classes
+            labels = [loss.targets(x, c) for x in labels]
+        images = [x.floating() if isinstance(x, Dataset) else x.images for x in sets]
+        dtype, wanted = images[sets.index(distilled[0])].dtype, None
+        if weights is not None or any(x.weights is not None for x in sets):
+            ones = lambda x: np.ones(len(x)) if x.weights is None else x.weights
+            pairs = zip(factors, sets, strict=True)
+            wanted = np.concatenate([f * np.asarray(ones(x)) for f, x in pairs])
+        return cls(
+            jnp.concatenate([x.astype(dtype) for x in images]),
+            jnp.concatenate(labels),
+            l2=distilled[0].l2 if l2 is None else l2,
+            loss=loss,
+            weights=wanted,
+        )
 
     @classmethod
     def from_noise(
@@ -256,8 +345,19 @@ class DistilledSet(AbstractParameterisation):
         return self.images.nbytes + self.labels.nbytes
 
     @property
+    def weights(self) -> Float[Array, " n"] | None:
+        """The weight of each image, or `None` if all are one."""
+        return None if self.log_weights is None else jnp.exp(self.log_weights)
+
+    def weigh(self, rows: Float[Array, "n *rest"]) -> Float[Array, "n *rest"]:
+        """Multiplies a row for each image by the square root of its weight, so that a
+        sum of squares over rows is weighted."""
+        if self.log_weights is None:
+            return rows
+        roots = jnp.exp(self.log_weights / 2).astype(rows.dtype)
+        return jnp.expand_dims(roots, range(1, rows.ndim)) * rows
+
+    @property
     def l2(self) -> Float[Array, ""]:
         r"""The ridge $\lambda$."""
         return jnp.exp(self.log_l2)
-
-

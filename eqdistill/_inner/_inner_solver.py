@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from .._checks import check_callable
 from .._classifier import parameters, squared_norm
 from .._data._distilled_set import DistilledSet
+from .._losses import mean_loss
 
 
 State = TypeVar("State")
@@ -20,12 +21,13 @@ def inner_loss(
 ) -> Float[Array, ""]:
     r"""The objective of the inner problem, for a model with parameters $w$:
 
-    $$\frac{1}{n} \sum_{i=1}^n \ell(y_i, w(\theta_i)) + \frac{\lambda}{2} \|w\|^2.$$
+    $$\frac{1}{n} \sum_{i=1}^n r_i\, \ell(y_i, w(\theta_i)) +
+    \frac{\lambda}{2} \|w\|^2.$$
 
     **Arguments:**
 
-    - `distilled`: the images $\theta$, their labels $y$, the ridge $\lambda$ and the
-        loss $\ell$.
+    - `distilled`: the images $\theta$, their labels $y$, the ridge $\lambda$, the loss
+        $\ell$ and the weights $r$, which are one by default.
     - `model`: a map from one image to its outputs.
     - `key`: a `jax.random.key` for a model with dropout, which is called with a
         different `key` for each image. By default, it is called without. (Keyword only
@@ -50,7 +52,8 @@ def inner_loss(
         keys = jax.random.split(key, len(distilled))
         call = lambda image, key: model(image, key=key)
         outputs = jax.vmap(call)(distilled.images, keys)
-    loss = distilled.loss(outputs, distilled.labels)
+    labels, weights = distilled.labels, distilled.weights
+    loss = mean_loss(distilled.loss, outputs, labels, weights)
     return loss + 0.5 * distilled.l2 * squared_norm(model)
 
 

@@ -44,7 +44,8 @@ class LinearisedSolver(AbstractInnerSolver[None]):
     parameters and fits it with [`eqdistill.SquaredError`][] in closed form.
 
     With the Jacobian $J \in \mathbb{R}^{nc \times p}$ of the outputs on the distilled
-    images and the residuals $r$ (targets minus outputs), the parameters change by
+    images and the residuals $r$ (targets minus outputs), both multiplied by the square
+    roots of the weights of the images, the parameters change by
 
     $$u = s J^\top (s J J^\top + n \lambda I)^{-1} r, \qquad
     s = n^2 c / \mathrm{tr}(J J^\top),$$
@@ -80,13 +81,13 @@ class LinearisedSolver(AbstractInnerSolver[None]):
         over_images = lambda fn: jax.vmap(fn, (None, 0))(flat, distilled.images)
         start = over_images(outputs)
         n, c = start.shape
-        jacobian = over_images(jax.jacrev(outputs)).reshape(n * c, -1)
+        jacobian = distilled.weigh(over_images(jax.jacrev(outputs))).reshape(n * c, -1)
         kernel = jacobian @ jacobian.T
         trace = jnp.trace(kernel)
         # The outputs of a dead network do not depend on its parameters.
         scale = n**2 * c / jnp.where(trace > 0, trace, 1)
         targets = distilled.loss.targets(distilled.labels, c).astype(start.dtype)
-        residuals = (targets - start).reshape(-1, 1)
+        residuals = distilled.weigh(targets - start).reshape(-1, 1)
         ridge = n * distilled.l2
         matrix = scale * kernel + ridge * jnp.eye(n * c, dtype=kernel.dtype)
         solution, is_exact = solve_cholesky(matrix, residuals)

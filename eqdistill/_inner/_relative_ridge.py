@@ -18,9 +18,10 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
     r"""Fits an [`eqdistill.linear.LinearClassifier`][] with a ridge relative to the
     size of its features. Before the fit, the features $\phi$ are multiplied by
 
-    $$s = n \Big/ \sqrt{\textstyle \sum_{i=1}^n \|\phi(\theta_i)\|^2},$$
+    $$s = n \Big/ \sqrt{\textstyle \sum_{i=1}^n r_i \|\phi(\theta_i)\|^2},$$
 
-    so that the mean squared norm of the features of $n$ images is $n$. One ridge then
+    so that the mean squared norm of the features of $n$ images is $n$: the mean with
+    the weights $r_i$ of the images, which are one by default. One ridge then
     suits networks whose features differ in size.
 
     The fitted model takes the unscaled features. `gradient_norm` is the norm for the
@@ -68,7 +69,8 @@ def _scale(
     positive = lambda x: jnp.where(x > 0, x, 1)
     # Divide by the largest entry, so that no square overflows or underflows.
     largest = positive(jnp.max(jnp.abs(jax.lax.stop_gradient(rows))))
-    total = positive(jnp.sum((rows / largest) ** 2))
+    rows = distilled.weigh(rows / largest)
+    total = positive(jnp.sum(rows**2))
     factor = len(rows) / largest * jax.lax.rsqrt(total)
     features = eqx.Partial(_scale_features, model.features, factor)
     scaled = LinearClassifier(features, model.head)

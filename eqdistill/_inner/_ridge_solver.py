@@ -15,7 +15,8 @@ class RidgeSolver(AbstractInnerSolver[None]):
     form.
 
     With the features $\Phi \in \mathbb{R}^{n \times p}$ of the images and the targets
-    $T \in \mathbb{R}^{n \times c}$, both centred if there is an intercept,
+    $T \in \mathbb{R}^{n \times c}$, both centred if there is an intercept, and their
+    rows multiplied by the square roots of the weights of the images,
 
     $$W^\top = \Phi^\top (\Phi \Phi^\top + n \lambda I)^{-1} T
     = (\Phi^\top \Phi + n \lambda I)^{-1} \Phi^\top T,$$
@@ -41,9 +42,12 @@ class RidgeSolver(AbstractInnerSolver[None]):
         targets = distilled.loss.targets(distilled.labels, len(model.head.weight))
         targets = targets.astype(features.dtype)
         use_intercept = model.head.bias is not None
-        means = jnp.mean(features, axis=0), jnp.mean(targets, axis=0)
+        weigh = distilled.weigh
+        ones = weigh(jnp.ones((n, 1), features.dtype))
+        means = [jnp.mean(ones * weigh(x), axis=0) for x in (features, targets)]
         if use_intercept:
             features, targets = features - means[0], targets - means[1]
+        features, targets = weigh(features), weigh(targets)
         ridge = n * distilled.l2 * jnp.eye(min(n, p), dtype=features.dtype)
         if n <= p:
             solution, is_exact = solve_cholesky(features @ features.T + ridge, targets)

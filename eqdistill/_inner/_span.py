@@ -13,11 +13,21 @@ _MOST_UNKNOWNS = 2000
 
 class SpanProblem(eqx.Module):
     """The inner problem of a linear model. `images` are the features of the distilled
-    images, and `scale` is `n` times the ridge."""
+    images, `weights` have a mean of one, and `scale` is `n` times the ridge."""
 
     images: Float[Array, "n p"]
     labels: Int[Array, " n"] | Float[Array, "n c"]
+    weights: Float[Array, " n"] | None
     scale: Float[Array, ""]
+
+    def residuals(self, logits: Float[Array, "n c"]) -> Float[Array, "n c"]:
+        return self.weigh(label_residual(logits, self.labels))
+
+    def weigh(self, x: Float[Array, "n *rest"]) -> Float[Array, "n *rest"]:
+        """Multiplies what belongs to each image by its weight."""
+        if self.weights is None:
+            return x
+        return jnp.expand_dims(self.weights.astype(x.dtype), range(1, x.ndim)) * x
 
 
 class Span(eqx.Module):
@@ -112,13 +122,15 @@ class Span(eqx.Module):
         self, y: Float[Array, "k m"], logits: Float[Array, "n c"], problem: SpanProblem
     ) -> Float[Array, "k m"]:
         """`n` times the gradient of the inner loss in `y`, given its logits."""
-        residuals = label_residual(logits, problem.labels) @ self.contrasts.T
+        residuals = problem.residuals(logits) @ self.contrasts.T
         return problem.scale * self._ridge(y) - residuals.T @ self.features
 
-    def curvature(self, y: Float[Array, "k m"]) -> Float[Array, "n k k"]:
-        """The Hessian of the cross-entropy of each image in the contrasts of its
-        logits."""
-        covariance = softmax_covariance(self.logits(y))
+    def curvature(
+        self, y: Float[Array, "k m"], problem: SpanProblem
+    ) -> Float[Array, "n k k"]:
+        """The Hessian of the weighted cross-entropy of each image in the contrasts of
+        its logits."""
+        covariance = problem.weigh(softmax_covariance(self.logits(y)))
         return self.contrasts @ covariance @ self.contrasts.T
 
     def hessian_product(
@@ -183,7 +195,7 @@ class Solution(eqx.Module):
 
     @staticmethod
     def of(y: Float[Array, "k m"], span: Span, problem: SpanProblem) -> "Solution":
-        residuals = label_residual(span.logits(y), problem.labels)
+        residuals = problem.residuals(span.logits(y))
         if span.inverse is not None:
             # Compute the part of the residuals within the span from the weights. From
             # the logits it would be a small difference of large numbers.

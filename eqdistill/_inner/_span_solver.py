@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
@@ -12,7 +14,6 @@ from .._conversions import as_float_or_none, as_int
 from .._data._distilled_set import DistilledSet
 from .._losses import CrossEntropy
 from .._sharding import vary_like
-from .._softmax import label_residual
 from ._inner_solver import AbstractInnerSolver, Fitted
 from ._linear import check_linear, with_head
 from ._span import Solution, Span, SpanProblem
@@ -29,12 +30,12 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
     A = T - \mathrm{softmax}\left(\theta W + 1 b^\top\right),$$
 
     where $A$ is the difference between the label probabilities $T$ and the fitted
-    probabilities. The weights therefore lie in the span of the images: $W = Q V$, with
-    the right singular vectors $Q$ of $\theta$. The remaining problem for $V$ has $r c$
-    unknowns, $r = \min(n, p)$. It is solved by Newton's method with a line search,
-    starting from the previous weights, and differentiated by the implicit function
-    theorem. Linear systems of up to 100 unknowns are solved by Cholesky decomposition,
-    larger ones by conjugate gradients.
+    probabilities, multiplied by the weight of each image. The parameters $W$ therefore
+    lie in the span of the images: $W = Q V$, with the right singular vectors $Q$ of
+    $\theta$. The remaining problem for $V$ has $r c$ unknowns, $r = \min(n, p)$. It is
+    solved by Newton's method with a line search, starting from the previous weights,
+    and differentiated by the implicit function theorem. Linear systems of up to 100
+    unknowns are solved by Cholesky decomposition, larger ones by conjugate gradients.
 
     In float32 the fit is exact to rounding for ridges from 1 down to 1e-8, with hard or
     soft labels, equal images, and more images than pixels. There is one exception:
@@ -76,7 +77,8 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         model = check_linear("SpanSolver", distilled, model, CrossEntropy)
         images = jax.vmap(model.features)(distilled.images)
         scale = (len(images) * distilled.l2).astype(images.dtype)
-        problem = SpanProblem(images, distilled.labels, scale)
+        weights = distilled.weights
+        problem = SpanProblem(images, distilled.labels, weights, scale)
         fixed = jax.lax.stop_gradient(problem)
         num_classes = model.head.weight.shape[0]
         span = Span(fixed.images, num_classes, model.head.bias is not None)
@@ -85,9 +87,9 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         y, is_solved, steps = self._minimise(span, fixed, _start(state, span, fixed))
         found = Solution.of(y, span, fixed)
         # The logits already depend on the images and the ridge, so differentiate the
-        # gradient directly only in the labels.
-        by_labels = eqx.tree_at(lambda p: p.labels, fixed, problem.labels)
-        gradient = span.gradient(y, found.logits(problem), by_labels)
+        # gradient directly only in the labels and the weights.
+        moving = replace(fixed, labels=problem.labels, weights=problem.weights)
+        gradient = span.gradient(y, found.logits(problem), moving)
         y = _implicit(y, gradient, (span, fixed))
         bias = y[:, -1] @ span.contrasts if span.use_intercept else None
         fitted = with_head(model, found.weights(y, problem).T, bias)
@@ -118,7 +120,8 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
             is_short = jnp.vdot(gradient, step) <= 0.5 * jnp.abs(slope)
 
             def accept():
-                step = -_solve(span, span.curvature(tried), problem, gradient, tol)
+                curvature = span.curvature(tried, problem)
+                step = -_solve(span, curvature, problem, gradient, tol)
                 is_last = norm(step) <= atol + rtol * norm(tried)
                 new_y = tried + jnp.where(is_last, 1, 0) * step
                 return new_y, step, jnp.vdot(gradient, step), one, is_last
@@ -218,7 +221,7 @@ def _(primals, tangents):
     # A second derivative would be wrong.
     message = "`SpanSolver` can be differentiated only once. Use `ArgminSolver`."
     eqxi.nondifferentiable(gradient, msg=message)
-    curvature = span.curvature(y)
+    curvature = span.curvature(y, problem)
     rtol = float(jnp.finfo(y.dtype).eps) ** 0.75
     y_dot = jax.lax.custom_linear_solve(
         lambda vector: span.hessian_product(curvature, problem, vector),
@@ -236,7 +239,7 @@ def _gradient_norm(head: eqx.nn.Linear, problem: SpanProblem) -> Float[Array, ""
     weight, bias = head.weight, head.bias
     logits = problem.images @ weight.T
     logits = logits if bias is None else logits + bias
-    residuals = label_residual(logits, problem.labels)
+    residuals = problem.residuals(logits)
     gradient = problem.scale * weight - residuals.T @ problem.images
     if bias is not None:
         gradient = (gradient, jnp.sum(residuals, axis=0))

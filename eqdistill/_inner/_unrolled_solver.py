@@ -184,18 +184,20 @@ class UnrolledSolver(AbstractInnerSolver[None]):
         return eqx.apply_updates(params, updates), optimiser_state, norm
 
     def _batch(self, distilled, step, batch_key, augmentation_key) -> DistilledSet:
-        images, labels, n = distilled.images, distilled.labels, len(distilled)
-        size = self.batch_size
+        where = lambda d: (d.images, d.labels, d.log_weights)
+        rows, size, n = where(distilled), self.batch_size, len(distilled)
         if size is not None:
             if self.shuffle:
                 chosen = batch_at(step, size, n, key=batch_key)
             else:
                 chosen = (step * size + jnp.arange(size)) % n
-            images, labels = images[chosen], labels[chosen]
+            rows = jax.tree.map(lambda x: x[chosen], rows)
+        images, labels, weights = rows
         if self.augmentation is not None:
             step_key = jr.fold_in(augmentation_key, step)
             images = augment(self.augmentation, images, key=step_key)
-        return eqx.tree_at(lambda d: (d.images, d.labels), distilled, (images, labels))
+        rows = images, labels, weights
+        return eqx.tree_at(where, distilled, rows, is_leaf=lambda x: x is None)
 
 
 def log_positive(name: str, value: ArrayOrList) -> Float[Array, "..."]:

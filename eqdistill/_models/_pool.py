@@ -13,6 +13,7 @@ from .._conversions import as_int
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
 from .._inner._unrolled_solver import has_dropout
+from .._losses import mean_loss
 from .._sharding import vary_like
 from ._flat_network import Flat, FlatNetworks, select_network
 from ._models import AbstractModels
@@ -167,7 +168,8 @@ class Pool(AbstractModels[PoolState]):
                 outputs = jax.vmap(lambda x, key: network(x, key=key))(images, keys)
             else:
                 outputs = jax.vmap(network)(images)
-            return distilled.loss(outputs, distilled.labels)
+            labels, weights = distilled.labels, distilled.weights
+            return mean_loss(distilled.loss, outputs, labels, weights)
 
         updates, training = self.optimiser.update(jax.grad(loss)(row), training, row)
         trained = (optax.apply_updates(row, updates), others), training, age + 1

@@ -103,10 +103,8 @@ class Accumulated:
                 f"The labels of `source[{step}]` must be in [0, {self.num_classes}); "
                 f"got {labels.min()} to {labels.max()}."
             )
-        return tuple(
-            x.astype(struct.dtype)
-            for x, struct in zip((images, labels), self.struct, strict=True)
-        )
+        image, label = self.struct
+        return images.astype(image.dtype), labels.astype(label.dtype)
 
 
 class _Accumulated(AbstractData):
@@ -158,5 +156,5 @@ class _Accumulated(AbstractData):
 def _of_read(model, example):
     """As `of_example`. `zero` is NaN if the batch could not be read."""
     image, label, zero = example
-    value = of_example(model, (image, label, {}))
+    value = of_example(model, (image, label, None, {}))
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), value)

@@ -14,7 +14,7 @@ from .._conversions import as_int
 from .._data._augmentation import AbstractAugmentation, augment_part
 from .._data._dataset import Dataset
 from .._data._permutation import batch_at
-from .._sharding import replicate, to_host
+from .._sharding import place, replicate, to_host
 from ._data import AbstractData, Cached, FullBatch, mean_of_some
 
 
@@ -52,7 +52,8 @@ class Batches(AbstractData):
         All other arguments are keyword only.
 
         - `balanced`: whether a batch has the same number of examples of each class. A
-            class with fewer examples is taken several times.
+            class with fewer examples is taken several times. Weights are then relative
+            to those of the same class.
         - `augmentation`: changes each image at random, differently in each step.
         - `cached`, `chunk_bytes`, `sharding`: as for [`eqdistill.FullBatch`][]. Every
             device works on its own part of a batch, and the batches are the same for
@@ -74,6 +75,9 @@ class Batches(AbstractData):
                 "`augmentation` must be None with `cached` outputs, which are computed "
                 f"once; got a {type(augmentation).__name__}."
             )
+        if balanced and dataset.weights is not None:
+            weights = _balance(dataset, to_host(dataset.weights))
+            dataset = eqx.tree_at(lambda d: d.weights, dataset, weights)
         self.data = FullBatch(
             dataset, cached=cached, chunk_bytes=chunk_bytes, sharding=sharding
         )
@@ -88,7 +92,7 @@ class Batches(AbstractData):
                     f"`size` must be a multiple of the {dataset.num_classes} classes, "
                     "each of which needs an example, for balanced batches; got "
                     f"{size}, and {counts.min()} examples of "
-                    f"{dataset.class_name(counts.argmin())}."
+                    f"{dataset.class_name(int(counts.argmin()))}."
                 )
             labels = to_host(dataset.labels)
             copies = -(-share // np.minimum(share, counts))
@@ -117,6 +121,14 @@ class Batches(AbstractData):
         return mean_of_some(self.data, fn, model, self.size, draws, take)
 
 
+def _balance(dataset: Dataset, weights: np.ndarray) -> Array:
+    """The weights divided by their mean over a class."""
+    labels = to_host(dataset.labels)
+    total = np.bincount(labels, weights=weights, minlength=dataset.num_classes)
+    mean = total / np.maximum(dataset.class_counts, 1)
+    return place((weights / mean[labels]).astype(weights.dtype), dataset.sharding)
+
+
 class _Draws(eqx.Module):
     """What the examples of a batch depend on."""
 
@@ -131,7 +143,7 @@ def _take(size: int, num: int, counts, rows: PyTree, draws: _Draws, _, device):
     chosen = _chosen(size, num, counts, draws)
     if device is None:
         place = jnp.arange(size)
-        images, labels, cached = jax.tree.map(lambda x: x[chosen], rows)
+        images, *others = jax.tree.map(lambda x: x[chosen], rows)
     else:
         # Each device takes the examples that it has, and all send them where they are
         # wanted. The other entries are zero, so that a sum collects them.
@@ -146,13 +158,13 @@ def _take(size: int, num: int, counts, rows: PyTree, draws: _Draws, _, device):
             found = jnp.where(mask, x[jnp.where(is_here, index, 0)], 0)
             return jax.lax.psum_scatter(found, device.axes, tiled=True)
 
-        images, labels, cached = jax.tree.map(collect, rows)
+        images, *others = jax.tree.map(collect, rows)
     if draws.augmentation is not None:
         # No epoch and no class has this number.
         key = jr.fold_in(jr.fold_in(draws.key, np.uint32(2**32 - 1)), draws.step)
         images = Dataset.to_floating(images)
         images = augment_part(draws.augmentation, images, place, key)
-    return images, labels, cached
+    return images, *others
 
 
 def _chosen(size: int, num: int, counts, draws: _Draws) -> Int[Array, " size"]:

@@ -104,6 +104,7 @@ class Bilevel(AbstractObjective[PyTree]):
             self.loss.check_labels(to_host(dataset.labels))
         is_linear = isinstance(self.models, Fixed) and takes_pixels(self.models.model)
         is_plain = dataset.sharding is None and not dataset.has_targets
+        is_plain &= dataset.weights is None
         return SortedPixels(dataset) if is_linear and is_plain else FullBatch(dataset)
 
 

@@ -29,8 +29,8 @@ class AbstractData(eqx.Module):
     def mean(
         self, fn: Callable, model: PyTree, step: Int[Array, ""], *, key: PRNGKeyArray
     ) -> PyTree[Array]:
-        """The mean over the real examples of a step, $\\frac{1}{N} \\sum_{i=1}^N
-        f(m, x_i, y_i)$.
+        """The mean over the real examples of a step, $\\frac{1}{N} \\sum_{i=1}^N r_i
+        f(m, x_i, y_i)$, with the weights $r$ of a dataset, which are one by default.
 
         **Arguments:**
 
@@ -96,6 +96,7 @@ class FullBatch(AbstractData):
 
     images: Array
     labels: Labels
+    weights: Float[Array, " N"] | None
     cached: dict[str, Array]
     sources: tuple[Cached, ...]
     num: int = eqx.field(static=True)
@@ -150,6 +151,8 @@ class FullBatch(AbstractData):
         self.sharding = sharding
         self.images = _spread(dataset.images, sharding)
         self.labels = _spread(dataset.labels, sharding)
+        weights = dataset.weights
+        self.weights = None if weights is None else _spread(weights, sharding)
         self.cached = {}
         for part in cached:
             found = map_images(part.features, self.images, sharding, self.chunk_bytes)
@@ -175,7 +178,7 @@ def mean_of_some(
     data: FullBatch, fn: Callable, model: PyTree, num: int, others: PyTree, take
 ) -> PyTree[Array]:
     """The mean over `num` of the data, which `take` takes: see `Examples`."""
-    rows = data.images, data.labels, data.cached
+    rows = data.images, data.labels, data.weights, data.cached
     examples = Examples(rows, others, take, num, data.chunk_bytes, data.sharding)
     struct = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
     example = jax.tree.map(struct, rows)
@@ -194,15 +197,18 @@ def _spread(x: Array, sharding: NamedSharding | None) -> Array:
 
 
 def of_example(model: PyTree, example: tuple) -> PyTree:
-    """`fn(model, x, y)`, with the cached outputs in their places."""
-    (fn, model), (image, label, cached) = model, example
+    """`fn(model, x, y)` times its weight, with the cached outputs in their places."""
+    (fn, model), (image, label, weight, cached) = model, example
     is_known = lambda node: isinstance(node, Cached) and node.name in cached
     model = jax.tree.map(
         lambda node: _Constant(cached[node.name]) if is_known(node) else node,
         model,
         is_leaf=is_known,
     )
-    return fn(model, Dataset.to_floating(image), label)
+    value = fn(model, Dataset.to_floating(image), label)
+    if weight is None:
+        return value
+    return jax.tree.map(lambda x: weight.astype(x.dtype) * x, value)
 
 
 class _Constant(eqx.Module):

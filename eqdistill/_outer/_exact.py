@@ -68,6 +68,8 @@ def distill_exactly(
     if not isinstance(start.loss, CrossEntropy):
         got = describe(start.loss)
         raise TypeError(f"`start` must have the loss `CrossEntropy`; got {got}.")
+    if start.log_weights is not None:
+        raise ValueError("`start` must have no weights.")
     check_fit(start, model)
     # In single precision, rounding errors would be multiplied by the condition number
     # of the fit.

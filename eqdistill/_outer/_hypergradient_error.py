@@ -85,18 +85,22 @@ def hypergradient_error(
         start, model, gradient, at, reference = map(
             _to_double, (start, model, gradient, fitted.model, reference)
         )
-        real = Dataset(_to_double(data.floating()), data.labels, data.num_classes)
+        real = data.map(_to_double)
         wanted, found = _hypergradient(start, model, FullBatch(real), reference, key)
         if not found.converged:
             norm = f"a gradient of norm {found.gradient_norm:.2g}"
             raise ValueError(f"`reference` must fit the model; it left {norm}.")
         bound, is_linear = jnp.inf, takes_pixels(model) and model.head.bias is None
-        is_plain = isinstance(start, DistilledSet)
-        if is_plain and is_linear and isinstance(start.loss, CrossEntropy):
+        is_linear &= data.weights is None and not data.has_targets
+        if is_linear and isinstance(start, DistilledSet) and _is_plain(start):
             bound = _bound(start, at.head.weight.T, real, gradient)
         error = optax.tree.norm(optax.tree.sub(gradient, wanted))
         values = optax.tree.norm(gradient), error, bound, fitted.gradient_norm
         return HypergradientError(*map(float, values))
+
+
+def _is_plain(start: DistilledSet) -> bool:
+    return isinstance(start.loss, CrossEntropy) and start.log_weights is None
 
 
 @eqx.filter_jit

@@ -24,7 +24,11 @@ def measure(
     labels = to_host(test.labels)
     # A soft label is correctly classified by its most likely class.
     is_class = not test.has_targets or isinstance(loss, CrossEntropy)
-    centre = None if is_class else jnp.asarray(np.mean(labels, 0, np.float64), float)
+    weights = np.ones(len(test)) if test.weights is None else to_host(test.weights)
+    centre = None
+    if not is_class:
+        mean = np.average(labels, axis=0, weights=weights.astype(np.float64))
+        centre = jnp.asarray(mean, float)
     value, sums = _means(model, loss, centre, FullBatch(test))
     sums = [np.asarray(x, np.float64) for x in sums]
     known = sums[1] > 0
@@ -35,7 +39,7 @@ def measure(
         metrics["balanced accuracy"] = _mean(per_class)
     elif isinstance(loss, BinaryCrossEntropy):
         outputs = map_images(model, test.images, test.sharding, CHUNK_BYTES)
-        per_class = average_precision(to_host(outputs), labels)
+        per_class = average_precision(to_host(outputs), labels, weights)
         metrics = {"mean average precision": _mean(per_class)}
     else:
         per_class = 1 - per_class
@@ -70,7 +74,9 @@ def _score(args, x, y):
 
 
 def average_precision(
-    outputs: Float[np.ndarray, "N c"], targets: Float[np.ndarray, "N c"]
+    outputs: Float[np.ndarray, "N c"],
+    targets: Float[np.ndarray, "N c"],
+    weights: Float[np.ndarray, " N"],
 ) -> Float[np.ndarray, " c"]:
     """The mean over the positive examples of a column of the fraction of positives
     among the examples with an output at least as large. NaN without positives."""
@@ -78,9 +84,10 @@ def average_precision(
     for k, (scores, truth) in enumerate(zip(outputs.T, targets.T, strict=True)):
         order = np.argsort(-scores, kind="stable")
         is_positive, scores = truth[order] > 0.5, scores[order]
+        w = weights[order].astype(np.float64)
         # Examples with equal outputs have one rank: that of the last of them.
         last = np.searchsorted(-scores, -scores, side="right") - 1
-        precision = np.cumsum(is_positive)[last] / (last + 1)
+        precision = (np.cumsum(w * is_positive) / np.cumsum(w))[last]
         if is_positive.any():
-            found[k] = precision[is_positive].mean()
+            found[k] = np.average(precision[is_positive], weights=w[is_positive])
     return found
