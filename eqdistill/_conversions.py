@@ -15,10 +15,13 @@ ArrayOrList = ArrayLike | list | tuple
 Labels = Int[Array, " n"] | Float[Array, "n c"]
 
 
-def as_weights(weights: ArrayOrList, n: int) -> Float[np.ndarray, " n"]:
-    """Weights of `n` examples, divided by their mean."""
-    weights_ = np.asarray(as_array("weights", weights), np.float64)
-    if weights_.shape != (n,) or not ((weights_ > 0) & (weights_ < np.inf)).all():
+def as_weights(weights: ArrayOrList, n: int) -> Float[Array | np.ndarray, " n"]:
+    """Weights of `n` examples, divided by their mean. Traced ones are not checked."""
+    weights_ = as_array("weights", weights)
+    is_traced = isinstance(weights_, jax.core.Tracer)
+    weights_ = weights_ if is_traced else np.asarray(weights_, np.float64)
+    are_good = is_traced or ((weights_ > 0) & (weights_ < np.inf)).all()
+    if weights_.shape != (n,) or not are_good:
         raise ValueError(
             f"`weights` must be positive and finite, one for each of the {n} examples; "
             f"got {describe(weights)}."

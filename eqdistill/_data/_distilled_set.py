@@ -96,8 +96,7 @@ class DistilledSet(AbstractParameterisation):
             loss.check_labels(np.asarray(labels))
         self.log_weights = None
         if weights is not None:
-            log_weights = np.log(as_weights(weights, n))
-            self.log_weights = jnp.asarray(log_weights, images.dtype)
+            self.log_weights = jnp.log(as_weights(weights, n)).astype(images.dtype)
         message = f"`l2` must be positive and finite; got {l2}."
         ridge = error_if(ridge, lambda x: ~((x > 0) & (x < np.inf)), message)
         self.log_l2 = jnp.log(ridge)
@@ -154,7 +153,7 @@ class DistilledSet(AbstractParameterisation):
         - `num_classes`: the number of classes of the union, if some labels are soft or
             targets and have fewer columns. The classes of a set come first. An example
             of a set has none of the classes that this set lacks.
-        - `l2`: the ridge. Defaults to that of the distilled sets, if it is the same.
+        - `l2`: the ridge. Defaults to that of the first distilled set.
 
         If some labels are soft or targets, class indices become `loss.targets` of them,
         such as the logits of a probability of one.
@@ -176,9 +175,6 @@ class DistilledSet(AbstractParameterisation):
             raise ValueError(f"`sets` must have images of one shape; got {shapes}.")
         if not all(eqx.tree_equal(x.loss, loss) for x in distilled):
             raise ValueError("`sets` must have one loss; got different ones.")
-        ridges = {float(x.l2) for x in distilled}
-        if l2 is None and len(ridges) > 1:
-            raise ValueError(f"`l2` must be given, as the sets have {sorted(ridges)}.")
         columns = {x.labels.shape[1] for x in sets if x.labels.ndim == 2}
         if num_classes is None and len(columns) > 1:
             raise ValueError(
@@ -192,9 +188,9 @@ class DistilledSet(AbstractParameterisation):
         images = [x.floating() if isinstance(x, Dataset) else x.images for x in sets]
         dtype, wanted = images[sets.index(distilled[0])].dtype, None
         if weights is not None or any(x.weights is not None for x in sets):
-            ones = lambda x: np.ones(len(x)) if x.weights is None else x.weights
+            ones = lambda x: jnp.ones(len(x)) if x.weights is None else x.weights
             pairs = zip(factors, sets, strict=True)
-            wanted = np.concatenate([f * np.asarray(ones(x)) for f, x in pairs])
+            wanted = jnp.concatenate([f * ones(x) for f, x in pairs])
         return cls(
             jnp.concatenate([x.astype(dtype) for x in images]),
             jnp.concatenate(labels),
