@@ -13,6 +13,7 @@ from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from .._sharding import replicate
 from .._typechecking import describe
 from . import _initialisers
+from ._class_names import check_class_names, count_classes
 from ._dataset import Dataset
 from ._parameterisation import AbstractParameterisation
 
@@ -21,14 +22,15 @@ class DistilledSet(AbstractParameterisation):
     r"""Synthetic images with their labels, the ridge and the loss: everything that is
     needed to train a model on them.
 
-    **Attributes:** `images`, `labels` and `loss` as below, and `log_l2`: the logarithm
-    of the ridge $\lambda$, which keeps a learned ridge positive.
+    **Attributes:** `images`, `labels`, `loss` and `class_names` as below, and `log_l2`:
+    the logarithm of the ridge $\lambda$, which keeps a learned ridge positive.
     """
 
     images: Float[Array, "n *shape"]
     labels: Labels
     log_l2: Float[Array, ""]
     loss: AbstractLoss
+    class_names: tuple[str, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class DistilledSet(AbstractParameterisation):
         *,
         l2: ArrayLike,
         loss: AbstractLoss = CrossEntropy(),
+        class_names: list[str] | tuple[str, ...] | None = None,
     ):
         r"""**Arguments:**
 
@@ -50,6 +53,9 @@ class DistilledSet(AbstractParameterisation):
         - `l2`: the ridge $\lambda > 0$. Logistic regression works well at 0.1. Networks
             need 1e-3 or less, as a larger ridge shrinks all of their weights to zero.
         - `loss`: the loss that models are trained with.
+        - `class_names`: the name of each class or column of the labels, all different,
+            or `None` if they have no names. Real data with other names, or with the
+            same names in another order, are refused.
 
         Traced values are not refused, but bad ones in floating point become NaN.
         """
@@ -92,6 +98,8 @@ class DistilledSet(AbstractParameterisation):
         ridge = error_if(ridge, lambda x: ~((x > 0) & (x < np.inf)), message)
         self.log_l2 = jnp.log(ridge)
         self.loss = loss
+        num_classes = count_classes(labels, class_names)
+        self.class_names = check_class_names(class_names, num_classes)
 
     def decode(self) -> "DistilledSet":
         """Returns the distilled set itself."""
@@ -110,6 +118,7 @@ class DistilledSet(AbstractParameterisation):
             )
         message = f"`num_classes` must be larger than every label; got {num_classes}."
         labels = error_if(self.labels, lambda x: (x >= num_classes).any(), message)
+        check_class_names(self.class_names, num_classes)
         loss = SquaredError()
         targets = loss.targets(labels, num_classes).astype(self.images.dtype)
         return eqx.tree_at(lambda d: (d.labels, d.loss), self, (targets, loss))
@@ -245,7 +254,9 @@ class DistilledSet(AbstractParameterisation):
     def _of(cls, train, images, labels, l2, loss):
         if loss is None:
             loss = SquaredError() if train.has_targets else CrossEntropy()
-        return replicate(cls(images, labels, l2=l2, loss=loss), train.sharding)
+        names = train.class_names
+        made = cls(images, labels, l2=l2, loss=loss, class_names=names)
+        return replicate(made, train.sharding)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -259,5 +270,3 @@ class DistilledSet(AbstractParameterisation):
     def l2(self) -> Float[Array, ""]:
         r"""The ridge $\lambda$."""
         return jnp.exp(self.log_l2)
-
-

@@ -88,7 +88,7 @@ class Batches(AbstractData):
                     f"`size` must be a multiple of the {dataset.num_classes} classes, "
                     "each of which needs an example, for balanced batches; got "
                     f"{size}, and {counts.min()} examples of "
-                    f"{dataset.class_name(counts.argmin())}."
+                    f"{dataset.class_name(int(counts.argmin()))}."
                 )
             labels = to_host(dataset.labels)
             copies = -(-share // np.minimum(share, counts))
@@ -105,6 +105,10 @@ class Batches(AbstractData):
     @property
     def num_classes(self) -> int:
         return self.data.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.data.class_names
 
     @property
     def sharding(self) -> NamedSharding | None:
