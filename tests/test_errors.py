@@ -132,7 +132,7 @@ case(eqd.evaluate, {"distilled": HARD, "recipe": MODEL, "test": DATA}, distilled
      recipe=eqd.recipes.dc, test=OTHER_DATA, num_models=0)
 
 case(eqd.Checkpoints, {"directory": "x"}, every=0, keep=0)
-case(eqd.export, {"folder": "x"},
+case(eqd.export, {"folder": "x", "distilled": HARD},
      distilled=eqd.DistilledSet(IMAGES[:2], [0, 1], l2=1, class_names=["a/b", "c"]))
 case(eqd.load, {"path": "x"}, path="no such file")
 case(eqd.save, {"path": FOLDER / "x.safetensors", "result": HARD}, path="x.npz")

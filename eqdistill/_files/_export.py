@@ -133,8 +133,8 @@ def _folder_names(class_names: Sequence[str] | None, num_classes: int) -> list[s
     for name in class_names:
         if not name or name.startswith(".") or Path(name).name != name:
             raise ValueError(
-                "`class_names` must be names of folders that do not begin with a dot; "
-                f"got {name!r}."
+                "`distilled` must have class names that are names of folders without a "
+                f"dot in front; got {name!r}."
             )
     return list(class_names)
 
