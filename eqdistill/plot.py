@@ -34,7 +34,8 @@ def images(
     is mid-grey. Colour images are mapped by $(v - v_\min) / (v_\max - v_\min)$, where
     the minimum and the maximum are over all images and channels.
 
-    Up to 50 images are drawn with their labels as titles. More images, or any number if
+    Up to 50 images are drawn with their classes as titles, by name if the set has
+    `class_names`. More images, or any number if
     `ax` is given, are drawn as a mosaic, with the images of each class side by side and
     the class on the left.
 
@@ -53,7 +54,7 @@ def images(
     """
     check_at_least(1, columns=columns)
     pictures = to_pictures(np.asarray(distilled.images, np.float32))
-    labels = np.asarray(distilled.labels)
+    labels, names = np.asarray(distilled.labels), distilled.class_names
     classes = labels if labels.ndim == 1 else labels.argmax(axis=1)
     tiny = np.finfo(np.float32).tiny  # Avoids 0 / 0 if all pixels are equal.
     limit, scale = max(float(np.abs(pictures).max()), tiny), {}
@@ -63,12 +64,12 @@ def images(
     else:
         scale = {"cmap": "gray_r", "vmin": -limit, "vmax": limit}
     if ax is None and len(pictures) <= 50:
-        titles = [str(class_) for class_ in classes]
+        titles = [_name(class_, names) for class_ in classes]
         if labels.ndim == 2 and isinstance(distilled.loss, CrossEntropy):
             most = scipy.special.softmax(labels, axis=1).max(axis=1)
             titles = [f"{a} ({b:.0%})" for a, b in zip(titles, most, strict=True)]
         return _with_titles(pictures, titles, columns or 5, scale)
-    canvas, texts = _mosaic(pictures, classes, columns or 50)
+    canvas, texts = _mosaic(pictures, classes, names, columns or 50)
     panel: Any = ax
     if ax is None:
         height, width = canvas.shape[:2]
@@ -101,7 +102,10 @@ def _with_titles(
 
 
 def _mosaic(
-    pictures: np.ndarray, classes: np.ndarray, columns: int
+    pictures: np.ndarray,
+    classes: np.ndarray,
+    names: tuple[str, ...] | None,
+    columns: int,
 ) -> tuple[np.ndarray, list[tuple]]:
     """All pictures as one, because Matplotlib takes seconds for many axes; and the
     classes with their coordinates."""
@@ -113,8 +117,9 @@ def _mosaic(
     # A class with more images than columns has several rows, and a gap below them.
     rows = math.ceil(most / columns)
     class_height = rows * (height + gap) + (height // 4 if rows > 1 else 0)
-    # One column is left for the label.
-    class_width = (columns + 1) * (width + gap)
+    # A column is left for four characters of the label.
+    label_columns = math.ceil(max(len(_name(c, names)) for c in members) / 4)
+    class_width = (columns + label_columns) * (width + gap)
     # Blocks of classes stand side by side, so that the mosaic is about square.
     beside = math.ceil(math.sqrt(len(members) * class_height / class_width))
     beside = min(beside, len(members))
@@ -125,13 +130,17 @@ def _mosaic(
     texts = []
     for i, (class_, indices) in enumerate(members.items()):
         top = i % below * class_height
-        left = i // below * class_width + width + gap
+        left = i // below * class_width + label_columns * (width + gap)
         for j, index in enumerate(indices):
             y = top + j // columns * (height + gap)
             x = left + j % columns * (width + gap)
             canvas[y : y + height, x : x + width] = pictures[index]
-        texts.append((left - 2 * gap, top + height / 2, str(class_)))
+        texts.append((left - 2 * gap, top + height / 2, _name(class_, names)))
     return canvas, texts
+
+
+def _name(class_: int, names: tuple[str, ...] | None) -> str:
+    return str(class_) if names is None else names[class_]
 
 
 def _with_bar(figure: "Figure", scale: dict) -> "Figure":

@@ -233,3 +233,24 @@ def test_check_on_own_data(tmp_path, digits, run, monkeypatch):
         assert f"{data} test accuracy: claimed {found.accuracy:.3%}" in out
     status, out, _ = run("check", file, *recipe, "--data", tmp_path / "other.npz")
     assert status == 1
+
+
+def test_check_compares_class_names(tmp_path, digits, run):
+    train = subset(digits[0], 60)
+    few = np.asarray(train.labels) != 3
+    write_folder(tmp_path / "train", train.images, train.labels)
+    write_folder(tmp_path / "test", train.images[few], train.labels[few])
+    named = eqd.datasets.from_folder(tmp_path / "train")
+    path = tmp_path / "test"
+    test = eqd.datasets.from_folder(path, class_names=named.class_names)
+    distilled = eqd.DistilledSet.from_class_means(named, l2=0.1, key=jr.key(0))
+    found = eqd.evaluate(distilled, linear.LogisticRegression(64, 10), test)
+    file = tmp_path / "a.safetensors"
+    eqd.save(file, distilled, found)
+    status, out, err = run("check", file, "--data", tmp_path)
+    assert status == 0, out + err
+    assert "difference 0.000 points" in out
+    (tmp_path / "train" / "3").rename(tmp_path / "train" / "three")
+    status, out, err = run("check", file, "--data", tmp_path)
+    assert (status, out.count("accuracy")) == (2, 0)
+    assert "only `distilled` has '3', and only `test` has 'three'" in err

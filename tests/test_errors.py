@@ -80,7 +80,8 @@ case(eqd.Dataset, {"images": IMAGES, "labels": LABELS}, images=IMAGES[:0],
 case(DATA.split, {"fraction": 0.5, "key": KEY}, fraction=1, key=jr.split(KEY))
 case(DATA.map, {"fn": lambda x: x}, chunk_bytes=0)
 case(eqd.DistilledSet, {"images": IMAGES, "labels": LABELS, "l2": 0.1},
-     images=IMAGES + np.nan, labels=LABELS + 0.5, l2=0, loss=eqd.CrossEntropy)
+     images=IMAGES + np.nan, labels=LABELS + 0.5, l2=0, loss=eqd.CrossEntropy,
+     class_names=["a", "b"])
 case(HARD.with_targets, {"num_classes": 3}, num_classes=2)
 case(eqd.DistilledSet.from_noise, from_train | {"scale": 1.0}, n=0, l2=0, scale=0)
 case(eqd.DistilledSet.from_real, from_train, n=0, l2=0)
@@ -131,7 +132,8 @@ case(eqd.evaluate, {"distilled": HARD, "recipe": MODEL, "test": DATA}, distilled
      recipe=eqd.recipes.dc, test=OTHER_DATA, num_models=0)
 
 case(eqd.Checkpoints, {"directory": "x"}, every=0, keep=0)
-case(eqd.export, {"folder": "x", "distilled": HARD}, class_names=["a/b", "c", "d"])
+case(eqd.export, {"folder": "x", "distilled": HARD},
+     distilled=eqd.DistilledSet(IMAGES[:2], [0, 1], l2=1, class_names=["a/b", "c"]))
 case(eqd.load, {"path": "x"}, path="no such file")
 case(eqd.save, {"path": FOLDER / "x.safetensors", "result": HARD}, path="x.npz")
 
@@ -182,7 +184,8 @@ for a in (eqd.augment.Affine(), eqd.augment.ColourJitter(), eqd.augment.Cutout(1
     case(a, image, image=jnp.ones(3))
 
 case(eqd.datasets.load, {"name": "mnist"}, name="emnist", data_dir="no such folder")
-case(eqd.datasets.from_folder, {"path": FOLDER}, path="no such folder", size=(0, 28))
+case(eqd.datasets.from_folder, {"path": FOLDER}, path="no such folder", size=(0, 28),
+     class_names=["x"])
 case(eqd.datasets.Standardisation, dict.fromkeys(["mean", "deviation"],
      jnp.ones((1, 1))), mean=np.ones(3), deviation=jnp.ones((2, 1)))
 case(eqd.datasets.Standardisation.fit, {"train": DATA},

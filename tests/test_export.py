@@ -69,7 +69,8 @@ def test_images_in_the_range_of_real_ones_keep_it(tmp_path):
     labels = np.array([2, 0, 1, 2, 0, 1])
     images = np.moveaxis(pixels, 3, 1) / np.float32(255)
     names = ("ant", "bee", "cat")
-    eqd.export(tmp_path, eqd.DistilledSet(images, labels, l2=0.1), class_names=names)
+    named = eqd.DistilledSet(images, labels, l2=0.1, class_names=names)
+    eqd.export(tmp_path, named)
     got = eqd.datasets.from_folder(tmp_path)
     assert got.class_names == names
     order = np.argsort(labels, kind="stable")
@@ -139,19 +140,10 @@ def test_artifacts_have_an_accuracy_and_a_recipe(tmp_path):
         assert part in str(exported["recipe"])
 
 
-def test_names_of_cifar10(tmp_path):
-    images = RNG.random((10, 3, 32, 32)).astype(np.float32)
-    path = tmp_path / "a.safetensors"
-    distilled = eqd.DistilledSet(images, np.arange(10), l2=0.1)
-    eqd.save(path, distilled, dataset="cifar10")
-    eqd.export(tmp_path / "out", eqd.load(path))
-    assert (tmp_path / "out" / "truck" / "9.png").is_file()
-
-
 def test_refuses(tmp_path):
-    for names in ("abc", "abcc", ("a", "b", "c", "../d"), ("a", "b", "c", "..")):
-        with pytest.raises(ValueError, match="`class_names` must"):
-            eqd.export(tmp_path, grey(), class_names=names)
+    for name in ("../d", "..", ".d", ""):
+        with pytest.raises(ValueError, match="class names that are names of folders"):
+            eqd.export(tmp_path, grey(class_names=("a", "b", "c", name)))
     assert not list(tmp_path.iterdir())
     eqd.export(tmp_path, grey(4))
     eqd.export(tmp_path, grey(4))

@@ -143,6 +143,34 @@ def test_bad_files(tmp_path, monkeypatch, spoil, found):
     assert str(root) in str(info.value)
 
 
+def test_numbers_are_sorted_by_value(tmp_path):
+    pictures = RNG.integers(256, size=(12, 5, 4), dtype=np.uint8)
+    names = tuple(str(i) for i in range(12))
+    write(tmp_path, pictures, names)
+    got = eqd.datasets.from_folder(tmp_path)
+    assert got.class_names == names
+    np.testing.assert_array_equal(got.labels, np.arange(12))
+    np.testing.assert_array_equal(got.images, pictures)
+    (tmp_path / "10").rename(tmp_path / "ten")
+    got = eqd.datasets.from_folder(tmp_path)
+    assert got.class_names == ("0", "1", "11", *"23456789", "ten")
+
+
+def test_given_class_names(tmp_path):
+    write(tmp_path, GREY, "aabbdd")
+    (tmp_path / "c").mkdir()
+    names = ["d", "missing", "c", "b", "a"]
+    got = eqd.datasets.from_folder(tmp_path, class_names=names)
+    assert got.class_names == tuple(names)
+    np.testing.assert_array_equal(got.labels, [0, 0, 3, 3, 4, 4])
+    np.testing.assert_array_equal(got.images, GREY[[4, 5, 2, 3, 0, 1]])
+    np.testing.assert_array_equal(got.class_counts, [2, 0, 0, 2, 2])
+    with pytest.raises(ValueError, match=r"each folder in .*; 'c' is missing"):
+        eqd.datasets.from_folder(tmp_path, class_names=["a", "b", "d"])
+    with pytest.raises(ValueError, match="has none"):
+        eqd.datasets.from_folder(tmp_path / "c", class_names=["a"])
+
+
 def test_no_class_folders_and_no_pillow(tmp_path, monkeypatch):
     write(tmp_path, GREY)
     with pytest.raises(ValueError, match=r"one folder .* for each class; .*a has no"):

@@ -32,7 +32,7 @@ def good_artifacts(folder):
     rng = np.random.default_rng(0)
     images = rng.normal(size=(6, 4, 4)).astype(np.float32)
     labels = np.arange(6) % 3
-    hard = eqd.DistilledSet(images, labels, l2=0.1)
+    hard = eqd.DistilledSet(images, labels, l2=0.1, class_names=["a", "b", "c"])
     soft = eqd.DistilledSet(images, rng.normal(size=(6, 3)).astype(np.float32), l2=0.1)
     packed = eqd.Packed(hard, (8, 8))
     pixels = rng.integers(256, size=(40, 8, 8), dtype=np.uint8)

@@ -76,6 +76,20 @@ def test_mosaic_has_a_row_for_each_class(tmp_path, shape):
     figure.savefig(tmp_path / "images.png")
 
 
+def test_class_names():
+    labels, names = np.array([1, 0, 1]), ["cat", "aeroplane"]
+    images = make_set(np.tile(labels, 20)).images
+    d = eqd.DistilledSet(images[:3], labels, l2=0.1, class_names=names)
+    titles = [axis.get_title() for axis in eqd.plot.images(d).axes if axis.images]
+    assert titles == ["aeroplane", "cat", "aeroplane"]
+    many = eqd.DistilledSet(images, np.tile(labels, 20), l2=0.1, class_names=names)
+    (axis, *_) = eqd.plot.images(many).axes
+    assert [text.get_text() for text in axis.texts] == names
+    # Three columns of five pixels are left for nine characters.
+    empty = np.ma.filled(axis.images[0].get_array(), np.nan)[:, : 3 * 5]
+    assert np.isnan(empty).all()
+
+
 def test_history(tmp_path):
     loss, norm, residual = np.geomspace(1, 1e-4, 60, dtype=np.float32).reshape(3, 20)
     history = History(loss, norm, {"inner_residual": residual, "other": loss})

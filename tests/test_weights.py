@@ -202,3 +202,17 @@ def test_union_of_labels_of_different_classes():
         eqd.DistilledSet.concatenate([first, hard])
     with pytest.raises(ValueError, match="one for each of the 5 examples; got"):
         eqd.DistilledSet(IMAGES, HARD, l2=0.1, weights=[1, 2, 0, 1, 1])
+
+
+def test_names_of_a_union():
+    def named(*names):
+        return eqd.DistilledSet(IMAGES, HARD, l2=0.1, class_names=names)
+
+    union = eqd.DistilledSet.concatenate([named("a", "b", "c"), named(*"abcd")])
+    assert union.class_names == ("a", "b", "c", "d")
+    with pytest.raises(ValueError, match="class 0 is 'a' in a set and 'b' in `sets"):
+        eqd.DistilledSet.concatenate([named("a", "b", "c"), named("b", "a", "c")])
+    with pytest.raises(ValueError, match="`num_classes` must be larger .* got 3"):
+        soft = eqd.DistilledSet(IMAGES, SOFT, l2=0.1)
+        large = eqd.DistilledSet(IMAGES, HARD + 2, l2=0.1)
+        eqd.DistilledSet.concatenate([soft, large])

@@ -13,6 +13,7 @@ from .._chunks import CHUNK_BYTES, chunk_size
 from .._conversions import ArrayOrList, as_array, as_int, as_weights, Labels
 from .._sharding import num_shards, place, sharding_of, to_host
 from .._typechecking import describe
+from ._class_names import check_class_names, describe_class
 
 
 class Dataset(eqx.Module):
@@ -83,15 +84,10 @@ class Dataset(eqx.Module):
                 f"{labels_.shape[1]}; got {num_classes}."
             )
         if is_target:
-            num_classes = labels_.shape[1]
-        if num_classes is None:
+            num_classes = int(labels_.shape[1])
+        elif num_classes is None:
             num_classes = len(class_names) if class_names else _count(labels_)
-        names = class_names if class_names is None else tuple(class_names)
-        if names is not None and not len(names) == len({*names}) == num_classes:
-            raise ValueError(
-                f"`class_names` must have one name for each of the {num_classes} "
-                f"classes, all different; got {len(names)}."
-            )
+        names = check_class_names(class_names, num_classes)
         check_between(1, 2**31 - 1, num_classes=num_classes)
         if is_index and not 0 <= labels_.min() <= labels_.max() < num_classes:
             raise ValueError(
@@ -148,8 +144,7 @@ class Dataset(eqx.Module):
 
     def class_name(self, index: int) -> str:
         """A class in words, such as `class 3 ('dog')`."""
-        name = "" if self.class_names is None else f" ({self.class_names[index]!r})"
-        return f"class {index}{name}"
+        return describe_class(index, self.class_names)
 
     @property
     def sharding(self) -> NamedSharding | None:

@@ -13,6 +13,7 @@ from .._losses import AbstractLoss, CrossEntropy, SquaredError
 from .._sharding import replicate
 from .._typechecking import describe
 from . import _initialisers
+from ._class_names import check_class_names, check_same_classes, count_classes
 from ._dataset import Dataset
 from ._parameterisation import AbstractParameterisation
 
@@ -21,9 +22,10 @@ class DistilledSet(AbstractParameterisation):
     r"""Synthetic images with their labels, the ridge and the loss: everything that is
     needed to train a model on them.
 
-    **Attributes:** `images`, `labels` and `loss` as below, `log_l2` and `log_weights`:
-    the logarithms of the ridge $\lambda$ and of the weights, which keep them positive
-    when they are learned. `log_weights` is `None` if all examples count the same.
+    **Attributes:** `images`, `labels`, `loss` and `class_names` as below, and `log_l2`
+    and `log_weights`: the logarithms of the ridge $\lambda$ and of the weights, which
+    keep them positive when they are learned. `log_weights` is `None` if all examples
+    count the same.
     """
 
     images: Float[Array, "n *shape"]
@@ -31,6 +33,7 @@ class DistilledSet(AbstractParameterisation):
     log_l2: Float[Array, ""]
     log_weights: Float[Array, " n"] | None
     loss: AbstractLoss
+    class_names: tuple[str, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class DistilledSet(AbstractParameterisation):
         l2: ArrayLike,
         loss: AbstractLoss = CrossEntropy(),
         weights: ArrayOrList | None = None,
+        class_names: list[str] | tuple[str, ...] | None = None,
     ):
         r"""**Arguments:**
 
@@ -56,6 +60,9 @@ class DistilledSet(AbstractParameterisation):
         - `weights`: how much each example counts in the loss, positive numbers of shape
             `(n,)`: an example of weight 2 counts as much as two of weight 1. They are
             divided by their mean. By default, all count the same.
+        - `class_names`: the name of each class or column of the labels, all different,
+            or `None` if they have no names. Real data with other names, or with the
+            same names in another order, are refused.
 
         Traced values are not refused, but bad ones in floating point become NaN.
         """
@@ -101,6 +108,8 @@ class DistilledSet(AbstractParameterisation):
         ridge = error_if(ridge, lambda x: ~((x > 0) & (x < np.inf)), message)
         self.log_l2 = jnp.log(ridge)
         self.loss = loss
+        num_classes = count_classes(labels, class_names)
+        self.class_names = check_class_names(class_names, num_classes)
 
     def decode(self) -> "DistilledSet":
         """Returns the distilled set itself."""
@@ -119,6 +128,7 @@ class DistilledSet(AbstractParameterisation):
             )
         message = f"`num_classes` must be larger than every label; got {num_classes}."
         labels = error_if(self.labels, lambda x: (x >= num_classes).any(), message)
+        check_class_names(self.class_names, num_classes)
         loss = SquaredError()
         targets = loss.targets(labels, num_classes).astype(self.images.dtype)
         return eqx.tree_at(lambda d: (d.labels, d.loss), self, (targets, loss))
@@ -158,6 +168,9 @@ class DistilledSet(AbstractParameterisation):
         If some labels are soft or targets, class indices become `loss.targets` of them,
         such as the logits of a probability of one.
 
+        The class names are those of the set with the most of them. The names of other
+        sets must be the first of these.
+
         **Raises:** a `ValueError` if the sets do not fit together.
         """
         sets = list(sets)
@@ -181,22 +194,32 @@ class DistilledSet(AbstractParameterisation):
                 "`num_classes` must be given, as the sets have labels of "
                 f"{sorted(columns)} columns."
             )
+        most = max(sets, key=lambda x: len(x.class_names or ()))
+        for i, x in enumerate(sets):
+            if (
+                x.class_names
+                and x.class_names != most.class_names[: len(x.class_names)]
+            ):
+                check_same_classes("a set", most, f"`sets[{i}]`", x)
         labels = [x.labels for x in sets]
         if columns:
             c = max(columns) if num_classes is None else num_classes
-            labels = [loss.targets(x, c) for x in labels]
+            message = f"`num_classes` must be larger than every label; got {c}."
+            is_bad = lambda y: (y >= c).any() and y.ndim == 1
+            labels = [loss.targets(error_if(y, is_bad, message), c) for y in labels]
         images = [x.floating() if isinstance(x, Dataset) else x.images for x in sets]
-        dtype, wanted = images[sets.index(distilled[0])].dtype, None
+        union = None
         if weights is not None or any(x.weights is not None for x in sets):
             ones = lambda x: jnp.ones(len(x)) if x.weights is None else x.weights
             pairs = zip(factors, sets, strict=True)
-            wanted = jnp.concatenate([f * ones(x) for f, x in pairs])
+            union = jnp.concatenate([factor * ones(x) for factor, x in pairs])
         return cls(
-            jnp.concatenate([x.astype(dtype) for x in images]),
+            jnp.concatenate([x.astype(distilled[0].images.dtype) for x in images]),
             jnp.concatenate(labels),
             l2=distilled[0].l2 if l2 is None else l2,
             loss=loss,
-            weights=wanted,
+            weights=union,
+            class_names=most.class_names,
         )
 
     @classmethod
@@ -330,7 +353,9 @@ class DistilledSet(AbstractParameterisation):
     def _of(cls, train, images, labels, l2, loss):
         if loss is None:
             loss = SquaredError() if train.has_targets else CrossEntropy()
-        return replicate(cls(images, labels, l2=l2, loss=loss), train.sharding)
+        names = train.class_names
+        made = cls(images, labels, l2=l2, loss=loss, class_names=names)
+        return replicate(made, train.sharding)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -17,11 +17,15 @@ _COLOUR = ("P", "RGB", "RGBA", "RGBX", "CMYK")
 
 
 def from_folder(
-    path: str | os.PathLike, *, size: Sequence[int] | None = None
+    path: str | os.PathLike,
+    *,
+    size: Sequence[int] | None = None,
+    class_names: list[str] | tuple[str, ...] | None = None,
 ) -> Dataset:
     """Loads a folder that has one folder of images for each class.
 
-    Classes and their images are ordered by the names of folders and files. Files
+    Classes and their images are ordered by the names of folders and files. If all
+    folders are named by numbers, the classes are in the order of these numbers. Files
     outside the class folders are ignored, and all names that begin with a dot.
 
     Images may be PNG, JPEG, GIF (the first frame is read), BMP or WebP. A rotation in
@@ -35,15 +39,18 @@ def from_folder(
     - `size`: the `(height, width)` to resize all images to, by Pillow's bicubic filter
         with antialiasing, without keeping the aspect ratio. By default, images are not
         resized.
+    - `class_names`: the names of all folders in the order of the class indices, such
+        as `train.class_names` for test images. Folders may then be empty or missing.
 
     **Returns:** an [`eqdistill.Dataset`][] of `uint8` images, of shape
     `(height, width)` if they are grey, or `(3, height, width)` in colour. Its
     `class_names` are those of the folders.
 
-    **Raises:** a `ValueError` if images differ in size and `size` is not given; if some
-    are grey and some are in colour; or if anything in a class folder is not an image,
-    is a grey image of more than 8 bits, has more pixels than Pillow's
-    `PIL.Image.MAX_IMAGE_PIXELS`, or is a link to outside `path`.
+    **Raises:** a `ValueError` if a folder is empty or not in `class_names`; if images
+    differ in size and `size` is not given; if some are grey and some are in colour; or
+    if anything in a class folder is not an image, is a grey image of more than 8 bits,
+    has more pixels than Pillow's `PIL.Image.MAX_IMAGE_PIXELS`, or is a link to outside
+    `path`.
     """
     with needs("`eqdistill.datasets.from_folder`", "Pillow", "data"):
         import PIL  # noqa: F401
@@ -54,18 +61,31 @@ def from_folder(
     root = Path(path)
     if not root.is_dir():
         raise FileNotFoundError(f"`path` must be an existing folder; got '{root}'.")
-    folders = [entry for entry in _entries(root, root) if entry.is_dir()]
-    files = [_entries(folder, root) for folder in folders]
-    if not files or [] in files:
-        empty = folders[files.index([])] if files else root
+    found = {entry.name: entry for entry in _entries(root, root) if entry.is_dir()}
+    names = _ordered(list(found)) if class_names is None else list(class_names)
+    if unknown := sorted(found.keys() - {*names}):
         raise ValueError(
-            f"`path` must have one folder of images for each class; {empty} has none."
+            f"`class_names` must have the name of each folder in {root}; "
+            f"{unknown[0]!r} is missing."
+        )
+    files = [_entries(found[x], root) if x in found else [] for x in names]
+    if not any(files) or (class_names is None and [] in files):
+        empty = root / names[files.index([])] if found else root
+        raise ValueError(
+            f"`path` must have one folder of images for each class; {empty} has none. "
+            "Pass `class_names` if some classes have no images."
         )
     images = _read_all([file for entries in files for file in entries], size)
     if images.ndim == 4:
         images = np.moveaxis(images, 3, 1)
     labels = np.repeat(np.arange(len(files)), [len(entries) for entries in files])
-    return Dataset(images, labels, class_names=[folder.name for folder in folders])
+    return Dataset(images, labels, class_names=names)
+
+
+def _ordered(names: list[str]) -> list[str]:
+    """The names of classes in order: numbers by their value, so that 10 follows 9."""
+    are_numbers = all(name.isdecimal() for name in names)
+    return sorted(names, key=int) if are_numbers else names
 
 
 def _entries(folder: Path, root: Path) -> list[Path]:

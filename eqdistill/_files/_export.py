@@ -12,10 +12,10 @@ from jaxtyping import Float, UInt8
 
 from .. import recipes
 from .._checks import needs
+from .._data._class_names import count_classes
 from .._data._distilled_set import DistilledSet
 from .._data._pictures import to_pictures
 from .._data._preprocessing import AbstractPreprocessing
-from .._data._readers import _CLASSES
 from .._losses import CrossEntropy, SquaredError
 from ._artifact import Artifact
 
@@ -23,8 +23,6 @@ from ._artifact import Artifact
 def export(
     folder: str | os.PathLike,
     distilled: DistilledSet | Artifact,
-    *,
-    class_names: Sequence[str] | None = None,
 ) -> None:
     r"""Exports a distilled set for use outside JAX: one PNG for each image, in a folder
     for each class, and a file `distilled.npz` with the exact numbers and the recipe in
@@ -51,7 +49,8 @@ def export(
     - `mean`, `deviation`: real images $x$ from 0 to 1 become $(x - \mathrm{mean}) /
         \mathrm{deviation}$ in the units of `images`. For an
         [`eqdistill.datasets.ZCA`][], `mean` and `whitening`;
-    - `class_names`: the name of each class, which is also the name of its folder;
+    - `class_names`: the name of each class, which is also the name of its folder. By
+        default, the class index;
     - `recipe`: how a model is trained, in words;
     - if the artifact has them, `dataset`, `claimed_accuracy` and `claimed_std`.
 
@@ -64,10 +63,8 @@ def export(
     - `distilled`: a distilled set, or the result of [`eqdistill.load`][], which has the
         recipe, the accuracy and the preprocessing too. The images have shape
         `(height, width)`, apart from axes of size 1; or in colour, `(height, width, 3)`
-        or `(3, height, width)`.
-    - `class_names`: the name of each class: all different, and valid names of folders.
-        Defaults to the names of CIFAR-10 for an artifact of that dataset, or to the
-        class indices.
+        or `(3, height, width)`. Its `class_names`, if there are any, are valid names of
+        folders.
 
     **Raises:** a `FileExistsError` if the folders in `folder` have other PNGs, which
     loaders would mistake for images of this set.
@@ -86,13 +83,9 @@ def export(
     preprocessing = known.get("preprocessing")
     levels, low, high = _to_levels(images, preprocessing)
     labels = np.asarray(distilled.labels)
-    num_classes = max(int(labels.max()) + 1, len(class_names or ()))
-    if labels.ndim == 2:
-        num_classes, labels = labels.shape[1], labels.argmax(axis=1)
-    is_cifar10 = known.get("dataset") == "cifar10" and num_classes == len(_CLASSES)
-    if class_names is None and is_cifar10:
-        class_names = _CLASSES
-    names = _folder_names(class_names, num_classes)
+    num_classes = count_classes(labels, distilled.class_names)
+    labels = labels.argmax(axis=1) if labels.ndim == 2 else labels
+    names = _folder_names(distilled.class_names, num_classes)
 
     folder = Path(folder)
     digits = len(str(len(levels) - 1))
@@ -137,16 +130,11 @@ def _folder_names(class_names: Sequence[str] | None, num_classes: int) -> list[s
         # With leading zeros, because loaders sort the folders by name.
         digits = len(str(num_classes - 1))
         class_names = [str(y).zfill(digits) for y in range(num_classes)]
-    if not len(class_names) == len(set(class_names)) == num_classes:
-        raise ValueError(
-            f"`class_names` must have one name for each of the {num_classes} classes, "
-            f"all different; got {len(class_names)}."
-        )
     for name in class_names:
         if not name or name.startswith(".") or Path(name).name != name:
             raise ValueError(
-                "`class_names` must be names of folders that do not begin with a dot; "
-                f"got {name!r}."
+                "`distilled` must have class names that are names of folders without a "
+                f"dot in front; got {name!r}."
             )
     return list(class_names)
 

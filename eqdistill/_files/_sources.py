@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from .. import datasets
+from .._data._class_names import check_same_classes
 from .._data._dataset import Dataset
 from .._data._preprocessing import ZCA
 
@@ -26,7 +27,8 @@ def load_data(
         return datasets.load(name, data_dir)
     path = Path(data)
     if path.is_dir():
-        train, test = (datasets.from_folder(path / part) for part in ("train", "test"))
+        train = datasets.from_folder(path / "train")
+        test = datasets.from_folder(path / "test", class_names=train.class_names)
     elif path.suffix == ".npz":
         arrays = read_npz(path, *_SPLITS)
         images, labels, test_images, test_labels = (arrays[x] for x in _SPLITS)
@@ -34,7 +36,8 @@ def load_data(
         test = Dataset(test_images, test_labels, train.num_classes)
     else:
         train, test = call(data, "--data")
-    for name in ("shape", "num_classes", "class_names"):
+    check_same_classes("the training data", train, "the test data", test)
+    for name in ("shape", "num_classes"):
         a, b = getattr(train, name), getattr(test, name)
         if a != b:
             raise ValueError(

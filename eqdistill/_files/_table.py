@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from .. import nn, recipes
 from .._classifier import LogisticRegression, takes_pixels
+from .._data._class_names import check_class_names, count_classes
 from .._data._distilled_set import DistilledSet
 from .._data._packed import Packed
 from .._data._preprocessing import Standardisation, ZCA
@@ -217,14 +218,18 @@ def _trace(models: Any) -> Any:
 # Sets, losses and preprocessing.
 
 
-def _build_set(images, labels, log_l2, loss) -> DistilledSet:
+def _build_set(images, labels, log_l2, loss, class_names) -> DistilledSet:
     n, is_soft = len(images), jnp.issubdtype(labels.dtype, jnp.floating)
     is_row = labels.ndim == 1 + is_soft and len(labels) == n
     check(is_row, f"labels must have {n} rows; got shape {labels.shape}")
     check(log_l2.shape == (), f"log_l2 must be a scalar; got shape {log_l2.shape}")
     check(is_soft or np.asarray(labels).min() >= 0, "labels must not be negative")
+    check(type(class_names) in (tuple, type(None)), "class names must be a list")
+    num_classes = count_classes(labels, class_names)
+    names = check_class_names(class_names, num_classes)
     # Set arrays afterwards: the constructor takes the ridge, and would round it.
-    x = DistilledSet(images, np.zeros(n, np.int32), l2=1.0, loss=loss)
+    hard = np.zeros(n, np.int32)
+    x = DistilledSet(images, hard, l2=1.0, loss=loss, class_names=names)
     return eqx.tree_at(lambda x: (x.labels, x.log_l2), x, (labels, log_l2))
 
 
@@ -249,6 +254,7 @@ def _bytes_of_packed(small, shape) -> int:
 
 _LOGARITHM = (-87.0, 87.0)  # So that the exponential is a normal float32.
 _set = {"images": Any, "labels": Any, "log_l2": _LOGARITHM, "loss": Any}
+_set |= {"class_names": Any}
 register(DistilledSet, _set, build=_build_set, nbytes=_bytes_of_one_hot)
 register(CrossEntropy, {"log_temperature": _LOGARITHM}, build=_build_cross_entropy)
 register(SquaredError, {})

@@ -111,6 +111,10 @@ class Batches(AbstractData):
         return self.data.num_classes
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.data.class_names
+
+    @property
     def sharding(self) -> NamedSharding | None:
         return self.data.sharding
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import check_at_least
 from .._conversions import as_int
+from .._data._class_names import check_same_classes
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
 from ._data import AbstractData
@@ -198,10 +199,12 @@ class EarlyStopping(AbstractCallback[_Best]):
     def init(self, problem, state, steps):
         """**Raises:**
 
-        A `ValueError` if the loss on the held-out data is not finite at the start.
+        A `ValueError` if the loss on the held-out data is not finite at the start, or
+        their classes have other names.
         """
         del steps
-        data = self.data
+        data, distilled = self.data, problem.distilled(state)
+        check_same_classes("`start`", distilled, "held-out `data`", data)
         if isinstance(data, Dataset):
             data = problem.objective.layout(data)
         loss = _held_out_loss(problem, state, data)
@@ -210,7 +213,6 @@ class EarlyStopping(AbstractCallback[_Best]):
                 "The loss on the held-out `data` must be finite at the start; it is "
                 f"{loss}."
             )
-        distilled = problem.distilled(state)
         return _Best(distilled, state.step, loss, jnp.array(0), lambda: data)
 
     def __call__(self, problem, state, history, own):

@@ -22,8 +22,8 @@ class AbstractData(eqx.Module):
     """Real data as an outer step sees them: an argument of the compiled step.
 
     **Attributes:** none is needed. If there is a `sharding`, a
-    `jax.sharding.NamedSharding`, the state of a run is replicated on its devices. If
-    there are `shape`, of an image, or `num_classes`, these are checked."""
+    `jax.sharding.NamedSharding`, the state of a run is replicated on its devices. The
+    `shape` of an image, `num_classes` and `class_names` are checked if they exist."""
 
     @abc.abstractmethod
     def mean(
@@ -101,6 +101,7 @@ class FullBatch(AbstractData):
     sources: tuple[Cached, ...]
     num: int = eqx.field(static=True)
     num_classes: int = eqx.field(static=True)
+    class_names: tuple[str, ...] | None = eqx.field(static=True)
     chunk_bytes: int = eqx.field(static=True)
     sharding: NamedSharding | None = eqx.field(static=True)
 
@@ -147,6 +148,7 @@ class FullBatch(AbstractData):
         self.sources = tuple(cached)
         self.num = len(dataset)
         self.num_classes = dataset.num_classes
+        self.class_names = dataset.class_names
         self.chunk_bytes = int(chunk_bytes)
         self.sharding = sharding
         self.images = _spread(dataset.images, sharding)

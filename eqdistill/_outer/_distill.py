@@ -16,14 +16,18 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._checks import array_difference, check_at_least, check_concrete
 from .._conversions import as_int
+from .._data._class_names import describe_class
 from .._data._dataset import Dataset
+from .._data._distilled_set import DistilledSet
 from .._data._parameterisation import AbstractParameterisation
 from .._describe import describe as describe_parts, differences
 from .._models._models import as_models
+from .._sharding import to_host
 from .._typechecking import describe
+from ._batches import Batches
 from ._bilevel import Bilevel
 from ._callbacks import AbstractCallback, AbstractCheckpoints, Snapshot
-from ._data import AbstractData, check_cached
+from ._data import AbstractData, check_cached, FullBatch
 from ._distillation import Distillation, DistillationError, History, to_result
 from ._loop import CompiledStep, Record
 from ._objective import AbstractObjective
@@ -124,6 +128,7 @@ def distill(
         learn_objective=learn_objective,
     )
     data_at = _as_function(objective, data)
+    _warn_of_empty_classes(start.decode(), data)
     settings, changes = _settings(problem, data), ()
     if state is None:
         state = problem.init(key=key)
@@ -314,6 +319,17 @@ def _as_function(objective, data) -> Callable[[int], AbstractData]:
     if isinstance(data, Dataset):
         data = objective.layout(data)
     return (lambda step: data) if isinstance(data, AbstractData) else data
+
+
+def _warn_of_empty_classes(distilled: DistilledSet, data: Any) -> None:
+    """An image of a class without real images is learned as one that is none of the
+    others."""
+    data = data.data if isinstance(data, Batches) else data
+    is_known = isinstance(data, Dataset | FullBatch)
+    if is_known and distilled.labels.ndim == data.labels.ndim == 1:
+        for y in np.setdiff1d(distilled.labels, to_host(data.labels)):
+            name = describe_class(y, distilled.class_names or data.class_names)
+            _LOGGER.warning(f"`data` has no images of {name}, but `start` has.")
 
 
 def _settings(problem: Problem, data: Any) -> dict[str, str]:

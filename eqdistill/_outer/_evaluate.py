@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from .._checks import check_at_least
+from .._data._class_names import check_same_classes
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
 from .._inner._auto_solver import AutoSolver
@@ -170,6 +171,7 @@ def evaluate(
                 "`test` and `distilled` must have images of one shape; got "
                 f"{test.shape} and {one.images.shape[1:]}."
             )
+        check_same_classes("`distilled`", one, "`test`", test)
         prepared = recipe.prepare(one, test.num_classes)
         prepared.loss.check_labels(to_host(test.labels))
         found.append([])

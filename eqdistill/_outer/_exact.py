@@ -112,7 +112,7 @@ def distill_exactly(
             )
         images = np.asarray(images, start.images.dtype).reshape(start.images.shape)
         found = np.asarray(found, start.labels.dtype)
-    return DistilledSet(images, found, l2=ridge)
+    return DistilledSet(images, found, l2=ridge, class_names=start.class_names)
 
 
 class _Target(eqx.Module):

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from .._checks import array_difference
+from .._data._class_names import check_same_classes
 from .._data._distilled_set import DistilledSet
 from .._data._parameterisation import AbstractParameterisation
 from .._sharding import vary_like
@@ -171,8 +172,10 @@ class Problem(eqx.Module):
 
         def loss_fn(learned):
             start, objective = problem._pair(learned, state.rest)
+            distilled = start.decode()
+            check_same_classes("`start`", distilled, "`data`", data)
             return objective(
-                start.decode(),
+                distilled,
                 data,
                 state.objective_state,
                 step=state.step,

@@ -33,6 +33,10 @@ class SortedPixels(AbstractData):
     def num_classes(self) -> int:
         return self.full_batch.num_classes
 
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.full_batch.class_names
+
     def mean(self, fn, model, step, *, key):
         loss = model[0] if fn is example_loss else None
         if isinstance(loss, DefaultOuterLoss):

@@ -50,8 +50,9 @@ def real_data(dataset: str, data_dir: Path | None, held_out=0.0, zca=False):
     `held_out`, that fraction of the training images replaces the test images, so that
     no choice is made on those."""
     if Path(dataset).is_dir():
-        folders = (Path(dataset) / part for part in ("train", "test"))
-        train, test = map(datasets.from_folder, folders)
+        train = datasets.from_folder(Path(dataset, "train"))
+        names = train.class_names
+        test = datasets.from_folder(Path(dataset, "test"), class_names=names)
     else:
         train, test = datasets.load(dataset, data_dir)
     preprocessing = (datasets.ZCA if zca else datasets.Standardisation).fit(train)
