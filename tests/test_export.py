@@ -60,7 +60,7 @@ def test_pixels_are_recovered(tmp_path, shape, mode, scale):
     np.testing.assert_array_equal(exported["images"], images)
     np.testing.assert_allclose(exported["l2"], 0.03, rtol=1e-6)
     assert (exported["low"], exported["high"]) == (low, high)
-    names = [*(f"{y:02}" for y in range(11)), "distilled.npz"]
+    names = [*(f"{y:02}" for y in range(11)), "README.txt", "distilled.npz"]
     assert sorted(path.name for path in folder.iterdir()) == names
 
 
@@ -130,7 +130,7 @@ def test_artifacts_have_an_accuracy_and_a_recipe(tmp_path):
     eqd.save(path, grey(3), evaluation(recipe), dataset="digits")
     eqd.export(tmp_path / "out", eqd.load(path))
     exported = read(tmp_path / "out")
-    np.testing.assert_allclose(exported["claimed_accuracy"], 0.6)
+    np.testing.assert_allclose(exported["claimed_score"], 0.6)
     np.testing.assert_allclose(exported["claimed_std"], np.sqrt(0.02))
     # The weight decay of the recipe instead of the ridge of the set.
     np.testing.assert_allclose(exported["l2"], 5e-4, rtol=1e-5)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 from jaxtyping import Array
 
 from .. import nn, recipes
@@ -22,12 +23,16 @@ from .._data._packed import Packed
 from .._data._preprocessing import Standardisation, ZCA
 from .._inner._argmin_solver import ArgminSolver
 from .._inner._auto_solver import AutoSolver
+from .._inner._feature_regression import FeatureRegression
 from .._inner._relative_ridge import RelativeRidge
 from .._inner._ridge_solver import RidgeSolver
 from .._inner._span_solver import SpanSolver
-from .._losses import CrossEntropy, SquaredError
+from .._inner._unrolled_solver import UnrolledSolver
+from .._losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from .._models._models import Fixed, Fresh
+from .._outer._recipes import _relabel, _unchanged
 from ..recipes import Recipe
+from ._recipe_arrays import fill, named_arrays, regression_settings
 
 
 MAX_BYTES = 2**30
@@ -36,6 +41,8 @@ _ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh")
 _LAYERS = ("instance_norm", "group_norm", "average_pool", "max_pool")
 _FUNCTIONS = {name: getattr(jax.nn, name) for name in _ACTIVATIONS}
 _FUNCTIONS |= {name: getattr(nn, name) for name in _LAYERS}
+_FUNCTIONS |= {"_unchanged": _unchanged}
+_OPTIMISERS = ("adagrad", "adam", "adamw", "lion", "nadam", "rmsprop", "sgd")
 
 
 class NotInTable(ValueError):
@@ -109,8 +116,10 @@ def register(
 def encode(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     """Returns a value as JSON, and adds its arrays to `tensors`. Raises
     [`NotInTable`][] if a file cannot hold it."""
-    if x is None or type(x) in (bool, int, float, str, dict):
+    if x is None or type(x) in (bool, int, float, str):
         return x
+    if type(x) is dict:
+        return {k: encode(item, f"{path}.{k}", tensors) for k, item in x.items()}
     if type(x) is tuple:
         return [encode(item, path, tensors) for item in x]
     if eqx.is_array(x):
@@ -131,7 +140,11 @@ def _name(x: Any) -> str:
         return "LogisticRegression"
     cls = x.func if isinstance(x, ft.partial) else type(x)
     names = (name for name, function in _FUNCTIONS.items() if x is function)
-    return next(names, cls.__name__)
+    return next(names, getattr(cls, "__name__", ""))
+
+
+def is_in_table(x: Any) -> bool:
+    return _name(x) in TABLE
 
 
 def decode(raw: Any, path: str, content: Content) -> Any:
@@ -146,11 +159,20 @@ def decode(raw: Any, path: str, content: Content) -> Any:
         case {"class": str(name), **fields}:
             return _build(name, fields, path, content)
         case {"tensor": str(name)} if name == path and name in content.tensors:
-            return _to_array(content.tensors.pop(name), path)
+            return to_array(content.tensors.pop(name), path)
         case dict():
-            are_texts = all(type(x) is str for x in raw.values())
-            check(are_texts and "tensor" not in raw, f"`{path}` must not be {raw!r}")
+            check("tensor" not in raw, f"`{path}` must not be {raw!r}")
+            return {k: _decode_item(x, f"{path}.{k}", content) for k, x in raw.items()}
     return raw
+
+
+def _decode_item(raw: Any, path: str, content: Content) -> Any:
+    """An item of a dictionary: a plain value or an array."""
+    if type(raw) in (bool, int, float, str):
+        return raw
+    is_tensor = raw == {"tensor": path} and path in content.tensors
+    check(is_tensor, f"`{path}` must be a plain value or a tensor; got {raw!r}")
+    return to_array(content.tensors.pop(path), path)
 
 
 def _build(name: str, fields: dict[str, Any], path: str, content: Content) -> Any:
@@ -177,7 +199,7 @@ def _is_in(x: Any, low: float, high: float, most: int = 100_000) -> bool:
     return are_in and len(items) <= most
 
 
-def _to_array(wide: np.ndarray, path: str) -> Array:
+def to_array(wide: np.ndarray, path: str) -> Array:
     is_number = wide.dtype.kind in "iu" or wide.dtype in (np.float32, np.float64)
     check(is_number, f"`{path}` must be integers, float32 or float64; got {wide.dtype}")
     problem = f"`{path}` must have at most 8 axes, none of them empty; got {wide.shape}"
@@ -187,31 +209,6 @@ def _to_array(wide: np.ndarray, path: str) -> Array:
     is_same = np.isfinite(x).all() if x.dtype.kind == "f" else (x == wide).all()
     check(is_same, f"`{path}` must be finite {x.dtype} numbers; some values are not")
     return jnp.asarray(x)
-
-
-def to_words(raw: Any) -> str:
-    """The JSON of an object as a call, such as `RelativeRidge(inner=RidgeSolver)`."""
-    if type(raw) is not dict or "class" not in raw:
-        return str(raw)
-    fields = [f"{k}={to_words(x)}" for k, x in raw.items() if k != "class"]
-    return f"{raw['class']}({', '.join(fields)})" if fields else raw["class"]
-
-
-def is_same_recipe(recipe: Any, other: Any) -> bool:
-    """Whether two recipes make and train the same models."""
-    partials = [ft.partial(x.prepare) for x in (recipe, other)]
-    prepare, wanted = [(x.func, x.args, x.keywords) for x in partials]
-    is_same = eqx.tree_equal(recipe.inner, other.inner) and prepare == wanted
-    return bool(is_same and eqx.tree_equal(_trace(recipe.models), _trace(other.models)))
-
-
-def _trace(models: Any) -> Any:
-    """The program that makes models; or a model, without the values of its arrays."""
-    if not isinstance(models, Fresh):
-        return eqx.filter_eval_shape(lambda: models)
-    make = eqx.filter_make_jaxpr(lambda key: models.make(key=key))
-    program, *others = make(jr.key(0))
-    return str(program.jaxpr), program.consts, others
 
 
 # Sets, losses and preprocessing.
@@ -252,29 +249,73 @@ _set = {"images": Any, "labels": Any, "log_l2": _LOGARITHM, "loss": Any}
 register(DistilledSet, _set, build=_build_set, nbytes=_bytes_of_one_hot)
 register(CrossEntropy, {"log_temperature": _LOGARITHM}, build=_build_cross_entropy)
 register(SquaredError, {})
+register(BinaryCrossEntropy, {})
 register(Packed, {"small": Any, "shape": (1, MAX_BYTES)}, nbytes=_bytes_of_packed)
 register(Standardisation, {"mean": Any, "deviation": (1e-30, np.inf)})
 register(ZCA, {"mean": Any, "whitening": Any, "regularisation": (0.0, 1e9)})
 
 # Inner solvers.
+
+
+def _read_unrolled(x: UnrolledSolver) -> dict[str, Any]:
+    make = ft.partial(x.make)
+    name = make.func.__name__
+    is_known = name in _OPTIMISERS and make.func is getattr(optax, name)
+    if make.args or not is_known:
+        raise NotInTable(f"a file cannot rebuild the optimiser of `{make.func}`")
+    return vars(x) | {"make": name, "options": make.keywords}
+
+
+def _build_unrolled(make, options, log_hyperparameters, **values) -> UnrolledSolver:
+    check(make in _OPTIMISERS, f"its optimiser must be one of {_OPTIMISERS}")
+    make = getattr(optax, make)
+    known = inspect.signature(make).parameters
+    check(options.keys() <= known.keys(), f"its optimiser has no {sorted(options)}")
+    are_plain = all(type(x) in (bool, int, float) for x in options.values())
+    check(are_plain, f"the options of its optimiser must be numbers; got {options}")
+    are_arrays = all(map(eqx.is_inexact_array, log_hyperparameters.values()))
+    check(are_arrays, "its hyperparameters must be arrays")
+    make = ft.partial(make, **options) if options else make
+    # Set arrays afterwards: the constructor takes their exponentials, and would round.
+    solver = UnrolledSolver(make, dict.fromkeys(log_hyperparameters, 1.0), **values)
+    return eqx.tree_at(lambda x: x.log_hyperparameters, solver, log_hyperparameters)
+
+
 _tolerance, _steps = (0.0, 1.0), (1, 1_000_000)
+_unrolled = dict.fromkeys(("make", "options", "log_hyperparameters", "shuffle"), Any)
+_unrolled |= {"steps": _steps, "batch_size": (1, 100_000)}
 register(AutoSolver, {})
 register(RidgeSolver, {})
 register(RelativeRidge, {"inner": Any})
 register(SpanSolver, {"rtol": _tolerance, "atol": _tolerance, "max_steps": _steps})
 register(ArgminSolver, {"max_steps": _steps, "tolerance": _tolerance})
+register(FeatureRegression, {"training": Any})
+register(UnrolledSolver, _unrolled, build=_build_unrolled, read=_read_unrolled)
 
 
 # Models.
 
 
 def _read_regression(x) -> dict[str, Any]:
-    sizes = {"in_features": x.head.in_features, "num_classes": x.head.out_features}
-    return sizes | {"use_intercept": x.head.use_bias, "dtype": str(x.head.weight.dtype)}
+    arrays = named_arrays(x.head)
+    is_zero = not any(x.any() for x in arrays.values())
+    return {**regression_settings(x), "head": None if is_zero else arrays}
 
 
-def _build_regression(dtype, **sizes):
-    return LogisticRegression(**sizes, dtype=jax.dtypes.canonicalize_dtype(dtype))
+def _build_regression(dtype, head, **sizes):
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    model = LogisticRegression(**sizes, dtype=dtype)
+    if head is None:
+        return model
+    return eqx.tree_at(lambda x: x.head, model, fill("head", model.head, head))
+
+
+def _read_network(x: nn.Network) -> dict[str, Any]:
+    return {"make": _constructor(x), "arrays": named_arrays(x)}
+
+
+def _build_network(make, arrays) -> nn.Network:
+    return fill("arrays", eqx.filter_eval_shape(make, key=jr.key(0)), arrays)
 
 
 def _find_make(models: Any) -> ft.partial:
@@ -284,6 +325,10 @@ def _find_make(models: Any) -> ft.partial:
     network = eqx.filter_eval_shape(draw, jr.key(0))
     if not isinstance(network, nn.Network):
         raise NotInTable(f"a file cannot rebuild a `{type(network).__name__}`")
+    return _constructor(network)
+
+
+def _constructor(network: nn.Network) -> ft.partial:
     return ft.partial(getattr(nn, network.architecture), **dict(network.settings))
 
 
@@ -299,10 +344,16 @@ _SETTINGS |= {"batch_size": (1, 100_000), "updates": (2, 100_000)}
 _SETTINGS |= {"seed": (0, 2**31 - 1)}
 register(
     LogisticRegression,
-    _settings(LogisticRegression),
+    _settings(LogisticRegression) | {"head": Any},
     build=_build_regression,
     read=_read_regression,
     nbytes=lambda in_features, num_classes, **_: 8 * (in_features + 1) * num_classes,
+)
+register(
+    nn.Network,
+    dict.fromkeys(("make", "arrays"), Any),
+    build=_build_network,
+    read=_read_network,
 )
 register(Fixed, {"model": Any})
 register(Fresh, {"make": Any}, read=lambda x: {"make": _find_make(x)})
@@ -313,6 +364,12 @@ for _make in (nn.ConvNet, nn.LeNet, nn.MLP, nn.AlexNet, nn.VGG11, nn.ResNet18):
     # Stored as the constructor of the network, a `functools.partial` of all settings.
     build = ft.partial(ft.partial, _make)
     register(_make, _settings(_make), build=build, read=lambda x: x.keywords)
+register(
+    _relabel,
+    {"hard": Any, "weight_decay": (0.0, 1.0)},
+    build=lambda hard, weight_decay: ft.partial(_relabel, hard, weight_decay),
+    read=lambda x: dict(zip(("hard", "weight_decay"), x.args, strict=True)),
+)
 for _recipe in (
     *(recipes.dc, recipes.frepo, recipes.zero_start, recipes.feature_regression),
     *(recipes.supervised, recipes.learned_rates),
