@@ -214,8 +214,8 @@ def save(
     Of any other recipe, the file stores a description with all settings; all arrays,
     such as learned step sizes and fixed initial weights; and for an
     [`eqdistill.nn.Frozen`][] backbone, not its arrays but their SHA-256. To check such
-    a file, a function that returns the recipe is needed: `restore` of the [`Artifact`][] fills
-    in the arrays.
+    a file, a function that returns the recipe is needed: `restore` of the
+    [`Artifact`][] fills in the arrays.
 
     - `preprocessing`: the preprocessing that was applied to the real images, such as an
         [`eqdistill.datasets.Standardisation`][]. The distilled images are in its units.

@@ -193,11 +193,17 @@ def _inner_problem(
     if isinstance(loss, SquaredError):
         targets = np.asarray(loss.targets(distilled.labels, num_classes))
         term = "half the squared distance of the outputs from `targets`"
+    description = known.get("recipe_description") or ""
+    l2 = float(distilled.l2)
     words = (
         f"Minimise the mean over the images of {term}, plus l2 / 2 times the sum of "
-        "the squares of the weights, but not of an intercept. l2 is "
-        f"{float(distilled.l2):.6g}."
+        f"the squares of the weights, but not of an intercept. l2 is {l2:.6g}."
     )
+    if description and not description.startswith("Recipe("):
+        # Published recipes may have several stages.
+        words = f"The loss is the mean over the images of {term}. l2 is {l2:.6g}."
+    if description and prepare is None:
+        words += " `prepare` of the recipe may change the loss, the targets and l2."
     if known.get("metric") in (None, "accuracy"):
         words += " The predicted class is that of the largest output."
     return {
@@ -205,7 +211,7 @@ def _inner_problem(
         "loss": type(loss).__name__,
         "temperature": temperature,
         "l2": np.asarray(distilled.l2),
-        "recipe": f"{words} {known.get('recipe_description') or ''}".strip(),
+        "recipe": f"{words} {description}".strip(),
     }
 
 

@@ -22,12 +22,14 @@ from .._outer._recipes import _unchanged
 from ..recipes import Recipe
 
 
-_MOST_NUMBERS = 20  # Of an array in words.
+_MOST_NUMBERS = 20  # Of an array or a tuple in words.
 
 
 def to_words(x: Any) -> str:
     """An object as a call, such as `RelativeRidge(inner=RidgeSolver)`, with all its
-    settings. Large arrays have only their shapes."""
+    settings. Of large arrays only the shapes."""
+    if isinstance(x, tuple | list) and len(x) > _MOST_NUMBERS:
+        return f"({len(x)} values from {to_words(x[0])} to {to_words(x[-1])})"
     if isinstance(x, tuple | list):
         return f"({', '.join(map(to_words, x))})"
     if isinstance(x, ft.partial):
@@ -211,7 +213,8 @@ def _digests(model: PyTree) -> dict[str, str]:
             digest.update(f"{x.dtype}{list(x.shape)}".encode())
             digest.update(np.asarray(x).tobytes())
         if _frozen_arrays(node):
-            inner = node.module
-            inner = inner.features if isinstance(inner, Cached) else inner
+            inner = node
+            while isinstance(inner, Frozen | Cached):
+                inner = inner.module if isinstance(inner, Frozen) else inner.features
             found[path] = f"{type(inner).__name__}, SHA-256 {digest.hexdigest()}"
     return found
