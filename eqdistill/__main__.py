@@ -12,9 +12,10 @@ import numpy as np
 
 from . import nn, recipes
 from ._checks import check_at_least
-from ._files._artifact import Artifact, load
+from ._files._artifact import Artifact
 from ._files._foreign import read_foreign, to_distilled
 from ._files._recipe_arrays import model_to_words, to_words
+from ._files._save import load
 from ._files._sources import call, check_fitted, load_data
 from ._outer._evaluate import evaluate
 from .datasets import _published_hashes

@@ -95,11 +95,13 @@ def export(
     levels, low, high = _to_levels(images, preprocessing)
     labels = np.asarray(distilled.labels)
     num_classes = max(int(labels.max()) + 1, len(class_names or ()))
-    has_classes = class_names or known.get("dataset")
-    has_classes = has_classes or known.get("metric") == "accuracy"
-    has_classes = has_classes and isinstance(distilled.loss, SquaredError)
-    has_classes = has_classes or isinstance(distilled.loss, CrossEntropy)
-    if labels.ndim == 2:
+    metric, is_soft = known.get("metric"), labels.ndim == 2
+    has_classes = not is_soft or metric == "accuracy"
+    if is_soft and metric is None:
+        has_classes = isinstance(distilled.loss, CrossEntropy)
+        if isinstance(distilled.loss, SquaredError):
+            has_classes = bool(class_names or known.get("dataset"))
+    if is_soft:
         num_classes, labels = labels.shape[1], labels.argmax(axis=1)
         labels = labels if has_classes else None
     is_cifar10 = known.get("dataset") == "cifar10" and num_classes == len(_CLASSES)
@@ -128,8 +130,12 @@ def export(
     arrays |= {
         f"claimed_{name}": known.get(name) for name in ("metric", "score", "std")
     }
-    arrays |= {"dataset": known.get("dataset"), "class_names": np.array(names)}
+    arrays |= {"dataset": known.get("dataset")}
+    if has_classes or class_names:
+        arrays |= {"class_names": np.array(names)}
     arrays |= _inner_problem(distilled, known, num_classes)
+    if has_classes:
+        arrays["recipe"] += " The predicted class is that of the largest output."
     arrays = {name: x for name, x in arrays.items() if x is not None}
     np.savez(folder / "distilled.npz", **arrays)
     text = _read_me(arrays, known.get("num_models", 0))
@@ -184,7 +190,8 @@ def _inner_problem(
         logarithm = loss.log_temperature
         temperature = 1.0 if logarithm is None else np.exp(np.asarray(logarithm))
         targets = scipy.special.softmax(targets, axis=1) if is_soft else targets
-        term = "the cross-entropy of `targets` and the softmax of outputs / temperature"
+        divided = "" if temperature == 1 else f" / {temperature:.6g}"
+        term = f"the cross-entropy of `targets` and the softmax of outputs{divided}"
     if isinstance(loss, BinaryCrossEntropy):
         term = (
             "the sum over the columns of `targets` of their cross-entropy with the "
@@ -204,8 +211,6 @@ def _inner_problem(
         words = f"The loss is the mean over the images of {term}. l2 is {l2:.6g}."
     if description and prepare is None:
         words += " `prepare` of the recipe may change the loss, the targets and l2."
-    if known.get("metric") in (None, "accuracy"):
-        words += " The predicted class is that of the largest output."
     return {
         "targets": targets,
         "loss": type(loss).__name__,
@@ -228,10 +233,11 @@ def _read_me(arrays: dict[str, Any], num_models: int) -> str:
     elif np.ndim(arrays["mean"]):
         units = (
             "`images` are in the units of z = (x - mean) / deviation, for real images "
-            "x with values from 0 to 1. To undo it: x = mean + deviation * z. The mean "
-            f"is {np.ravel(arrays['mean'])}, the deviation "
-            f"{np.ravel(arrays['deviation'])}."
+            "x with values from 0 to 1. To undo it: x = mean + deviation * z."
         )
+        if np.size(arrays["mean"]) <= 3:
+            mean, deviation = (np.ravel(arrays[x]) for x in ("mean", "deviation"))
+            units += f" The mean is {mean}, the deviation {deviation}."
     order = "The PNGs in the folder `images` have the numbers of the rows."
     if "labels" in arrays:
         order = (
