@@ -18,7 +18,7 @@ import sklearn.datasets
 import eqdistill as eqd
 from eqdistill import linear, nn, recipes
 
-from .conftest import assert_same_bits, MLP, subset
+from .conftest import assert_same_bits, evaluation, MLP, subset
 
 
 @pytest.fixture
@@ -100,10 +100,10 @@ def test_learned_solvers_and_initial_weights_are_kept(tmp_path, few, check):
     assert status == 2
     assert "learning_rate` must be as in the file, float32[3]; got float32[4]" in out
     # A claim about other training would lose the learned step sizes.
-    other = eqd.evaluate(result.distilled, linear.LogisticRegression(64, 10), test)
-    for evaluation in (other, None):
+    other = evaluation(recipes.Recipe(linear.LogisticRegression(64, 10)))
+    for claim in (other, None):
         with pytest.raises(ValueError, match=r"learned `objective\.inner\.log.*keeps"):
-            eqd.save(path, result, evaluation)
+            eqd.save(path, result, claim)
     eqd.save(path, result.distilled, other)
 
 
@@ -277,28 +277,27 @@ def claims():
     learned = run(hard, eqd.Fresh(net), published.inner, **learn)
     logs = learned.objective.inner.log_hyperparameters["learning_rate"]
     relearned = recipes.learned_rates(net, **rates | {"learning_rates": jnp.exp(logs)})
-    own = run(hard, Own(key=jr.key(1)), learned_rates(), **learn)
     pooled = run(targets, eqd.Pool(net, size=2), steps=2)
     for start, recipe in (
-        (run(hard, model, steps=2), model),
+        (hard, model),
         (hard, intercept),
-        (run(targets, model, steps=2, learn=lambda d: d), model),
+        (targets, model),
         (soft, model),
         (packed, model),
         (hard, recipes.Recipe(model, loop)),
         (hard, recipes.Recipe(net(key=jr.key(2)), adam)),
         (hard, recipes.Recipe(eqd.Fresh(conv), loop)),
         (pooled, recipes.feature_regression(net, updates=3)),
-        (hard, recipes.dc(conv, updates=3, augment=True)),
+        (hard, recipes.dc(conv, updates=3)),
         (soft, recipes.zero_start(net, updates=3)),
         (hard, recipes.frepo(net, updates=3)),
         (learned, relearned),
         (eqd.DistilledSet(digits[0].floating(), digits[0].labels, l2=0.1),
-         recipes.supervised(net, updates=3)),
+         recipes.supervised(net, updates=3, batch_size=20)),
     ):  # fmt: skip
         yield digits, start, recipe, True
     for start, recipe in (
-        (own, recipes.Recipe(own.objective.models, own.objective.inner)),
+        (hard, recipes.Recipe(Own(key=jr.key(1)), learned_rates())),
         (hard, recipes.dc(Own, updates=3)),
         (hard, recipes.Recipe(eqd.Fresh(Own), learned_rates())),
         (targets, probe(0)),
@@ -319,17 +318,17 @@ def claims():
 def test_claims_of_all_kinds(tmp_path, check):
     path, count = tmp_path / "a.safetensors", 0
     for (train, test), start, recipe, is_rebuilt in claims():
-        is_result = isinstance(start, eqd.Distillation)
+        is_result = hasattr(start, "history")
         distilled = start.distilled if is_result else start.decode()
-        evaluation = eqd.evaluate(distilled, recipe, test)
-        eqd.save(path, start, evaluation)
+        found = eqd.evaluate(distilled, recipe, test, num_models=2)
+        eqd.save(path, start, found)
         assert (eqd.load(path).recipe is not None) == is_rebuilt
         functions = {"data": lambda data=(train, test): data}
         if not is_rebuilt:
             # With other values for the arrays that are in the file.
             blank = jax.tree.map(
                 lambda x: 0 * x if eqx.is_inexact_array(x) else x,
-                evaluation.recipe,
+                found.recipe,
                 is_leaf=lambda x: isinstance(x, nn.Frozen),
             )
             functions["recipe"] = lambda blank=blank: blank
