@@ -286,7 +286,7 @@ def claims():
         (packed, model),
         (hard, recipes.Recipe(model, loop)),
         (hard, recipes.Recipe(net(key=jr.key(2)), adam)),
-        (hard, recipes.Recipe(eqd.Fresh(conv), loop)),
+        (hard, recipes.Recipe(eqd.Fresh(net), loop)),
         (pooled, recipes.feature_regression(net, updates=3)),
         (hard, recipes.dc(conv, updates=3)),
         (soft, recipes.zero_start(net, updates=3)),
@@ -301,7 +301,7 @@ def claims():
         (hard, recipes.dc(Own, updates=3)),
         (hard, recipes.Recipe(eqd.Fresh(Own), learned_rates())),
         (targets, probe(0)),
-        (hard, recipes.Recipe(linear.LinearClassifier(jnp.tanh, model.head))),
+        (hard, recipes.Recipe(linear.LinearClassifier(jnp.ravel, model.head))),
     ):
         yield digits, start, recipe, False
     for problem in (regression, multi_label):
