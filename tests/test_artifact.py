@@ -178,8 +178,12 @@ def test_recipes_make_a_round_trip(path, recipe):
     rebuilt = artifact.recipe
     assert rebuilt is not None
     assert (rebuilt.name, rebuilt.settings) == (recipe.name, recipe.settings)
-    assert repr(rebuilt.inner) == repr(recipe.inner)
-    assert_same_bits(*(jax.tree.leaves(x.inner) for x in (rebuilt, recipe)))
+    if isinstance(getattr(recipe.inner, "make", None), functools.partial):
+        # Partial functions are equal only to themselves.
+        assert repr(rebuilt.inner) == repr(recipe.inner)
+        assert_same_bits(*(jax.tree.leaves(x.inner) for x in (rebuilt, recipe)))
+    else:
+        assert eqx.tree_equal(rebuilt.inner, recipe.inner)
     models = [eqx.filter_eval_shape(first_model, x) for x in (recipe, rebuilt)]
     assert eqx.tree_equal(*models)
     assert eqx.tree_equal(*(x.prepare(small(), C) for x in (recipe, rebuilt)))
@@ -277,7 +281,9 @@ def test_refuses_to_save(tmp_path, path):
     claim = evaluation(regression(), [1.5])
     with pytest.raises(ValueError, match=r"accuracy' must be.*1\.5"):
         eqd.save(path, small(), claim)
-    two = dataclasses.replace(claim, metrics={"accuracy": np.ones((2, 1))})
+    per_class = np.ones((2, 1, 1))
+    metrics = {"accuracy": per_class[..., 0]}
+    two = dataclasses.replace(claim, metrics=metrics, per_class=per_class)
     with pytest.raises(ValueError, match="must be of one distilled set; got 2"):
         eqd.save(path, small(), two)
     assert path.read_bytes() == before
