@@ -30,9 +30,9 @@ with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     from ._data._parameterisation import (
         AbstractParameterisation as AbstractParameterisation,
     )
-    from ._files._artifact import load as load, save as save
     from ._files._checkpoint import Checkpoints as Checkpoints
     from ._files._export import export as export
+    from ._files._save import load as load, save as save
     from ._inner._argmin_solver import ArgminSolver as ArgminSolver
     from ._inner._auto_solver import AutoSolver as AutoSolver
     from ._inner._fit import fit as fit

@@ -1,4 +1,4 @@
-"""The commands `python -m eqdistill check FILE`, which checks the accuracy that a file
+"""The commands `python -m eqdistill check FILE`, which checks the score that a file
 claims, and `python -m eqdistill evaluate FILE`, which measures that of any images."""
 
 import argparse
@@ -6,15 +6,16 @@ import functools as ft
 import sys
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
 
 from . import nn, recipes
-from ._checks import check_between
-from ._files._artifact import Artifact, load
+from ._checks import check_at_least
+from ._files._artifact import Artifact
 from ._files._foreign import read_foreign, to_distilled
+from ._files._recipe_arrays import model_to_words, to_words
+from ._files._save import load
 from ._files._sources import call, check_fitted, load_data
 from ._outer._evaluate import evaluate
 from .datasets import _published_hashes
@@ -44,11 +45,12 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = commands.add_parser(
         "check",
-        help="check the accuracy that a file claims",
+        help="check the score that a file claims",
         description="Trains models on the distilled set in a file, with the recipe in "
-        "the file, and compares their accuracy on the real test data with the accuracy "
-        "that the file claims. The exit status is 0 if the two agree, 1 if they differ "
-        "by more than the tolerance, and 2 if the file or an argument is bad.",
+        "the file, and compares their score on the real test data, such as their "
+        "accuracy, with the score that the file claims. The exit status is 0 if the "
+        "two agree, 1 if they differ by more than the tolerance, and 2 if the file or "
+        "an argument is bad.",
     )
     parser.set_defaults(run=_check, error=parser.error)
     add = parser.add_argument
@@ -56,13 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(parser)
     recipe = (
         "your function, without arguments, that returns the recipe, if the recipe in "
-        "the file cannot be rebuilt"
+        "the file cannot be rebuilt. Its arrays, such as learned step sizes, are then "
+        "replaced by those in the file"
     )
     add("--recipe", metavar="MODULE:FUNCTION", help=recipe)
     tolerance = (
-        "the largest difference allowed between the accuracies, which are from 0 to 1. "
-        "Defaults to the claimed standard deviation over models, but at least 0.0001: "
-        "one test image in 10,000"
+        "the largest difference allowed between the scores; accuracies are from 0 to "
+        "1. Defaults to the claimed standard deviation over models, but at least "
+        "0.0001: one test image in 10,000"
     )
     add("--tolerance", type=float, metavar="T", help=tolerance)
 
@@ -127,7 +130,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     if args.tolerance is not None:
-        check_between(0, 1, tolerance=args.tolerance)
+        check_at_least(0, tolerance=args.tolerance)
     with jax.enable_x64(load(args.file).x64):
         return _check_artifact(args, load(args.file))
 
@@ -136,8 +139,8 @@ def _check_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
     file, name = args.file, artifact.dataset or args.dataset
     if args.dataset not in (None, name):
         raise ValueError(f"{file} is of {name!r}, but --dataset is {args.dataset!r}.")
-    if artifact.accuracy is None:
-        raise ValueError(f"{file} claims no accuracy, so there is none to check.")
+    if artifact.score is None:
+        raise ValueError(f"{file} claims no score, so there is none to check.")
     if artifact.sha256 not in ({}, _published_hashes(name or "")):
         raise ValueError(
             f"{file} was made with other files of {name!r} than eqdistill loads: "
@@ -154,25 +157,38 @@ def _check_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
                 f"The recipe of {file} cannot be rebuilt. To check it, pass --recipe "
                 f"module:function, which returns this recipe: {words}"
             )
-        recipe = call(args.recipe, "--recipe")
+        recipe = artifact.restore(call(args.recipe, "--recipe"))
     train, test = load_data(name, args.data, args.data_dir)
     if artifact.preprocessing is not None:
         check_fitted(file, artifact.preprocessing, train)
         test = test.map(artifact.preprocessing)
     print(f"recipe: {words[1:-1]}")
     if args.recipe is not None:
-        print(f"{args.recipe}: {' '.join(eqx.tree_pformat(recipe).split())}")
+        print(f"{args.recipe}: {to_words(recipe)}")
+    print(f"model: {model_to_words(recipe, artifact.distilled)}")
+    for path, backbone in artifact.backbones.items():
+        print(f"backbone `{path}`: {backbone}")
     models = {"num_models": artifact.num_models, "key": artifact.key}
     found = evaluate(artifact.distilled, recipe, test, **models)
+    if found.metric != artifact.metric:
+        raise ValueError(
+            f"{file} claims the {artifact.metric}, but the labels of the data are for "
+            f"the {found.metric}."
+        )
     tolerance = args.tolerance
     if tolerance is None:
         tolerance = max(artifact.std or 0, 1e-4)
-    # Accuracies are float32 fractions, so further digits are rounding.
-    difference = round(abs(artifact.accuracy - found.accuracy), 6)
+    # Scores are float32, so further digits are rounding.
+    difference = round(abs(artifact.score - found.score), 6)
+    show, points = "{:.6f}".format, f"{difference:.6f} (tolerance {tolerance:.3g})"
+    if found.metric == "accuracy":
+        show, points = (
+            "{:.3%}".format,
+            (f"{100 * difference:.3f} points (tolerance {100 * tolerance:.3g})"),
+        )
     print(
-        f"{args.data or name} test accuracy: claimed {artifact.accuracy:.3%}, measured "
-        f"{found.accuracy:.3%}, difference {100 * difference:.3f} points (tolerance "
-        f"{100 * tolerance:.3g})"
+        f"{args.data or name} test {found.metric}: claimed {show(artifact.score)}, "
+        f"measured {show(found.score)}, difference {points}"
     )
     return 0 if difference <= tolerance else 1
 

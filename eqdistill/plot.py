@@ -15,7 +15,7 @@ import scipy.special
 from ._checks import check_at_least, needs
 from ._data._distilled_set import DistilledSet
 from ._data._pictures import to_pictures
-from ._losses import CrossEntropy
+from ._losses import BinaryCrossEntropy, CrossEntropy
 from ._outer._distillation import History
 from ._typechecking import describe
 
@@ -34,10 +34,13 @@ def images(
     is mid-grey. Colour images are mapped by $(v - v_\min) / (v_\max - v_\min)$, where
     the minimum and the maximum are over all images and channels.
 
-    Up to 50 images are drawn with their classes as titles, by name if the set has
-    `class_names`. More images, or any number if
+    Up to 50 images are drawn with their labels as titles: classes, by name if the set
+    has `class_names`; the most likely class of soft labels, with its probability; the
+    classes above one half, for [`eqdistill.BinaryCrossEntropy`][]; or targets, as
+    numbers if there are one or two, and otherwise as the column of the largest one.
+    More images, or any number if
     `ax` is given, are drawn as a mosaic, with the images of each class side by side and
-    the class on the left.
+    the class on the left. Examples without a class are one block.
 
     **Arguments:**
 
@@ -49,13 +52,24 @@ def images(
     - `ax`: the axes to draw into. Defaults to a new figure, which has a colour bar for
         grey images.
 
-    **Returns:** the figure. Soft labels are shown as the most likely class, with its
-    probability in titles.
+    **Returns:** the figure.
     """
     check_at_least(1, columns=columns)
     pictures = to_pictures(np.asarray(distilled.images, np.float32))
     labels, names = np.asarray(distilled.labels), distilled.class_names
     classes = labels if labels.ndim == 1 else labels.argmax(axis=1)
+    titles, has_classes = [_name(class_, names) for class_ in classes], True
+    is_binary = isinstance(distilled.loss, BinaryCrossEntropy)
+    if labels.ndim == 2 and isinstance(distilled.loss, CrossEntropy):
+        most = scipy.special.softmax(labels, axis=1).max(axis=1)
+        titles = [f"{a} ({b:.0%})" for a, b in zip(titles, most, strict=True)]
+    elif labels.ndim == 2 and (is_binary or labels.shape[1] <= 2):
+        classes, has_classes = np.zeros(len(labels), int), False
+        has = lambda row: [_name(y, names) for y in np.flatnonzero(row > 0.5)]
+        titles = [
+            ", ".join(has(row) if is_binary else [f"{y:.3g}" for y in row])
+            for row in labels
+        ]
     tiny = np.finfo(np.float32).tiny  # Avoids 0 / 0 if all pixels are equal.
     limit, scale = max(float(np.abs(pictures).max()), tiny), {}
     if pictures.ndim == 4:
@@ -64,10 +78,6 @@ def images(
     else:
         scale = {"cmap": "gray_r", "vmin": -limit, "vmax": limit}
     if ax is None and len(pictures) <= 50:
-        titles = [_name(class_, names) for class_ in classes]
-        if labels.ndim == 2 and isinstance(distilled.loss, CrossEntropy):
-            most = scipy.special.softmax(labels, axis=1).max(axis=1)
-            titles = [f"{a} ({b:.0%})" for a, b in zip(titles, most, strict=True)]
         return _with_titles(pictures, titles, columns or 5, scale)
     canvas, texts = _mosaic(pictures, classes, names, columns or 50)
     panel: Any = ax
@@ -79,7 +89,7 @@ def images(
         size = inches * width + (0.6 if scale else 0), max(inches * height, 1.0)
         panel = _figure(*size, dpi=min(max(200, round(1 / inches)), 600)).subplots()
     figure = _figure_of(panel)
-    for x, y, text in texts:
+    for x, y, text in texts if has_classes else ():
         panel.text(x, y, text, fontsize=8, ha="right", va="center")
     panel.imshow(canvas, **scale)
     panel.set_axis_off()

@@ -60,7 +60,7 @@ def test_pixels_are_recovered(tmp_path, shape, mode, scale):
     np.testing.assert_array_equal(exported["images"], images)
     np.testing.assert_allclose(exported["l2"], 0.03, rtol=1e-6)
     assert (exported["low"], exported["high"]) == (low, high)
-    names = [*(f"{y:02}" for y in range(11)), "distilled.npz"]
+    names = [*(f"{y:02}" for y in range(11)), "README.txt", "distilled.npz"]
     assert sorted(path.name for path in folder.iterdir()) == names
 
 
@@ -102,6 +102,9 @@ def test_preprocessing_is_undone(tmp_path, kind):
     else:
         units = units / exported["deviation"]
     np.testing.assert_allclose(units, exported["images"], atol=1e-4)
+    words = " ".join((tmp_path / "out" / "README.txt").read_text().split())
+    way = "whitening @ (x - mean)" if kind is ZCA else "x = mean + deviation * z"
+    assert way in words
 
 
 def test_labels_and_losses(tmp_path):
@@ -125,19 +128,37 @@ def test_labels_and_losses(tmp_path):
     assert "half the squared distance" in str(exported["recipe"])
 
 
+def test_targets_of_squared_error(tmp_path):
+    learned = grey(3).with_targets(3)
+    eqd.export(tmp_path / "a", learned)
+    assert "labels" not in read(tmp_path / "a")
+    assert len(list((tmp_path / "a" / "images").glob("*.png"))) == 3
+    claim = evaluation(eqd.recipes.Recipe(eqd.linear.LogisticRegression(20, 3)))
+    eqd.save(tmp_path / "b.safetensors", learned, claim)
+    eqd.export(tmp_path / "b", eqd.load(tmp_path / "b.safetensors"))
+    np.testing.assert_array_equal(read(tmp_path / "b")["labels"], [0, 1, 2])
+    assert (tmp_path / "b" / "2" / "2.png").is_file()
+
+
 def test_artifacts_have_an_accuracy_and_a_recipe(tmp_path):
     recipe = recipes.dc(functools.partial(nn.MLP, (5, 4), 3), updates=7)
     path = tmp_path / "a.safetensors"
     eqd.save(path, grey(3), evaluation(recipe), dataset="digits")
     eqd.export(tmp_path / "out", eqd.load(path))
     exported = read(tmp_path / "out")
-    np.testing.assert_allclose(exported["claimed_accuracy"], 0.6)
+    np.testing.assert_allclose(exported["claimed_score"], 0.6)
     np.testing.assert_allclose(exported["claimed_std"], np.sqrt(0.02))
     # The weight decay of the recipe instead of the ridge of the set.
     np.testing.assert_allclose(exported["l2"], 5e-4, rtol=1e-5)
     assert exported["dataset"] == "digits"
-    for part in ("momentum is 0.9", "updates=7", "MLP"):
+    text = (tmp_path / "out" / "README.txt").read_text(encoding="utf-8")
+    assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(text.split())
+    for part in ("momentum is 0.9", "updates=7", "MLP", "l2 is 0.0005"):
         assert part in str(exported["recipe"])
+        assert part in words
+    assert "dataset digits" in words
+    assert "accuracy on the test split: 60.00% ± 14.14% (2 models)" in words
 
 
 def test_refuses(tmp_path):

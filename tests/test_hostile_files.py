@@ -1,13 +1,16 @@
 """Files that were spoilt at random are loaded or refused: by name, in little time, and
 in little memory."""
 
+import dataclasses
 import functools
 import json
 import sys
 import time
 from pathlib import Path
 
+import jax.random as jr
 import numpy as np
+import optax
 import pytest
 
 import eqdistill as eqd
@@ -24,6 +27,7 @@ VALUES = [
     *(2, 5, 8, 9, 64, 1024, 4096, 1.0, 1e-3, 5.0, [1, 1], [8, 8], [64, 64], [4096, 4]),
     *("SpanSolver", "ArgminSolver", "LogisticRegression", "Recipe", "F64", "I64"),
     *("ConvNet", "dc", "relu", {"class": "RidgeSolver"}, {"tensor": "artifact.start"}),
+    *("adam", "eps_root", {"eps_root": 0.5}, {"learning_rate": 0.1}, "R2", -1e10),
 ]
 
 
@@ -41,6 +45,14 @@ def good_artifacts(folder):
     make = functools.partial(nn.ConvNet, (4, 4), 3, widths=(4,))
     rates = recipes.learned_rates(make, learning_rates=[0.1, 0.2], batch_size=2)
     fresh = recipes.Recipe(eqd.Fresh(make), eqd.ArgminSolver())
+    adam = functools.partial(optax.adam, eps_root=1e-8)
+    unrolled = eqd.UnrolledSolver(adam, {"learning_rate": [0.1, 0.2]}, 2)
+    fixed = recipes.Recipe(make(key=jr.key(0)), unrolled)
+    # No file can rebuild a window.
+    own = eqd.UnrolledSolver(
+        adam, {"learning_rate": 0.1}, 2, window=eqd.adjoints.LastSteps(1)
+    )
+    own = dataclasses.replace(fixed, inner=own)
     for i, (start, recipe, kwargs) in enumerate(
         [
             (hard, None, {"dataset": "mnist", "seed": 7}),
@@ -48,6 +60,8 @@ def good_artifacts(folder):
             (hard.with_targets(3), fresh, {}),
             (hard, recipes.dc(make, updates=7), {}),
             (hard, rates, {}),
+            (hard, fixed, {}),
+            (hard, own, {"source": "class Network: ..."}),
             (packed, None, {"preprocessing": Standardisation.fit(real)}),
             (packed, None, {"preprocessing": ZCA.fit(real)}),
         ]

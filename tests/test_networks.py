@@ -138,9 +138,18 @@ def test_any_module_is_initialised():
     assert eqx.tree_equal(zero, network)
 
 
+class Scaled(eqx.nn.Linear):
+    scale: jax.Array
+
+    def __init__(self):
+        super().__init__(2, 2, key=KEY)
+        self.scale = jnp.ones(2)
+
+
 @pytest.mark.parametrize(
     ("extra", "match"),
     [
+        (Scaled(), "got `extra.scale`"),
         (eqx.nn.GRUCell(2, 2, key=KEY), "got `extra.weight_ih`"),
         (eqx.nn.Embedding(2, 2, key=KEY), "got `extra.weight`"),
         (jnp.ones(2), "got `extra`"),

@@ -10,9 +10,9 @@ import eqdistill as eqd
 from eqdistill._outer._distillation import History
 
 
-def make_set(labels, shape=(5, 4)):
+def make_set(labels, shape=(5, 4), **kwargs):
     images = np.random.default_rng(0).normal(size=(len(labels), *shape))
-    return eqd.DistilledSet(images.astype(np.float32), labels, l2=0.1)
+    return eqd.DistilledSet(images.astype(np.float32), labels, l2=0.1, **kwargs)
 
 
 def in_unit_range(images):
@@ -51,6 +51,25 @@ def test_soft_labels():
     many = make_set(4 * np.eye(3, dtype=np.float32)[np.arange(60) % 3])
     texts = eqd.plot.images(many).axes[0].texts
     assert [text.get_text() for text in texts] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels", "wanted"),
+    [
+        (eqd.SquaredError(), [[0.25], [-1234.5]], ["0.25", "-1.23e+03"]),
+        (eqd.SquaredError(), [[1, 2], [3, 4]], ["1, 2", "3, 4"]),
+        (eqd.SquaredError(), [[0, 2, 1], [9, 8, 0]], ["1", "0"]),
+        (eqd.BinaryCrossEntropy(), [[1, 0, 1], [0, 0, 0]], ["0, 2", ""]),
+    ],
+)
+def test_targets(loss, labels, wanted):
+    labels = np.array(labels, np.float32)
+    figure = eqd.plot.images(make_set(labels, loss=loss))
+    assert [axis.get_title() for axis in figure.axes if axis.images] == wanted
+    mosaic = eqd.plot.images(make_set(np.repeat(labels, 30, axis=0), loss=loss))
+    classes = [text.get_text() for text in mosaic.axes[0].texts]
+    is_class = isinstance(loss, eqd.SquaredError) and labels.shape[1] == 3
+    assert classes == (["0", "1"] if is_class else [])
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (3, 6, 5)])

@@ -212,7 +212,7 @@ def test_names_of_a_union():
     assert union.class_names == ("a", "b", "c", "d")
     with pytest.raises(ValueError, match="class 0 is 'a' in a set and 'b' in `sets"):
         eqd.DistilledSet.concatenate([named("a", "b", "c"), named("b", "a", "c")])
-    with pytest.raises(ValueError, match="`num_classes` must be larger .* got 3"):
-        soft = eqd.DistilledSet(IMAGES, SOFT, l2=0.1)
-        large = eqd.DistilledSet(IMAGES, HARD + 2, l2=0.1)
+    soft = eqd.DistilledSet(IMAGES, SOFT, l2=0.1)
+    large = eqd.DistilledSet(IMAGES, HARD + 2, l2=0.1)
+    with pytest.raises(ValueError, match=r"`num_classes` must be larger .* got 3"):
         eqd.DistilledSet.concatenate([soft, large])

@@ -1,5 +1,5 @@
 import os
-import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,12 @@ import numpy as np
 import scipy.special
 from jaxtyping import Float, UInt8
 
-from .. import recipes
 from .._checks import needs
 from .._data._class_names import count_classes
 from .._data._distilled_set import DistilledSet
 from .._data._pictures import to_pictures
 from .._data._preprocessing import AbstractPreprocessing
-from .._losses import CrossEntropy, SquaredError
+from .._losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from ._artifact import Artifact
 
 
@@ -25,8 +24,9 @@ def export(
     distilled: DistilledSet | Artifact,
 ) -> None:
     r"""Exports a distilled set for use outside JAX: one PNG for each image, in a folder
-    for each class, and a file `distilled.npz` with the exact numbers and the recipe in
-    words. [Use them elsewhere](../elsewhere.md) shows how to retrain.
+    for each class; a file `distilled.npz` with the exact numbers and the recipe in
+    words; and a `README.txt`, which says how to use them.
+    [Use them elsewhere](../elsewhere.md) shows how to retrain.
 
     The PNGs are greyscale or colour, with 8 bits, in the units of the real images, from
     0 to 1: the preprocessing of an artifact is undone. A level $k$ stands for
@@ -41,9 +41,12 @@ def export(
 
     - `images`: the exact distilled images, in the units in which they were learned;
     - `labels`: the class index of each image, or of the largest of its soft labels;
+        but not for other targets;
     - `targets`: shape `(n, c)`. The class probabilities for cross-entropy, or the
         targets for squared error;
-    - `loss`: `"CrossEntropy"` with its `temperature`, or `"SquaredError"`;
+    - `loss`: `"CrossEntropy"` with its `temperature`, `"BinaryCrossEntropy"` or
+        `"SquaredError"`;
+    - `weights`: of each image, with a mean of one, if they are not all one;
     - `l2`: the ridge, or the weight decay of the recipe;
     - `low`, `high`: $a$ and $b$;
     - `mean`, `deviation`: real images $x$ from 0 to 1 become $(x - \mathrm{mean}) /
@@ -52,7 +55,13 @@ def export(
     - `class_names`: the name of each class, which is also the name of its folder. By
         default, the class index;
     - `recipe`: how a model is trained, in words;
-    - if the artifact has them, `dataset`, `claimed_accuracy` and `claimed_std`.
+    - if the artifact has them, `dataset`, and of what it claims, `claimed_metric`, such
+        as `"accuracy"`, `claimed_score` and `claimed_std`.
+
+    Targets of [`eqdistill.BinaryCrossEntropy`][] and of a regression have no class:
+    all PNGs are in the folder `images`. Targets of the squared error are taken as
+    those of classes if the set has `class_names`, or if the artifact claims an accuracy
+    or names a dataset.
 
     Needs Pillow, which `eqdistill[plot]` installs.
 
@@ -84,12 +93,20 @@ def export(
     levels, low, high = _to_levels(images, preprocessing)
     labels = np.asarray(distilled.labels)
     num_classes = count_classes(labels, distilled.class_names)
-    labels = labels.argmax(axis=1) if labels.ndim == 2 else labels
+    metric, is_soft = known.get("metric"), labels.ndim == 2
+    has_classes = not is_soft or metric == "accuracy"
+    if is_soft and metric is None:
+        has_classes = isinstance(distilled.loss, CrossEntropy)
+        if isinstance(distilled.loss, SquaredError):
+            has_classes = bool(distilled.class_names or known.get("dataset"))
+    if is_soft:
+        labels = labels.argmax(axis=1) if has_classes else None
     names = _folder_names(distilled.class_names, num_classes)
 
     folder = Path(folder)
     digits = len(str(len(levels) - 1))
-    files = [folder / names[y] / f"{i:0{digits}}.png" for i, y in enumerate(labels)]
+    folders = len(levels) * ["images"] if labels is None else [names[y] for y in labels]
+    files = [folder / name / f"{i:0{digits}}.png" for i, name in enumerate(folders)]
     others = set(folder.glob("*/*.png")) - set(files)
     if others:
         raise FileExistsError(
@@ -104,11 +121,19 @@ def export(
         Image.fromarray(level).save(file, pnginfo=text)
     arrays = {"images": images, "labels": labels, "low": low, "high": high}
     arrays |= vars(preprocessing) if preprocessing else {"mean": 0.0, "deviation": 1.0}
-    arrays |= {f"claimed_{name}": known.get(name) for name in ("accuracy", "std")}
+    arrays |= {
+        f"claimed_{name}": known.get(name) for name in ("metric", "score", "std")
+    }
     arrays |= {"dataset": known.get("dataset")}
+    if has_classes or distilled.class_names:
+        arrays |= {"class_names": np.array(names)}
     arrays |= _inner_problem(distilled, known, num_classes)
+    if has_classes:
+        arrays["recipe"] += " The predicted class is that of the largest output."
     arrays = {name: x for name, x in arrays.items() if x is not None}
-    np.savez(folder / "distilled.npz", class_names=np.array(names), **arrays)
+    np.savez(folder / "distilled.npz", **arrays)
+    text = _read_me(arrays, known.get("num_models", 0))
+    (folder / "README.txt").write_text(text, encoding="utf-8")
 
 
 def _to_levels(
@@ -143,9 +168,9 @@ def _inner_problem(
     distilled: DistilledSet, known: dict[str, Any], num_classes: int
 ) -> dict[str, Any]:
     """The inner problem as the recipe prepares it, in numbers and words."""
-    recipe = known.get("recipe")
-    if recipe is not None:
-        distilled = recipe.prepare(distilled, num_classes)
+    prepare = known.get("prepare")
+    if prepare is not None:
+        distilled = prepare(distilled, num_classes)
     loss, targets, temperature = distilled.loss, np.asarray(distilled.labels), None
     is_soft, term = targets.ndim == 2, type(loss).__name__
     if not is_soft:
@@ -154,24 +179,80 @@ def _inner_problem(
         logarithm = loss.log_temperature
         temperature = 1.0 if logarithm is None else np.exp(np.asarray(logarithm))
         targets = scipy.special.softmax(targets, axis=1) if is_soft else targets
-        term = "the cross-entropy of `targets` and the softmax of outputs / temperature"
+        divided = "" if temperature == 1 else f" / {temperature:.6g}"
+        term = f"the cross-entropy of `targets` and the softmax of outputs{divided}"
+    if isinstance(loss, BinaryCrossEntropy):
+        term = (
+            "the sum over the columns of `targets` of their cross-entropy with the "
+            "logistic function of the outputs"
+        )
     if isinstance(loss, SquaredError):
         targets = np.asarray(loss.targets(distilled.labels, num_classes))
         term = "half the squared distance of the outputs from `targets`"
+    description = known.get("recipe_description") or ""
+    l2, weights = float(distilled.l2), distilled.weights
+    mean = "mean" if weights is None else "mean, weighted by `weights`,"
     words = (
-        f"Minimise the mean over the images of {term}, plus l2 / 2 times the sum of "
-        "the squares of the weights, but not of an intercept. The predicted class is "
-        "that of the largest output."
+        f"Minimise the {mean} over the images of {term}, plus l2 / 2 times the sum of "
+        f"the squares of the weights, but not of an intercept. l2 is {l2:.6g}."
     )
-    if recipe is not None and recipe.name != "custom":
-        # The first paragraph of its docstring says what a published recipe does.
-        doc = getattr(recipes, recipe.name).__doc__.split("\n\n")[0]
-        words = re.sub(r"\[`([\w.]+)`\]\[\]", r"\1", doc)
-    words = f"{words} {known.get('recipe_description') or ''}"
+    if description and not description.startswith("Recipe("):
+        # Published recipes may have several stages.
+        words = f"The loss is the {mean} over the images of {term}. l2 is {l2:.6g}."
+    if description and prepare is None:
+        words += " `prepare` of the recipe may change the loss, the targets and l2."
     return {
         "targets": targets,
         "loss": type(loss).__name__,
         "temperature": temperature,
         "l2": np.asarray(distilled.l2),
-        "recipe": " ".join(words.split()),
+        "weights": None if weights is None else np.asarray(weights),
+        "recipe": f"{words} {description}".strip(),
     }
+
+
+def _read_me(arrays: dict[str, Any], num_models: int) -> str:
+    """What `distilled.npz` and the PNGs are, and how to use them."""
+    n, *shape = arrays["images"].shape
+    low, high = arrays["low"], arrays["high"]
+    units = "`images` are real images with values from 0 (black) to 1 (white)."
+    if "whitening" in arrays:
+        units = (
+            "`images` are in the units of whitening @ (x - mean), for the vector x of "
+            "a real image with values from 0 to 1. To undo it, solve for x."
+        )
+    elif np.ndim(arrays["mean"]):
+        units = (
+            "`images` are in the units of z = (x - mean) / deviation, for real images "
+            "x with values from 0 to 1. To undo it: x = mean + deviation * z."
+        )
+        if np.size(arrays["mean"]) <= 3:
+            mean, deviation = (np.ravel(arrays[x]) for x in ("mean", "deviation"))
+            units += f" The mean is {mean}, the deviation {deviation}."
+    order = "The PNGs in the folder `images` have the numbers of the rows."
+    if "labels" in arrays:
+        order = (
+            "The PNGs have the numbers of the rows. Each class has a folder; the order "
+            "of the class indices is that of `class_names`."
+        )
+    expect = "Nothing is claimed."
+    if num_models:
+        show = "{:.2%}" if arrays["claimed_metric"] == "accuracy" else "{:.4g}"
+        std = f" ± {show.format(arrays['claimed_std'])}" if num_models > 1 else ""
+        expect = (
+            f"{arrays['claimed_metric']} on the test split: "
+            f"{show.format(arrays['claimed_score'])}{std} ({num_models} "
+            f"model{'s' * (num_models > 1)})."
+        )
+    lines = (
+        f"A distilled set of {n} images of shape {tuple(shape)}, of the dataset "
+        f"{arrays.get('dataset', '(no name)')}. Read distilled.npz with numpy.load.",
+        f"Training: {arrays['recipe']}",
+        f"Units: {units}",
+        f"PNGs: a level k from 0 to 255 stands for {low:.6g} + {high - low:.6g} * "
+        "k / 255, where real images are from 0 to 1.",
+        f"Order: row i of `images`, of `labels` and of `targets` belong together. "
+        f"{order}",
+        f"Expect: {expect}",
+    )
+    return "".join(f"{textwrap.fill(line, 80)}\n" for line in lines)

@@ -3,7 +3,6 @@ becomes a JSON object `{"class": name, field: value, ...}`, and its arrays are s
 under the paths of their fields."""
 
 import functools as ft
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,23 +10,17 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jaxtyping import Array
 
-from .. import nn, recipes
-from .._classifier import LogisticRegression, takes_pixels
+from .. import nn
+from .._classifier import takes_pixels
 from .._data._class_names import check_class_names, count_classes
 from .._data._distilled_set import DistilledSet
 from .._data._packed import Packed
 from .._data._preprocessing import Standardisation, ZCA
-from .._inner._argmin_solver import ArgminSolver
-from .._inner._auto_solver import AutoSolver
-from .._inner._relative_ridge import RelativeRidge
-from .._inner._ridge_solver import RidgeSolver
-from .._inner._span_solver import SpanSolver
-from .._losses import CrossEntropy, SquaredError
-from .._models._models import Fixed, Fresh
+from .._losses import BinaryCrossEntropy, CrossEntropy, SquaredError
+from .._outer._recipes import _unchanged
 from ..recipes import Recipe
 
 
@@ -35,8 +28,9 @@ MAX_BYTES = 2**30
 _MAX_DEPTH = 8
 _ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh")
 _LAYERS = ("instance_norm", "group_norm", "average_pool", "max_pool")
-_FUNCTIONS = {name: getattr(jax.nn, name) for name in _ACTIVATIONS}
-_FUNCTIONS |= {name: getattr(nn, name) for name in _LAYERS}
+FUNCTIONS = {name: getattr(jax.nn, name) for name in _ACTIVATIONS}
+FUNCTIONS |= {name: getattr(nn, name) for name in _LAYERS}
+FUNCTIONS |= {"_unchanged": _unchanged}
 
 
 class NotInTable(ValueError):
@@ -110,8 +104,10 @@ def register(
 def encode(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     """Returns a value as JSON, and adds its arrays to `tensors`. Raises
     [`NotInTable`][] if a file cannot hold it."""
-    if x is None or type(x) in (bool, int, float, str, dict):
+    if x is None or type(x) in (bool, int, float, str):
         return x
+    if type(x) is dict:
+        return {k: encode(item, f"{path}.{k}", tensors) for k, item in x.items()}
     if type(x) is tuple:
         return [encode(item, path, tensors) for item in x]
     if eqx.is_array(x):
@@ -131,8 +127,12 @@ def _name(x: Any) -> str:
     if takes_pixels(x):
         return "LogisticRegression"
     cls = x.func if isinstance(x, ft.partial) else type(x)
-    names = (name for name, function in _FUNCTIONS.items() if x is function)
-    return next(names, cls.__name__)
+    names = (name for name, function in FUNCTIONS.items() if x is function)
+    return next(names, getattr(cls, "__name__", ""))
+
+
+def is_in_table(x: Any) -> bool:
+    return _name(x) in TABLE
 
 
 def decode(raw: Any, path: str, content: Content) -> Any:
@@ -147,11 +147,20 @@ def decode(raw: Any, path: str, content: Content) -> Any:
         case {"class": str(name), **fields}:
             return _build(name, fields, path, content)
         case {"tensor": str(name)} if name == path and name in content.tensors:
-            return _to_array(content.tensors.pop(name), path)
+            return to_array(content.tensors.pop(name), path)
         case dict():
-            are_texts = all(type(x) is str for x in raw.values())
-            check(are_texts and "tensor" not in raw, f"`{path}` must not be {raw!r}")
+            check("tensor" not in raw, f"`{path}` must not be {raw!r}")
+            return {k: _decode_item(x, f"{path}.{k}", content) for k, x in raw.items()}
     return raw
+
+
+def _decode_item(raw: Any, path: str, content: Content) -> Any:
+    """An item of a dictionary: a plain value or an array."""
+    if type(raw) in (bool, int, float, str):
+        return raw
+    is_tensor = raw == {"tensor": path} and path in content.tensors
+    check(is_tensor, f"`{path}` must be a plain value or a tensor; got {raw!r}")
+    return to_array(content.tensors.pop(path), path)
 
 
 def _build(name: str, fields: dict[str, Any], path: str, content: Content) -> Any:
@@ -178,7 +187,7 @@ def _is_in(x: Any, low: float, high: float, most: int = 100_000) -> bool:
     return are_in and len(items) <= most
 
 
-def _to_array(wide: np.ndarray, path: str) -> Array:
+def to_array(wide: np.ndarray, path: str) -> Array:
     is_number = wide.dtype.kind in "iu" or wide.dtype in (np.float32, np.float64)
     check(is_number, f"`{path}` must be integers, float32 or float64; got {wide.dtype}")
     problem = f"`{path}` must have at most 8 axes, none of them empty; got {wide.shape}"
@@ -190,39 +199,16 @@ def _to_array(wide: np.ndarray, path: str) -> Array:
     return jnp.asarray(x)
 
 
-def to_words(raw: Any) -> str:
-    """The JSON of an object as a call, such as `RelativeRidge(inner=RidgeSolver)`."""
-    if type(raw) is not dict or "class" not in raw:
-        return str(raw)
-    fields = [f"{k}={to_words(x)}" for k, x in raw.items() if k != "class"]
-    return f"{raw['class']}({', '.join(fields)})" if fields else raw["class"]
-
-
-def is_same_recipe(recipe: Any, other: Any) -> bool:
-    """Whether two recipes make and train the same models."""
-    partials = [ft.partial(x.prepare) for x in (recipe, other)]
-    prepare, wanted = [(x.func, x.args, x.keywords) for x in partials]
-    is_same = eqx.tree_equal(recipe.inner, other.inner) and prepare == wanted
-    return bool(is_same and eqx.tree_equal(_trace(recipe.models), _trace(other.models)))
-
-
-def _trace(models: Any) -> Any:
-    """The program that makes models; or a model, without the values of its arrays."""
-    if not isinstance(models, Fresh):
-        return eqx.filter_eval_shape(lambda: models)
-    make = eqx.filter_make_jaxpr(lambda key: models.make(key=key))
-    program, *others = make(jr.key(0))
-    return str(program.jaxpr), program.consts, others
-
-
 # Sets, losses and preprocessing.
 
 
-def _build_set(images, labels, log_l2, loss, class_names) -> DistilledSet:
+def _build_set(images, labels, log_l2, log_weights, loss, class_names) -> DistilledSet:
     n, is_soft = len(images), jnp.issubdtype(labels.dtype, jnp.floating)
     is_row = labels.ndim == 1 + is_soft and len(labels) == n
     check(is_row, f"labels must have {n} rows; got shape {labels.shape}")
     check(log_l2.shape == (), f"log_l2 must be a scalar; got shape {log_l2.shape}")
+    is_row = log_weights is None or log_weights.shape == (n,)
+    check(is_row, f"log_weights must have {n} rows")
     check(is_soft or np.asarray(labels).min() >= 0, "labels must not be negative")
     check(type(class_names) in (tuple, type(None)), "class names must be a list")
     num_classes = count_classes(labels, class_names)
@@ -230,7 +216,9 @@ def _build_set(images, labels, log_l2, loss, class_names) -> DistilledSet:
     # Set arrays afterwards: the constructor takes the ridge, and would round it.
     hard = np.zeros(n, np.int32)
     x = DistilledSet(images, hard, l2=1.0, loss=loss, class_names=names)
-    return eqx.tree_at(lambda x: (x.labels, x.log_l2), x, (labels, log_l2))
+    where = lambda x: (x.labels, x.log_l2, x.log_weights)
+    values = labels, log_l2, log_weights
+    return eqx.tree_at(where, x, values, is_leaf=lambda x: x is None)
 
 
 def _bytes_of_one_hot(images, labels, **_) -> int:
@@ -254,75 +242,11 @@ def _bytes_of_packed(small, shape) -> int:
 
 _LOGARITHM = (-87.0, 87.0)  # So that the exponential is a normal float32.
 _set = {"images": Any, "labels": Any, "log_l2": _LOGARITHM, "loss": Any}
-_set |= {"class_names": Any}
+_set |= {"log_weights": _LOGARITHM, "class_names": Any}
 register(DistilledSet, _set, build=_build_set, nbytes=_bytes_of_one_hot)
 register(CrossEntropy, {"log_temperature": _LOGARITHM}, build=_build_cross_entropy)
 register(SquaredError, {})
+register(BinaryCrossEntropy, {})
 register(Packed, {"small": Any, "shape": (1, MAX_BYTES)}, nbytes=_bytes_of_packed)
 register(Standardisation, {"mean": Any, "deviation": (1e-30, np.inf)})
 register(ZCA, {"mean": Any, "whitening": Any, "regularisation": (0.0, 1e9)})
-
-# Inner solvers.
-_tolerance, _steps = (0.0, 1.0), (1, 1_000_000)
-register(AutoSolver, {})
-register(RidgeSolver, {})
-register(RelativeRidge, {"inner": Any})
-register(SpanSolver, {"rtol": _tolerance, "atol": _tolerance, "max_steps": _steps})
-register(ArgminSolver, {"max_steps": _steps, "tolerance": _tolerance})
-
-
-# Models.
-
-
-def _read_regression(x) -> dict[str, Any]:
-    sizes = {"in_features": x.head.in_features, "num_classes": x.head.out_features}
-    return sizes | {"use_intercept": x.head.use_bias, "dtype": str(x.head.weight.dtype)}
-
-
-def _build_regression(dtype, **sizes):
-    return LogisticRegression(**sizes, dtype=jax.dtypes.canonicalize_dtype(dtype))
-
-
-def _find_make(models: Any) -> ft.partial:
-    """The constructor of `eqdistill.nn` for the networks of an [`eqdistill.Fresh`][].
-    Raises [`NotInTable`][] for other models."""
-    draw = lambda key: models.draw(models.init(None, key=key), key=key)
-    network = eqx.filter_eval_shape(draw, jr.key(0))
-    if not isinstance(network, nn.Network):
-        raise NotInTable(f"a file cannot rebuild a `{type(network).__name__}`")
-    return ft.partial(getattr(nn, network.architecture), **dict(network.settings))
-
-
-def _settings(function: Callable) -> dict[str, Any]:
-    names = inspect.signature(function).parameters
-    return {name: _SETTINGS.get(name, Any) for name in names if name != "key"}
-
-
-_SETTINGS: dict[str, Any] = dict.fromkeys(("in_features", "shape"), (1, MAX_BYTES))
-_SETTINGS |= {"num_classes": (1, 2**16), "widths": (1, 512, 8), "size": (1, 64)}
-_SETTINGS |= {"learning_rates": (0.0, 1e9), "momentum": (0.0, 1.0)}
-_SETTINGS |= {"batch_size": (1, 100_000), "updates": (2, 100_000)}
-_SETTINGS |= {"seed": (0, 2**31 - 1)}
-register(
-    LogisticRegression,
-    _settings(LogisticRegression),
-    build=_build_regression,
-    read=_read_regression,
-    nbytes=lambda in_features, num_classes, **_: 8 * (in_features + 1) * num_classes,
-)
-register(Fixed, {"model": Any})
-register(Fresh, {"make": Any}, read=lambda x: {"make": _find_make(x)})
-register(Recipe, {"models": Any, "inner": Any})
-for _key, _function in _FUNCTIONS.items():
-    TABLE[_key] = Entry({}, lambda f=_function: f, lambda _: {}, lambda: 0)
-for _make in (nn.ConvNet, nn.LeNet, nn.MLP, nn.AlexNet, nn.VGG11, nn.ResNet18):
-    # Stored as the constructor of the network, a `functools.partial` of all settings.
-    build = ft.partial(ft.partial, _make)
-    register(_make, _settings(_make), build=build, read=lambda x: x.keywords)
-for _recipe in (
-    *(recipes.dc, recipes.frepo, recipes.zero_start, recipes.feature_regression),
-    *(recipes.supervised, recipes.learned_rates),
-):
-    # Stored as the arguments of the function that returns the recipe.
-    read = lambda x: {"make": _find_make(x.models), **dict(x.settings)}
-    register(_recipe, _settings(_recipe), read=read)

@@ -8,7 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._checks import check_at_least
-from .._classifier import Frozen, last_layer
+from .._classifier import Frozen, last_layer, parameters
 from .._typechecking import describe
 from ._convolve import Conv2d
 
@@ -65,6 +65,7 @@ he = jax.nn.initializers.he_normal(in_axis=1, out_axis=0)
 lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
 
 _WEIGHT_LAYERS = (Conv2d, eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Linear)
+_REDRAWN = ("weight", "bias")
 _NORM_LAYERS = (eqx.nn.BatchNorm, eqx.nn.GroupNorm, eqx.nn.LayerNorm, eqx.nn.RMSNorm)
 
 
@@ -129,7 +130,13 @@ def _check_layers(network: PyTree) -> None:
     is_known = lambda x: isinstance(x, (*_WEIGHT_LAYERS, *_NORM_LAYERS, Frozen))
     for path, node in jax.tree.leaves_with_path(network, is_leaf=is_known):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if eqx.is_inexact_array(node):
+        is_bad = eqx.is_inexact_array(node)
+        if isinstance(node, _WEIGHT_LAYERS):
+            # A subclass may have other arrays than its layer.
+            fields = {k: x for k, x in vars(node).items() if k not in _REDRAWN}
+            others = [k for k in fields if any(jax.tree.leaves(parameters(fields[k])))]
+            is_bad, name = bool(others), ".".join([name, *others[:1]])
+        if is_bad:
             raise TypeError(
                 "`network` must have floating-point arrays only in linear, convolution "
                 "and normalisation layers, which `initialise` can redraw; got "

@@ -29,7 +29,7 @@ def main(folder: Path, data_dir: Path, num_networks: int) -> None:
     to_units = lambda x: (x - exported["mean"]) / exported["deviation"]
     test = to_units(test / 255)
 
-    claim = exported["claimed_accuracy"], exported["claimed_std"]
+    claim = exported["claimed_score"], exported["claimed_std"]
     print("claimed               {:.1%} ± {:.1%}".format(*claim), flush=True)
     pictures, labels = read_pngs(folder)
     for name, images, classes in (
