@@ -259,5 +259,3 @@ class DistilledSet(AbstractParameterisation):
     def l2(self) -> Float[Array, ""]:
         r"""The ridge $\lambda$."""
         return jnp.exp(self.log_l2)
-
-

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from .. import recipes
 from .._checks import needs
 from .._data._distilled_set import DistilledSet
-from .._data._pictures import to_pictures
+from .._data._pictures import are_pictures, to_pictures
 from .._data._preprocessing import AbstractPreprocessing
 from .._data._readers import _CLASSES
 from .._losses import CrossEntropy, SquaredError
@@ -26,9 +26,9 @@ def export(
     *,
     class_names: Sequence[str] | None = None,
 ) -> None:
-    r"""Exports a distilled set for use outside JAX: one PNG for each image, in a folder
-    for each class, and a file `distilled.npz` with the exact numbers and the recipe in
-    words. [Use them elsewhere](../elsewhere.md) shows how to retrain.
+    r"""Exports a distilled set for use outside JAX: a file `distilled.npz` with the
+    exact numbers and the recipe in words; and if it has images, one PNG for each, in a
+    folder for each class. [Use them elsewhere](../elsewhere.md) shows how to retrain.
 
     The PNGs are greyscale or colour, with 8 bits, in the units of the real images, from
     0 to 1: the preprocessing of an artifact is undone. A level $k$ stands for
@@ -47,24 +47,25 @@ def export(
         targets for squared error;
     - `loss`: `"CrossEntropy"` with its `temperature`, or `"SquaredError"`;
     - `l2`: the ridge, or the weight decay of the recipe;
-    - `low`, `high`: $a$ and $b$;
-    - `mean`, `deviation`: real images $x$ from 0 to 1 become $(x - \mathrm{mean}) /
-        \mathrm{deviation}$ in the units of `images`. For an
+    - `low`, `high`: $a$ and $b$, if there are PNGs;
+    - `mean`, `deviation`: real images $x$ from 0 to 1, or the rows of a table, become
+        $(x - \mathrm{mean}) / \mathrm{deviation}$ in the units of `images`. For an
         [`eqdistill.datasets.ZCA`][], `mean` and `whitening`;
     - `class_names`: the name of each class, which is also the name of its folder;
     - `recipe`: how a model is trained, in words;
     - if the artifact has them, `dataset`, `claimed_accuracy` and `claimed_std`.
 
-    Needs Pillow, which `eqdistill[plot]` installs.
+    PNGs need Pillow, which `eqdistill[plot]` installs.
 
     **Arguments:**
 
     - `folder`: the folder to write to. It is created if necessary, and files of the
         same names are replaced.
     - `distilled`: a distilled set, or the result of [`eqdistill.load`][], which has the
-        recipe, the accuracy and the preprocessing too. The images have shape
-        `(height, width)`, apart from axes of size 1; or in colour, `(height, width, 3)`
-        or `(3, height, width)`.
+        recipe, the accuracy and the preprocessing too. Images are written as PNGs if
+        their shape is `(height, width)`, apart from axes of size 1; or in colour,
+        `(height, width, 3)` or `(3, height, width)`. Arrays of any other shape, such as
+        the rows of a table, are only in `distilled.npz`.
     - `class_names`: the name of each class: all different, and valid names of folders.
         Defaults to the names of CIFAR-10 for an artifact of that dataset, or to the
         class indices.
@@ -72,9 +73,6 @@ def export(
     **Raises:** a `FileExistsError` if the folders in `folder` have other PNGs, which
     loaders would mistake for images of this set.
     """
-    with needs("`eqdistill.export`", "Pillow", "plot"):
-        from PIL import Image
-        from PIL.PngImagePlugin import PngInfo
     known: dict[str, Any] = {}
     if isinstance(distilled, Artifact):
         known, distilled = vars(distilled), distilled.distilled
@@ -84,7 +82,6 @@ def export(
             "`distilled` must have finite images; some pixels are NaN or infinite."
         )
     preprocessing = known.get("preprocessing")
-    levels, low, high = _to_levels(images, preprocessing)
     labels = np.asarray(distilled.labels)
     num_classes = max(int(labels.max()) + 1, len(class_names or ()))
     if labels.ndim == 2:
@@ -95,27 +92,43 @@ def export(
     names = _folder_names(class_names, num_classes)
 
     folder = Path(folder)
-    digits = len(str(len(levels) - 1))
-    files = [folder / names[y] / f"{i:0{digits}}.png" for i, y in enumerate(labels)]
+    digits, files = len(str(len(images) - 1)), []
+    if are_pictures(images.shape[1:]):
+        files = [folder / names[y] / f"{i:0{digits}}.png" for i, y in enumerate(labels)]
     others = set(folder.glob("*/*.png")) - set(files)
     if others:
         raise FileExistsError(
             "`folder` must have no PNGs of another set in its folders; got "
             f"{min(others)}."
         )
-    text = PngInfo()
-    text.add_text("low", repr(low))
-    text.add_text("high", repr(high))
-    for file, level in zip(files, levels, strict=True):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(level).save(file, pnginfo=text)
-    arrays = {"images": images, "labels": labels, "low": low, "high": high}
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {"images": images, "labels": labels}
+    arrays |= _write_pictures(files, images, preprocessing) if files else {}
     arrays |= vars(preprocessing) if preprocessing else {"mean": 0.0, "deviation": 1.0}
     arrays |= {f"claimed_{name}": known.get(name) for name in ("accuracy", "std")}
     arrays |= {"dataset": known.get("dataset")}
     arrays |= _inner_problem(distilled, known, num_classes)
     arrays = {name: x for name, x in arrays.items() if x is not None}
     np.savez(folder / "distilled.npz", class_names=np.array(names), **arrays)
+
+
+def _write_pictures(
+    files: list[Path],
+    images: Float[np.ndarray, "n *shape"],
+    preprocessing: AbstractPreprocessing | None,
+) -> dict[str, float]:
+    """Writes one PNG for each image. Returns the values of the levels 0 and 255."""
+    with needs("`eqdistill.export` of images", "Pillow", "plot"):
+        from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
+    levels, low, high = _to_levels(images, preprocessing)
+    text = PngInfo()
+    text.add_text("low", repr(low))
+    text.add_text("high", repr(high))
+    for file, level in zip(files, levels, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(level).save(file, pnginfo=text)
+    return {"low": low, "high": high}
 
 
 def _to_levels(
