@@ -56,7 +56,9 @@ def main(splits: int, draws: int, steps: int, output: Path) -> None:
             standardisation = eqd.datasets.Standardisation.fit(train)
             train, test = train.map(standardisation), test.map(standardisation)
             distill = ft.partial(eqd.distill, optimiser=optimiser, steps=steps)
-            sets = sets_of(train, n, model, distill, draws, key=jr.key(split))
+            # As many as test rows, so that one program evaluates on both.
+            rows, held_out = train.split(len(test) / len(train), key=jr.key(split))
+            sets = sets_of(rows, held_out, n, model, distill, draws, key=jr.key(split))
             for method, several in sets.items():
                 scores[method] += [eqd.evaluate(x, model, test).score for x in several]
             if split == 0:
@@ -71,7 +73,8 @@ def main(splits: int, draws: int, steps: int, output: Path) -> None:
 
 
 def sets_of(
-    train: eqd.Dataset,
+    rows: eqd.Dataset,
+    held_out: eqd.Dataset,
     n: int,
     model,
     distill: Callable,
@@ -80,7 +83,6 @@ def sets_of(
     key: PRNGKeyArray,
 ) -> dict[str, list[eqd.DistilledSet]]:
     """The sets of each method, all from the same training rows."""
-    rows, held_out = train.split(0.25, key=key)
     score = lambda x: eqd.evaluate(x, model, held_out, num_models=1).score
 
     def choose(make: Callable[..., eqd.DistilledSet], *args, **kwargs):

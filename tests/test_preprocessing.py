@@ -45,9 +45,9 @@ def test_columns_of_a_table_are_standardised_one_by_one():
     standardisation = Standardisation.fit(train)
     assert standardisation.mean.shape == standardisation.deviation.shape == (5,)
     scaler = sklearn.preprocessing.StandardScaler().fit(train.images[:, :4])
-    scale = np.append(scaler.scale_, 1)
+    scale = np.append(np.asarray(scaler.scale_), 1)
     np.testing.assert_allclose(standardisation.deviation[:4], scale[:4], 1e-6)
-    shift = (standardisation.mean[:4] - scaler.mean_) / scale[:4]
+    shift = (standardisation.mean[:4] - np.asarray(scaler.mean_)) / scale[:4]
     np.testing.assert_allclose(shift, 0, atol=1e-5)
     assert standardisation.deviation[4] == 1
     standard = train.map(standardisation)

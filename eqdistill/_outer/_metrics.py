@@ -31,7 +31,7 @@ def measure(
     per_class = np.full(known.shape, np.nan)
     per_class[known] = sums[0][known] / sums[1][known]
     if is_class:
-        # The second sum is one up to rounding, so that a perfect accuracy is exactly one.
+        # The second sum is one up to rounding: a perfect accuracy is exactly one.
         metrics = {"accuracy": sums[0].sum() / sums[1].sum()}
         metrics["balanced accuracy"] = _mean(per_class)
     elif isinstance(loss, BinaryCrossEntropy):
