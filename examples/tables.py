@@ -5,12 +5,12 @@ class. The houses are generated, with skewed columns of very different scales. T
 prices are predicted from ten distilled rows, whose prices are learned too, by ridge
 regression on the features of random networks, which are drawn again in each step.
 
-Prints the test scores of random rows, of the centroids of k-means, of the distilled
-rows and of all training rows: the mean and the standard deviation over splits of the
-table, and over draws of the random rows. Each method chooses its ridge on the same
-held-out part of the training rows; distilled rows start from the centroids and their
-ridge, and learn it. Writes the distilled rows of the first split as an artifact and an
-export.
+Prints the test scores, accuracy or R2, of random rows, of the centroids of k-means, of
+the distilled rows and of all training rows: the mean and the standard deviation over
+splits of the table, and over draws of the random rows. Each method chooses its ridge on
+the same held-out part of the training rows; the distilled rows start from the centroids
+and their ridge, and learn it. Writes the distilled rows of the first split as an
+artifact and an export.
 """
 
 import argparse
