@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,6 +72,9 @@ _SOURCES = {
 }
 
 
+_FROM_SKLEARN = ("digits", "wine", "breast_cancer")
+
+
 def load(
     name: str, data_dir: str | os.PathLike | None = None
 ) -> tuple[Dataset, Dataset]:
@@ -83,6 +86,8 @@ def load(
     | `"fashion_mnist"` | 28 x 28 articles of clothing | 10 | 60,000 | 10,000 |
     | `"cifar10"` | 3 x 32 x 32 colour photographs of objects | 10 | 50,000 | 10,000 |
     | `"digits"` | 8 x 8 handwritten digits, from scikit-learn | 10 | 1,347 | 450 |
+    | `"wine"` | rows of 13 measurements of wines, from scikit-learn | 3 | 133 | 45 |
+    | `"breast_cancer"` | rows of 30 measurements, from scikit-learn | 2 | 426 | 143 |
 
     The files are the IDX files of MNIST and Fashion-MNIST, compressed by gzip or not,
     and the binary version of CIFAR-10, as one archive or as six files. Their SHA-256 is
@@ -101,7 +106,7 @@ def load(
 
     **Returns:** the training and the test [`eqdistill.Dataset`][], with `uint8` images
     of shape `(height, width)` if they are grey, or `(3, height, width)` if they are in
-    colour.
+    colour; or with rows of floating-point numbers in their original units.
 
     **Raises:** a `ValueError` if a file is truncated, corrupt, or from another dataset.
     A `FileNotFoundError` if files are missing and cannot be downloaded.
@@ -109,10 +114,10 @@ def load(
     Source: LeCun, Cortes and Burges, *MNIST*, 1998; Xiao et al., *Fashion-MNIST*, 2017;
     Krizhevsky, *Learning multiple layers of features from tiny images*, 2009.
     """
-    if name == "digits":
-        return _load_digits()
+    if name in _FROM_SKLEARN:
+        return _load_from_sklearn(name)
     if name not in _SOURCES:
-        names = [*_SOURCES, "digits"]
+        names = [*_SOURCES, *_FROM_SKLEARN]
         raise ValueError(f"`name` must be one of {names}; got {name!r}.")
     source = _SOURCES[name]
     shipped = Path(__file__).parents[1] / "examples" / "data"
@@ -159,17 +164,21 @@ def _download(name: str, folders: list[Path]) -> list[Path]:
         ) from e
 
 
-def _load_digits() -> tuple[Dataset, Dataset]:
-    with needs("The dataset 'digits'", "scikit-learn", "data"):
-        from sklearn.datasets import load_digits
+def _load_from_sklearn(name: str) -> tuple[Dataset, Dataset]:
+    with needs(f"The dataset {name!r}", "scikit-learn", "data"):
+        import sklearn.datasets
         from sklearn.model_selection import train_test_split
-    pixels, labels = load_digits(return_X_y=True)
-    # The pixels are from 0 to 16.
-    images = np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
-    images, test_images, labels, test_labels = train_test_split(
-        images, labels, test_size=450, stratify=labels, random_state=0
+    data: Any = getattr(sklearn.datasets, f"load_{name}")()
+    rows, class_names = data.data, [str(x) for x in data.target_names]
+    if name == "digits":
+        # The pixels are from 0 to 16.
+        rows = np.round(rows * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)
+        class_names = None
+    rows, test_rows, labels, test_labels = train_test_split(
+        rows, data.target, test_size=0.25, stratify=data.target, random_state=0
     )
-    return Dataset(images, labels), Dataset(test_images, test_labels)
+    train = Dataset(rows, labels, class_names=class_names)
+    return train, Dataset(test_rows, test_labels, class_names=class_names)
 
 
 def _published_hashes(name: str) -> dict[str, str]:

@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.decomposition
+import sklearn.preprocessing
 
 import eqdistill as eqd
 from eqdistill.datasets import Standardisation, ZCA
@@ -34,6 +35,33 @@ def test_standardisation(train):
     np.testing.assert_allclose(standard.images.std(axes), 1.0, rtol=1e-5)
     back = standard.map(standardisation.inverse)
     np.testing.assert_allclose(back.images, images, atol=1e-6)
+
+
+def test_columns_of_a_table_are_standardised_one_by_one():
+    x = RNG.normal(size=(50, 5)) * [1, 1e-8, 1e5, 1, 1] + [0, 1e-8, 1e7, 0, 0]
+    x[:, 3] = 0.1  # Constant, and up to rounding.
+    x[:, 4] = 1000 * (1 + np.arange(50) % 2 * 1e-7)
+    train = eqd.Dataset(x.astype(np.float32), np.arange(50) % 2)
+    standardisation = Standardisation.fit(train)
+    assert standardisation.mean.shape == standardisation.deviation.shape == (5,)
+    scaler = sklearn.preprocessing.StandardScaler().fit(train.images[:, :4])
+    scale = np.append(np.asarray(scaler.scale_), 1)
+    np.testing.assert_allclose(standardisation.deviation[:4], scale[:4], 1e-6)
+    shift = (standardisation.mean[:4] - np.asarray(scaler.mean_)) / scale[:4]
+    np.testing.assert_allclose(shift, 0, atol=1e-5)
+    assert standardisation.deviation[4] == 1
+    standard = train.map(standardisation)
+    wanted = scaler.transform(train.images[:, :4])
+    np.testing.assert_allclose(standard.images[:, :4], wanted, atol=1e-4)
+    np.testing.assert_allclose(standard.images[:, 4], 0, atol=1e-3)
+    back = standard.map(standardisation.inverse).images
+    np.testing.assert_allclose((back - train.images) / scale, 0, atol=1e-3)
+    other = eqd.Dataset(x[:, :1].astype(np.float32), np.arange(50) % 2)
+    with pytest.raises(ValueError, match="`image` must have the"):
+        other.map(standardisation)
+    constant = eqd.Dataset(np.full((4, 2), 0.1), np.arange(4))
+    with pytest.raises(ValueError, match=r"`train` must have .* a column that varies"):
+        Standardisation.fit(constant)
 
 
 def test_zca_against_numpy(x64):

@@ -313,7 +313,8 @@ class DistilledSet(AbstractParameterisation):
         r"""As [`eqdistill.DistilledSet.from_real`][], with the centroids of each class
         by k-means, from one start by k-means++ and with at most 30 iterations. A single
         image per class is the class mean. With targets, the columns of both are
-        clustered together. Needs `eqdistill[data]`.
+        clustered together. Columns of larger scale weigh more: standardise tables,
+        and targets, first. Needs `eqdistill[data]`.
 
         Source: the k-means baseline of Wang et al., *Dataset Distillation*, 2018; Lloyd
         1982.

@@ -1,23 +1,29 @@
+from collections.abc import Sequence
+
 import numpy as np
+
+
+def are_pictures(shape: Sequence[int]) -> bool:
+    """Whether images of this shape are grey or in colour."""
+    is_colour = len(shape) == 3 and 1 not in shape and 3 in (shape[0], shape[2])
+    return len(shape) == 2 or is_colour or sum(size != 1 for size in shape) == 2
 
 
 def to_pictures(images: np.ndarray) -> np.ndarray:
     """Arranges images of shape `(n, *shape)` as Pillow and Matplotlib expect them: grey
     ones in shape `(n, height, width)`, colour ones in shape `(n, height, width, 3)`."""
     n, *shape = images.shape
-    large = [size for size in shape if size != 1]
-    is_colour = len(shape) == 3 and 1 not in shape
-    if len(shape) == 2 or (is_colour and shape[2] == 3):
+    if not are_pictures(shape):
+        raise ValueError(
+            "`distilled` must have grey images of shape (height, width), up to axes of "
+            "size 1, or colour images of shape (height, width, 3) or (3, height, "
+            f"width); got {tuple(shape)}."
+        )
+    if len(shape) == 2:
         return images
-    if is_colour and shape[0] == 3:
-        return np.moveaxis(images, 1, 3)
-    if len(large) == 2:
-        return images.reshape(n, *large)
-    raise ValueError(
-        "`distilled` must have grey images of shape (height, width), up to axes of "
-        "size 1, or colour images of shape (height, width, 3) or (3, height, width); "
-        f"got {tuple(shape)}."
-    )
+    if len(shape) == 3 and 1 not in shape:
+        return images if shape[2] == 3 else np.moveaxis(images, 1, 3)
+    return images.reshape(n, *(size for size in shape if size != 1))
 
 
 def height_and_width(name: str, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -31,13 +31,18 @@ class AbstractPreprocessing(eqx.Module):
 
 
 class Standardisation(AbstractPreprocessing):
-    r"""Gives each channel $c$ mean zero and standard deviation one,
+    r"""Gives each channel of an image, or each column of a table, mean zero and
+    standard deviation one,
 
     $$z_c = (x_c - \mu_c) / \sigma_c.$$
 
-    **Attributes:** `mean` and `deviation`: $\mu$ and $\sigma$, shape
-    `(channels, 1, 1)`. Images with fewer than three axes have one channel; all axes of
-    $\mu$ then have size 1.
+    **Attributes:** `mean` and `deviation`: $\mu$ and $\sigma$, of the same shape.
+
+    - For images of shape `(channels, height, width)`, it is `(channels, 1, 1)`.
+    - For the rows of a table, of shape `(columns,)`, it is `(columns,)`. A flattened
+        image is such a row. To scale all its pixels alike, standardise it before it is
+        flattened.
+    - Anything else has one channel, so all axes have size 1.
     """
 
     mean: Float[Array, "*ones"]
@@ -46,16 +51,22 @@ class Standardisation(AbstractPreprocessing):
     @classmethod
     def fit(cls, train: Dataset) -> "Standardisation":
         """Returns the standardisation by the mean and the standard deviation of the
-        images of `train`. No channel may be constant."""
-        axes = (0, 2, 3) if len(train.shape) == 3 else tuple(range(train.images.ndim))
+        images of `train`. A constant channel or column becomes zero: its `deviation` is
+        set to one. Raises a `ValueError` if all are constant."""
+        all_axes = tuple(range(train.images.ndim))
+        axes = {1: (0,), 3: (0, 2, 3)}.get(len(train.shape), all_axes)
         mean_over = lambda x: np.mean(x, axis=axes, dtype=np.float64, keepdims=True)
         mean = _mean_of_chunks(train, mean_over)[0]
         variance = _mean_of_chunks(train, lambda x: mean_over((x - mean) ** 2))[0]
-        # In float32, a constant channel has rounding-level variance.
-        if not (variance > 1e-12 * (1 + mean**2)).all():
-            found = variance.ravel()
-            raise ValueError(f"`train` must have channels that vary; got {found}.")
-        return cls(jnp.asarray(mean, float), jnp.asarray(variance**0.5, float))
+        # Channels that are constant up to rounding have a tiny variance.
+        dtype = Dataset.to_floating(train.images[:1]).dtype
+        varies = variance > (jnp.finfo(dtype).eps * mean) ** 2
+        if not varies.any():
+            raise ValueError(
+                "`train` must have a channel or a column that varies; all are constant."
+            )
+        deviation = np.where(varies, variance, 1) ** 0.5
+        return cls(jnp.asarray(mean, float), jnp.asarray(deviation, float))
 
     def __call__(self, image):
         self._check(image)
@@ -67,10 +78,10 @@ class Standardisation(AbstractPreprocessing):
 
     def _check(self, image: Float[Array, "*shape"]) -> None:
         shape, ones = image.shape, self.mean.shape
-        if len(shape) != len(ones) or (len(shape) == 3 and shape[0] != ones[0]):
+        if len(shape) != len(ones) or (len(shape) in (1, 3) and shape[0] != ones[0]):
             raise ValueError(
-                f"`image` must have the channels of the real images, {ones}; got shape "
-                f"{shape}."
+                "`image` must have the channels or columns of the real images, "
+                f"{ones}; got shape {shape}."
             )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from .._checks import needs
 from .._data._class_names import count_classes
 from .._data._distilled_set import DistilledSet
-from .._data._pictures import to_pictures
+from .._data._pictures import are_pictures, to_pictures
 from .._data._preprocessing import AbstractPreprocessing
 from .._losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from ._artifact import Artifact
@@ -23,9 +23,9 @@ def export(
     folder: str | os.PathLike,
     distilled: DistilledSet | Artifact,
 ) -> None:
-    r"""Exports a distilled set for use outside JAX: one PNG for each image, in a folder
-    for each class; a file `distilled.npz` with the exact numbers and the recipe in
-    words; and a `README.txt`, which says how to use them.
+    r"""Exports a distilled set for use outside JAX: a file `distilled.npz` with the
+    exact numbers and the recipe in words; a `README.txt`, which says how to use them;
+    and if it has images, one PNG for each, in a folder for each class.
     [Use them elsewhere](../elsewhere.md) shows how to retrain.
 
     The PNGs are greyscale or colour, with 8 bits, in the units of the real images, from
@@ -48,9 +48,9 @@ def export(
         `"SquaredError"`;
     - `weights`: of each image, with a mean of one, if they are not all one;
     - `l2`: the ridge, or the weight decay of the recipe;
-    - `low`, `high`: $a$ and $b$;
-    - `mean`, `deviation`: real images $x$ from 0 to 1 become $(x - \mathrm{mean}) /
-        \mathrm{deviation}$ in the units of `images`. For an
+    - `low`, `high`: $a$ and $b$, if there are PNGs;
+    - `mean`, `deviation`: real images $x$ from 0 to 1, or the rows of a table, become
+        $(x - \mathrm{mean}) / \mathrm{deviation}$ in the units of `images`. For an
         [`eqdistill.datasets.ZCA`][], `mean` and `whitening`;
     - `class_names`: the name of each class, which is also the name of its folder. By
         default, the class index;
@@ -63,24 +63,22 @@ def export(
     those of classes if the set has `class_names`, or if the artifact claims an accuracy
     or names a dataset.
 
-    Needs Pillow, which `eqdistill[plot]` installs.
+    PNGs need Pillow, which `eqdistill[plot]` installs.
 
     **Arguments:**
 
     - `folder`: the folder to write to. It is created if necessary, and files of the
         same names are replaced.
     - `distilled`: a distilled set, or the result of [`eqdistill.load`][], which has the
-        recipe, the accuracy and the preprocessing too. The images have shape
-        `(height, width)`, apart from axes of size 1; or in colour, `(height, width, 3)`
-        or `(3, height, width)`. Its `class_names`, if there are any, are valid names of
-        folders.
+        recipe, the accuracy and the preprocessing too. Images are written as PNGs if
+        their shape is `(height, width)`, apart from axes of size 1; or in colour,
+        `(height, width, 3)` or `(3, height, width)`. Arrays of any other shape, such as
+        the rows of a table, are only in `distilled.npz`. The `class_names` of the set,
+        if there are any, are valid names of folders.
 
     **Raises:** a `FileExistsError` if the folders in `folder` have other PNGs, which
     loaders would mistake for images of this set.
     """
-    with needs("`eqdistill.export`", "Pillow", "plot"):
-        from PIL import Image
-        from PIL.PngImagePlugin import PngInfo
     known: dict[str, Any] = {}
     if isinstance(distilled, Artifact):
         known, distilled = vars(distilled), distilled.distilled
@@ -90,7 +88,6 @@ def export(
             "`distilled` must have finite images; some pixels are NaN or infinite."
         )
     preprocessing = known.get("preprocessing")
-    levels, low, high = _to_levels(images, preprocessing)
     labels = np.asarray(distilled.labels)
     num_classes = count_classes(labels, distilled.class_names)
     metric, is_soft = known.get("metric"), labels.ndim == 2
@@ -104,22 +101,21 @@ def export(
     names = _folder_names(distilled.class_names, num_classes)
 
     folder = Path(folder)
-    digits = len(str(len(levels) - 1))
-    folders = len(levels) * ["images"] if labels is None else [names[y] for y in labels]
-    files = [folder / name / f"{i:0{digits}}.png" for i, name in enumerate(folders)]
+    digits, files = len(str(len(images) - 1)), []
+    if are_pictures(images.shape[1:]):
+        places = (
+            len(images) * ["images"] if labels is None else [names[y] for y in labels]
+        )
+        files = [folder / name / f"{i:0{digits}}.png" for i, name in enumerate(places)]
     others = set(folder.glob("*/*.png")) - set(files)
     if others:
         raise FileExistsError(
             "`folder` must have no PNGs of another set in its folders; got "
             f"{min(others)}."
         )
-    text = PngInfo()
-    text.add_text("low", repr(low))
-    text.add_text("high", repr(high))
-    for file, level in zip(files, levels, strict=True):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(level).save(file, pnginfo=text)
-    arrays = {"images": images, "labels": labels, "low": low, "high": high}
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {"images": images, "labels": labels}
+    arrays |= _write_pictures(files, images, preprocessing) if files else {}
     arrays |= vars(preprocessing) if preprocessing else {"mean": 0.0, "deviation": 1.0}
     arrays |= {
         f"claimed_{name}": known.get(name) for name in ("metric", "score", "std")
@@ -134,6 +130,25 @@ def export(
     np.savez(folder / "distilled.npz", **arrays)
     text = _read_me(arrays, known.get("num_models", 0))
     (folder / "README.txt").write_text(text, encoding="utf-8")
+
+
+def _write_pictures(
+    files: list[Path],
+    images: Float[np.ndarray, "n *shape"],
+    preprocessing: AbstractPreprocessing | None,
+) -> dict[str, float]:
+    """Writes one PNG for each image. Returns the values of the levels 0 and 255."""
+    with needs("`eqdistill.export` of images", "Pillow", "plot"):
+        from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
+    levels, low, high = _to_levels(images, preprocessing)
+    text = PngInfo()
+    text.add_text("low", repr(low))
+    text.add_text("high", repr(high))
+    for file, level in zip(files, levels, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(level).save(file, pnginfo=text)
+    return {"low": low, "high": high}
 
 
 def _to_levels(
@@ -214,27 +229,34 @@ def _inner_problem(
 def _read_me(arrays: dict[str, Any], num_models: int) -> str:
     """What `distilled.npz` and the PNGs are, and how to use them."""
     n, *shape = arrays["images"].shape
-    low, high = arrays["low"], arrays["high"]
-    units = "`images` are real images with values from 0 (black) to 1 (white)."
+    has_pictures = "low" in arrays
+    real = "a real image with values from 0 to 1" if has_pictures else "a real row"
+    units = f"`images` are in the units of {real}."
     if "whitening" in arrays:
         units = (
             "`images` are in the units of whitening @ (x - mean), for the vector x of "
-            "a real image with values from 0 to 1. To undo it, solve for x."
+            f"{real}. To undo it, solve for x."
         )
     elif np.ndim(arrays["mean"]):
         units = (
-            "`images` are in the units of z = (x - mean) / deviation, for real images "
-            "x with values from 0 to 1. To undo it: x = mean + deviation * z."
+            f"`images` are in the units of z = (x - mean) / deviation, for x, {real}. "
+            "To undo it: x = mean + deviation * z."
         )
         if np.size(arrays["mean"]) <= 3:
             mean, deviation = (np.ravel(arrays[x]) for x in ("mean", "deviation"))
             units += f" The mean is {mean}, the deviation {deviation}."
-    order = "The PNGs in the folder `images` have the numbers of the rows."
-    if "labels" in arrays:
-        order = (
-            "The PNGs have the numbers of the rows. Each class has a folder; the order "
-            "of the class indices is that of `class_names`."
+    pictures = ""
+    if has_pictures:
+        low, high = arrays["low"], arrays["high"]
+        pictures = (
+            "PNGs: the PNG of row i has the number i. A level k from 0 to 255 stands "
+            f"for {low:.6g} + {high - low:.6g} * k / 255, where real images are from 0 "
+            "to 1."
         )
+    order = ""
+    if "labels" in arrays:
+        order = " Class indices are in the order of `class_names`"
+        order += ", and each class has a folder." if has_pictures else "."
     expect = "Nothing is claimed."
     if num_models:
         show = "{:.2%}" if arrays["claimed_metric"] == "accuracy" else "{:.4g}"
@@ -249,10 +271,8 @@ def _read_me(arrays: dict[str, Any], num_models: int) -> str:
         f"{arrays.get('dataset', '(no name)')}. Read distilled.npz with numpy.load.",
         f"Training: {arrays['recipe']}",
         f"Units: {units}",
-        f"PNGs: a level k from 0 to 255 stands for {low:.6g} + {high - low:.6g} * "
-        "k / 255, where real images are from 0 to 1.",
-        f"Order: row i of `images`, of `labels` and of `targets` belong together. "
-        f"{order}",
+        pictures,
+        f"Order: row i of `images`, `labels` and `targets` belong together.{order}",
         f"Expect: {expect}",
     )
-    return "".join(f"{textwrap.fill(line, 80)}\n" for line in lines)
+    return "".join(f"{textwrap.fill(line, 80)}\n" for line in lines if line)

@@ -25,13 +25,15 @@ def read_foreign(file: str) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` file; or the `pictures` of a folder, in the units of real
     images, with their labels and, after an export, the preprocessing."""
     path = Path(file)
+    exported = path / "distilled.npz"
+    if exported.is_file() and not any(path.glob("*/*")):
+        path = exported  # Tables are exported without pictures.
     if not path.is_dir():
         if path.suffix != ".npz":
             raise ValueError(f"FILE must be a folder or end in '.npz'; got {file}.")
         return read_npz(path, "images", "labels")
     data = from_folder(path)
     low, high = _exported_range(path)
-    exported = path / "distilled.npz"
     arrays = read_npz(exported, "mean") if exported.is_file() else {}
     return {name: arrays[name] for name in _FROM_EXPORT if name in arrays} | {
         "pictures": low + (high - low) * np.asarray(data.floating()),

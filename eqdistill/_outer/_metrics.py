@@ -35,7 +35,8 @@ def measure(
     per_class = np.full(known.shape, np.nan)
     per_class[known] = sums[0][known] / sums[1][known]
     if is_class:
-        metrics = {"accuracy": sums[0].sum()}
+        # The second sum is one up to rounding: a perfect accuracy is exactly one.
+        metrics = {"accuracy": sums[0].sum() / sums[1].sum()}
         metrics["balanced accuracy"] = _mean(per_class)
     elif isinstance(loss, BinaryCrossEntropy):
         outputs = map_images(model, test.images, test.sharding, CHUNK_BYTES)
