@@ -65,7 +65,7 @@ def images(
         titles = [f"{a} ({b:.0%})" for a, b in zip(titles, most, strict=True)]
     elif labels.ndim == 2 and (is_binary or labels.shape[1] <= 2):
         classes, has_classes = np.zeros(len(labels), int), False
-        has = lambda row: [_name(y, names) for y in np.flatnonzero(row > 0.5)]
+        has = lambda row: [_name(int(y), names) for y in np.flatnonzero(row > 0.5)]
         titles = [
             ", ".join(has(row) if is_binary else [f"{y:.3g}" for y in row])
             for row in labels

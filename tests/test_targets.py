@@ -13,7 +13,7 @@ import eqdistill as eqd
 
 
 def table(num_targets=2):
-    x, y = sklearn.datasets.make_regression(
+    x, y, *_ = sklearn.datasets.make_regression(
         200, 8, n_targets=num_targets, noise=5.0, random_state=0
     )
     y = (y - y.mean(axis=0)) / y.std(axis=0)
@@ -21,7 +21,7 @@ def table(num_targets=2):
 
 
 def multi_label():
-    x, y = sklearn.datasets.make_multilabel_classification(
+    x, y, *_ = sklearn.datasets.make_multilabel_classification(
         200, 8, n_classes=3, random_state=0
     )
     x = (x - x.mean(axis=0)) / x.std(axis=0)

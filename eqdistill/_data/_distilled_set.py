@@ -196,10 +196,7 @@ class DistilledSet(AbstractParameterisation):
             )
         most = max(sets, key=lambda x: len(x.class_names or ()))
         for i, x in enumerate(sets):
-            if (
-                x.class_names
-                and x.class_names != most.class_names[: len(x.class_names)]
-            ):
+            if x.class_names != (most.class_names or ())[: len(x.class_names or ())]:
                 check_same_classes("a set", most, f"`sets[{i}]`", x)
         labels = [x.labels for x in sets]
         if columns:
