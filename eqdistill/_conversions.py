@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from ._typechecking import describe
@@ -18,7 +19,7 @@ Labels = Int[Array, " n"] | Float[Array, "n c"]
 def as_weights(weights: ArrayOrList, n: int) -> Float[Array | np.ndarray, " n"]:
     """Weights of `n` examples, divided by their mean. Traced ones are not checked."""
     weights_ = as_array("weights", weights)
-    is_traced = isinstance(weights_, jax.core.Tracer)
+    is_traced = isinstance(weights_, Tracer)
     weights_ = weights_ if is_traced else np.asarray(weights_, np.float64)
     are_good = is_traced or ((weights_ > 0) & (weights_ < np.inf)).all()
     if weights_.shape != (n,) or not are_good:
