@@ -76,7 +76,7 @@ def test_rows_are_published(wine, tmp_path, monkeypatch, capsys):
     wanted = outputs(distilled, standard.images)
     np.testing.assert_allclose(refitted.decision_function(rows), wanted, atol=1e-2)
     accuracy = np.mean(refitted.predict(rows) == test.labels)
-    assert accuracy == pytest.approx(exported["claimed_accuracy"])
+    assert accuracy == pytest.approx(exported["claimed_score"])
     # The column with the smallest scale could hide what is to be learned.
     i = int(np.argmin(standardisation.deviation))
     mean = standardisation.mean.at[i].add(standardisation.deviation[i] / 10)
