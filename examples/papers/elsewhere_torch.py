@@ -1,8 +1,12 @@
-"""Trains PyTorch networks with the recipe `dc` on a set that `eqdistill.export` wrote.
+"""Trains PyTorch networks with the recipe `dc` on a set that `eqdistill.export` wrote,
+or on images that it makes itself.
 
 Needs PyTorch, Pillow and NumPy, but not this package. Prints the claimed accuracy, and
 the mean accuracy and its standard deviation on the test images of MNIST, or of a
 dataset with the same files: for the images in `distilled.npz`, and for the PNGs.
+
+With `--make`, it distils one image per class by distribution matching, and writes them
+to `res.pt`, in the format of the program of dataset condensation.
 """
 
 # pyright: reportMissingImports=false
@@ -17,32 +21,66 @@ from PIL import Image
 from torch import nn
 
 
-def main(folder: Path, data_dir: Path, num_networks: int) -> None:
-    with np.load(folder / "distilled.npz") as file:
-        exported = dict(file)
-    print(exported["recipe"])
-    with gzip.open(data_dir / "t10k-images-idx3-ubyte.gz") as file:
-        test = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
-    with gzip.open(data_dir / "t10k-labels-idx1-ubyte.gz") as file:
-        test_labels = np.frombuffer(file.read(), np.uint8, offset=8)
-    # From pixels between 0 and 1 to the units in which the images were learned.
-    to_units = lambda x: (x - exported["mean"]) / exported["deviation"]
-    test = to_units(test / 255)
+def main(folder: Path, data_dir: Path, num_networks: int, make: int | None) -> None:
+    test, test_labels = read_idx(data_dir, "t10k")
+    sets = {}
+    if make is None:
+        with np.load(folder / "distilled.npz") as file:
+            exported = dict(file)
+        print(exported["recipe"])
+        claim = exported["claimed_score"], exported["claimed_std"]
+        print("claimed               {:.1%} ± {:.1%}".format(*claim), flush=True)
+        # From pixels between 0 and 1 to the units in which the images were learned.
+        to_units = lambda x: (x - exported["mean"]) / exported["deviation"]
+        sets["from distilled.npz"] = exported["images"], exported["labels"]
+        pictures, labels = read_pngs(folder)
+        sets["from the PNGs alone"] = to_units(pictures), labels
+    else:
+        to_units = lambda x: (x - 0.1307) / 0.3081  # Published, of MNIST.
+        real, labels = read_idx(data_dir, "train")
+        made = make_images(to_units(real / 255), labels, make)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({"data": [made]}, folder / "res.pt")
+        sets["made here"] = made[0][:, 0].numpy(), made[1].numpy()
 
-    claim = exported["claimed_score"], exported["claimed_std"]
-    print("claimed               {:.1%} ± {:.1%}".format(*claim), flush=True)
-    pictures, labels = read_pngs(folder)
-    for name, images, classes in (
-        ("from distilled.npz", exported["images"], exported["labels"]),
-        ("from the PNGs alone", to_units(pictures), labels),
-    ):
+    for name, (images, labels) in sets.items():
         accuracies = []
         for seed in range(num_networks):
             torch.manual_seed(seed)
-            network = train(make_network(), as_batch(images), torch.tensor(classes))
-            accuracies.append(accuracy(network, as_batch(test), test_labels))
+            network = train(make_network(), as_batch(images), torch.tensor(labels))
+            accuracies.append(
+                accuracy(network, as_batch(to_units(test / 255)), test_labels)
+            )
         deviation = np.std(accuracies, ddof=1)
         print(f"{name:21} {np.mean(accuracies):.1%} ± {deviation:.1%}", flush=True)
+
+
+def read_idx(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """The images and the labels of one part of MNIST."""
+    with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as file:
+        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
+    with gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as file:
+        labels = np.frombuffer(file.read(), np.uint8, offset=8)
+    return images, labels
+
+
+def make_images(real: np.ndarray, labels: np.ndarray, steps: int) -> list[torch.Tensor]:
+    """Distribution matching (Zhao and Bilen, 2023): in fresh random networks, narrower
+    ones here, the features of an image become the mean features of its class."""
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    rows = [np.flatnonzero(labels == class_) for class_ in range(10)]
+    draw = lambda n: real[np.concatenate([rng.choice(x, n, False) for x in rows])]
+    made = torch.tensor(draw(1)[:, None], dtype=torch.float32, requires_grad=True)
+    optimiser = torch.optim.SGD([made], lr=1.0, momentum=0.5)
+    for _ in range(steps):
+        features = make_network(32)[:-1].requires_grad_(False)
+        wanted = features(as_batch(draw(64))).reshape(10, 64, -1).mean(1)
+        optimiser.zero_grad()
+        padded = nn.functional.pad(made, (2, 2, 2, 2))
+        (features(padded) - wanted).square().sum().backward()
+        optimiser.step()
+    return [made.detach(), torch.arange(10)]
 
 
 def read_pngs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -66,14 +104,14 @@ def as_batch(images: np.ndarray) -> torch.Tensor:
     return nn.functional.pad(batch, (2, 2, 2, 2))
 
 
-def make_network() -> nn.Module:
-    """Three blocks of 128 channels with instance normalisation."""
+def make_network(width: int = 128) -> nn.Sequential:
+    """Three blocks of `width` channels with instance normalisation."""
     layers, channels = [], 1
     for _ in range(3):
-        layers += [nn.Conv2d(channels, 128, 3, padding=1), nn.GroupNorm(128, 128)]
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(width, width)]
         layers += [nn.ReLU(), nn.AvgPool2d(2)]
-        channels = 128
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 10))
+        channels = width
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * 4 * 4, 10))
 
 
 def train(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
@@ -101,7 +139,9 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "folder", type=Path, help="the folder that `eqdistill.export` wrote"
+        "folder",
+        type=Path,
+        help="the folder that `eqdistill.export` wrote; or with --make, to write to",
     )
     parser.add_argument(
         "--data-dir",
@@ -110,4 +150,10 @@ if __name__ == "__main__":
         help="the folder with the four IDX files, compressed with gzip",
     )
     parser.add_argument("--num-networks", type=int, default=5)
+    parser.add_argument(
+        "--make",
+        type=int,
+        metavar="STEPS",
+        help="the number of steps in which to make images, instead of reading them",
+    )
     main(**vars(parser.parse_args()))
