@@ -257,6 +257,8 @@ def claims():
     logits = 4 * jnp.eye(10)
     soft = eqx.tree_at(lambda d: d.labels, hard, logits)
     packed = eqd.Packed.from_distilled(hard, factor=2)
+    weights = {"weights": list(range(1, 11)), "class_names": tuple("abcdefghij")}
+    weighted = eqd.DistilledSet(hard.images, hard.labels, l2=0.1, **weights)
     model = linear.LogisticRegression(64, 10)
     intercept = linear.LogisticRegression(64, 10, use_intercept=True)
     net = functools.partial(nn.MLP, (8, 8), 10, widths=(8,))
@@ -284,6 +286,8 @@ def claims():
         (targets, model),
         (soft, model),
         (packed, model),
+        (weighted, model),
+        (weighted.with_targets(10), recipes.feature_regression(net, updates=3)),
         (hard, recipes.Recipe(model, loop)),
         (hard, recipes.Recipe(net(key=jr.key(2)), adam)),
         (hard, recipes.Recipe(eqd.Fresh(net), loop)),
