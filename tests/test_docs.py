@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["evaluation", "elsewhere", "networks", "training-runs", "backbones"]
-NAMES += ["getting-started", "growing-data", "tables"]
+NAMES += ["getting-started", "growing-data", "tables", "targets"]
 SLOW = [pytest.param(f"docs/{name}.md", marks=pytest.mark.slow) for name in NAMES]
 SCALE_UP = pytest.param(
     "docs/scale-up.md",

@@ -216,13 +216,15 @@ def _inner_problem(
         words = f"The loss is the {mean} over the images of {term}. l2 is {l2:.6g}."
     if description and prepare is None:
         words += " `prepare` of the recipe may change the loss, the targets and l2."
+    if description:
+        words += f" {description.rstrip('.')}."
     return {
         "targets": targets,
         "loss": type(loss).__name__,
         "temperature": temperature,
         "l2": np.asarray(distilled.l2),
         "weights": None if weights is None else np.asarray(weights),
-        "recipe": f"{words} {description}".strip(),
+        "recipe": words,
     }
 
 
