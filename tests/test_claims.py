@@ -68,6 +68,7 @@ def learned_rates(rate=0.02, steps=3):
     return eqd.UnrolledSolver(rate_per_step, rates, steps, batch_size=5, shuffle=False)
 
 
+@pytest.mark.slow
 def test_learned_solvers_and_initial_weights_are_kept(tmp_path, few, check):
     """C1."""
     train, test, start = few

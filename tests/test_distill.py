@@ -86,7 +86,9 @@ def failed(start, objective, train, optimiser, match):
     return info.value
 
 
-@pytest.mark.parametrize("case", ["linear", "pool"])
+@pytest.mark.parametrize(
+    "case", ["linear", pytest.param("pool", marks=pytest.mark.slow)]
+)
 def test_rank_promotion_may_raise(digits, case):
     train = subset(digits[0], 60)
     start = eqd.DistilledSet.from_noise(train, l2=0.1, scale=0.3, key=jr.key(0))

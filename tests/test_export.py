@@ -181,7 +181,9 @@ def test_other_shapes_have_no_pictures(tmp_path, monkeypatch, shape):
     monkeypatch.setitem(sys.modules, "PIL", None)  # Pillow is not needed.
     images = RNG.normal(size=(2, *shape)).astype(np.float32)
     eqd.export(tmp_path, eqd.DistilledSet(images, np.arange(2), l2=0.1))
-    assert [path.name for path in tmp_path.iterdir()] == ["distilled.npz"]
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"distilled.npz", "README.txt"}
+    assert "PNG" not in (tmp_path / "README.txt").read_text()
     exported = read(tmp_path)
     np.testing.assert_array_equal(exported["images"], images)
     assert not {"low", "high"} & exported.keys()

@@ -111,7 +111,11 @@ def test_output_of_nan_is_wrong():
 def test_statistics(num_sets, num_models, seed):
     rows = np.random.default_rng(seed).random((num_sets, num_models))
     found = evaluation(recipes.Recipe(eqx.nn.Identity()))
-    found = dataclasses.replace(found, metrics={"accuracy": rows, "loss": 2 * rows})
+    found = dataclasses.replace(
+        found,
+        metrics={"accuracy": rows, "loss": 2 * rows},
+        per_class=np.stack([rows], axis=-1),
+    )
     np.testing.assert_allclose([found.accuracy, found.loss / 2], rows.mean())
     models = sets = math.nan
     if num_models > 1:
@@ -252,7 +256,7 @@ def test_bad_input(real, digits):
     for match, distilled, recipe, keywords in [
         (r"class indices.*\(10, 10\)", soft, dc, {}),
         (r"`test` and `distilled`.*\(8, 8\).*\(9, 9\)", small, dc, {}),
-        ("10 classes of `test`; got 9", nine, linear, {}),
+        ("10 classes or targets of `test`; got 9", nine, linear, {}),
         ("`inner` must be left out", real, dc, {"inner": Untrained()}),
     ]:
         with pytest.raises((TypeError, ValueError), match=match):

@@ -37,20 +37,22 @@ def measure(
     if is_class:
         # The second sum is one up to rounding: a perfect accuracy is exactly one.
         metrics = {"accuracy": sums[0].sum() / sums[1].sum()}
-        metrics["balanced accuracy"] = _mean(per_class)
+        metrics["balanced accuracy"] = per_class[known].mean()
     elif isinstance(loss, BinaryCrossEntropy):
         outputs = map_images(model, test.images, test.sharding, CHUNK_BYTES)
+        known = (labels > 0.5).any(axis=0)
         per_class = average_precision(to_host(outputs), labels, weights)
-        metrics = {"mean average precision": _mean(per_class)}
+        per_class[~known] = np.nan
+        metrics = {"mean average precision": _mean(per_class[known])}
     else:
         per_class = 1 - per_class
-        metrics = {"R2": _mean(per_class), "mean squared error": sums[0].mean()}
-    return {**metrics, "loss": float(value)}, per_class
+        metrics = {"R2": _mean(per_class[known]), "mean squared error": sums[0].mean()}
+    metrics = {name: float(x) for name, x in {**metrics, "loss": value}.items()}
+    return metrics, per_class
 
 
-def _mean(columns: Float[np.ndarray, " c"]) -> float:
-    known = columns[~np.isnan(columns)]
-    return float(known.mean()) if known.size else np.nan
+def _mean(columns: Float[np.ndarray, " known"]) -> float:
+    return float(columns.mean()) if columns.size else np.nan
 
 
 @eqx.filter_jit
@@ -80,8 +82,9 @@ def average_precision(
     weights: Float[np.ndarray, " N"],
 ) -> Float[np.ndarray, " c"]:
     """The mean over the positive examples of a column of the fraction of positives
-    among the examples with an output at least as large. NaN without positives."""
-    found = np.full(outputs.shape[1], np.nan)
+    among the examples with an output at least as large. Zero without positives. NaN if
+    an output is."""
+    found = np.zeros(outputs.shape[1])
     for k, (scores, truth) in enumerate(zip(outputs.T, targets.T, strict=True)):
         order = np.argsort(-scores, kind="stable")
         is_positive, scores = truth[order] > 0.5, scores[order]
@@ -91,4 +94,6 @@ def average_precision(
         precision = (np.cumsum(w * is_positive) / np.cumsum(w))[last]
         if is_positive.any():
             found[k] = np.average(precision[is_positive], weights=w[is_positive])
+        if np.isnan(scores).any():
+            found[k] = np.nan
     return found
