@@ -47,6 +47,11 @@ def numbers(n):
     return eqd.Dataset(images, rng.permutation(np.arange(n) % 3), 3)
 
 
+def weighted(data):
+    weights = np.arange(1, 1 + len(data))
+    return eqd.Dataset(data.images, data.labels, 3, weights=weights)
+
+
 class Rows:
     """A source of two batches."""
 
@@ -62,6 +67,7 @@ OPTIONS = {
     "balanced": lambda data, **kw: eqd.Batches(
         data, 12, balanced=True, augmentation=eqd.augment.Flip(), **kw
     ),
+    "weighted": lambda data, **kw: eqd.Batches(weighted(data), 12, balanced=True, **kw),
 }
 
 
@@ -73,6 +79,7 @@ OPTIONS = {
         ("batches", scalar, 2**27),
         ("batches", tree, 1),
         ("balanced", scalar, 1),
+        ("weighted", scalar, 1),
         ("accumulated", scalar, 1),
     ],
 )
