@@ -251,7 +251,7 @@ def _main() -> int:
     args = _parser().parse_args()
     try:
         return args.run(args)
-    # Every error: exit status 1 is only for accuracies that differ.
+    # Every error: exit status 1 is only for scores that differ.
     except (Exception, KeyboardInterrupt) as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         return args.error(lines[0][:1000])

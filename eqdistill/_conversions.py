@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from ._sharding import to_host
 from ._typechecking import describe
 
 
@@ -19,15 +20,16 @@ Labels = Int[Array, " n"] | Float[Array, "n c"]
 def as_weights(weights: ArrayOrList, n: int) -> Float[Array | np.ndarray, " n"]:
     """Weights of `n` examples, divided by their mean. Traced ones are not checked."""
     weights_ = as_array("weights", weights)
-    is_traced = isinstance(weights_, Tracer)
-    weights_ = weights_ if is_traced else np.asarray(weights_, np.float64)
-    are_good = is_traced or ((weights_ > 0) & (weights_ < np.inf)).all()
-    if weights_.shape != (n,) or not are_good:
+    is_good = weights_.shape == (n,)
+    if is_good and not isinstance(weights_, Tracer):
+        weights_ = to_host(weights_).astype(np.float64)
+        is_good = bool(((weights_ > 0) & (weights_ < np.inf)).all())
+    if not is_good:
         raise ValueError(
             f"`weights` must be positive and finite, one for each of the {n} examples; "
             f"got {describe(weights)}."
         )
-    return weights_ / weights_.mean()
+    return weights_ / weights_.max() / (weights_ / weights_.max()).mean()
 
 
 def as_int(x: int) -> int:

@@ -217,3 +217,23 @@ def test_names_of_a_union():
     large = eqd.DistilledSet(IMAGES, HARD + 2, l2=0.1)
     with pytest.raises(ValueError, match=r"`num_classes` must be larger .* got 3"):
         eqd.DistilledSet.concatenate([soft, large])
+
+
+def test_learned_weights_need_no_mean_of_one():
+    distilled, _ = pair(SOFT, eqd.SquaredError())
+    logs = distilled.log_weights - 1
+    distilled = eqx.tree_at(lambda d: d.log_weights, distilled, logs)
+    model = LogisticRegression(6, 3, use_intercept=True)
+    solvers = RidgeSolver(), eqd.ArgminSolver()
+    found, wanted = (eqd.fit(distilled, model, inner).model for inner in solvers)
+    np.testing.assert_allclose(found.head.weight, wanted.head.weight, atol=1e-3)
+    np.testing.assert_allclose(found.head.bias, wanted.head.bias, atol=1e-3)
+
+
+def test_labels_of_a_union_are_checked():
+    logits = eqd.DistilledSet(IMAGES, SOFT, l2=0.1)
+    p = np.asarray(jax.nn.softmax(SOFT))
+    with pytest.raises(ValueError, match="got probabilities"):
+        eqd.DistilledSet.concatenate([logits, eqd.Dataset(IMAGES, p)])
+    with pytest.raises(ValueError, match=r"`weights\[1\]` must be positive.*got -1"):
+        eqd.DistilledSet.concatenate([logits, logits], weights=[1, -1])

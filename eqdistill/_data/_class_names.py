@@ -35,7 +35,8 @@ def count_classes(
 
 def describe_class(index: int, names: tuple[str, ...] | None) -> str:
     """A class in words, such as `class 3 ('dog')`."""
-    return f"class {index}" + ("" if names is None else f" ({names[index]!r})")
+    name = (names or ())[index : index + 1]
+    return f"class {index}" + (f" ({name[0]!r})" if name else "")
 
 
 def check_same_classes(a: str, named_a: Any, b: str, named_b: Any) -> None:

@@ -57,7 +57,7 @@ class Dataset(eqx.Module):
             mean. By default, all count the same. The choice of a start or of a batch
             ignores them.
         """
-        check_concrete("Dataset", images=images, labels=labels)
+        check_concrete("Dataset", images=images, labels=labels, weights=weights)
         # On the host, because a dataset is made once, from concrete arrays.
         images_ = as_array("images", images)
         labels_ = to_host(as_array("labels", labels))

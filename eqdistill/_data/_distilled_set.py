@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from .._checks import check_positive, error_if
 from .._conversions import ArrayOrList, as_array, as_weights, Labels
 from .._losses import AbstractLoss, CrossEntropy, SquaredError
-from .._sharding import replicate
+from .._sharding import replicate, to_host
 from .._typechecking import describe
 from . import _initialisers
 from ._class_names import check_class_names, check_same_classes, count_classes
@@ -183,6 +183,7 @@ class DistilledSet(AbstractParameterisation):
                 f"`weights` must be a number for each of the {len(sets)} `sets`; got "
                 f"{len(factors)}."
             )
+        check_positive(**{f"weights[{i}]": x for i, x in enumerate(factors)})
         shapes, loss = {x.images.shape[1:] for x in sets}, distilled[0].loss
         if len(shapes) > 1:
             raise ValueError(f"`sets` must have images of one shape; got {shapes}.")
@@ -199,10 +200,13 @@ class DistilledSet(AbstractParameterisation):
             if x.class_names != (most.class_names or ())[: len(x.class_names or ())]:
                 check_same_classes("a set", most, f"`sets[{i}]`", x)
         labels = [x.labels for x in sets]
+        for x in labels:
+            if not isinstance(x, jax.core.Tracer):
+                loss.check_labels(to_host(x))
         if columns:
             c = max(columns) if num_classes is None else num_classes
             message = f"`num_classes` must be larger than every label; got {c}."
-            is_bad = lambda y: (y >= c).any() and y.ndim == 1
+            is_bad = lambda y: (y >= c).any() & (y.ndim == 1)
             labels = [loss.targets(error_if(y, is_bad, message), c) for y in labels]
         images = [x.floating() if isinstance(x, Dataset) else x.images for x in sets]
         union = None
@@ -256,7 +260,7 @@ class DistilledSet(AbstractParameterisation):
         if train.has_targets:
             n = _initialisers.number_of_rows(train, n)
             rows = jr.choice(jr.fold_in(key, 1), len(train), (n,), replace=False)
-            labels = train.labels[rows]
+            labels = to_host(train.labels)[np.asarray(rows)]
         else:
             labels = _initialisers.class_labels(train, n)
         images = scale * jr.normal(key, (len(labels), *train.shape))

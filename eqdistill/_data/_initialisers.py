@@ -45,12 +45,12 @@ def choose_images(
 
 
 def number_of_rows(train: Dataset, n: int | Sequence[int] | None) -> int:
-    if not isinstance(n, int) or not 1 <= n <= len(train):
+    if not isinstance(n, int | np.integer) or not 1 <= n <= len(train):
         raise ValueError(
             f"`n` must be from 1 to {len(train)}, the number of images in `train`, "
             f"which has targets instead of classes; got {n}."
         )
-    return n
+    return int(n)
 
 
 def class_labels(

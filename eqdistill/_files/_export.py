@@ -43,7 +43,7 @@ def export(
     - `labels`: the class index of each image, or of the largest of its soft labels;
         but not for other targets;
     - `targets`: shape `(n, c)`. The class probabilities for cross-entropy, or the
-        targets for squared error;
+        targets of the other losses;
     - `loss`: `"CrossEntropy"` with its `temperature`, `"BinaryCrossEntropy"` or
         `"SquaredError"`;
     - `weights`: of each image, with a mean of one, if they are not all one;
@@ -70,7 +70,7 @@ def export(
     - `folder`: the folder to write to. It is created if necessary, and files of the
         same names are replaced.
     - `distilled`: a distilled set, or the result of [`eqdistill.load`][], which has the
-        recipe, the accuracy and the preprocessing too. Images are written as PNGs if
+        recipe, the score and the preprocessing too. Images are written as PNGs if
         their shape is `(height, width)`, apart from axes of size 1; or in colour,
         `(height, width, 3)` or `(3, height, width)`. Arrays of any other shape, such as
         the rows of a table, are only in `distilled.npz`. The `class_names` of the set,
@@ -95,17 +95,19 @@ def export(
     if is_soft and metric is None:
         has_classes = isinstance(distilled.loss, CrossEntropy)
         if isinstance(distilled.loss, SquaredError):
-            has_classes = bool(distilled.class_names or known.get("dataset"))
+            is_named = bool(distilled.class_names) and num_classes > 1
+            has_classes = is_named or bool(known.get("dataset"))
     if is_soft:
         labels = labels.argmax(axis=1) if has_classes else None
-    names = _folder_names(distilled.class_names, num_classes)
+    names = _class_names(distilled.class_names, num_classes)
 
     folder = Path(folder)
     digits, files = len(str(len(images) - 1)), []
     if are_pictures(images.shape[1:]):
-        places = (
-            len(images) * ["images"] if labels is None else [names[y] for y in labels]
-        )
+        places = len(images) * ["images"]
+        if labels is not None:
+            places = [names[y] for y in labels]
+            _check_folders(names)
         files = [folder / name / f"{i:0{digits}}.png" for i, name in enumerate(places)]
     others = set(folder.glob("*/*.png")) - set(files)
     if others:
@@ -165,18 +167,21 @@ def _to_levels(
     return np.rint(255 * (pictures - low) / width).astype(np.uint8), low, low + width
 
 
-def _folder_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
+def _class_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
     if class_names is None:
         # With leading zeros, because loaders sort the folders by name.
         digits = len(str(num_classes - 1))
         class_names = [str(y).zfill(digits) for y in range(num_classes)]
-    for name in class_names:
+    return list(class_names)
+
+
+def _check_folders(names: Sequence[str]) -> None:
+    for name in names:
         if not name or name.startswith(".") or Path(name).name != name:
             raise ValueError(
                 "`distilled` must have class names that are names of folders without a "
                 f"dot in front; got {name!r}."
             )
-    return list(class_names)
 
 
 def _inner_problem(
@@ -206,6 +211,9 @@ def _inner_problem(
         term = "half the squared distance of the outputs from `targets`"
     description = known.get("recipe_description") or ""
     l2, weights = float(distilled.l2), distilled.weights
+    if weights is not None:  # Learned ones may have another mean.
+        scale = float(jnp.mean(weights))
+        weights, l2 = np.asarray(weights) / scale, l2 / scale
     mean = "mean" if weights is None else "mean, weighted by `weights`,"
     words = (
         f"Minimise the {mean} over the images of {term}, plus l2 / 2 times the sum of "
@@ -222,8 +230,8 @@ def _inner_problem(
         "targets": targets,
         "loss": type(loss).__name__,
         "temperature": temperature,
-        "l2": np.asarray(distilled.l2),
-        "weights": None if weights is None else np.asarray(weights),
+        "l2": np.asarray(l2, distilled.images.dtype),
+        "weights": weights,
         "recipe": words,
     }
 
@@ -239,6 +247,8 @@ def _read_me(arrays: dict[str, Any], num_models: int) -> str:
             "`images` are in the units of whitening @ (x - mean), for the vector x of "
             f"{real}. To undo it, solve for x."
         )
+    elif not {"mean", "deviation"} <= {*arrays}:
+        units = "`images` are in the units of a preprocessing of its own."
     elif np.ndim(arrays["mean"]):
         units = (
             f"`images` are in the units of z = (x - mean) / deviation, for x, {real}. "

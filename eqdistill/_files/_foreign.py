@@ -34,7 +34,9 @@ def read_foreign(file: str) -> dict[str, np.ndarray]:
         return read_npz(path, "images", "labels")
     data = from_folder(path)
     low, high = _exported_range(path)
-    arrays = read_npz(exported, "mean") if exported.is_file() else {}
+    arrays = read_npz(exported, "images") if exported.is_file() else {}
+    if "weights" in arrays:
+        raise ValueError(f"The PNGs in {file} have weights, so pass {exported}.")
     return {name: arrays[name] for name in _FROM_EXPORT if name in arrays} | {
         "pictures": low + (high - low) * np.asarray(data.floating()),
         "labels": np.asarray(data.labels),
@@ -93,7 +95,8 @@ def to_distilled(
             )
         images = jax.vmap(preprocessing)(images)
     labels, loss = _labels(file, arrays, train, soft_labels)
-    return DistilledSet(images, labels, l2=_WEIGHT_DECAY, loss=loss), preprocessing
+    options = {"loss": loss, "weights": arrays.get("weights")}
+    return DistilledSet(images, labels, l2=_WEIGHT_DECAY, **options), preprocessing
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:

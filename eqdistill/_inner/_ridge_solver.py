@@ -44,7 +44,8 @@ class RidgeSolver(AbstractInnerSolver[None]):
         use_intercept = model.head.bias is not None
         weigh = distilled.weigh
         ones = weigh(jnp.ones((n, 1), features.dtype))
-        means = [jnp.mean(ones * weigh(x), axis=0) for x in (features, targets)]
+        mean = lambda x: jnp.sum(ones * weigh(x), axis=0) / jnp.sum(ones**2)
+        means = mean(features), mean(targets)
         if use_intercept:
             features, targets = features - means[0], targets - means[1]
         features, targets = weigh(features), weigh(targets)

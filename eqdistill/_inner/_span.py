@@ -2,8 +2,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import scipy.linalg
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from .._conversions import Labels
 from .._softmax import label_residual, softmax_covariance
 
 
@@ -13,10 +14,10 @@ _MOST_UNKNOWNS = 2000
 
 class SpanProblem(eqx.Module):
     """The inner problem of a linear model. `images` are the features of the distilled
-    images, `weights` have a mean of one, and `scale` is `n` times the ridge."""
+    images, and `scale` is `n` times the ridge."""
 
     images: Float[Array, "n p"]
-    labels: Int[Array, " n"] | Float[Array, "n c"]
+    labels: Labels
     weights: Float[Array, " n"] | None
     scale: Float[Array, ""]
 

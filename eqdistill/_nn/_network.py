@@ -65,7 +65,6 @@ he = jax.nn.initializers.he_normal(in_axis=1, out_axis=0)
 lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
 
 _WEIGHT_LAYERS = (Conv2d, eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Linear)
-_REDRAWN = ("weight", "bias")
 _NORM_LAYERS = (eqx.nn.BatchNorm, eqx.nn.GroupNorm, eqx.nn.LayerNorm, eqx.nn.RMSNorm)
 
 
@@ -133,7 +132,9 @@ def _check_layers(network: PyTree) -> None:
         is_bad = eqx.is_inexact_array(node)
         if isinstance(node, _WEIGHT_LAYERS):
             # A subclass may have other arrays than its layer.
-            fields = {k: x for k, x in vars(node).items() if k not in _REDRAWN}
+            fields = {
+                k: x for k, x in vars(node).items() if k not in ("weight", "bias")
+            }
             others = [k for k in fields if any(jax.tree.leaves(parameters(fields[k])))]
             is_bad, name = bool(others), ".".join([name, *others[:1]])
         if is_bad:

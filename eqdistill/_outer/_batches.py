@@ -127,9 +127,9 @@ class Batches(AbstractData):
 
 def _balance(dataset: Dataset, weights: np.ndarray) -> Array:
     """The weights divided by their mean over a class."""
-    labels = to_host(dataset.labels)
+    counts, labels = dataset.class_counts, to_host(dataset.labels)
     total = np.bincount(labels, weights=weights, minlength=dataset.num_classes)
-    mean = total / np.maximum(dataset.class_counts, 1)
+    mean = total / np.maximum(counts, 1)
     return place((weights / mean[labels]).astype(weights.dtype), dataset.sharding)
 
 

@@ -10,7 +10,7 @@ from .._inner._fit import check_fit, COLLAPSED, NOT_CONVERGED, solve
 from .._inner._inner_solver import AbstractInnerSolver, stop_gradient
 from .._losses import AbstractLoss, DefaultOuterLoss
 from .._models._models import AbstractModels, as_models, Fixed
-from .._sharding import to_host, vary_like
+from .._sharding import vary_like
 from ._data import AbstractData, example_loss, FullBatch
 from ._objective import AbstractObjective, Outcome
 from ._sorted_pixels import SortedPixels
@@ -100,8 +100,6 @@ class Bilevel(AbstractObjective[PyTree]):
     def layout(self, dataset):
         """As [`eqdistill.AbstractObjective`][]. For logistic regression the pixels are
         sorted, so that pixels that are mostly background cost little."""
-        if self.loss is not None:
-            self.loss.check_labels(to_host(dataset.labels))
         is_linear = isinstance(self.models, Fixed) and takes_pixels(self.models.model)
         is_plain = dataset.sharding is None and not dataset.has_targets
         is_plain &= dataset.weights is None

@@ -128,7 +128,7 @@ def distill(
         learn_objective=learn_objective,
     )
     data_at = _as_function(objective, data)
-    _warn_of_empty_classes(start.decode(), data)
+    _check_labels(start.decode(), objective, data)
     settings, changes = _settings(problem, data), ()
     if state is None:
         state = problem.init(key=key)
@@ -321,13 +321,17 @@ def _as_function(objective, data) -> Callable[[int], AbstractData]:
     return (lambda step: data) if isinstance(data, AbstractData) else data
 
 
-def _warn_of_empty_classes(distilled: DistilledSet, data: Any) -> None:
-    """An image of a class without real images is learned as one that is none of the
-    others."""
+def _check_labels(distilled: DistilledSet, objective: Any, data: Any) -> None:
+    """Checks that real labels are for the outer loss, and warns of classes without real
+    images: an image of one is learned as one that is none of the others."""
     data = data.data if isinstance(data, Batches) else data
-    is_known = isinstance(data, Dataset | FullBatch)
-    if is_known and distilled.labels.ndim == data.labels.ndim == 1:
-        for y in np.setdiff1d(distilled.labels, to_host(data.labels)):
+    if not isinstance(data, Dataset | FullBatch):
+        return
+    labels = to_host(data.labels)
+    if isinstance(objective, Bilevel):
+        (objective.loss or distilled.loss).check_labels(labels)
+    if distilled.labels.ndim == labels.ndim == 1:
+        for y in np.setdiff1d(distilled.labels, labels):
             name = describe_class(y, distilled.class_names or data.class_names)
             _LOGGER.warning(f"`data` has no images of {name}, but `start` has.")
 

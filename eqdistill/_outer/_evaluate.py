@@ -174,12 +174,19 @@ def evaluate(
         check_same_classes("`distilled`", one, "`test`", test)
         prepared = recipe.prepare(one, test.num_classes)
         prepared.loss.check_labels(to_host(test.labels))
+        if test.has_targets and type(prepared.loss) is not type(one.loss):
+            raise ValueError(
+                "`recipe` must train with the loss of the distilled set, because "
+                f"`test` has targets; got {describe(prepared.loss)} for "
+                f"{describe(one.loss)}."
+            )
         found.append([])
         for j in range(num_models):
             draw_key, fit_key, init_key = jr.split(jr.fold_in(key, j), 3)
             model = _draw(recipe.models, prepared, init_key, draw_key)
             num_outputs = check_fit(prepared, model)
-            if num_outputs < test.num_classes:
+            is_wrong = test.has_targets and num_outputs != test.num_classes
+            if num_outputs < test.num_classes or is_wrong:
                 raise ValueError(
                     "`recipe` must have models with an output for each of the "
                     f"{test.num_classes} classes or targets of `test`; got "

@@ -42,7 +42,6 @@ def measure(
         outputs = map_images(model, test.images, test.sharding, CHUNK_BYTES)
         known = (labels > 0.5).any(axis=0)
         per_class = average_precision(to_host(outputs), labels, weights)
-        per_class[~known] = np.nan
         metrics = {"mean average precision": _mean(per_class[known])}
     else:
         per_class = 1 - per_class
@@ -82,9 +81,9 @@ def average_precision(
     weights: Float[np.ndarray, " N"],
 ) -> Float[np.ndarray, " c"]:
     """The mean over the positive examples of a column of the fraction of positives
-    among the examples with an output at least as large. Zero without positives. NaN if
-    an output is."""
-    found = np.zeros(outputs.shape[1])
+    among the examples with an output at least as large. NaN without positives, or if an
+    output is."""
+    found = np.full(outputs.shape[1], np.nan)
     for k, (scores, truth) in enumerate(zip(outputs.T, targets.T, strict=True)):
         order = np.argsort(-scores, kind="stable")
         is_positive, scores = truth[order] > 0.5, scores[order]
@@ -92,8 +91,6 @@ def average_precision(
         # Examples with equal outputs have one rank: that of the last of them.
         last = np.searchsorted(-scores, -scores, side="right") - 1
         precision = (np.cumsum(w * is_positive) / np.cumsum(w))[last]
-        if is_positive.any():
+        if is_positive.any() and not np.isnan(scores).any():
             found[k] = np.average(precision[is_positive], weights=w[is_positive])
-        if np.isnan(scores).any():
-            found[k] = np.nan
     return found
