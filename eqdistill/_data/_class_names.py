@@ -29,8 +29,9 @@ def count_classes(
     """The number of classes, or of columns of the labels, of a distilled set."""
     if labels.ndim == 2:
         return labels.shape[1]
-    least = 0 if isinstance(labels, jax.core.Tracer) else int(labels.max()) + 1
-    return max(least, len(names or ()))
+    if isinstance(labels, jax.core.Tracer):
+        return len(names or ())
+    return max(int(np.asarray(labels).max()) + 1, len(names or ()))
 
 
 def describe_class(index: int, names: tuple[str, ...] | None) -> str:

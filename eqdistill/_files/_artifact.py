@@ -34,6 +34,7 @@ from ._table import (
     Content,
     decode,
     encode,
+    NotInTable,
     register,
     to_array,
 )
@@ -217,7 +218,10 @@ def from_bytes(data: bytes) -> Artifact:
 def _with_recipe(artifact: Artifact, raw: Any, content: Content) -> Artifact:
     """The artifact with its recipe; or with the arrays of a recipe that cannot be
     rebuilt."""
-    recipe = decode(raw, "recipe", content)
+    try:
+        recipe = decode(raw, "recipe", content)
+    except NotInTable:
+        recipe = None
     if recipe is None:
         names = [name for name in content.tensors if name.startswith("recipe.")]
         check(not names or artifact.num_models, "it has a recipe without a claim")
