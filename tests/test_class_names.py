@@ -118,6 +118,7 @@ def test_names_must_fit():
     assert few.with_targets(3).labels.shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_names_change_no_numbers(tmp_path, train):
     """Runs of named sets go on from each other, and from sets without names."""
     named, plain = make_start(train, NAMES), make_start(train, None)

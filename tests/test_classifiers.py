@@ -225,6 +225,7 @@ def test_state_is_accepted_inside_frozen(kind):
     assert eqx.tree_equal(frozen(fitted), frozen(model))
 
 
+@pytest.mark.slow
 def test_dropout_is_off():
     dropout = eqx.nn.Dropout(0.9)
     network = eqx.nn.Sequential(

@@ -123,6 +123,7 @@ class Custom(eqx.Module):
         return self.head(image)
 
 
+@pytest.mark.slow
 def test_any_module_is_initialised():
     network = Custom(extra=nn.Frozen(eqx.nn.GRUCell(2, 2, key=KEY)))
     drawn = nn.initialise(network, nn.lecun, key=KEY)

@@ -73,7 +73,10 @@ def test_linear_model_is_as_by_scikit_learn(real, digits, loss):
 
 @pytest.mark.parametrize(
     ("own", "recipe"),
-    [(sequential, recipes.zero_start), (with_dropout, recipes.feature_regression)],
+    [
+        (sequential, recipes.zero_start),
+        pytest.param(with_dropout, recipes.feature_regression, marks=pytest.mark.slow),
+    ],
 )
 def test_own_models(real, digits, own, recipe):
     train, test = subset(digits[0], 200), subset(digits[1], 200)
@@ -161,7 +164,7 @@ slow = lambda x: pytest.param(x, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    "name", ["dc", "feature_regression", slow("frepo"), slow("zero_start")]
+    "name", ["dc", *map(slow, ("feature_regression", "frepo", "zero_start"))]
 )
 def test_training_is_as_by_hand(real, name):
     recipe = getattr(recipes, name)(make, updates=10)

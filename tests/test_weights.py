@@ -34,6 +34,7 @@ def training(**options):
     return eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.3}, 4, **options)
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 RELATIVE = RelativeRidge, eqd.linear.LinearisedSolver
 
 
@@ -42,10 +43,10 @@ RELATIVE = RelativeRidge, eqd.linear.LinearisedSolver
     [
         (SpanSolver(), HARD, eqd.CrossEntropy()),
         (SpanSolver(), SOFT, eqd.CrossEntropy()),
-        (eqd.ArgminSolver(), HARD, eqd.CrossEntropy()),
+        slow(eqd.ArgminSolver(), HARD, eqd.CrossEntropy()),
         (RidgeSolver(), SOFT, eqd.SquaredError()),
         (RelativeRidge(), SOFT, eqd.SquaredError()),
-        (eqd.linear.LinearisedSolver(), SOFT, eqd.SquaredError()),
+        slow(eqd.linear.LinearisedSolver(), SOFT, eqd.SquaredError()),
         (training(), abs(SOFT) % 1, eqd.BinaryCrossEntropy()),
     ],
 )
@@ -106,6 +107,7 @@ def test_weights_in_batches_of_distilled_images():
     np.testing.assert_allclose(head.weight, weight * wanted.weight, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_weights_of_real_data(digits):
     train, test = digits
     rng = np.random.default_rng(0)
@@ -149,6 +151,7 @@ def _label(model, x, y):
     return jax.nn.one_hot(y, 10) * model
 
 
+@pytest.mark.slow
 def test_union_of_distilled_and_real_images(digits):
     """C10: seven distilled classes, and real images of three new ones."""
     train, test = digits
