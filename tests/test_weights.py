@@ -224,6 +224,7 @@ def test_names_of_a_union():
 
 def test_learned_weights_need_no_mean_of_one():
     distilled, _ = pair(SOFT, eqd.SquaredError())
+    assert distilled.log_weights is not None
     logs = distilled.log_weights - 1
     distilled = eqx.tree_at(lambda d: d.log_weights, distilled, logs)
     model = LogisticRegression(6, 3, use_intercept=True)
