@@ -180,15 +180,14 @@ def _check_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
         tolerance = max(artifact.std or 0, 1e-4)
     # Scores are float32, so further digits are rounding.
     difference = round(abs(artifact.score - found.score), 6)
-    show, points = "{:.6f}".format, f"{difference:.6f} (tolerance {tolerance:.3g})"
+    show = "{:.6f}".format
+    words = f"{difference:.6f} (tolerance {tolerance:.3g})"
     if found.metric == "accuracy":
-        show, points = (
-            "{:.3%}".format,
-            (f"{100 * difference:.3f} points (tolerance {100 * tolerance:.3g})"),
-        )
+        show = "{:.3%}".format
+        words = f"{100 * difference:.3f} points (tolerance {100 * tolerance:.3g})"
     print(
         f"{args.data or name} test {found.metric}: claimed {show(artifact.score)}, "
-        f"measured {show(found.score)}, difference {points}"
+        f"measured {show(found.score)}, difference {words}"
     )
     return 0 if difference <= tolerance else 1
 

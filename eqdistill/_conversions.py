@@ -29,7 +29,8 @@ def as_weights(weights: ArrayOrList, n: int) -> Float[Array | np.ndarray, " n"]:
             f"`weights` must be positive and finite, one for each of the {n} examples; "
             f"got {describe(weights)}."
         )
-    return weights_ / weights_.max() / (weights_ / weights_.max()).mean()
+    weights_ = weights_ / weights_.max()  # The sum of large ones would overflow.
+    return weights_ / weights_.mean()
 
 
 def as_int(x: int) -> int:

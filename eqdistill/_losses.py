@@ -65,7 +65,7 @@ def mean_loss(
     labels: Labels,
     weights: Float[Array, " n"] | None,
 ) -> Float[Array, ""]:
-    """The mean of a loss over the examples, with weights whose mean is one."""
+    """The mean over the examples of a loss times the weight of the example."""
     if weights is None:
         return loss(outputs, labels)
     of_each = jax.vmap(lambda output, label: loss(output[None], label[None]))

@@ -38,9 +38,9 @@ def images(
     has `class_names`; the most likely class of soft labels, with its probability; the
     classes above one half, for [`eqdistill.BinaryCrossEntropy`][]; or targets, as
     numbers if there are one or two, and otherwise as the column of the largest one.
-    More images, or any number if
-    `ax` is given, are drawn as a mosaic, with the images of each class side by side and
-    the class on the left. Examples without a class are one block.
+    More images, or any number if `ax` is given, are drawn as a mosaic, with the images
+    of each class side by side and the class on the left. Examples without a class are
+    one block.
 
     **Arguments:**
 

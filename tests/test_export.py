@@ -170,7 +170,7 @@ def test_refuses(tmp_path):
     eqd.export(tmp_path, grey(4))
     with pytest.raises(FileExistsError, match=r"no PNGs of another set .*3.3\.png"):
         eqd.export(tmp_path, grey(3))
-    # A table has no pictures, so those that are there would be mistaken for its own.
+    # Loaders would take pictures that are already there for those of the table.
     rows = eqd.DistilledSet(np.ones((4, 5)), np.arange(4), l2=0.1)
     with pytest.raises(FileExistsError, match="no PNGs of another set"):
         eqd.export(tmp_path, rows)

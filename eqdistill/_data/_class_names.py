@@ -1,4 +1,4 @@
-"""The names of classes, by which sets with different classes are told apart."""
+"""Class names, which show whether two sets have the same classes."""
 
 from typing import Any
 

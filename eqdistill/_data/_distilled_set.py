@@ -158,8 +158,8 @@ class DistilledSet(AbstractParameterisation):
 
         All other arguments are keyword only.
 
-        - `weights`: a positive number for each of the `sets`, by which the weights of
-            its examples are multiplied. Defaults to one.
+        - `weights`: a positive number for each of the `sets`, which multiplies the
+            weights of its examples. Defaults to one.
         - `num_classes`: the number of classes of the union, if some labels are soft or
             targets and have fewer columns. The classes of a set come first. An example
             of a set has none of the classes that this set lacks.

@@ -229,7 +229,7 @@ def _with_recipe(artifact: Artifact, raw: Any, content: Content) -> Artifact:
         return dataclasses.replace(artifact, recipe_arrays=arrays)
     check(isinstance(recipe, Recipe), "its `recipe` must be a `Recipe`")
     distilled = artifact.distilled
-    model = model_struct(recipe, distilled)
+    model = model_struct(recipe.models, distilled)
     image = jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
     outputs = count_outputs("recipe", model, image)
     content.reserve("labels", 8 * len(distilled.images) * outputs)

@@ -22,7 +22,7 @@ from .._inner._unrolled_solver import UnrolledSolver
 from .._models._models import Fixed, Fresh
 from .._outer._recipes import _relabel
 from ..recipes import Recipe
-from ._recipe_arrays import fill, named_arrays, regression_settings
+from ._recipe_arrays import fill, model_struct, named_arrays, regression_settings
 from ._table import check, Entry, FUNCTIONS, MAX_BYTES, NotInTable, register, TABLE
 
 
@@ -96,8 +96,7 @@ def _build_network(make, arrays) -> nn.Network:
 def _find_make(models: Any) -> ft.partial:
     """The constructor of `eqdistill.nn` for the networks of an [`eqdistill.Fresh`][].
     Raises [`NotInTable`][] for other models."""
-    draw = lambda key: models.draw(models.init(None, key=key), key=key)
-    network = eqx.filter_eval_shape(draw, jr.key(0))
+    network = model_struct(models, None)
     if not isinstance(network, nn.Network):
         raise NotInTable(f"a file cannot rebuild a `{type(network).__name__}`")
     return _constructor(network)

@@ -95,15 +95,14 @@ def _published(recipe: Recipe) -> tuple[Any, Any] | None:
     return (make, function) if is_published else None
 
 
-def model_struct(recipe: Recipe, distilled: DistilledSet) -> PyTree:
-    """A model of the recipe, with shapes instead of arrays."""
-    draw = ft.partial(_draw, recipe.models, distilled)
-    return eqx.filter_eval_shape(draw, jr.key(0))
+def model_struct(models: AbstractModels, distilled: DistilledSet | None) -> PyTree:
+    """A model, with shapes instead of arrays."""
+    return eqx.filter_eval_shape(ft.partial(_draw, models, distilled), jr.key(0))
 
 
 def model_to_words(recipe: Recipe, distilled: DistilledSet) -> str:
     """A model of the recipe, and the number of its parameters."""
-    model = model_struct(recipe, distilled)
+    model = model_struct(recipe.models, distilled)
     words = type(model).__name__
     if isinstance(model, nn.Network) or takes_pixels(model):
         words = to_words(model)
@@ -154,10 +153,13 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
+def _is_frozen(x: Any) -> bool:
+    return isinstance(x, Frozen)
+
+
 def _leaves(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by their paths. A `Frozen` is a leaf."""
-    is_frozen = lambda x: isinstance(x, Frozen)
-    leaves = jax.tree.leaves_with_path(tree, is_leaf=is_frozen)
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=_is_frozen)
     name = ft.partial(jax.tree_util.keystr, simple=True, separator=".")
     return {name(path): x for path, x in leaves}
 
@@ -178,19 +180,18 @@ def fill(name: str, tree: PyTree, arrays: dict[str, Array]) -> PyTree:
                 f"`{name}.{path}` must be as in the file, {shapes[0]}; got {shapes[1]}."
             )
     leaves = [arrays.get(path, x) for path, x in _leaves(tree).items()]
-    is_frozen = lambda x: isinstance(x, Frozen)
-    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_frozen), leaves)
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_frozen), leaves)
 
 
 def backbones(models: AbstractModels, distilled: DistilledSet) -> dict[str, str]:
     """The class of each `Frozen` of a model, and the SHA-256 of its arrays."""
-    draw = ft.partial(_draw, models, distilled)
     if isinstance(models, Fixed):
         return _digests(models.model)
-    shapes = eqx.filter_eval_shape(draw, jr.key(0))
+    shapes = model_struct(models, distilled)
     if not any(map(_frozen_arrays, _leaves(shapes).values())):
         return {}
     # What differs from model to model is no backbone.
+    draw = ft.partial(_draw, models, distilled)
     first, second = (_digests(eqx.filter_jit(draw)(jr.key(i))) for i in range(2))
     return {path: x for path, x in first.items() if x == second[path]}
 
@@ -200,19 +201,19 @@ def _draw(models, distilled, key):
 
 
 def _frozen_arrays(x: Any) -> list[Any]:
-    return [*filter(_is_array, jax.tree.leaves(x))] if isinstance(x, Frozen) else []
+    return [*filter(_is_array, jax.tree.leaves(x))] if _is_frozen(x) else []
 
 
 def _digests(model: PyTree) -> dict[str, str]:
     found = {}
     for path, node in _leaves(model).items():
-        digest = hashlib.sha256()
-        for x in _frozen_arrays(node):
+        arrays, digest = _frozen_arrays(node), hashlib.sha256()
+        for x in arrays:
             if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
                 x = jr.key_data(x)
             digest.update(f"{x.dtype}{list(x.shape)}".encode())
             digest.update(np.asarray(x).tobytes())
-        if _frozen_arrays(node):
+        if arrays:
             inner = node
             while isinstance(inner, Frozen | Cached):
                 inner = inner.module if isinstance(inner, Frozen) else inner.features

@@ -21,8 +21,8 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
     $$s = n \Big/ \sqrt{\textstyle \sum_{i=1}^n r_i \|\phi(\theta_i)\|^2},$$
 
     so that the mean squared norm of the features of $n$ images is $n$: the mean with
-    the weights $r_i$ of the images, which are one by default. One ridge then
-    suits networks whose features differ in size.
+    the weights $r_i$ of the images, which are one by default. One ridge then suits
+    networks whose features differ in size.
 
     The fitted model takes the unscaled features. `gradient_norm` is the norm for the
     problem with scaled features.

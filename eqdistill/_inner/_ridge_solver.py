@@ -42,13 +42,11 @@ class RidgeSolver(AbstractInnerSolver[None]):
         targets = distilled.loss.targets(distilled.labels, len(model.head.weight))
         targets = targets.astype(features.dtype)
         use_intercept = model.head.bias is not None
-        weigh = distilled.weigh
-        ones = weigh(jnp.ones((n, 1), features.dtype))
-        mean = lambda x: jnp.sum(ones * weigh(x), axis=0) / jnp.sum(ones**2)
+        mean = lambda x: jnp.average(x, axis=0, weights=distilled.weights)
         means = mean(features), mean(targets)
         if use_intercept:
             features, targets = features - means[0], targets - means[1]
-        features, targets = weigh(features), weigh(targets)
+        features, targets = distilled.weigh(features), distilled.weigh(targets)
         ridge = n * distilled.l2 * jnp.eye(min(n, p), dtype=features.dtype)
         if n <= p:
             solution, is_exact = solve_cholesky(features @ features.T + ridge, targets)

@@ -192,11 +192,10 @@ class UnrolledSolver(AbstractInnerSolver[None]):
             else:
                 chosen = (step * size + jnp.arange(size)) % n
             rows = jax.tree.map(lambda x: x[chosen], rows)
-        images, labels, weights = rows
         if self.augmentation is not None:
             step_key = jr.fold_in(augmentation_key, step)
-            images = augment(self.augmentation, images, key=step_key)
-        rows = images, labels, weights
+            images, *others = rows
+            rows = augment(self.augmentation, images, key=step_key), *others
         return eqx.tree_at(where, distilled, rows, is_leaf=lambda x: x is None)
 
 
