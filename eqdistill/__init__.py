@@ -73,6 +73,7 @@ with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     )
     from ._outer._optimisers import averaged as averaged
     from ._outer._problem import Problem as Problem
+    from ._outer._rounds import Rounds as Rounds
 
 
 for _module in (adjoints, augment, datasets, linear, nn, plot, recipes):
