@@ -83,7 +83,7 @@ def test_a_run_is_continued_within_a_round():
 def test_bad_input():
     with pytest.raises(ValueError, match="`steps` must be at least 1"):
         rounds(0)
-    with pytest.raises(TypeError, match="`Batches` of 8, .* got Batches of 5"):
+    with pytest.raises(TypeError, match=r"`Batches` of 8, .* got Batches of 5"):
         distil(rounds(2), eqd.Batches(REAL, 5))
     with pytest.raises(TypeError, match="got FullBatch"):
         distil(rounds(2), eqd.FullBatch(REAL))

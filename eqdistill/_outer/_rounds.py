@@ -77,8 +77,8 @@ class Rounds(AbstractObjective[PyTree]):
         model = self.objective.models.draw(models, key=key)
         if not isinstance(model, LinearClassifier):
             raise TypeError(
-                "`objective` must have models whose last layer alone is fitted, such as "
-                f"`eqdistill.Pool(make)`; got {describe(model)}."
+                "`objective` must have models whose last layer alone is fitted, such "
+                f"as `eqdistill.Pool(make)`; got {describe(model)}."
             )
         image = distilled.images[0]
         features = jax.eval_shape(model.features, image)
