@@ -22,8 +22,8 @@ import jax.random as jr
 import numpy as np
 import optax
 import sklearn.datasets
+from _common import run
 from jaxtyping import PRNGKeyArray
-from papers._common import run
 from sklearn.model_selection import train_test_split
 
 import eqdistill as eqd

@@ -7,7 +7,7 @@ images; targets, ridge and temperature are learned too. With several backbones, 
 works for all of them: the outer steps take them in turn. With `--pool-every 5`, one
 step in five is for networks of a pool, which are trained on the distilled images, so
 that the set also works for backbones that are not at hand. Such a run is best started
-from a set that was distilled for the pool alone, by `network.py`.
+from a set that was distilled for the pool alone, by `networks.py`.
 
 Prints the test accuracy of the probes of random real images, of the distilled images
 and of all real images: on the backbones that the images were distilled for, and the
@@ -26,8 +26,8 @@ import jax
 import jax.random as jr
 import numpy as np
 import optax
-from network import POOL
-from papers._common import adam, DATASETS, maker, real_data, run
+from _common import adam, DATASETS, maker, real_data, run
+from networks import POOL
 
 import eqdistill as eqd
 from eqdistill import nn, recipes

@@ -25,7 +25,7 @@ from pathlib import Path
 import equinox as eqx
 import jax.random as jr
 import optax
-from papers._common import adam, DATASETS, maker, NETWORKS, real_data, RECIPES, run
+from _common import adam, DATASETS, maker, NETWORKS, real_data, RECIPES, run
 
 import eqdistill as eqd
 from eqdistill import nn
