@@ -36,6 +36,7 @@ from eqdistill import nn
 POOL = {
     "plain": ft.partial(nn.ConvNet, widths=(16, 32, 64), norm=None, size=32),
     "norm": ft.partial(nn.ConvNet, widths=(16, 32, 64), size=32),
+    "wide": ft.partial(nn.ConvNet, widths=(64, 128, 256), norm=None, size=32),
     "lenet": nn.LeNet,
     "mlp": nn.MLP,
     "alexnet": ft.partial(nn.AlexNet, width_multiplier=0.125),
