@@ -3,10 +3,14 @@ gradient matching, all in one run.
 
 The time of each method starts before it compiles anything, and is that of all threads
 of the process. Loading the data and evaluating are not counted. All methods learn one
-image per class with hard labels, start at the same real images, use Adam with a
-learning rate that decays by a cosine, and take the moving average. Each has the
-learning rate and the pool the age that did best on held-out training images
-(`--held-out 0.1`).
+image per class, start at the same real images, use Adam with a learning rate that
+decays by a cosine, and take the moving average. Their learning rates are those that did
+best on held-out training images (`--held-out 0.1`).
+
+By default the labels are hard, and a ConvNet of 32-32-32 channels is trained by the
+recipe of dataset condensation. With `--frepo` the targets are learned, the network is
+that of FRePo, a step takes 1,024 real images, and a pool is compared with the same pool
+in rounds.
 
 The objectives of distribution matching (Zhao and Bilen 2023) and of gradient matching
 (Zhao, Mopuri and Bilen 2021) are written here, as a user would write them.
@@ -15,8 +19,10 @@ Prints a table in Markdown, and plots the curves with the published end points.
 """
 
 import argparse
+import dataclasses
 import functools as ft
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import equinox as eqx
@@ -25,20 +31,25 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from _common import adam, DATASETS, maker, real_data, RECIPES
+from _common import adam, ConvNet, DATASETS, maker, NETWORKS, real_data
 from matplotlib.figure import Figure
 
 import eqdistill as eqd
-from eqdistill import nn
+from eqdistill import recipes
 
 
-# The steps and the learning rate of each method.
-METHODS = {
-    "pool": (4000, 0.03),
-    "distribution matching": (1600, 0.1),
-    "gradient matching": (200, 0.03),
-}
-LEARN = {"pool": lambda s: (s.images, s.log_l2)}
+@dataclasses.dataclass
+class Method:
+    """The number of outer steps, the learning rate at the start, and functions that
+    make the objective and the real data."""
+
+    steps: int
+    rate: float
+    objective: Callable
+    data: Callable
+    learns_all: bool = True
+
+
 PUBLISHED = {
     "mnist": {"DC": 91.7, "DSA": 88.7, "FRePo": 93.0},
     "fashion_mnist": {"DC": 70.5, "DSA": 70.6, "FRePo": 75.6},
@@ -134,55 +145,76 @@ class Clock(eqd.AbstractCallback[list]):
         pass
 
 
+def dc_methods(network: Callable, small: Callable, c: int) -> dict[str, Method]:
+    """One image per class with hard labels, for the recipe of dataset condensation."""
+    # Each class has 64 examples.
+    balanced = ft.partial(eqd.Batches, size=64 * c, balanced=True)
+    matching = lambda kind: lambda: kind(eqd.Fresh(network), c)
+    # The pool takes a narrower network, and a smaller batch.
+    pool = lambda: eqd.Bilevel(eqd.Pool(small, max_age=10))
+    return {
+        "pool": Method(4000, 0.03, pool, ft.partial(eqd.Batches, size=128)),
+        "distribution matching": Method(
+            1600, 0.1, matching(DistributionMatching), balanced, False
+        ),
+        "gradient matching": Method(
+            200, 0.03, matching(GradientMatching), balanced, False
+        ),
+    }
+
+
+def frepo_methods(network: Callable) -> dict[str, Method]:
+    """One image per class with learned targets, at the size of FRePo's experiments."""
+    batches = ft.partial(eqd.Batches, size=1024)
+    pool = lambda: eqd.Bilevel(eqd.Pool(network), loss=eqd.CrossEntropy(0.2))
+    rounds = lambda: eqd.Rounds(pool(), steps=8, examples=1024)
+    return {
+        "pool": Method(64, 0.03, pool, batches),
+        "pool, in rounds of 8": Method(448, 0.03, rounds, batches),
+    }
+
+
 def main(
     dataset: str,
     data_dir: Path | None,
-    methods: list[str],
-    widths: list[int],
-    max_age: int,
+    methods: list[str] | None,
+    frepo: bool,
     shorter: int,
     learning_rate: float | None,
-    recipe: str,
     num_networks: int,
     held_out: float,
     seed: int,
     output: Path,
 ) -> None:
     train, test, _ = real_data(dataset, data_dir, held_out=held_out)
-    network = maker(ft.partial(nn.ConvNet, widths=widths, size=32), train)
-    by = RECIPES[recipe](network)
     c = train.num_classes
-    balanced = eqd.Batches(train, 64 * c, balanced=True)
-    # The pool takes a smaller network, and a smaller batch: both suit it better.
-    small = maker(ft.partial(nn.ConvNet, widths=(16, 32, 64), size=32), train)
-    made = {
-        "pool": lambda: (eqd.Bilevel(eqd.Pool(small, max_age=max_age)), 128),
-        "distribution matching": lambda: (
-            DistributionMatching(eqd.Fresh(network), c),
-            balanced,
-        ),
-        "gradient matching": lambda: (
-            GradientMatching(eqd.Fresh(network), c),
-            balanced,
-        ),
-    }
+    if frepo:
+        network = maker(NETWORKS["FRePo's ConvNet"], train)
+        by = recipes.feature_regression(network)
+        made = frepo_methods(network)
+    else:
+        network = maker(ft.partial(ConvNet, widths=(32, 32, 32)), train)
+        by = recipes.dc(network)
+        small = maker(ft.partial(ConvNet, widths=(16, 32, 64)), train)
+        made = dc_methods(network, small, c)
+    methods = methods or list(made)
     curves = {}
     for name in methods:
-        steps, rate = METHODS[name]
-        steps = max(steps // shorter, 2)
-        rate = rate if learning_rate is None else learning_rate
+        method = made[name]
+        steps = max(method.steps // shorter, 2)
+        rate = method.rate if learning_rate is None else learning_rate
         marks = sorted({max(1, steps >> i) for i in range(7)})
         jax.clear_caches()
         began = time.process_time()
-        objective, data = made[name]()
         start = eqd.DistilledSet.from_real(train, l2=1e-3, key=jr.key(seed))
+        start = start.with_targets(c) if frepo else start
         schedule = optax.cosine_decay_schedule(rate, steps)
         result = eqd.distill(
             start,
-            objective,
-            eqd.Batches(train, data) if isinstance(data, int) else data,
+            method.objective(),
+            method.data(train),
             optimiser=eqd.averaged(adam(schedule), decay=0.99),
-            learn=LEARN.get(name, lambda s: s.images),
+            learn=(lambda s: s) if method.learns_all else (lambda s: s.images),
             steps=steps,
             key=jr.key(seed),
             callbacks=[Clock(tuple(marks), marks[0]), eqd.ProgressBar()],
@@ -205,13 +237,10 @@ def main(
     print("\n" + "\n".join(header + rows) + "\n")
     for name, curve in curves.items():
         seconds = [at for _, at, found in curve if found.mean() >= 80]
-        print(
-            f"80% after {min(seconds):.0f} CPU-s, {name}"
-            if seconds
-            else f"never 80%, {name}"
-        )
+        first = f"{min(seconds):.0f} CPU-s" if seconds else "never"
+        print(f"80%: {first}, {name}")
     output.mkdir(parents=True, exist_ok=True)
-    file = output / f"accuracy_{Path(dataset).name}.png"
+    file = output / f"accuracy_{Path(dataset).name}{'_frepo' * frepo}.png"
     draw(curves, PUBLISHED.get(dataset, {})).savefig(file)
     print(f"file {file}")
 
@@ -251,20 +280,14 @@ if __name__ == "__main__":
     parser.add_argument(
         "--data-dir", type=Path, help="the folder with the files of the dataset"
     )
+    parser.add_argument("--methods", nargs="*", help="defaults to all")
     parser.add_argument(
-        "--methods", nargs="+", default=list(METHODS), choices=list(METHODS)
+        "--frepo",
+        action="store_true",
+        help="compare pools with and without rounds, at the size of FRePo",
     )
-    parser.add_argument(
-        "--widths",
-        nargs="+",
-        type=int,
-        default=[32, 32, 32],
-        help="of the ConvNet that is trained on the images",
-    )
-    parser.add_argument("--max-age", type=int, default=10, help="of the pool")
     parser.add_argument("--shorter", type=int, default=1, help="divides the steps")
     parser.add_argument("--learning-rate", type=float, help="instead of the method's")
-    parser.add_argument("--recipe", default="dc", choices=list(RECIPES))
     parser.add_argument("--num-networks", type=int, default=5)
     parser.add_argument("--held-out", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
