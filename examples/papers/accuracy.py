@@ -155,7 +155,7 @@ def dc_methods(network: Callable, small: Callable, c: int) -> dict[str, Method]:
     return {
         "pool": Method(4000, 0.03, pool, ft.partial(eqd.Batches, size=128)),
         "distribution matching": Method(
-            1600, 0.1, matching(DistributionMatching), balanced, False
+            1600, 0.3, matching(DistributionMatching), balanced, False
         ),
         "gradient matching": Method(
             200, 0.03, matching(GradientMatching), balanced, False
@@ -203,7 +203,8 @@ def main(
         method = made[name]
         steps = max(method.steps // shorter, 2)
         rate = method.rate if learning_rate is None else learning_rate
-        marks = sorted({max(1, steps >> i) for i in range(7)})
+        every = max(steps // 64, 1)
+        marks = (*(every * 2**i for i in range(6) if every * 2**i < steps), steps)
         jax.clear_caches()
         began = time.process_time()
         start = eqd.DistilledSet.from_real(train, l2=1e-3, key=jr.key(seed))
@@ -217,7 +218,7 @@ def main(
             learn=(lambda s: s) if method.learns_all else (lambda s: s.images),
             steps=steps,
             key=jr.key(seed),
-            callbacks=[Clock(tuple(marks), marks[0]), eqd.ProgressBar()],
+            callbacks=[Clock(marks, every), eqd.ProgressBar()],
         )
         curves[name] = []
         for step, at, state in result.callbacks[0]:
