@@ -80,6 +80,7 @@ def test_recipe_makes_a_round_trip(tmp_path):
     path = tmp_path / "a.safetensors"
     eqd.save(path, distilled, evaluation)
     recipe = eqd.load(path).recipe
+    assert recipe is not None
     assert recipe.inner == solver
     again = eqd.evaluate(distilled, recipe, test, key=evaluation.key)
     assert_same_bits(again.scores, evaluation.scores)

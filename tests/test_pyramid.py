@@ -26,10 +26,10 @@ def test_all_levels_reconstruct_the_images(shape):
 
 def test_levels_are_summed():
     """Against bilinear interpolation written out."""
-    rows = np.float32([[1.0, 0, 4, 4, 8, *np.arange(16)]])
+    rows = np.array([[1.0, 0, 4, 4, 8, *np.arange(16)]], np.float32)
     levels = eqd.DistilledSet(rows, [0], l2=0.1)
-    to_large = np.float32([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
-    wanted = 1 + to_large @ np.float32([[0, 4], [4, 8]]) @ to_large.T
+    to_large = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+    wanted = 1 + to_large @ np.array([[0, 4], [4, 8]]) @ to_large.T
     three = eqd.Pyramid(levels, (4, 4))
     fine = np.arange(16).reshape(4, 4)
     np.testing.assert_allclose(three.decode().images[0], wanted + fine, atol=1e-5)

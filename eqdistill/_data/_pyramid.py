@@ -149,8 +149,8 @@ def _mix(
     """Multiplies the three channels of colour images by a matrix."""
     if images.ndim != 4 or images.shape[1] != 3:
         return images
-    matrix = jnp.asarray(matrix, images.dtype)
-    return jnp.einsum("cd,ndhw->nchw", matrix, images, precision="highest")
+    rounded = jnp.asarray(matrix, images.dtype)
+    return jnp.einsum("cd,ndhw->nchw", rounded, images, precision="highest")
 
 
 def _with_images(distilled: DistilledSet, images: Array) -> DistilledSet:

@@ -66,21 +66,22 @@ register(RelativeRidge, {"inner": Any})
 register(SpanSolver, {"rtol": _tolerance, "atol": _tolerance, "max_steps": _steps})
 register(ArgminSolver, {"max_steps": _steps, "tolerance": _tolerance})
 register(FeatureRegression, {"training": Any})
-_augmented = {"augmentation": Any, "copies": (1, 1000), "inner": Any}
-register(AugmentedFit, _augmented)
+register(AugmentedFit, {"augmentation": Any, "copies": (1, 1000), "inner": Any})
 register(UnrolledSolver, _unrolled, build=_build_unrolled, read=_read_unrolled)
 
 
 # Augmentations.
 
 
-_strength = (0.0, 1e4)
-register(augment.Affine, dict.fromkeys(("shift", "rotation", "scale"), _strength))
-register(augment.Crop, {"padding": (0, 4096)})
-register(augment.Flip, {"probability": (0.0, 1.0)})
-register(augment.Cutout, {"size": (0, 4096)})
-_jitter = dict.fromkeys(("brightness", "saturation", "contrast"), _strength)
+_size, _strength = (0, 4096), (0.0, 1e4)
+_jitter = {"brightness": _strength, "saturation": _strength, "contrast": _strength}
+register(
+    augment.Affine, {"shift": _strength, "rotation": _strength, "scale": _strength}
+)
 register(augment.ColourJitter, _jitter)
+register(augment.Crop, {"padding": _size})
+register(augment.Cutout, {"size": _size})
+register(augment.Flip, {"probability": (0.0, 1.0)})
 
 
 # Models.

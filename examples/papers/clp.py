@@ -55,8 +55,10 @@ def main(args: argparse.Namespace) -> None:
     score = lambda x: [eqd.evaluate(x, m, test).accuracy for m in (home, *unseen)]
     report("as many real images", score(real))
     starts = {"pixels": real, "pyramid": eqd.Pyramid.from_distilled(real)}
-    fits = {"images": eqd.AutoSolver()}
-    fits["copies"] = augment.AugmentedFit(AUGMENTATION, args.copies)
+    fits: dict[str, eqd.AbstractInnerSolver] = {
+        "images": eqd.AutoSolver(),
+        "copies": augment.AugmentedFit(AUGMENTATION, args.copies),
+    }
     for (loss, start), fit in itertools.product(
         itertools.product(LOSSES, starts), fits
     ):
