@@ -112,6 +112,9 @@ case(eqd.RandomFeatures, {"make": MAKE}, make=eqd.nn.MLP, num_networks=0)
 
 case(eqd.Bilevel, {"model": MODEL}, "model")
 case(eqd.InTurn, {"objectives": (OBJECTIVE,)}, objectives=(), order=[1])
+case(eqd.ByLoss, {"objectives": (OBJECTIVE,)}, objectives=())
+case(eqd.Rounds, {"objective": OBJECTIVE, "steps": 2, "examples": 2}, steps=0,
+     examples=0)
 case(eqd.Outcome, {"state": None, "failure": COUNT, "metrics": {}}, "state", failure=0)
 case(eqd.Cached, {"features": jnp.ravel, "name": "a"})
 case(eqd.FullBatch, {"dataset": DATA}, cached=2 * [eqd.Cached(jnp.ravel, "a")],

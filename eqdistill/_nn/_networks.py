@@ -143,6 +143,7 @@ def AlexNet(
     num_classes: int,
     *,
     norm: Norm | None = instance_norm,
+    width_multiplier: float = 1.0,
     activation: Activation = jax.nn.relu,
     key: PRNGKeyArray,
 ) -> Network:
@@ -150,6 +151,7 @@ def AlexNet(
     `norm=None` it is the network of Zhao et al.
 
     **Arguments, returns and raises:** as [`eqdistill.nn.ConvNet`][] with `size=32`.
+    All numbers of channels are multiplied by `width_multiplier`, and rounded.
 
     Source: Krizhevsky et al. 2012, as modified by Zhao et al. 2021.
     """
@@ -163,13 +165,14 @@ def VGG11(
     num_classes: int,
     *,
     norm: Norm | None = instance_norm,
+    width_multiplier: float = 1.0,
     activation: Activation = jax.nn.relu,
     key: PRNGKeyArray,
 ) -> Network:
     """A network similar to VGG-11 with one linear layer, for images padded with zeros
     to 32 x 32.
 
-    **Arguments, returns and raises:** as [`eqdistill.nn.ConvNet`][] with `size=32`.
+    **Arguments, returns and raises:** as [`eqdistill.nn.AlexNet`][].
 
     Source: Simonyan and Zisserman 2014, as modified by Zhao et al. 2021.
     """
@@ -183,12 +186,13 @@ def ResNet18(
     num_classes: int,
     *,
     norm: Norm | None = instance_norm,
+    width_multiplier: float = 1.0,
     activation: Activation = jax.nn.relu,
     key: PRNGKeyArray,
 ) -> Network:
     """A network similar to ResNet-18, for images padded with zeros to 32 x 32.
 
-    **Arguments, returns and raises:** as [`eqdistill.nn.ConvNet`][] with `size=32`.
+    **Arguments, returns and raises:** as [`eqdistill.nn.AlexNet`][].
 
     Source: He et al., *Deep residual learning*, 2016, as modified by Zhao et al. 2021.
     """
@@ -196,10 +200,11 @@ def ResNet18(
     layers, (channels, _, _) = _pad_input(settings["shape"], 32)
     first_key, head_key, *keys = jr.split(key, 10)
     conv = ft.partial(_conv_block, norm=norm, use_bias=False)
-    layers += conv(channels, 64, activation, key=first_key)
-    channels = 64
+    first_width, *widths = (_width(64 * 2**i, settings) for i in (0, 0, 1, 2, 3))
+    layers += conv(channels, first_width, activation, key=first_key)
+    channels = first_width
     for i, key in enumerate(keys):
-        width, stride = 64 * 2 ** (i // 2), 2 if i in (2, 4, 6) else 1
+        width, stride = widths[i // 2], 2 if i in (2, 4, 6) else 1
         *block_keys, key = jr.split(key, 3)
         body = conv(channels, width, activation, stride=stride, key=block_keys[0])
         body += conv(width, width, None, key=block_keys[1])
@@ -227,7 +232,7 @@ def _from_plan(name: str, plan, settings: dict[str, Any], key) -> Network:
             layers.append(max_pool)
             size //= 2
         else:
-            width, kernel_size = entry
+            width, kernel_size = _width(entry[0], settings), entry[1]
             layers += block(channels, width, kernel_size=kernel_size, key=key)
             channels = width
     layers += _linear_head(channels * size**2, settings, head_key)
@@ -249,6 +254,15 @@ def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
             f"{min(sizes)}."
         )
     return settings
+
+
+def _width(width: int, settings: dict[str, Any]) -> int:
+    multiplier = settings["width_multiplier"]
+    if not 0 < multiplier <= 64:
+        raise ValueError(
+            f"`width_multiplier` must be positive and at most 64; got {multiplier}."
+        )
+    return max(1, round(multiplier * width))
 
 
 def _network(name: str, settings: dict[str, Any], layers: list[Callable]) -> Network:

@@ -124,6 +124,12 @@ class Batches(AbstractData):
         take = ft.partial(_take, self.size, self.data.num, self.counts)
         return mean_of_some(self.data, fn, model, self.size, draws, take)
 
+    def rows(self, step: Int[Array, ""], *, key: PRNGKeyArray) -> tuple:
+        """The images of a step, their labels and their weights, on one device."""
+        draws = _Draws(self.by_class, self.augmentation, step, key)
+        rows = self.data.images, self.data.labels, self.data.weights
+        return _take(self.size, self.data.num, self.counts, rows, draws, None, None)
+
 
 def _balance(dataset: Dataset, weights: np.ndarray) -> Array:
     """The weights divided by their mean over a class."""

@@ -1,7 +1,11 @@
+import functools as ft
+from collections.abc import Callable
+from dataclasses import replace
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._classifier import takes_pixels
 from .._data._distilled_set import DistilledSet
@@ -85,17 +89,33 @@ class Bilevel(AbstractObjective[PyTree]):
         )
         models, inner_state = state
         model = vary_like(self.models.draw(models, key=models_key), distilled)
-        _check_data(data, distilled, check_fit(distilled, model))
-        fitted, inner_state = solve(
-            distilled, model, self.inner, inner_state, inner_key
+        mean = ft.partial(data.mean, step=step, key=data_key)
+        value, outcome = self.of_model(
+            distilled, data, model, mean, inner_state, key=inner_key
         )
+        models = self.models.update(models, stop_gradient(distilled), key=models_key)
+        return value, replace(outcome, state=(models, outcome.state))
+
+    def of_model(
+        self,
+        distilled: DistilledSet,
+        data: AbstractData,
+        model: PyTree,
+        mean: Callable,
+        inner_state: PyTree,
+        *,
+        key: PRNGKeyArray,
+    ) -> tuple[Float[Array, ""], Outcome[PyTree]]:
+        """The loss of a model that was drawn, and the outcome with the new state of the
+        inner solver. `mean(fn, model)` is a mean over real examples of `data`."""
+        _check_data(data, distilled, check_fit(distilled, model))
+        fitted, inner_state = solve(distilled, model, self.inner, inner_state, key)
         loss = DefaultOuterLoss(distilled.loss) if self.loss is None else self.loss
         network = eqx.nn.inference_mode(fitted.model)
-        value = data.mean(example_loss, (loss, network), step, key=data_key)
-        models = self.models.update(models, stop_gradient(distilled), key=models_key)
+        value = mean(example_loss, (loss, network))
         failure = jnp.where(fitted.collapsed, 2, jnp.where(fitted.converged, 0, 1))
         metrics = {"inner_residual": fitted.gradient_norm}
-        return value, Outcome((models, inner_state), failure, metrics)
+        return value, Outcome(inner_state, failure, metrics)
 
     def layout(self, dataset):
         """As [`eqdistill.AbstractObjective`][]. For logistic regression the pixels are

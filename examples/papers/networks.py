@@ -31,10 +31,22 @@ import eqdistill as eqd
 from eqdistill import nn
 
 
-# Greyscale images of 28 x 28 are padded to 32, as in the papers.
+# Greyscale images of 28 x 28 are padded to 32, as in the papers. All are narrow enough
+# to be trained on two cores.
 POOL = {
     "plain": ft.partial(nn.ConvNet, widths=(16, 32, 64), norm=None, size=32),
     "norm": ft.partial(nn.ConvNet, widths=(16, 32, 64), size=32),
+    "wide": ft.partial(nn.ConvNet, widths=(64, 128, 256), norm=None, size=32),
+    "lenet": nn.LeNet,
+    "mlp": nn.MLP,
+    "alexnet": ft.partial(nn.AlexNet, width_multiplier=0.125),
+    "vgg": ft.partial(nn.VGG11, width_multiplier=0.25),
+    "resnet": ft.partial(nn.ResNet18, width_multiplier=0.125),
+}
+STARTS = {
+    "real": eqd.DistilledSet.from_real,
+    "means": eqd.DistilledSet.from_class_means,
+    "kmeans": eqd.DistilledSet.from_kmeans,
 }
 LARGER_TARGETS = {"frepo": 10.0, "frepo, augmented": 10.0}
 
@@ -47,10 +59,14 @@ def main(
     images: int,
     pack: int,
     hard: bool,
+    start_from: str,
     pool: list[str],
+    max_age: int,
+    by_loss: bool,
     linearised: bool,
     steps: int,
     batch: int,
+    share: int,
     learning_rate: float,
     held_out: float,
     recipe: str,
@@ -69,28 +85,39 @@ def main(
     on = "held-out" if held_out > 0 else "test"
     output.mkdir(parents=True, exist_ok=True)
     n = pack**2 * images * train.num_classes
-    start = eqd.DistilledSet.from_real(train, n, l2=1e-3, key=jr.key(seed))
+    start = STARTS[start_from](train, n, l2=1e-3, key=jr.key(seed))
     if not hard:
         start = start.with_targets(train.num_classes)
     if pack > 1:
         start = eqd.Packed.from_distilled(start, pack)
-    models = eqd.Pool(
-        *(maker(POOL[name], train) for name in pool),
-        augmentation=eqd.augment.Flip() if flip else None,
-    )
+    makes = [maker(POOL[name], train) for name in pool]
+    augmentation = eqd.augment.Flip() if flip else None
     inner = eqd.linear.LinearisedSolver() if linearised else eqd.AutoSolver()
     # Targets differ by one between classes, and logits by about five.
     loss = eqd.CrossEntropy() if hard else eqd.CrossEntropy(0.2)
+
+    def objective_of(*makes):
+        networks = eqd.Pool(*makes, max_age=max_age, augmentation=augmentation)
+        objective = eqd.Bilevel(networks, inner, loss)
+        if share == 1:
+            return objective
+        return eqd.Rounds(objective, steps=share, examples=batch)
+
+    objective = objective_of(*makes)
+    temperature = lambda o: (o if share == 1 else o.objective).loss.log_temperature
+    if by_loss:
+        objective = eqd.ByLoss(*map(objective_of, makes))
+        of_one, temperature = temperature, lambda o: [of_one(x) for x in o.objectives]
 
     optimiser = adam(optax.cosine_decay_schedule(learning_rate, steps))
     began = time.perf_counter()
     result = eqd.distill(
         start,
-        eqd.Bilevel(models, inner, loss),
+        objective,
         eqd.Batches(train, batch),
         optimiser=eqd.averaged(optimiser, decay=0.99),
         learn=lambda start: start,
-        learn_objective=lambda o: () if hard else o.loss.log_temperature,
+        learn_objective=(lambda o: ()) if hard else temperature,
         steps=steps,
         key=jr.key(seed),
         callbacks=[eqd.ProgressBar()],
@@ -149,7 +176,25 @@ if __name__ == "__main__":
     )
     parser.add_argument("--hard", action="store_true", help="labels are not learned")
     parser.add_argument(
-        "--pool", nargs="+", default=list(POOL), choices=list(POOL), help="its networks"
+        "--start-from", default="real", choices=list(STARTS), help="the first images"
+    )
+    parser.add_argument(
+        "--pool",
+        nargs="+",
+        default=["plain", "norm"],
+        choices=list(POOL),
+        help="its networks",
+    )
+    parser.add_argument(
+        "--max-age",
+        type=int,
+        default=100,
+        help="the number of training steps after which a network starts again",
+    )
+    parser.add_argument(
+        "--by-loss",
+        action="store_true",
+        help="draw a kind of network more often if its loss is large",
     )
     parser.add_argument(
         "--linearised",
@@ -158,6 +203,12 @@ if __name__ == "__main__":
     )
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=128, help="real images per step")
+    parser.add_argument(
+        "--share",
+        type=int,
+        default=1,
+        help="the number of steps that share a network and its features of a batch",
+    )
     parser.add_argument(
         "--learning-rate", type=float, default=0.03, help="of the images, at the start"
     )
