@@ -33,7 +33,7 @@ def main(
     trained = eqd.evaluate(real, recipe, source, num_models=1).fitted.model
     last = eqd.linear.last_layer(trained)
     backbone = eqd.Cached(last.features, "backbone")
-    head = eqd.linear.LogisticRegression(last.head.in_features, c).head
+    head = eqd.linear.LogisticRegression(last.head.weight.shape[1], c).head
     probe = eqd.linear.LinearClassifier(backbone, head)
 
     n = images_per_class * c
