@@ -17,16 +17,10 @@ import eqdistill as eqd
 
 
 def main(
-    dataset: str,
-    images_per_class: int,
-    l2: float,
-    steps: int,
-    seed: int,
-    data_dir: Path | None,
-    output: Path,
+    dataset: str, images_per_class: int, l2: float, steps: int, seed: int, output: Path
 ) -> None:
     start = time.perf_counter()
-    train, test = eqd.datasets.load(dataset, data_dir)
+    train, test = eqd.datasets.load(dataset)
     num_pixels = train.images[0].size
     model = eqd.linear.LogisticRegression(num_pixels, train.num_classes)
     noise = eqd.DistilledSet.from_noise(
@@ -72,12 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--l2", type=float, default=0.1, help="the ridge")
     parser.add_argument("--steps", type=int, default=50, help="outer steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--data-dir", type=Path, help="the folder with the files of the dataset"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the images"
-    )
+    parser.add_argument("--output", type=Path, default=Path("output"), help="a folder")
     args = parser.parse_args()
     # The next run loads what this one compiles.
     jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))

@@ -23,40 +23,26 @@ class Perceptron(eqx.Module):
 
     def __init__(self, train: eqd.Dataset, width: int, *, key: PRNGKeyArray):
         # A smooth activation: the implicit function theorem uses the Hessian.
-        self.mlp = eqx.nn.MLP(
-            train.images[0].size,
-            train.num_classes,
-            width,
-            depth=1,
-            activation=jax.nn.softplus,
-            key=key,
-        )
+        sizes = train.images[0].size, train.num_classes, width, 1
+        self.mlp = eqx.nn.MLP(*sizes, activation=jax.nn.softplus, key=key)
 
     def __call__(self, image: Float[Array, "*shape"]) -> Float[Array, " c"]:
         return self.mlp(image.reshape(-1))
 
 
 def main(
-    dataset: str,
-    images_per_class: int,
-    width: int,
-    l2: float,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    output: Path,
+    dataset: str, images_per_class: int, width: int, steps: int, output: Path
 ) -> None:
     start = time.perf_counter()
     train, test = eqd.datasets.load(dataset)
-    noise_key, batch_key, *weight_keys = jr.split(jr.key(seed), 5)
+    noise_key, batch_key, *weight_keys = jr.split(jr.key(0), 5)
     model, *others = (Perceptron(train, width, key=key) for key in weight_keys)
-    distilled = eqd.DistilledSet.from_noise(
-        train, images_per_class * train.num_classes, l2=l2, scale=0.3, key=noise_key
-    )
+    n = images_per_class * train.num_classes
+    distilled = eqd.DistilledSet.from_noise(train, n, l2=0.01, scale=0.3, key=noise_key)
     result = eqd.distill(
         distilled,
         model,
-        eqd.Batches(train, min(batch_size, len(train))),
+        eqd.Batches(train, min(5000, len(train))),
         optimiser=optax.adam(optax.cosine_decay_schedule(0.05, steps)),
         steps=steps,
         key=batch_key,
@@ -80,18 +66,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--dataset", default="mnist", choices=["mnist", "fashion_mnist", "digits"]
-    )
+    parser.add_argument("--dataset", default="mnist", help="or fashion_mnist, digits")
     parser.add_argument("--images-per-class", type=int, default=1)
     parser.add_argument("--width", type=int, default=32, help="hidden units")
-    parser.add_argument("--l2", type=float, default=0.01, help="the ridge")
     parser.add_argument("--steps", type=int, default=60, help="outer steps")
-    parser.add_argument("--batch-size", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="a folder for the images"
-    )
+    parser.add_argument("--output", type=Path, default=Path("output"), help="a folder")
     args = parser.parse_args()
     # The next run loads what this one compiles.
     jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))

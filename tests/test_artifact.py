@@ -99,6 +99,16 @@ def test_sets_make_a_round_trip(tmp_path, distilled):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_rounded_images_take_half_the_bytes(tmp_path):
+    path = tmp_path / "half.safetensors"
+    half = jnp.asarray(small().images, jnp.float16)
+    rounded = eqx.tree_at(lambda d: d.images, small(), half.astype(jnp.float32))
+    eqd.save(path, rounded)
+    assert_same_bits(eqd.load(path).distilled, rounded)
+    tensors, _ = read(path)
+    np.testing.assert_array_equal(tensors["artifact.start.images"], half, strict=True)
+
+
 def test_facts_make_a_round_trip(path):
     artifact = eqd.load(path)
     assert (artifact.metric, artifact.score) == ("accuracy", 0.75)
@@ -270,6 +280,7 @@ def test_refuses_to_save(tmp_path, path):
     for name, value in (
         ("images", jnp.full((4, 2, 3), jnp.nan)),
         ("images", jnp.ones((4, 2, 3), jnp.bfloat16)),
+        ("images", jnp.ones((4, 2, 3), jnp.float16)),
         ("log_l2", jnp.array(-90.0)),
         ("labels", jnp.array([0, 1, 2, -3])),
     ):
@@ -294,7 +305,7 @@ IMAGES, LABELS, LOG_L2 = (f"artifact.start.{x}" for x in ("images", "labels", "l
 BAD_TENSORS = [
     (LABELS, None, "labels` must not be"),
     ("weights", np.zeros(3), r"other tensors: \['weights'\]"),
-    (IMAGES, np.zeros((4, 2, 3), np.float16), "images`.*got float16"),
+    (IMAGES, np.zeros((4, 2, 3), np.complex64), "images`.*got complex64"),
     (IMAGES, np.full((4, 2, 3), -np.inf), "images` must be finite"),
     (IMAGES, np.zeros((5, 2, 3)), "labels must have 5 rows"),
     (IMAGES, np.zeros((4, 0, 3)), "images`.*none of them empty"),

@@ -27,6 +27,7 @@ from ..recipes import Recipe
 
 MAX_BYTES = 2**30
 _MAX_DEPTH = 8
+_FLOATS = (np.float16, np.float32, np.float64)
 _ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "softplus", "tanh")
 _LAYERS = ("instance_norm", "group_norm", "average_pool", "max_pool")
 FUNCTIONS = {name: getattr(jax.nn, name) for name in _ACTIVATIONS}
@@ -112,7 +113,8 @@ def encode(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     if type(x) is tuple:
         return [encode(item, path, tensors) for item in x]
     if eqx.is_array(x):
-        tensors[path] = np.array(x, order="C")  # The writer ignores strides.
+        # The writer ignores strides.
+        tensors[path] = _narrow(np.array(x, order="C"), path)
         return {"tensor": path}
     name = _name(x)
     if name not in TABLE:
@@ -120,6 +122,16 @@ def encode(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     values = TABLE[name].read(x)
     fields = {f: encode(values[f], f"{path}.{f}", tensors) for f in TABLE[name].fields}
     return {"class": name, **fields}
+
+
+def _narrow(x: np.ndarray, path: str) -> np.ndarray:
+    """Images in float32 that were rounded to float16 take half the bytes."""
+    check(x.dtype != np.float16, f"`{path}` must be float32 or float64; got float16")
+    if x.dtype != np.float32 or x.ndim < 2:
+        return x
+    with np.errstate(over="ignore"):
+        half = x.astype(np.float16)
+    return half if (half == x).all() else x
 
 
 def _name(x: Any) -> str:
@@ -189,11 +201,12 @@ def _is_in(x: Any, low: float, high: float, most: int = 100_000) -> bool:
 
 
 def to_array(wide: np.ndarray, path: str) -> Array:
-    is_number = wide.dtype.kind in "iu" or wide.dtype in (np.float32, np.float64)
+    is_number = wide.dtype.kind in "iu" or wide.dtype in _FLOATS
     check(is_number, f"`{path}` must be integers, float32 or float64; got {wide.dtype}")
     problem = f"`{path}` must have at most 8 axes, none of them empty; got {wide.shape}"
     check(wide.size > 0 and wide.ndim <= 8, problem)
     with np.errstate(over="ignore", invalid="ignore"):
+        wide = wide.astype(np.float32) if wide.dtype == np.float16 else wide
         x = wide.astype(jax.dtypes.canonicalize_dtype(wide.dtype))
     is_same = np.isfinite(x).all() if x.dtype.kind == "f" else (x == wide).all()
     check(is_same, f"`{path}` must be finite {x.dtype} numbers; some values are not")

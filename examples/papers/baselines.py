@@ -1,40 +1,44 @@
 """Trains networks on small sets of images with a named recipe, and prints a table of
 sets against networks.
 
-The sets are random real images, in several draws; the same images with labels that are
-learned for ridge regression on the pixels; class means; k-means; herding; images that
-are distilled for logistic regression with a learned ridge; and the sets in files of
-`eqdistill.save`, if any are given. For the recipe `supervised` the only set is all
-training images. All images are standardised. Recipes for hard labels skip sets with
-soft labels.
+The sets are random real images, in several draws; class means; k-means; herding; the
+best coreset of the package `coreax`; with `--search`, real images chosen by a search
+that takes as much CPU-time as a distillation; images that are distilled for logistic
+regression with a learned ridge; and the sets in files of `eqdistill.save`, if any are
+given. For the recipe `supervised` the only set is all training images. All images are
+standardised. What is chosen is chosen on held-out training images.
 
-Prints the size of each set with its labels, the mean test accuracy after the last
-training step, and the standard deviation over networks, as a table in Markdown; and
-plots the accuracies. Measurements are kept in `baselines.json`, so that the script can
-be stopped and resumed.
+Each set has a column with hard labels; and, for the recipes that take them, one with
+soft labels, which are learned for ridge regression on the pixels. Files have the labels
+that they have.
+
+Prints the CPU-seconds that the images of a set took, with compiling; its size with its
+labels; the mean test accuracy after the last training step, and the standard deviation
+over networks, as a table in Markdown; and plots the accuracies. Measurements are kept
+in `baselines.json`, so that the script can be stopped and resumed.
 """
 
 import argparse
 import functools as ft
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-import optax
 from _common import DATASETS, maker, NETWORKS, real_data, RECIPES, run
+from _small_sets import make_sets, Sets
 from matplotlib.figure import Figure
 
 import eqdistill as eqd
 
 
-Sets = Callable[[], list[eqd.DistilledSet]]
+Column = tuple[str, str]  # The labels and the network.
+Rows = dict[str, dict[Column, np.ndarray | None]]
 
 
 def main(
@@ -46,40 +50,65 @@ def main(
     artifacts: list[Path],
     images: int,
     draws: int,
+    search: float | None,
     num_networks: int,
     updates: int | None,
     output: Path,
 ) -> None:
     train, test, standardisation = real_data(dataset, data_dir)
-    made = make_sets(train, images, draws)
+    settings = {} if updates is None else {"updates": updates}
+    trained = {
+        x: RECIPES[recipe](maker(NETWORKS[x], train), **settings) for x in networks
+    }
+    made = make_sets(train, images, draws, search, trained[networks[0]])
     if recipe == "supervised":
         everything = ft.partial(eqd.DistilledSet, train.images, train.labels, l2=1.0)
-        made, sets = {"all training images": lambda: [everything()]}, None
+        made, sets = {"all training images": {"hard": lambda: [everything()]}}, None
     made = {name: made[name] for name in (made if sets is None else sets)}
-    contents = {}
+    # What else the sets depend on.
+    own: dict[str, Any] = {
+        "searched": search,
+        "best coreset": [recipe, updates, networks[0]],
+    }
+    file_sizes = {}
     for path in artifacts:
-        made[path.stem] = ft.partial(load, path, standardisation)
-        contents[path.stem] = hashlib.sha256(path.read_bytes()).hexdigest()
+        distilled, file_sizes[path.stem] = load(path, standardisation)
+        labels = "soft" if distilled.labels.ndim == 2 else "hard"
+        made[path.stem] = {labels: lambda distilled=distilled: [distilled]}
+        own[path.stem] = hashlib.sha256(path.read_bytes()).hexdigest()
+    takes_soft = recipe != "supervised" and not recipe.startswith("dc")
+    columns = [
+        (labels, network)
+        for labels in ("hard", "soft")[: 1 + takes_soft]
+        for network in networks
+    ]
     output.mkdir(parents=True, exist_ok=True)
     kept = Measured(output / "baselines.json")
-    rows, sizes = {}, []
-    for name, make in made.items():
-        own = [contents[name]] if name in contents else []
-        measure = lambda make=make: make()[0].nbytes
-        sizes.append(kept.get([dataset, images, name, "bytes", *own], measure))
-        rows[name] = []
-        for network in networks:
-            settings = {} if updates is None else {"updates": updates}
-            by = RECIPES[recipe](maker(NETWORKS[network], train), **settings)
-            key = [dataset, images, name, draws, network, recipe, updates, num_networks]
-            measure = ft.partial(accuracies, make, by, test, num_networks)
-            found = kept.get([*key, *own], measure)
-            rows[name].append(None if found is None else np.array(found))
-    table = to_table(rows, sizes, networks)
+    rows: Rows = {}
+    costs: dict[str, dict[str, str]] = {}
+    for name, labelled in made.items():
+        rows[name], costs[name] = {}, {}
+        for labels, network in columns:
+            key = [dataset, images, name, labels, own.get(name)]
+            make = labelled.get(labels)
+            found = None
+            if make is not None:
+                measure = ft.partial(cost, make)
+                size, seconds = kept.get([*key, "bytes, CPU-seconds"], measure)
+                costs[name][labels] = f"{file_sizes.get(name, size):,}"
+                if labels == "hard" and name not in file_sizes:
+                    costs[name]["CPU-seconds"] = f"{seconds:.1f}"
+                measure = ft.partial(
+                    accuracies, make, trained[network], test, num_networks
+                )
+                key += [draws, network, recipe, updates, num_networks]
+                found = np.array(kept.get(key, measure))
+            rows[name][labels, network] = found
+    table = to_table(rows, costs, columns)
     print(f"\n{dataset}, {images} images per class, recipe {recipe}:\n\n{table}")
     stem = f"baselines_{Path(dataset).name}_{images}_{recipe.replace(', ', '_')}"
     (output / f"{stem}.md").write_text(table + "\n")
-    draw(rows, networks).savefig(output / f"{stem}.png")
+    draw(rows, columns).savefig(output / f"{stem}.png")
     print(f"\nfiles {output / stem}.md, {output / stem}.png")
 
 
@@ -103,74 +132,32 @@ class Measured:
         return self.found[text]
 
 
+def cost(make: Sets) -> tuple[int, float]:
+    """The bytes of a set, and the CPU-seconds that it takes to make one."""
+    began = time.process_time()
+    sets = make()
+    return sets[0].nbytes, (time.process_time() - began) / len(sets)
+
+
 def accuracies(
     make: Sets, recipe: eqd.recipes.Recipe, test: eqd.Dataset, num_networks: int
-) -> list[list[float]] | None:
-    """One row for each set, with the accuracy of each network. `None` if the recipe
-    does not take the labels."""
-    sets = make()
-    if recipe.name in ("dc", "supervised") and sets[0].labels.ndim == 2:
-        return None
-    found = eqd.evaluate(sets, recipe, test, num_models=num_networks)
+) -> list[list[float]]:
+    """One row for each set, with the accuracy of each network."""
+    found = eqd.evaluate(make(), recipe, test, num_models=num_networks)
     return found.scores.tolist()
-
-
-def make_sets(train: eqd.Dataset, images: int, draws: int) -> dict[str, Sets]:
-    n = images * train.num_classes
-    once = lambda constructor: [constructor(train, n, l2=0.1, key=jr.key(0))]
-    real = lambda seed: eqd.DistilledSet.from_real(train, n, l2=0.1, key=jr.key(seed))
-    return {
-        "random real images": lambda: [real(seed) for seed in range(draws)],
-        "learned labels": lambda: [
-            learn_labels(real(seed), train) for seed in range(draws)
-        ],
-        "class means": lambda: once(eqd.DistilledSet.from_class_means),
-        "k-means": lambda: once(eqd.DistilledSet.from_kmeans),
-        "herding": lambda: once(eqd.DistilledSet.from_herding),
-        "distilled, linear": lambda: [distil_linear(train, n)],
-    }
-
-
-def learn_labels(real: eqd.DistilledSet, train: eqd.Dataset) -> eqd.DistilledSet:
-    start = eqx.tree_at(lambda d: d.log_l2, real, jnp.zeros(()))
-    return eqd.distill(
-        start.with_targets(train.num_classes),
-        linear(train),
-        train,
-        steps=200,
-        learn=lambda start: (start.labels, start.log_l2),
-    ).distilled
-
-
-def distil_linear(train: eqd.Dataset, n: int) -> eqd.DistilledSet:
-    start = eqd.DistilledSet.from_noise(train, n, l2=0.01, scale=0.01, key=jr.key(0))
-    optimiser = optax.chain(
-        optax.lbfgs(learning_rate=1.0, linesearch=None), optax.clip_by_global_norm(0.5)
-    )
-    return eqd.distill(
-        start,
-        linear(train),
-        train,
-        optimiser=optimiser,
-        steps=150,
-        learn=lambda start: (start.images, start.log_l2),
-    ).distilled
-
-
-def linear(train: eqd.Dataset) -> eqd.linear.LinearClassifier:
-    return eqd.linear.LogisticRegression(train.images[0].size, train.num_classes)
 
 
 def load(
     path: Path, standardisation: eqd.datasets.AbstractPreprocessing
-) -> list[eqd.DistilledSet]:
-    """The set in a file, in standardised units."""
+) -> tuple[eqd.DistilledSet, int]:
+    """The set in a file, in standardised units, and the bytes that are stored."""
     artifact = eqd.load(path)
+    start: Any = artifact.start
     images = artifact.distilled.images
     if artifact.preprocessing is not None:
         images = jax.vmap(artifact.preprocessing.inverse)(images)
     images = jax.vmap(standardisation)(images)
-    return [eqx.tree_at(lambda d: d.images, artifact.distilled, images)]
+    return eqx.tree_at(lambda d: d.images, artifact.distilled, images), start.nbytes
 
 
 def std_models(found: np.ndarray) -> float:
@@ -192,30 +179,42 @@ def to_cell(found: np.ndarray | None) -> str:
 
 
 def to_table(
-    rows: dict[str, list[np.ndarray | None]], sizes: list[int], networks: list[str]
+    rows: Rows, costs: dict[str, dict[str, str]], columns: list[Column]
 ) -> str:
-    lines = [f"| | bytes | {' | '.join(networks)} |"]
-    lines.append("|---" * (len(networks) + 2) + "|")
-    for (name, row), size in zip(rows.items(), sizes, strict=True):
-        lines.append(f"| {name} | {size:,} | {' | '.join(map(to_cell, row))} |")
-    return "\n".join(lines)
+    """The columns for hard labels come first. Both groups start with the bytes."""
+    head, lines = ["", "CPU-seconds"], []
+    for group in dict.fromkeys(labels for labels, _ in columns):
+        head += [f"{group} labels: bytes", *(x for y, x in columns if y == group)]
+    for name, row in rows.items():
+        line = [name, costs[name].get("CPU-seconds", "-")]
+        for i, (column, found) in enumerate(row.items()):
+            if i == 0 or column[0] != columns[i - 1][0]:
+                line.append(costs[name].get(column[0], "-"))
+            line.append(to_cell(found))
+        lines.append(line)
+    lines = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def draw(rows: dict[str, list[np.ndarray | None]], networks: list[str]) -> Figure:
-    """One line for each set and one mark for each network: the mean accuracy, with the
-    standard deviation over networks."""
-    rows = {k: row for k, row in rows.items() if any(x is not None for x in row)}
+def draw(rows: Rows, columns: list[Column]) -> Figure:
+    """One line for each set and one mark for each network and kind of labels: the mean
+    accuracy, with the standard deviation over networks."""
+    is_empty = lambda row: all(x is None for x in row.values())
+    rows = {name: row for name, row in rows.items() if not is_empty(row)}
     figure = Figure(
         figsize=(6.5, 0.45 * len(rows) + 1.6), dpi=200, layout="constrained"
     )
     axis = figure.add_subplot()
     markers = "osD^vP*X"
-    for j, network in enumerate(networks):
+    for j, column in enumerate(columns):
         # Shifted a little, so that the marks of one line do not overlap.
-        shift = 0.08 * (j - (len(networks) - 1) / 2)
+        shift = 0.08 * (j - (len(columns) - 1) / 2)
         found = [
-            (i, x) for i, row in enumerate(rows.values()) if (x := row[j]) is not None
+            (i, x)
+            for i, row in enumerate(rows.values())
+            if (x := row[column]) is not None
         ]
+        labels, network = column
         axis.errorbar(
             [100 * x.mean() for _, x in found],
             [i + shift for i, _ in found],
@@ -223,7 +222,7 @@ def draw(rows: dict[str, list[np.ndarray | None]], networks: list[str]) -> Figur
             fmt=markers[j % len(markers)],
             markersize=5,
             linewidth=1,
-            label=network,
+            label=f"{network}, {labels} labels",
         )
     axis.set_yticks(range(len(rows)), list(rows))
     axis.invert_yaxis()
@@ -233,7 +232,7 @@ def draw(rows: dict[str, list[np.ndarray | None]], networks: list[str]) -> Figur
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(
         loc="outside lower center",
-        ncols=min(4, len(networks)),
+        ncols=min(2, len(columns)),
         frameon=False,
         fontsize=8,
     )
@@ -262,6 +261,12 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=1, help="images per class")
     parser.add_argument(
         "--draws", type=int, default=5, help="number of sets of random real images"
+    )
+    parser.add_argument(
+        "--search",
+        type=float,
+        metavar="SECONDS",
+        help="add real images that a search of so many CPU-seconds finds",
     )
     parser.add_argument("--num-networks", type=int, default=3)
     parser.add_argument(
