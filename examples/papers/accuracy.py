@@ -151,8 +151,8 @@ def dc_methods(network: Callable, small: Callable, c: int) -> dict[str, Method]:
     # Each class has 64 examples.
     balanced = ft.partial(eqd.Batches, size=64 * c, balanced=True)
     matching = lambda kind: lambda: kind(eqd.Fresh(network), c)
-    # Ours take narrower networks, and smaller batches. Ridge regression on the last layer
-    # of a fresh network compiles in half the time of a pool.
+    # Ours take narrower networks, and smaller batches. Ridge regression on the last
+    # layer of a fresh network compiles in half the time of a pool.
     some = ft.partial(eqd.Batches, size=128)
     last = lambda *, key: eqd.linear.last_layer(small(key=key))
     fresh = lambda: eqd.Bilevel(eqd.Fresh(last))
