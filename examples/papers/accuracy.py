@@ -148,8 +148,9 @@ class Clock(eqd.AbstractCallback[list]):
 
 def dc_methods(network: Callable, small: Callable, c: int) -> dict[str, Method]:
     """One image per class with hard labels, for the recipe of dataset condensation."""
-    # Each class has 64 examples.
-    balanced = ft.partial(eqd.Batches, size=64 * c, balanced=True)
+    balanced = lambda of_class: ft.partial(
+        eqd.Batches, size=of_class * c, balanced=True
+    )
     matching = lambda kind: lambda: kind(eqd.Fresh(network), c)
     # Ours take narrower networks, and smaller batches. Ridge regression on the last
     # layer of a fresh network compiles in half the time of a pool.
@@ -163,10 +164,10 @@ def dc_methods(network: Callable, small: Callable, c: int) -> dict[str, Method]:
         "fresh networks": Method(500, 0.1, fresh, some, prepare=squared),
         "pool": Method(4000, 0.03, pool, some),
         "distribution matching": Method(
-            1600, 0.3, matching(DistributionMatching), balanced, learn=images
+            1600, 0.3, matching(DistributionMatching), balanced(64), learn=images
         ),
         "gradient matching": Method(
-            200, 0.03, matching(GradientMatching), balanced, learn=images
+            128, 0.1, matching(GradientMatching), balanced(16), learn=images
         ),
     }
 
