@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import pytest
 
 import eqdistill as eqd
 from eqdistill.augment import Affine, AugmentedFit
@@ -10,6 +9,7 @@ from eqdistill.augment import Affine, AugmentedFit
 from .conftest import assert_same_bits, check_gradient
 
 
+WEIGHTS = [1.0, 2.0, 3.0, 4.0]
 RIDGE = eqd.linear.RidgeSolver()
 
 
@@ -35,10 +35,9 @@ def targets(weights=None, dtype=np.float32):
     return hard.with_targets(2)
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 3.0, 4.0]])
-def test_fit_to_the_copies(weights):
+def test_fit_to_the_copies():
     """Against a fit to the concatenation of the copies that a solver is given."""
-    distilled, model = targets(weights), eqd.linear.LogisticRegression(9, 2)
+    distilled, model = targets(WEIGHTS), eqd.linear.LogisticRegression(9, 2)
     solver = AugmentedFit(AddUniform(), copies=3, inner=Keep())
     fit = lambda inner: jax.jit(inner)(distilled, model, None, key=jr.key(1))[0]
     copies = fit(solver).model
@@ -52,7 +51,7 @@ def test_fit_to_the_copies(weights):
         np.tile(distilled.labels, (3, 1)),
         l2=0.1,
         loss=eqd.SquaredError(),
-        weights=None if weights is None else 3 * weights,
+        weights=3 * WEIGHTS,
     )
     ours = fit(AugmentedFit(AddUniform(), copies=3, inner=RIDGE)).model
     wanted = RIDGE(concatenated, model, None, key=jr.key(1))[0].model
@@ -67,7 +66,7 @@ def test_gradient(x64):
         eqd.linear.LogisticRegression(9, 2),
         AugmentedFit(Affine(shift=1, rotation=15), copies=2, inner=RIDGE),
     )
-    start = targets([1.0, 2.0, 3.0, 4.0], float)
+    start = targets(WEIGHTS, float)
     check_gradient(start, objective, train)
 
 

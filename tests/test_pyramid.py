@@ -12,7 +12,7 @@ def make_set(shape, n=4, dtype=np.float32):
     return eqd.DistilledSet(images, np.arange(n) % 2, l2=0.1)
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (4, 2, 7), (3, 8, 6)])
+@pytest.mark.parametrize("shape", [(4, 2, 7), (3, 5, 6)])
 def test_all_levels_reconstruct_the_images(shape):
     distilled = make_set(shape)
     pyramid = eqd.Pyramid.from_distilled(distilled)
@@ -81,6 +81,7 @@ def test_levels_are_learned_and_saved(tmp_path):
     assert_same_bits(artifact.distilled, result.distilled)
 
 
+@pytest.mark.slow
 def test_coarse_levels_of_large_images_are_saved(tmp_path):
     start = eqd.Pyramid.from_distilled(make_set((224, 224)), 1)
     eqd.save(tmp_path / "a.safetensors", start)

@@ -40,7 +40,13 @@ def main(args: argparse.Namespace) -> None:
     if args.held_out:
         train, test = train.split(args.held_out, key=jr.key(0))
     # The next run finds the features of the real images there.
-    make = ft.partial(probe, source, train.num_classes, args.output / "features")
+    make = ft.partial(
+        probe,
+        source=source,
+        steps=args.pretraining_steps,
+        num_classes=train.num_classes,
+        directory=args.output / "features",
+    )
     home = make(HOME, key=jr.key(0))
     unseen = [make(UNSEEN, key=jr.key(100 + i)) for i in range(args.num_unseen)]
     n = args.images * train.num_classes
@@ -68,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
             data,
             optimiser=adam(args.learning_rate, args.steps),
             learn=lambda start: start,
-            learn_objective=lambda o: o.loss,
+            learn_objective=lambda o: getattr(o.loss, "log_temperature", ()),
             steps=args.steps,
             key=jr.key(args.seed),
         )
@@ -89,13 +95,20 @@ def load(dataset: str) -> tuple[eqd.Dataset, eqd.Dataset]:
 
 
 def probe(
-    source: eqd.Dataset, num_classes: int, directory: Path, network: Callable, *, key
+    network: Callable,
+    *,
+    source: eqd.Dataset,
+    steps: int,
+    num_classes: int,
+    directory: Path,
+    key: jax.Array,
 ) -> eqd.linear.LinearClassifier:
     """A linear head on the features of a network that is trained on `source`."""
     make = ft.partial(network, source.shape, source.num_classes)
-    recipe = eqd.recipes.supervised(make, updates=500)
+    recipe = eqd.recipes.supervised(make, updates=steps)
     everything = eqd.DistilledSet(source.images, source.labels, l2=1.0)
-    trained = eqd.evaluate(everything, recipe, source, num_models=1, key=key)
+    few = eqd.Dataset(source.images[:100], source.labels[:100], source.num_classes)
+    trained = eqd.evaluate(everything, recipe, few, num_models=1, key=key)
     last = eqd.linear.last_layer(trained.fitted.model)
     head = eqd.linear.LogisticRegression(int(last.head.in_features), num_classes).head
     features = eqd.Cached(last.features.module, "backbone", directory)
@@ -142,6 +155,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--dataset", default="mnist", help="to distil")
     parser.add_argument("--pretraining", default="fashion_mnist", help="of backbones")
+    parser.add_argument("--pretraining-steps", type=int, default=500)
     parser.add_argument("--num-unseen", type=int, default=3)
     parser.add_argument("--images", type=int, default=1, help="per class")
     parser.add_argument("--copies", type=int, default=4, help="of each image")
