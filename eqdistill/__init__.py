@@ -30,6 +30,7 @@ with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     from ._data._parameterisation import (
         AbstractParameterisation as AbstractParameterisation,
     )
+    from ._data._pyramid import Pyramid as Pyramid
     from ._files._checkpoint import Checkpoints as Checkpoints
     from ._files._export import export as export
     from ._files._save import load as load, save as save

@@ -11,3 +11,4 @@ from ._data._augmentation import (
     Flip as Flip,
     OneOf as OneOf,
 )
+from ._inner._augmented_fit import AugmentedFit as AugmentedFit

@@ -5,6 +5,7 @@ from ._classifier import (
     HasPenalised as HasPenalised,
     parameters as parameters,
 )
+from ._nn._backbone import Backbone as Backbone
 from ._nn._convolve import (
     average_pool as average_pool,
     Conv2d as Conv2d,

@@ -29,6 +29,7 @@ DATA = eqd.Dataset(IMAGES, LABELS)
 OTHER_DATA = eqd.Dataset(IMAGES[:, :2], LABELS)
 HARD = eqd.DistilledSet(IMAGES[:3], LABELS[:3], l2=0.1)
 TARGETS = HARD.with_targets(3)
+LEVELS = eqd.Pyramid.from_distilled(HARD).levels
 MODEL = eqd.linear.LogisticRegression(9, 3)
 WRONG_MODEL = eqd.linear.LogisticRegression(8, 3)
 OBJECTIVE = eqd.Bilevel(MODEL)
@@ -90,6 +91,8 @@ case(eqd.DistilledSet.from_kmeans, from_train, n=0, l2=0)
 case(eqd.DistilledSet.from_herding, from_train, n=0, l2=0)
 case(eqd.Packed, {"small": HARD, "shape": (6, 6)}, shape=(4, 4))
 case(eqd.Packed.from_distilled, {"distilled": HARD}, factor=2)
+case(eqd.Pyramid, {"levels": LEVELS, "shape": (3, 3)}, levels=HARD, shape=(9,))
+case(eqd.Pyramid.from_distilled, {"distilled": HARD}, num_levels=0)
 case(eqd.BinaryCrossEntropy)
 case(eqd.CrossEntropy, temperature=0)
 
@@ -181,6 +184,8 @@ case(eqd.augment.OneOf, {"augmentations": (eqd.augment.Flip(),)}, augmentations=
 case(eqd.augment.Crop, {"padding": 1}, padding=-1)
 case(eqd.augment.Cutout, {"size": 1}, size=-1)
 case(eqd.augment.Flip, probability=2)
+case(eqd.augment.AugmentedFit, {"augmentation": eqd.augment.Flip(), "copies": 2},
+     copies=0)
 for a in (eqd.augment.Affine(), eqd.augment.ColourJitter(), eqd.augment.Cutout(1),
           eqd.augment.Crop(1), eqd.augment.Compose(eqd.augment.Flip()),
           eqd.augment.Flip(), eqd.augment.OneOf(eqd.augment.Flip())):
@@ -208,6 +213,9 @@ case(eqd.nn.Conv2d, {"in_channels": 1, "out_channels": 1, "kernel_size": 3, "key
 case(eqd.nn.Conv2d(1, 1, 3, key=KEY), {"image": jnp.ones((1, 3, 3))},
      image=jnp.ones((1, 2, 2)))
 case(eqd.nn.Conv2d.of, {}, convolution=Plain())
+case(eqd.nn.Backbone, {"network": MODEL, "shape": (3, 3, 3)}, shape=(3, 3), mean=[0.5],
+     deviation=[0, 1, 1])
+case(eqd.nn.Backbone(MODEL, (3, 3, 3)), {}, image=jnp.ones((2, 3, 3)))
 case(eqd.nn.Network, {"layers": eqx.nn.Sequential([]), "architecture": "a",
      "settings": ()})
 case(NETWORK, {"image": image["image"]}, image=jnp.ones((2, 3)))

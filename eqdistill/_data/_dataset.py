@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 
 import equinox as eqx
@@ -14,6 +15,7 @@ from .._conversions import ArrayOrList, as_array, as_int, as_weights, Labels
 from .._sharding import num_shards, place, sharding_of, to_host
 from .._typechecking import describe
 from ._class_names import check_class_names, describe_class
+from ._stored import load_or_compute
 
 
 class Dataset(eqx.Module):
@@ -173,14 +175,21 @@ class Dataset(eqx.Module):
         take = lambda rows: self._with(*jax.tree.map(lambda x: read(x, rows), arrays))
         return take(order[num_held_out:]), take(order[:num_held_out])
 
-    def map(self, fn: Callable, *, chunk_bytes: int = CHUNK_BYTES) -> "Dataset":
+    def map(
+        self,
+        fn: Callable,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
+        directory: str | os.PathLike | None = None,
+    ) -> "Dataset":
         """Returns a dataset of the images $f(x_i)$ with the same labels. The function
         $f$ maps one image, in the units of [`eqdistill.Dataset.floating`][], to a
         floating-point image of any shape; such as an
         [`eqdistill.datasets.AbstractPreprocessing`][]. Its activations take at most
-        `chunk_bytes` bytes at once."""
+        `chunk_bytes` bytes at once. With a `directory`, the new images are kept there,
+        as by [`eqdistill.Cached`][]."""
         check_positive(chunk_bytes=chunk_bytes)
-        images = map_images(fn, self.images, self.sharding, chunk_bytes)
+        images = map_images(fn, self.images, self.sharding, chunk_bytes, directory)
         return self._with(images, self.labels, self.weights)
 
     def _with(self, images, labels, weights) -> "Dataset":
@@ -202,9 +211,18 @@ class Dataset(eqx.Module):
 
 
 def map_images(
-    fn: Callable, images: Array, sharding: NamedSharding | None, chunk_bytes: int
+    fn: Callable,
+    images: Array,
+    sharding: NamedSharding | None,
+    chunk_bytes: int,
+    directory: str | os.PathLike | None = None,
 ) -> Array:
     """The function of each image. Each device works on its own images, in chunks."""
+    if directory is not None:
+        example = Dataset.to_floating(images[:1])[0]
+        compute = lambda: to_host(map_images(fn, images, sharding, chunk_bytes))
+        found = load_or_compute(directory, fn, example, to_host(images), compute)
+        return place(found, sharding)
     if sharding is not None:
         return _map_on_devices(fn, images, sharding, chunk_bytes)
     size = _chunk_size(fn, images, chunk_bytes)

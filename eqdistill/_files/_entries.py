@@ -10,9 +10,10 @@ import jax
 import jax.random as jr
 import optax
 
-from .. import nn, recipes
+from .. import augment, nn, recipes
 from .._classifier import LogisticRegression
 from .._inner._argmin_solver import ArgminSolver
+from .._inner._augmented_fit import AugmentedFit
 from .._inner._auto_solver import AutoSolver
 from .._inner._feature_regression import FeatureRegression
 from .._inner._relative_ridge import RelativeRidge
@@ -65,7 +66,22 @@ register(RelativeRidge, {"inner": Any})
 register(SpanSolver, {"rtol": _tolerance, "atol": _tolerance, "max_steps": _steps})
 register(ArgminSolver, {"max_steps": _steps, "tolerance": _tolerance})
 register(FeatureRegression, {"training": Any})
+register(AugmentedFit, {"augmentation": Any, "copies": (1, 1000), "inner": Any})
 register(UnrolledSolver, _unrolled, build=_build_unrolled, read=_read_unrolled)
+
+
+# Augmentations.
+
+
+_size, _strength = (0, 4096), (0.0, 1e4)
+_jitter = {"brightness": _strength, "saturation": _strength, "contrast": _strength}
+register(
+    augment.Affine, {"shift": _strength, "rotation": _strength, "scale": _strength}
+)
+register(augment.ColourJitter, _jitter)
+register(augment.Crop, {"padding": _size})
+register(augment.Cutout, {"size": _size})
+register(augment.Flip, {"probability": (0.0, 1.0)})
 
 
 # Models.

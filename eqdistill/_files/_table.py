@@ -19,6 +19,7 @@ from .._data._class_names import check_class_names, count_classes
 from .._data._distilled_set import DistilledSet
 from .._data._packed import Packed
 from .._data._preprocessing import Standardisation, ZCA
+from .._data._pyramid import Pyramid
 from .._losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from .._outer._recipes import _unchanged
 from ..recipes import Recipe
@@ -253,6 +254,12 @@ def _bytes_of_packed(small, shape) -> int:
     return 8 * len(small.images) * math.prod(shape) + 40 * sum(a * b for a, b in sides)
 
 
+def _bytes_of_pyramid(levels, shape) -> int:
+    # As for `Packed`. A side of the finest level is less than the numbers of a row.
+    sides = sum(min(levels.images.shape[1], side) * side for side in shape[-2:])
+    return 8 * len(levels.images) * math.prod(shape) + 40 * sides
+
+
 _LOGARITHM = (-87.0, 87.0)  # So that the exponential is a normal float32.
 _set = {"images": Any, "labels": Any, "log_l2": _LOGARITHM, "loss": Any}
 _set |= {"log_weights": _LOGARITHM, "class_names": Any}
@@ -261,5 +268,6 @@ register(CrossEntropy, {"log_temperature": _LOGARITHM}, build=_build_cross_entro
 register(SquaredError, {})
 register(BinaryCrossEntropy, {})
 register(Packed, {"small": Any, "shape": (1, MAX_BYTES)}, nbytes=_bytes_of_packed)
+register(Pyramid, {"levels": Any, "shape": (1, MAX_BYTES)}, nbytes=_bytes_of_pyramid)
 register(Standardisation, {"mean": Any, "deviation": (1e-30, np.inf)})
 register(ZCA, {"mean": Any, "whitening": Any, "regularisation": (0.0, 1e9)})

@@ -1,4 +1,5 @@
 import abc
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,15 +69,26 @@ class Cached(eqx.Module):
 
     features: Callable
     name: str = eqx.field(static=True)
+    directory: str | None = eqx.field(static=True)
 
-    def __init__(self, features: Callable, name: str):
+    def __init__(
+        self,
+        features: Callable,
+        name: str,
+        directory: str | os.PathLike | None = None,
+    ):
         """**Arguments:**
 
         - `features`: any module from one example to an array.
         - `name`: identifies this part. Different parts need different names.
+        - `directory`: a folder in which the outputs are kept, for other runs of the
+            program and for [`eqdistill.evaluate`][]. Each file is named by the SHA-256
+            of the computation, its arrays and the examples, so any number of networks
+            and datasets can share the folder. Delete files that are no longer needed.
         """
         self.features = eqx.nn.inference_mode(features)
         self.name = name
+        self.directory = None if directory is None else os.fspath(directory)
 
     def __call__(self, x: Any, *, key: PRNGKeyArray | None = None) -> Any:
         """Returns the outputs of `features` on one example. `key` is ignored."""
@@ -157,7 +169,10 @@ class FullBatch(AbstractData):
         self.weights = None if weights is None else _spread(weights, sharding)
         self.cached = {}
         for part in cached:
-            found = map_images(part.features, self.images, sharding, self.chunk_bytes)
+            found = map_images(
+                *(part.features, self.images, sharding, self.chunk_bytes),
+                part.directory,
+            )
             if not jnp.isfinite(found).all():
                 raise ValueError(
                     f"`cached` must have finite outputs; those of {part.name!r} are "
@@ -230,15 +245,17 @@ def example_loss(
     return loss(network(x)[None], y[None])
 
 
+def find_cached(tree: PyTree) -> list[Cached]:
+    is_cached = lambda node: isinstance(node, Cached)
+    nodes = jax.tree.leaves(tree, is_leaf=is_cached)
+    return [node for node in nodes if is_cached(node)]
+
+
 def check_cached(objective: PyTree, data: PyTree) -> None:
     """**Raises:** a `ValueError` if the data hold the outputs of another module than
     the one of the same name in the objective."""
-    is_cached = lambda node: isinstance(node, Cached)
-    find = lambda tree: [
-        node for node in jax.tree.leaves(tree, is_leaf=is_cached) if is_cached(node)
-    ]
-    known = {node.name: node for node in find(data)}
-    for node in find(objective):
+    known = {node.name: node for node in find_cached(data)}
+    for node in find_cached(objective):
         other = known.get(node.name, node)
         if node is not other and not eqx.tree_equal(node, other):
             raise ValueError(

@@ -12,7 +12,7 @@ from .._data._dataset import Dataset, map_images
 from .._inner._inner_solver import stop_gradient
 from .._losses import AbstractLoss, BinaryCrossEntropy, CrossEntropy, DefaultOuterLoss
 from .._sharding import to_host
-from ._data import FullBatch
+from ._data import find_cached, FullBatch
 
 
 def measure(
@@ -29,7 +29,9 @@ def measure(
     if not is_class:
         mean = np.average(labels, axis=0, weights=weights.astype(np.float64))
         centre = jnp.asarray(mean, float)
-    value, sums = _means(model, loss, centre, FullBatch(test))
+    parts = {x.name: x for x in find_cached(model) if x.directory is not None}
+    data = FullBatch(test, cached=[*parts.values()])
+    value, sums = _means(model, loss, centre, data)
     sums = [np.asarray(x, np.float64) for x in sums]
     known = sums[1] > 0
     per_class = np.full(known.shape, np.nan)
