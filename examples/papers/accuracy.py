@@ -108,7 +108,7 @@ class GradientMatching(eqd.AbstractObjective):
         own = lambda params: class_means(of_example, params, distilled)
         gradients = jax.lax.stop_gradient(jax.jacrev(real)(params))
         distances = jax.tree.map(distance, gradients, jax.jacrev(own)(params))
-        total = sum(jax.tree.leaves(distances))
+        total = jnp.stack(jax.tree.leaves(distances)).sum()
         return total, eqd.Outcome(state, jnp.array(0), {})
 
 
@@ -120,7 +120,7 @@ def class_means(of_example, model, distilled):
 def distance(real, own):
     """One minus the cosine of the rows of a layer's weights, for each class."""
     if real.size == real.shape[0] * real.shape[1]:  # a bias
-        return 0.0
+        return jnp.zeros(())
     rows = lambda x: x.reshape(x.shape[0] * x.shape[1], -1)
     return jnp.sum(1 - cosine(rows(real), rows(own)))
 
@@ -167,7 +167,7 @@ def dc_methods(network: Callable, small: Callable, c: int) -> dict[str, Method]:
             1600, 0.3, matching(DistributionMatching), balanced(64), learn=images
         ),
         "gradient matching": Method(
-            128, 0.1, matching(GradientMatching), balanced(16), learn=images
+            128, 0.3, matching(GradientMatching), balanced(16), learn=images
         ),
     }
 
@@ -227,7 +227,7 @@ def main(
             learn=method.learn,
             steps=steps,
             key=jr.key(seed),
-            callbacks=[Clock(marks, every), eqd.ProgressBar()],
+            callbacks=[Clock(marks=marks, every=every), eqd.ProgressBar()],
         )
         curves[name] = []
         for step, at, state in result.callbacks[0]:
