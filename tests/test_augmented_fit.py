@@ -74,6 +74,7 @@ def test_gradient(x64):
     check_gradient(start, objective, train)
 
 
+@pytest.mark.slow
 def test_recipe_makes_a_round_trip(tmp_path):
     distilled = targets()
     solver = AugmentedFit(Affine(shift=1), copies=2, inner=RIDGE)

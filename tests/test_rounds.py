@@ -74,6 +74,7 @@ def test_all_steps_of_a_round_share_network_and_real_images():
     assert abs(loss - first) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_is_continued_within_a_round():
     whole, part = distil(rounds(3), REAL), distil(rounds(3), REAL, steps=4)
     rest = distil(rounds(3), REAL, state=part.state)
