@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 
 import eqdistill as eqd
 from eqdistill.augment import Affine, AugmentedFit
