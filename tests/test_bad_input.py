@@ -94,6 +94,7 @@ def test_labels_beside_fewer_images():
         eqd.distill(DISTILLED, linear, cut(DATA))
 
 
+@pytest.mark.slow
 def test_half_precision():
     images = jnp.linspace(-1, 1, 36).reshape(4, 3, 3).astype(jnp.bfloat16)
     half = eqd.DistilledSet(images, LABELS, l2=0.1)

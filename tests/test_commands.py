@@ -200,6 +200,7 @@ def model():
     return Scaled(linear.LogisticRegression(64, 10))
 
 
+@pytest.mark.slow
 def test_check_on_own_data(tmp_path, digits, run, monkeypatch):
     train, test = (subset(data, 100) for data in digits)
     standard = Standardisation.fit(train)
@@ -235,6 +236,7 @@ def test_check_on_own_data(tmp_path, digits, run, monkeypatch):
     assert status == 1
 
 
+@pytest.mark.slow
 def test_check_compares_class_names(tmp_path, digits, run):
     train = subset(digits[0], 60)
     few = np.asarray(train.labels) != 3

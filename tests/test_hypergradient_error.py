@@ -90,6 +90,7 @@ def test_is_proportional_to_the_error_of_the_fit():
     np.testing.assert_allclose(large.bound / small.bound, 100, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_single_precision_is_measured_in_double():
     start, real = soft_start(dtype=np.float32), data(np.float32)
     found = hypergradient_error(start, LogisticRegression(P, C), real)

@@ -83,6 +83,7 @@ def test_pool_agrees_with_central_differences(train, start, loss, inner):
     check_gradient(start, objective, train)
 
 
+@pytest.mark.slow
 def test_the_last_layer_is_fitted_by_ridge_regression_on_scaled_features(start):
     # The features of the narrow network are padded with zeros.
     source = pool(sequential, ConvNet)
@@ -142,6 +143,7 @@ def test_networks_are_trained_and_restarted(start):
     assert seen == {(kind, age) for kind in range(2) for age in range(3)}
 
 
+@pytest.mark.slow
 def test_dropout_is_on_in_training_and_off_in_features(start):
     def source(rate):
         network = sequential(key=KEY, between=[eqx.nn.Dropout(rate)])
@@ -188,6 +190,7 @@ def test_where_picks_the_last_layer(start):
     assert model.head.out_features == 10
 
 
+@pytest.mark.slow
 def test_a_fresh_model_in_each_step(digits):
     train = subset(digits[0], 30)
     start = eqd.DistilledSet.from_real(train, l2=1e-3, key=KEY)

@@ -17,6 +17,7 @@ from .conftest import hypergradient, OneStep
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "extend").glob("*.md"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_pages_run_use_public_names_and_are_short(page):
     blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)

@@ -67,6 +67,7 @@ def test_gradient(x64):
     check_gradient(start, eqd.linear.LogisticRegression(48, 2), train)
 
 
+@pytest.mark.slow
 def test_levels_are_learned_and_saved(tmp_path):
     start = eqd.Pyramid.from_distilled(make_set((4, 4)), 2).refined()
     data = eqd.Dataset(make_set((4, 4), 20).images, np.arange(20) % 2)

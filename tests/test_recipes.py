@@ -71,6 +71,7 @@ def test_linear_model_is_as_by_scikit_learn(real, digits, loss):
     np.testing.assert_allclose(got.loss, wanted, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "recipe"),
     [
@@ -190,6 +191,7 @@ def test_training_is_as_by_hand(real, name):
     assert_close(jax.vmap(got)(real.images), jnp.array(wanted), 1e-3, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adam", [True, slow(False)])
 def test_learned_rates_are_used_in_turn(real, adam):
     recipe = recipes.learned_rates(make, **RATES, momentum=0.8, adam=adam, seed=4)

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 
 import eqdistill as eqd
 
@@ -15,6 +16,7 @@ import eqdistill as eqd
 SCRIPT = Path(__file__).parents[1] / "examples" / "papers" / "results.py"
 
 
+@pytest.mark.slow
 def test_published_sets_claim_what_their_rounded_images_reach(tmp_path):
     script = runpy.run_path(str(SCRIPT))
     train, test = eqd.datasets.load("digits")

@@ -35,6 +35,7 @@ def distil(objective, data, **kwargs):
     return eqd.distill(START, objective, data, learn=lambda s: s, **settings)
 
 
+@pytest.mark.slow
 def test_rounds_of_one_step_are_the_objective_itself():
     wanted, found = distil(BILEVEL, BATCHES), distil(rounds(1), REAL)
     np.testing.assert_allclose(found.history.loss, wanted.history.loss, rtol=1e-5)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 
 import eqdistill as eqd
 
@@ -25,6 +26,7 @@ def run_each(problem, starts, data, *, steps, keys):
     return states, np.stack(losses, axis=1)
 
 
+@pytest.mark.slow
 def test_is_as_one_by_one(logistic):
     _, objective, train = logistic
     starts = [small_noise(train, l2=0.05 * (i + 1), seed=i) for i in range(3)]

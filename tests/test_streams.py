@@ -117,6 +117,7 @@ def test_accumulated_batches_are_one_large_batch(fn):
         np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_accumulated_batches_in_a_run(logistic):
     start, objective, train = logistic
     rows = Rows(train, 40)

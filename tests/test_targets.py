@@ -87,6 +87,7 @@ def test_regression_with_own_data():
     assert result.history.loss[-1] < 0.8 * wanted
 
 
+@pytest.mark.slow
 def test_several_labels():
     train, test = multi_label()
     loss = eqd.BinaryCrossEntropy()
@@ -113,6 +114,7 @@ def test_several_labels():
         eqd.DistilledSet(train.images, train.images[:, :3], l2=0.1, loss=loss)
 
 
+@pytest.mark.slow
 def test_classes_of_unequal_sizes(digits):
     train, test = digits
     few = np.flatnonzero(np.asarray(train.labels) == 3)[:5]
