@@ -1,6 +1,7 @@
 """The standard networks of dataset distillation."""
 
 import functools as ft
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PRNGKeyArray
 
 from .._conversions import as_int, as_int_or_none, as_ints
@@ -69,8 +72,7 @@ def ConvNet(
     """
     settings = _settings(locals())
     layers, (channels, height, width) = _pad_input(settings["shape"], settings["size"])
-    *keys, head_key = jr.split(key, len(widths) + 1)
-    for new_channels, key in zip(settings["widths"], keys, strict=True):
+    for new_channels in settings["widths"]:
         before, after = (None, norm) if norm_last else (norm, None)
         layers += _conv_block(channels, new_channels, activation, norm=before, key=key)
         layers += [pool] if after is None else [pool, after(new_channels)]
@@ -80,8 +82,8 @@ def ConvNet(
             "`widths` must have no more entries than an image can be halved; got "
             f"{len(widths)} for images of shape {settings['shape']}."
         )
-    layers += _linear_head(channels * height * width, settings, head_key)
-    return _network("ConvNet", settings, layers)
+    layers += _linear_head(channels * height * width, settings, key)
+    return _network("ConvNet", settings, layers, key)
 
 
 def LeNet(
@@ -100,17 +102,16 @@ def LeNet(
     """
     settings = _settings(locals())
     layers, (channels, _, _) = _pad_input(settings["shape"], 32)
-    keys = jr.split(key, 5)
     function = eqx.nn.Lambda(activation)
     layers += [
-        *(Conv2d(channels, 6, 5, key=keys[0]), function, max_pool),
-        *(Conv2d(6, 16, 5, key=keys[1]), function, max_pool),
+        *(Conv2d(channels, 6, 5, key=key), function, max_pool),
+        *(Conv2d(6, 16, 5, key=key), function, max_pool),
         eqx.nn.Lambda(jnp.ravel),
-        *(eqx.nn.Linear(400, 120, key=keys[2]), function),
-        *(eqx.nn.Linear(120, 84, key=keys[3]), function),
-        eqx.nn.Linear(84, settings["num_classes"], key=keys[4]),
+        *(eqx.nn.Linear(400, 120, key=key), function),
+        *(eqx.nn.Linear(120, 84, key=key), function),
+        eqx.nn.Linear(84, settings["num_classes"], key=key),
     ]
-    return _network("LeNet", settings, layers)
+    return _network("LeNet", settings, layers, key)
 
 
 def MLP(
@@ -131,11 +132,10 @@ def MLP(
     settings = _settings(locals())
     sizes = [math.prod(settings["shape"]), *settings["widths"], settings["num_classes"]]
     layers: list[Callable] = [eqx.nn.Lambda(jnp.ravel)]
-    keys = jr.split(key, len(sizes) - 1)
-    for in_size, out_size, key in zip(sizes[:-1], sizes[1:], keys, strict=True):
+    for in_size, out_size in itertools.pairwise(sizes):
         layers.append(eqx.nn.Linear(in_size, out_size, key=key))
         layers.append(eqx.nn.Lambda(activation))
-    return _network("MLP", settings, layers[:-1])
+    return _network("MLP", settings, layers[:-1], key)
 
 
 def AlexNet(
@@ -198,45 +198,42 @@ def ResNet18(
     """
     settings = _settings(locals())
     layers, (channels, _, _) = _pad_input(settings["shape"], 32)
-    first_key, head_key, *keys = jr.split(key, 10)
-    conv = ft.partial(_conv_block, norm=norm, use_bias=False)
+    conv = ft.partial(_conv_block, norm=norm, use_bias=False, key=key)
     first_width, *widths = (_width(64 * 2**i, settings) for i in (0, 0, 1, 2, 3))
-    layers += conv(channels, first_width, activation, key=first_key)
+    layers += conv(channels, first_width, activation)
     channels = first_width
-    for i, key in enumerate(keys):
+    for i in range(8):
         width, stride = widths[i // 2], 2 if i in (2, 4, 6) else 1
-        *block_keys, key = jr.split(key, 3)
-        body = conv(channels, width, activation, stride=stride, key=block_keys[0])
-        body += conv(width, width, None, key=block_keys[1])
+        body = conv(channels, width, activation, stride=stride)
+        body += conv(width, width, None)
         shortcut = []
         if stride == 2:
-            shortcut = conv(channels, width, None, kernel_size=1, stride=2, key=key)
+            shortcut = conv(channels, width, None, kernel_size=1, stride=2)
         both = map(eqx.nn.Sequential, (body, shortcut))
         layers.append(_Residual(*both, activation=activation))
         channels = width
     layers.append(eqx.nn.Lambda(_mean_over_pixels))
-    layers += _linear_head(channels, settings, head_key)
-    return _network("ResNet18", settings, layers)
+    layers += _linear_head(channels, settings, key)
+    return _network("ResNet18", settings, layers, key)
 
 
 def _from_plan(name: str, plan, settings: dict[str, Any], key) -> Network:
     """A network of convolutional blocks, given by their width and kernel size, and of
     poolings, given by `None`."""
     layers, (channels, size, _) = _pad_input(settings["shape"], 32)
-    *keys, head_key = jr.split(key, len(plan) + 1)
     block = ft.partial(
-        _conv_block, activation=settings["activation"], norm=settings["norm"]
+        _conv_block, activation=settings["activation"], norm=settings["norm"], key=key
     )
-    for entry, key in zip(plan, keys, strict=True):
+    for entry in plan:
         if entry is None:
             layers.append(max_pool)
             size //= 2
         else:
             width, kernel_size = _width(entry[0], settings), entry[1]
-            layers += block(channels, width, kernel_size=kernel_size, key=key)
+            layers += block(channels, width, kernel_size=kernel_size)
             channels = width
-    layers += _linear_head(channels * size**2, settings, head_key)
-    return _network(name, settings, layers)
+    layers += _linear_head(channels * size**2, settings, key)
+    return _network(name, settings, layers, key)
 
 
 def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -265,8 +262,22 @@ def _width(width: int, settings: dict[str, Any]) -> int:
     return max(1, round(multiplier * width))
 
 
-def _network(name: str, settings: dict[str, Any], layers: list[Callable]) -> Network:
-    return Network(eqx.nn.Sequential(layers), name, tuple(settings.items()))
+def _network(
+    name: str, settings: dict[str, Any], layers: list[Callable], key: PRNGKeyArray
+) -> Network:
+    """Redraws all weights and biases from one vector of random numbers, because it is
+    the number of random arrays that makes an initialisation slow to compile."""
+    is_layer = lambda x: isinstance(x, Conv2d | eqx.nn.Linear)
+    nodes, structure = jax.tree.flatten(eqx.nn.Sequential(layers), is_leaf=is_layer)
+    drawn = [i for i, node in enumerate(nodes) if is_layer(node)]
+    vectors, restore = zip(*(ravel_pytree(nodes[i]) for i in drawn), strict=True)
+    ends = np.cumsum([x.size for x in vectors])
+    parts = jnp.split(jr.uniform(key, (ends[-1],), minval=-1, maxval=1), ends[:-1])
+    for i, part, fn in zip(drawn, parts, restore, strict=True):
+        weight = nodes[i].weight
+        nodes[i] = fn(part * (len(weight) / weight.size) ** 0.5)
+    sequential = jax.tree.unflatten(structure, nodes)
+    return Network(sequential, name, tuple(settings.items()))
 
 
 def _mean_over_pixels(x: Array) -> Array:
