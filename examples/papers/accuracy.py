@@ -161,7 +161,7 @@ def dc_methods(network: Callable, small: Callable, c: int) -> dict[str, Method]:
     squared = lambda start: eqx.tree_at(lambda s: s.loss, start, eqd.SquaredError())
     images = lambda start: start.images
     return {
-        "fresh networks": Method(500, 0.1, fresh, some, prepare=squared),
+        "fresh networks": Method(166, 0.4, fresh, some, prepare=squared),
         "pool": Method(4000, 0.03, pool, some),
         "distribution matching": Method(
             1600, 0.3, matching(DistributionMatching), balanced(64), learn=images
