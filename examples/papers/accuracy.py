@@ -33,6 +33,7 @@ import numpy as np
 import optax
 from _common import adam, ConvNet, DATASETS, maker, NETWORKS, real_data
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 import eqdistill as eqd
 from eqdistill import recipes
@@ -275,6 +276,9 @@ def draw(curves: dict[str, list], published: dict[str, float]) -> Figure:
             color="0.4",
         )
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("CPU time of the distillation (minutes, with compiling)")
     axis.set_ylabel("accuracy (%)")
     axis.spines[["top", "right"]].set_visible(False)
