@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import scipy.stats
 
 from eqdistill import nn
 from eqdistill.linear import last_layer
@@ -78,8 +79,23 @@ def test_layers_are_as_by_hand(network):
 def test_order_of_normalisation_and_pooling():
     make = lambda key: nn.ConvNet((8, 8), 10, widths=(4,), norm_last=True, key=key)
     layers = list(make(KEY).layers)
-    assert layers[3] is nn.average_pool
+    assert layers[3] == nn.average_pool
     assert isinstance(layers[4], eqx.nn.GroupNorm)
+
+
+def test_weights_and_biases_are_uniform_as_in_pytorch():
+    make = lambda key: nn.LeNet((28, 28), 10, key=key)
+    first, second = make(KEY), make(jr.key(1))
+    drawn = [[], []]
+    for layer, other in zip(first.layers, second.layers, strict=True):
+        if isinstance(layer, nn.Conv2d | eqx.nn.Linear):
+            bound = layer.weight[0].size ** -0.5
+            for i, x in enumerate((layer, other)):
+                drawn[i] += [jnp.ravel(y) / bound for y in (x.weight, x.bias)]
+    first, second = map(jnp.concatenate, drawn)
+    assert scipy.stats.kstest(first, "uniform", (-1, 2)).pvalue > 1e-3
+    assert abs(jnp.corrcoef(first, second)[0, 1]) < 0.02
+    assert abs(jnp.corrcoef(first[1:], first[:-1])[0, 1]) < 0.02
 
 
 def test_initialise_and_zero_head(network):
