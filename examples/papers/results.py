@@ -1,9 +1,7 @@
 """Prints the table of results in the README, from the files in `examples/sets`.
 
 Each file holds a distilled set and the accuracy that it claims, as `eqdistill.save`
-wrote it. `--check` first measures all claims again. `--publish FILE NAME` adds a file:
-its images and targets are rounded to float16, which halves the file, and five networks
-are trained on them with its recipe for the claim.
+wrote it. `--check` first measures all claims again.
 """
 
 import argparse
@@ -14,11 +12,9 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 
 import eqdistill as eqd
-from eqdistill import datasets
 
 
 SETS = Path(__file__).parents[1] / "sets"
@@ -83,30 +79,6 @@ def to_words(architecture: str, settings: dict) -> str:
     return " ".join(filter(None, words))
 
 
-def publish(file: Path, target: Path, cifar10: Path | None = None) -> None:
-    artifact: Any = eqd.load(file)
-    is_wide = lambda x: eqx.is_inexact_array(x) and x.ndim > 1
-    halve = lambda x: x.astype(jnp.float16).astype(x.dtype) if is_wide(x) else x
-    start = jax.tree.map(halve, artifact.start)
-    if artifact.dataset == "cifar10" and cifar10 is not None:
-        names = datasets.from_folder(cifar10 / "train").class_names
-        test = datasets.from_folder(cifar10 / "test", class_names=names)
-    else:
-        _, test = datasets.load(artifact.dataset)
-    preprocessing = artifact.preprocessing
-    test = test if preprocessing is None else test.map(preprocessing)
-    found = eqd.evaluate(start.decode(), artifact.recipe, test, key=artifact.key)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    eqd.save(
-        target,
-        start,
-        found,
-        preprocessing=preprocessing,
-        dataset=artifact.dataset,
-        seed=artifact.seed,
-    )
-
-
 def check(file: Path, cifar10: Path | None = None) -> bool:
     command = [sys.executable, "-m", "eqdistill", "check", str(file)]
     if eqd.load(file).dataset == "cifar10" and cifar10 is not None:
@@ -119,7 +91,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="measure again first")
-    parser.add_argument("--publish", nargs=2, metavar=("FILE", "NAME"))
     parser.add_argument("--sets", type=Path, default=SETS, help="their folder")
     parser.add_argument(
         "--cifar10",
@@ -128,9 +99,6 @@ if __name__ == "__main__":
         help="CIFAR-10 as pictures: folders train and test, with one for each class",
     )
     args = parser.parse_args()
-    if args.publish is not None:
-        file, name = args.publish
-        publish(Path(file), args.sets / f"{name}.safetensors", args.cifar10)
     files = sorted(args.sets.glob("*.safetensors")) if args.check else []
     wrong = [str(file) for file in files if not check(file, args.cifar10)]
     print(table(args.sets))
