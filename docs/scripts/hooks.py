@@ -1,6 +1,6 @@
 """Runs in every build of the documentation, by `mkdocs.yml`.
 
-It turns the formulas of pages, docstrings and notebooks into MathML, so that they need no
+It turns the formulas of pages, docstrings and notebooks into MathML, which needs no
 JavaScript and no network, and puts the version beside the link to the repository.
 """
 
@@ -17,7 +17,9 @@ _PAGE = re.compile(
     r'<(span|div) class="arithmatex">\s*\\[(\[](.+?)\\[)\]]\s*</\1>', re.DOTALL
 )
 _NOTEBOOK = re.compile(r"(\$\$?)([^$]+)\1")
-_NOTEBOOK_TEXT = re.compile(r'<div[^>]*data-mime-type="text/markdown".*?</div>', re.DOTALL)
+_NOTEBOOK_TEXT = re.compile(
+    r'<div[^>]*data-mime-type="text/markdown".*?</div>', re.DOTALL
+)
 _MATHJAX = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mathjax[^>]*>", re.DOTALL)
 
 
