@@ -44,7 +44,7 @@ def to_mathml(tex: str, is_block: bool) -> str:
     tex = html.unescape(tex).strip()
     # What `latex2mathml` does not know, or sets less well.
     tex = re.sub(r"\\arg\\(min|max)", r"\\operatorname{arg\1}", tex)
-    tex = tex.replace(r"\Big\|", r"\Big‖")
+    tex = tex.replace(r"\Big\|", r"\Big‖").replace(r"\log ", r"\log\, ")
     tex = re.sub(r"\\mathrm\{(\w\w+)\}", r"\\text{\1}", tex)
     if is_block:
         tex = re.sub(r"(\\(min|max|operatorname\{arg[^}]*\}))_", r"\1\\limits_", tex)
