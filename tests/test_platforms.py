@@ -59,7 +59,7 @@ def problem_of(digits, kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_steps_lower_for_every_platform(digits, kind, monkeypatch):
-    if kind == "argmin":  # As by `EQX_ON_ERROR=nan`: see `docs/scale-up.md`.
+    if kind == "argmin":  # As by `EQX_ON_ERROR=nan`: see `docs/how-to/scale-up.md`.
         monkeypatch.setattr("equinox._errors.EQX_ON_ERROR", "nan")
     problem, state, train = problem_of(digits, kind)
     step = jax.jit(lambda state, data: problem.step(state, data))

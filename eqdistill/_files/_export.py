@@ -26,7 +26,7 @@ def export(
     r"""Exports a distilled set for use outside JAX: a file `distilled.npz` with the
     exact numbers and the recipe in words; a `README.txt`, which says how to use them;
     and if it has images, one PNG for each, in a folder for each class.
-    [Use them elsewhere](../elsewhere.md) shows how to retrain.
+    [Other frameworks](../how-to/elsewhere.md) shows how to retrain.
 
     The PNGs are greyscale or colour, with 8 bits, in the units of the real images, from
     0 to 1: the preprocessing of an artifact is undone. A level $k$ stands for

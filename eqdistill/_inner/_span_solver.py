@@ -57,7 +57,9 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         of its line search.
 
     Source: Kimeldorf and Wahba 1971 for the representer theorem; Dembo, Eisenstat and
-    Steihaug, *Inexact Newton methods*, 1982; `docs/mathematics.md` for the derivative.
+    Steihaug, *Inexact Newton methods*, 1982;
+    [hypergradients](../explanation/hypergradients.md#in-the-span-of-the-images) for the
+    derivative.
     """
 
     rtol: float | None = eqx.field(default=None, converter=as_float_or_none)

@@ -59,9 +59,9 @@ def distill_exactly(
         Lambert's function: no images and labels solve the equations;
     - or if no solution was found.
 
-    Source: `docs/mathematics.md` has the proofs. For ridge regression instead of the
-    softmax, Chen et al., *Provable and Efficient Dataset Distillation for Kernel Ridge
-    Regression*, 2024.
+    Source: [exact distillation](../explanation/exact-distillation.md) has the proofs.
+    For ridge regression instead of the softmax, Chen et al., *Provable and Efficient
+    Dataset Distillation for Kernel Ridge Regression*, 2024.
     """
     if not takes_pixels(model):
         raise TypeError(f"`model` must be `LogisticRegression`; got {describe(model)}.")

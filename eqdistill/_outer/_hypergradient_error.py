@@ -74,7 +74,8 @@ def hypergradient_error(
 
     Source: Blondel et al., *Efficient and modular implicit differentiation*, 2022,
     Theorem 1, and Pedregosa, *Hyperparameter optimization with approximate gradient*,
-    2016, Theorem 1, for the bound; `docs/mathematics.md` for its proof.
+    2016, Theorem 1, for the bound; its
+    [proof](../explanation/hypergradients.md#how-wrong-a-hypergradient-can-be).
     """
     if isinstance(model, AbstractModels):
         raise TypeError(f"`model` must be one model; got {describe(model)}.")
@@ -139,7 +140,8 @@ def _bound(
 ) -> Float[Array, ""]:
     r"""A bound on the distance of `hypergradient` from the exact one. The weights `w`
     are near the solution of the inner problem. The letters are those of the proof in
-    `docs/mathematics.md`: $a$, $q$, $u$, $v$, $\delta$, $\epsilon$ and $m$."""
+    `docs/explanation/hypergradients.md`: $a$, $q$, $u$, $v$, $\delta$, $\epsilon$ and
+    $m$."""
     n, l2 = len(distilled), distilled.l2
     images = distilled.images.reshape(n, -1)
     real = data.images.reshape(len(data), -1)

@@ -5,7 +5,7 @@
 - `memory`: the bytes that the compiler reports for a hypergradient through a ConvNet on
   10,000 images of 3 x 32 x 32, spread over all devices, and the times that the devices
   communicate in it. Then the bytes of three runs, and those of the rule in
-  `docs/scale-up.md`.
+  `docs/how-to/scale-up.md`.
 - `stream`: batches of a file that is written first (`--gigabytes`), read with nothing
   else done, and in a run. The peak memory is that of the whole process.
 - `seeds`: eight seeds, spread over all devices, and one by one.

@@ -3,7 +3,7 @@
 An arrow leads from each part to the parts that it imports from, unless other arrows
 lead there too. Writes `docs/images/architecture.png`. Fails if a part imports from a
 part below it, or the inner solvers from the networks. Run it as
-`python docs/draw_architecture.py`.
+`python docs/scripts/draw_architecture.py`.
 """
 
 import ast
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "eqdistill"
 PUBLIC = "the public face"
 # From the top: each part may import only from parts above it. With the left edge, the

@@ -1,13 +1,14 @@
 """Makes the gallery of the documentation from the pictures that the examples draw.
 
-`docs/gallery.toml` lists the pictures and the commands that draw them. Pictures in the
+`gallery.toml` lists the pictures and the commands that draw them. Pictures in the
 folder `output` are copied into `docs/images`, and shrunk if they are large. Then
-`docs/gallery.md` is written, with all pictures in `docs/images`. Run it as
-`python docs/make_gallery.py`. With `--run` it first runs each command whose pictures
-are not in `output`: some take hours.
+`docs/results/gallery.md` is written, with all pictures in `docs/images`. Run it as
+`python docs/scripts/make_gallery.py`. With `--run` it first runs each command whose
+pictures are not in `output`: some take hours.
 """
 
 import argparse
+import itertools
 import shlex
 import shutil
 import subprocess
@@ -19,16 +20,22 @@ from typing import NamedTuple
 from PIL import Image
 
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1]
 IMAGES = DOCS / "images"
 MOST_BYTES = 150_000
-# The longest command on one line.
-MOST_LETTERS = 72
+PAGE = DOCS / "results" / "gallery.md"
 HEAD = """\
 # Gallery
 
-Pictures that the examples draw, each below its command. `python docs/make_gallery.py`
-writes this page, and with `--run` runs these commands first.
+Pictures that the examples draw, each above its command. Click on one to enlarge it.
+`python docs/scripts/make_gallery.py` writes this page, and with `--run` runs these
+commands first.
+"""
+FIGURE = """\
+<figure markdown>
+[![{sentence}](../images/{image})](../images/{image})
+<figcaption markdown="span">{sentence}<br>`python examples/{command}`</figcaption>
+</figure>
 """
 
 
@@ -40,14 +47,9 @@ class Picture(NamedTuple):
     image: str
     sentence: str
 
-    def full_command(self) -> str:
-        parts = f"python examples/{self.command}", f"--output output/{self.folder}"
-        fits = sum(map(len, parts)) < MOST_LETTERS
-        return (" " if fits else " \\\n    ").join(parts)
-
 
 def read() -> list[Picture]:
-    table = tomllib.loads((DOCS / "gallery.toml").read_text())
+    table = tomllib.loads((DOCS / "scripts" / "gallery.toml").read_text())
     return [Picture(**entry) for entry in table["picture"]]
 
 
@@ -55,7 +57,7 @@ def run(picture: Picture, output: Path) -> None:
     name, *arguments = shlex.split(picture.command)
     script = DOCS.parent / "examples" / name
     command = [sys.executable, script, *arguments, "--output", output / picture.folder]
-    print(picture.full_command(), flush=True)
+    print(shlex.join(map(str, command)), flush=True)
     subprocess.run(command, check=True)
 
 
@@ -75,17 +77,12 @@ def shrink(source: Path, target: Path) -> None:
 
 
 def page(pictures: list[Picture]) -> str:
-    lines, section, command = [HEAD], None, None
-    for picture in pictures:
-        if not (IMAGES / picture.image).exists():
-            continue
-        if picture.section != section:
-            lines.append(f"## {picture.section}\n")
-        if picture.full_command() != command:
-            lines.append(f"```bash\n{picture.full_command()}\n```\n")
-        section, command = picture.section, picture.full_command()
-        lines.append(f"![{picture.sentence}](images/{picture.image})\n")
-        lines.append(f"*{picture.sentence}*\n")
+    drawn = [picture for picture in pictures if (IMAGES / picture.image).exists()]
+    lines = [HEAD]
+    for section, some in itertools.groupby(drawn, key=lambda picture: picture.section):
+        figures = (FIGURE.format_map(picture._asdict()) for picture in some)
+        grid = '<div class="gallery" markdown>\n', *figures, "</div>\n"
+        lines += f"## {section}\n", *grid
     return "\n".join(lines)
 
 
@@ -99,7 +96,7 @@ def main(output: Path, *, runs: bool) -> None:
             target = IMAGES / picture.image
             shrink(source, target)
             print(f"{target.stat().st_size:7,} bytes  {target.relative_to(DOCS)}")
-    (DOCS / "gallery.md").write_text(page(pictures))
+    PAGE.write_text(page(pictures))
 
 
 if __name__ == "__main__":
