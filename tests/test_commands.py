@@ -1,4 +1,4 @@
-"""The commands `evaluate` and `check`, on the files of other people."""
+"""The commands, of which `evaluate` and `check` take the files of other people."""
 
 import functools
 import re
@@ -256,3 +256,41 @@ def test_check_compares_class_names(tmp_path, digits, run):
     status, out, err = run("check", file, "--data", tmp_path)
     assert (status, out.count("accuracy")) == (2, 0)
     assert "only `distilled` has '3', and only `test` has 'three'" in err
+
+
+@pytest.mark.parametrize(
+    "source", ["digits", pytest.param("folder", marks=pytest.mark.slow)]
+)
+def test_distill_runs_the_program_that_it_shows(
+    tmp_path, monkeypatch, run, digits, source
+):
+    monkeypatch.chdir(tmp_path)
+    if source == "folder":
+        for data, part in zip(digits, ("train", "test"), strict=True):
+            write_folder(tmp_path / "folder" / part, data.images[:60], data.labels[:60])
+    args = ["distill", source, "--ipc", 1, "--steps", 2, "--network", "MLP"]
+    status, out, err = run(*args)
+    assert status == 0, err
+    status, program, _ = run(*args, "--output", "shown", "--show-code")
+    assert status == 0
+    exec(program, {})
+    files = [f"{folder}/distilled.safetensors" for folder in ("output", "shown")]
+    command, shown = [(tmp_path / file).read_bytes() for file in files]
+    assert command == shown
+    artifact = eqd.load(files[0])
+    assert artifact.distilled.images.shape == (10, 8, 8)
+    assert f"test accuracy   {artifact.score:.1%}" in out
+    data = [] if source == "digits" else ["--data", source]
+    assert run("check", files[0], *data)[0] == 0
+    assert (tmp_path / "output" / "distilled.png").exists()
+
+
+def test_distill_explains_itself(monkeypatch, run):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run("distill", "--help")
+    assert status == 0
+    assert len(out.splitlines()) <= 40
+    for args, match in [("nowhere", "'mnist'.*got 'nowhere'"), ("x --ipc 0", "`ipc`")]:
+        status, out, err = run("distill", *args.split())
+        assert (status, err.count("\n")) == (2, 1)
+        assert re.search(match, err)
