@@ -50,7 +50,7 @@ def test_docstrings_name_the_same_papers():
 
 def test_a_run_cites_its_methods(logistic):
     start, objective, train = logistic
-    optimiser = eqd.adjoints.clip_by_running_norm(optax.adam(0.1))
+    optimiser = optax.chain(eqd.adjoints.clip_by_running_norm(), optax.adam(0.1))
     result = eqd.distill(start, objective, train, optimiser=optimiser, steps=1)
     assert cited(result) == [("Pedregosa", "2016"), ("Feng", "2024")]
     packed = eqd.Packed(start, (16, 16))
