@@ -24,6 +24,7 @@ with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
         plot as plot,
         recipes as recipes,
     )
+    from ._cite import cite as cite
     from ._data._dataset import Dataset as Dataset
     from ._data._distilled_set import DistilledSet as DistilledSet
     from ._data._packed import Packed as Packed

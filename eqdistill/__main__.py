@@ -1,5 +1,6 @@
-"""The commands `python -m eqdistill check FILE`, which checks the score that a file
-claims, and `python -m eqdistill evaluate FILE`, which measures that of any images."""
+"""The commands `python -m eqdistill distill DATASET`, which distils a dataset,
+`check FILE`, which checks the score that a file claims, and `evaluate FILE`, which
+measures that of any images."""
 
 import argparse
 import functools as ft
@@ -14,6 +15,7 @@ from . import nn, recipes
 from ._checks import check_at_least
 from ._files._artifact import Artifact
 from ._files._foreign import read_foreign, to_distilled
+from ._files._quick import add_distill
 from ._files._recipe_arrays import model_to_words, to_words
 from ._files._save import load
 from ._files._sources import call, check_fitted, load_data
@@ -42,6 +44,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     main = _Parser(prog="python -m eqdistill")
     commands = main.add_subparsers(required=True, metavar="COMMAND")
+    add_distill(commands)
 
     parser = commands.add_parser(
         "check",

@@ -52,7 +52,9 @@ def _describe(x: Any, path: str, found: dict[str, str], above: tuple[int, ...]) 
             to_values: Any = jr.key_data if is_key else np.asarray
             found[path] += f" {to_values(x).tolist()}"
     elif id(x) not in above:  # Functions may refer to themselves.
-        named = x if hasattr(x, "__qualname__") else type(x)
+        # Equinox sets that of some modules to a `Missing`.
+        has_name = isinstance(getattr(x, "__qualname__", None), str)
+        named = x if has_name else type(x)
         found[path] = f"{named.__module__}.{named.__qualname__}"
         for name, part in _parts(x):
             _describe(part, f"{path}.{name}", found, (*above, id(x)))

@@ -1,4 +1,4 @@
-"""The commands `evaluate` and `check`, on the files of other people."""
+"""The commands, of which `evaluate` and `check` take the files of other people."""
 
 import functools
 import re
@@ -17,7 +17,7 @@ import eqdistill as eqd
 from eqdistill import linear, nn, recipes
 from eqdistill.datasets import Standardisation, ZCA
 
-from .conftest import subset
+from .conftest import assert_same_bits, subset
 
 
 MAKE = functools.partial(nn.MLP, (8, 8), 10)
@@ -256,3 +256,44 @@ def test_check_compares_class_names(tmp_path, digits, run):
     status, out, err = run("check", file, "--data", tmp_path)
     assert (status, out.count("accuracy")) == (2, 0)
     assert "only `distilled` has '3', and only `test` has 'three'" in err
+
+
+@pytest.mark.slow
+def test_distill_runs_the_program_that_it_shows(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    args = ["distill", "digits", "--ipc", 1, "--steps", 2, "--network", "MLP"]
+    status, out, err = run(*args)
+    assert status == 0, err
+    _, program, _ = run(*args, "--output", "shown", "--show-code")
+    exec(program, {})
+    files = [f"{folder}/distilled.safetensors" for folder in ("output", "shown")]
+    command, shown = map(eqd.load, files)
+    assert_same_bits(command.start, shown.start)
+    assert (command.score, command.std) == (shown.score, shown.std)
+    assert command.distilled.images.shape == (10, 8, 8)
+    assert f"test accuracy   {command.score:.1%}" in out
+    assert run("check", files[0])[0] == 0
+    assert (tmp_path / "output" / "distilled.png").exists()
+
+
+def test_distill_loads_a_folder(tmp_path, monkeypatch, run, digits):
+    monkeypatch.chdir(tmp_path)
+    for data, part in zip(digits, ("train", "test"), strict=True):
+        write_folder(tmp_path / "own" / part, data.images[:40], data.labels[:40])
+    _, program, _ = run("distill", "own", "--size", 12, "--show-code")
+    variables = {}
+    exec(program.partition("standardisation")[0], variables)
+    assert variables["train"].images.shape == (40, 12, 12)
+    wanted = sorted(digits[1].labels[:40].tolist())
+    assert sorted(variables["test"].labels.tolist()) == wanted
+
+
+def test_distill_explains_itself(monkeypatch, run):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run("distill", "--help")
+    assert status == 0
+    assert len(out.splitlines()) <= 40
+    for args, match in [("nowhere", "'mnist'.*got 'nowhere'"), ("x --ipc 0", "`ipc`")]:
+        status, out, err = run("distill", *args.split())
+        assert (status, err.count("\n")) == (2, 1)
+        assert re.search(match, err)

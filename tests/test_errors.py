@@ -244,7 +244,7 @@ case(eqd.plot.history, {"history": HISTORY}, ax=[1, 2])
 # These take no arguments, or any; or users derive from them.
 NOTHING_TO_REFUSE = {
     *("AutoSolver", "SquaredError", "RidgeSolver", "LinearisedSolver", "DirectAdjoint"),
-    *("Frozen", "HasPenalised", "parameters", "fast_convolutions"),
+    *("Frozen", "HasPenalised", "parameters", "fast_convolutions", "cite"),
     # Equinox's pools and JAX's initialisers.
     *("average_pool", "max_pool", "he", "lecun"),
 }
