@@ -39,6 +39,7 @@ class Rounds(AbstractObjective[PyTree]):
     objective: Bilevel
     steps: int = eqx.field(static=True, converter=as_int)
     examples: int = eqx.field(static=True, converter=as_int)
+    failures: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(self, objective: Bilevel, *, steps: int, examples: int):
         """**Arguments:**
@@ -61,10 +62,7 @@ class Rounds(AbstractObjective[PyTree]):
         self.objective = objective
         self.steps = steps
         self.examples = examples
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        return self.objective.failures
+        self.failures = objective.failures
 
     def layout(self, dataset):
         """As [`eqdistill.AbstractObjective`][]: batches of `examples`."""
@@ -89,7 +87,7 @@ class Rounds(AbstractObjective[PyTree]):
         """**Raises:** a `TypeError` if the data are no [`eqdistill.Batches`][] of
         `examples` on one device; and as [`eqdistill.Bilevel`][]."""
         del step
-        self._check(data)
+        data = self._check(data)
         models, inner_state, features, count = state
         data_key, models_key, inner_key = jr.split(key, 3)
         # The seeds of a `vmap` take the same step: not all of them need features.
@@ -125,7 +123,7 @@ class Rounds(AbstractObjective[PyTree]):
         state = models, outcome.state, features, count + 1
         return value, Outcome(state, outcome.failure, outcome.metrics)
 
-    def _check(self, data: AbstractData) -> None:
+    def _check(self, data: AbstractData) -> Batches:
         if not isinstance(data, Batches) or data.size != self.examples:
             size = f" of {data.size}" if isinstance(data, Batches) else ""
             raise TypeError(
@@ -137,3 +135,4 @@ class Rounds(AbstractObjective[PyTree]):
                 "`data` must be on one device for `Rounds`; they are spread over "
                 f"{data.sharding.mesh.size}. Use the objective without `Rounds`."
             )
+        return data
