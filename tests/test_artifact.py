@@ -305,7 +305,7 @@ IMAGES, LABELS, LOG_L2 = (f"artifact.start.{x}" for x in ("images", "labels", "l
 BAD_TENSORS = [
     (LABELS, None, "labels` must not be"),
     ("weights", np.zeros(3), r"other tensors: \['weights'\]"),
-    (IMAGES, np.zeros((4, 2, 3), np.complex64), "images`.*got complex64"),
+    (IMAGES, np.zeros((4, 2, 3), bool), "images`.*got bool"),
     (IMAGES, np.full((4, 2, 3), -np.inf), "images` must be finite"),
     (IMAGES, np.zeros((5, 2, 3)), "labels must have 5 rows"),
     (IMAGES, np.zeros((4, 0, 3)), "images`.*none of them empty"),

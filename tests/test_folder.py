@@ -114,7 +114,7 @@ REFUSED = {
     "text": (lambda root: (root / "a" / "x.png").write_text("Hello"), "x.png is not"),
     "pipe": (lambda root: os.mkfifo(root / "a" / "x.png"), NOT_A_FILE),
     "truncated": (truncate, "x.png is not one "),
-    "16 bits": (lambda root: save(root, GREY[0].astype(np.uint16)), "mode 'I;16'"),
+    "16 bits": (lambda root: save(root, GREY[0].astype(np.uint16)), "mode 'I"),
     "link": (link_file, "links to outside .*x.png links to .*outside.png"),
     "linked folder": (link_folder, "links to outside .*d links to .*outside"),
     "mixed": (
