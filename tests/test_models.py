@@ -117,6 +117,7 @@ def test_networks_keep_the_initialisation_of_their_constructor(start):
     assert np.any(which, axis=0).all()
 
 
+@pytest.mark.slow
 def test_networks_are_trained_and_restarted(start):
     source = pool(sequential, functools.partial(sequential, width=7))
     update = eqx.filter_jit(source.update)

@@ -241,6 +241,7 @@ def test_scores_are_as_in_the_paper():
     np.testing.assert_allclose([labels, augmentation], wanted)
 
 
+@pytest.mark.slow
 def test_models_differ_and_are_the_same_for_all_sets(real, digits):
     recipe = recipes.zero_start(make, updates=10)
     found = eqd.evaluate([real, real], recipe, digits[1])

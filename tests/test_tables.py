@@ -37,6 +37,7 @@ def outputs(distilled, rows, model=MODEL):
     return jax.vmap(eqd.fit(distilled, model).model)(rows)
 
 
+@pytest.mark.slow
 def test_all_rows_against_scikit_learn(wine):
     train, test, standardisation = wine
     assert train.class_names == ("class_0", "class_1", "class_2")
@@ -54,6 +55,7 @@ def test_all_rows_against_scikit_learn(wine):
     np.testing.assert_allclose(head.bias, pipeline[-1].intercept_, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_rows_are_published(wine, tmp_path, monkeypatch, capsys):
     train, test, standardisation = wine
     train, standard = train.map(standardisation), test.map(standardisation)

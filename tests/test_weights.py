@@ -181,6 +181,7 @@ def test_union_of_distilled_and_real_images(digits):
     np.testing.assert_allclose(recall(found[1]), recall(found[2]), atol=0.02)
 
 
+@pytest.mark.slow
 def test_union_of_labels_of_different_classes():
     soft = eqd.DistilledSet(IMAGES, SOFT, l2=0.1)
     hard = eqd.DistilledSet(2 * IMAGES, HARD + 2, l2=0.1)
