@@ -74,7 +74,7 @@ def add_distill(commands: Any) -> None:
     )
     add("data", metavar="DATASET", help=data)
     add("--ipc", type=int, default=10, metavar="N", help="images per class (10)")
-    add("--steps", type=int, default=500, metavar="N", help="outer steps (500)")
+    add("--steps", type=int, default=1000, metavar="N", help="outer steps (1000)")
     networks = "the network to distil for (ConvNet)"
     add("--network", choices=_NETWORKS, default="ConvNet", help=networks)
     add("--seed", type=int, default=0, metavar="N", help="of all random numbers (0)")
