@@ -46,8 +46,8 @@ def of_step(widths: tuple[int, ...], images: int) -> tuple[float, float, float]:
         distilled = eqx.tree_at(lambda d: d.images, start, x)
         model = eqd.linear.last_layer(eqx.combine(params, static))
         solver = eqd.linear.RelativeRidge()
-        model, _ = solver(distilled, model, None, key=jr.key(0))
-        return jnp.sum(model.head.weight)
+        fit, _ = solver(distilled, model, None, key=jr.key(0))
+        return jnp.sum(fit.model.head.weight)
 
     def loss(params):
         return start.loss(forward(params, x), y)
