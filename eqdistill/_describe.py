@@ -52,7 +52,7 @@ def _describe(x: Any, path: str, found: dict[str, str], above: tuple[int, ...]) 
             to_values: Any = jr.key_data if is_key else np.asarray
             found[path] += f" {to_values(x).tolist()}"
     elif id(x) not in above:  # Functions may refer to themselves.
-        # Equinox sets that of some modules to a `Missing`.
+        # Equinox sets the name of some modules to a `Missing`.
         has_name = isinstance(getattr(x, "__qualname__", None), str)
         named = x if has_name else type(x)
         found[path] = f"{named.__module__}.{named.__qualname__}"

@@ -1,4 +1,4 @@
-"""The commands, of which `evaluate` and `check` take the files of other people."""
+"""The commands `distill`, and `evaluate` and `check` on other people's files."""
 
 import functools
 import re
