@@ -1,5 +1,5 @@
-"""What only models that are linear in their parameters need: the models, their
-solvers, and the tools that work on their convex inner problem."""
+"""Tools that apply only to models that are linear in their parameters: the models,
+their solvers, and functions for their convex inner problem."""
 
 from ._classifier import (
     last_layer as last_layer,

@@ -154,7 +154,7 @@ def test_a_class_without_real_images(train, caplog):
     data = eqd.Batches(few, 4)
     eqd.distill(make_start(train, None), OBJECTIVE, data, steps=1)
     warnings = lambda: [x.message for x in caplog.records if "images of" in x.message]
-    message = "`data` has no images of class 1 ('dog'), but `start` has."
+    message = "`data` has no images of class 1 ('dog'), but `start` does."
     assert warnings() == [message]
     caplog.clear()
     start = eqd.DistilledSet.from_real(few, [1, 0, 1], l2=0.1, key=jr.key(0))

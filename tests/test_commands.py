@@ -293,7 +293,12 @@ def test_distill_explains_itself(monkeypatch, run):
     status, out, _ = run("distill", "--help")
     assert status == 0
     assert len(out.splitlines()) <= 40
-    for args, match in [("nowhere", "'mnist'.*got 'nowhere'"), ("x --ipc 0", "`ipc`")]:
+    for args, match in [
+        ("nowhere", "'mnist'.*got 'nowhere'"),
+        ("x --ipc 0", "`ipc`"),
+        ("mnist --size 12", "--size .* 'mnist'"),
+        (". --data-dir x", r"--data-dir .* '\.'"),
+    ]:
         status, out, err = run("distill", *args.split())
         assert (status, err.count("\n")) == (2, 1)
         assert re.search(match, err)

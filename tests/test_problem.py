@@ -92,7 +92,7 @@ def test_a_state_that_has_stopped_stays_the_same(logistic):
     np.testing.assert_array_equal(
         problem.distilled(states[3]).images, problem.distilled(states[2]).images
     )
-    with pytest.raises(ValueError, match="`state` must be of a run that can continue"):
+    with pytest.raises(ValueError, match="`state` must come from a run that can"):
         eqd.distill(start, objective, train, optimiser=explodes, state=states[4])
 
 

@@ -205,7 +205,7 @@ def test_union_of_labels_of_different_classes():
         eqd.DistilledSet.concatenate([first, hard.with_targets(5)])
     with pytest.raises(ValueError, match=r"`num_classes` must be at least 3.*got 2"):
         eqd.DistilledSet.concatenate([soft, hard], num_classes=2)
-    with pytest.raises(ValueError, match="`sets` must have one loss"):
+    with pytest.raises(ValueError, match="`sets` must have the same loss"):
         eqd.DistilledSet.concatenate([first, hard])
     with pytest.raises(ValueError, match="one for each of the 5 examples; got"):
         eqd.DistilledSet(IMAGES, HARD, l2=0.1, weights=[1, 2, 0, 1, 1])

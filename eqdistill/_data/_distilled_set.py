@@ -25,7 +25,7 @@ class DistilledSet(AbstractParameterisation):
     **Attributes:** `images`, `labels`, `loss` and `class_names` as below, and `log_l2`
     and `log_weights`: the logarithms of the ridge $\lambda$ and of the weights, which
     keep them positive when they are learned. `log_weights` is `None` if all examples
-    count the same.
+    count equally.
     """
 
     images: Float[Array, "n *shape"]
@@ -49,26 +49,26 @@ class DistilledSet(AbstractParameterisation):
 
         - `images`: the synthetic images $\theta$, an array or a list of shape
             `(n, *shape)`, floating point, finite, in the units of the real images.
-        - `labels`: class indices in $[0, c)$ of shape `(n,)`; or, in floating point and
-            of shape `(n, c)`, what the loss takes: the logits of soft labels
-            ([`eqdistill.CrossEntropy`][]), but not their probabilities; targets
+        - `labels`: class indices in $[0, c)$ of shape `(n,)`; or a floating-point
+            array of shape `(n, c)` that suits the loss: the logits of soft labels, not
+            their probabilities ([`eqdistill.CrossEntropy`][]); targets
             ([`eqdistill.SquaredError`][]); or the probability of each class
             ([`eqdistill.BinaryCrossEntropy`][]).
         - `l2`: the ridge $\lambda > 0$. Logistic regression works well at 0.1. Networks
             need 1e-3 or less, as a larger ridge shrinks all of their weights to zero.
         - `loss`: the loss that models are trained with.
         - `weights`: how much each example counts in the loss, positive numbers of shape
-            `(n,)`: an example of weight 2 counts as much as two of weight 1. They are
-            divided by their mean. By default, all count the same.
+            `(n,)`: an example of weight 2 counts as much as two of weight 1. The
+            weights are divided by their mean. By default, all examples count equally.
         - `class_names`: the name of each class or column of the labels, all different,
             or `None` if they have no names. Real data with other names, or with the
-            same names in another order, are refused.
+            same names in a different order, raise an error.
 
-        Traced values are not refused, but bad ones in floating point become NaN.
+        Traced values raise no error; invalid floating-point ones become NaN.
         """
         images = jnp.asarray(as_array("images", images))
         labels = as_array("labels", labels)
-        # Checked before JAX narrows them to 32 bits.
+        # Check before JAX narrows them to 32 bits.
         is_wide = isinstance(labels, np.ndarray) and labels.dtype.kind in "iu"
         if is_wide and labels.size and labels.max() >= 2**31:
             raise ValueError(f"`labels` must be below 2^31; got up to {labels.max()}.")
@@ -116,8 +116,8 @@ class DistilledSet(AbstractParameterisation):
         return self
 
     def with_targets(self, num_classes: int) -> "DistilledSet":
-        r"""Replaces class indices $y$ by learnable targets $e_y - 1/c$, of shape
-        `(n, c)`, of [`eqdistill.SquaredError`][].
+        r"""Replaces class indices $y$ with learnable targets $e_y - 1/c$ of shape
+        `(n, c)`, for [`eqdistill.SquaredError`][].
 
         **Arguments:** `num_classes`: $c$, larger than every class index.
         """
@@ -153,23 +153,23 @@ class DistilledSet(AbstractParameterisation):
         **Arguments:**
 
         - `sets`: at least one distilled set, and any number of other distilled sets and
-            real data, with images of one shape and in the same units. The distilled
-            sets have one loss.
+            real data, with images of the same shape and in the same units. All
+            distilled sets have the same loss.
 
         All other arguments are keyword only.
 
         - `weights`: a positive number for each of the `sets`, which multiplies the
             weights of its examples. Defaults to one.
         - `num_classes`: the number of classes of the union, if some labels are soft or
-            targets and have fewer columns. The classes of a set come first. An example
-            of a set has none of the classes that this set lacks.
+            targets and have fewer columns. The classes of each set are the first of
+            these. Its examples belong to none of the classes that the set lacks.
         - `l2`: the ridge. Defaults to that of the first distilled set.
 
-        If some labels are soft or targets, class indices become `loss.targets` of them,
-        such as the logits of a probability of one.
+        If some labels are soft or targets, class indices are converted by
+        `loss.targets`, for example to the logits of a probability of one.
 
-        The class names are those of the set with the most of them. The names of other
-        sets must be the first of these.
+        The class names are those of the set with the most names. The names of every
+        other set must be the first of these.
 
         **Raises:** a `ValueError` if the sets do not fit together.
         """
@@ -186,13 +186,13 @@ class DistilledSet(AbstractParameterisation):
         check_positive(**{f"weights[{i}]": x for i, x in enumerate(factors)})
         shapes, loss = {x.images.shape[1:] for x in sets}, distilled[0].loss
         if len(shapes) > 1:
-            raise ValueError(f"`sets` must have images of one shape; got {shapes}.")
+            raise ValueError(f"`sets` must have equal image shapes; got {shapes}.")
         if not all(eqx.tree_equal(x.loss, loss) for x in distilled):
-            raise ValueError("`sets` must have one loss; got different ones.")
+            raise ValueError("`sets` must have the same loss; got different ones.")
         columns = {x.labels.shape[1] for x in sets if x.labels.ndim == 2}
         if num_classes is None and len(columns) > 1:
             raise ValueError(
-                "`num_classes` must be given, as the sets have labels of "
+                "`num_classes` must be given, because the sets have labels with "
                 f"{sorted(columns)} columns."
             )
         most = max(sets, key=lambda x: len(x.class_names or ()))
@@ -238,23 +238,23 @@ class DistilledSet(AbstractParameterisation):
 
         **Arguments:**
 
-        - `train`: the dataset to distil, for the shape of its images and its classes.
-            If it has targets, those of random examples are taken.
+        - `train`: the dataset to distil, which provides the image shape and the
+            classes. If it has targets, the targets of random examples are used.
         - `n`: the number of images. Labels cycle through the class indices, so that
             `n = m * num_classes` gives `m` images per class. Or a list of the number of
             images of each class. Defaults to one per class; with targets, there is no
             default.
         - `l2`: the ridge $\lambda > 0$, as in [`eqdistill.DistilledSet`][].
         - `scale`: the standard deviation $s > 0$. Linear models work best from weak
-            noise: JAXopt's notebook takes one over the number of pixels of an image.
+            noise: JAXopt's notebook uses one over the number of pixels of an image.
             Networks need noise as strong as the data, such as 0.3.
         - `loss`: the loss that models are trained with. Defaults to
             [`eqdistill.CrossEntropy`][], and with targets to
             [`eqdistill.SquaredError`][].
 
-        Raises a `ValueError` if `train` has no image of a class that has a label.
+        Raises a `ValueError` if a class among the labels has no image in `train`.
 
-        Source: the start of JAXopt's dataset-distillation notebook.
+        Source: the initialisation in JAXopt's dataset-distillation notebook.
         """
         check_positive(scale=scale)
         if train.has_targets:
@@ -296,9 +296,9 @@ class DistilledSet(AbstractParameterisation):
         loss: AbstractLoss | None = None,
         key: PRNGKeyArray,
     ) -> "DistilledSet":
-        r"""As [`eqdistill.DistilledSet.from_real`][], with the mean of each class; or
-        with several images per class, the means of random disjoint parts of the class,
-        equal in size to within one image."""
+        r"""Like [`eqdistill.DistilledSet.from_real`][], but with the mean of each
+        class. With several images per class, the images are the means of random
+        disjoint parts of the class, equal in size to within one image."""
         return cls._by_class(train, n, l2, loss, _initialisers.class_means, key)
 
     @classmethod
@@ -311,11 +311,11 @@ class DistilledSet(AbstractParameterisation):
         loss: AbstractLoss | None = None,
         key: PRNGKeyArray,
     ) -> "DistilledSet":
-        r"""As [`eqdistill.DistilledSet.from_real`][], with the centroids of each class
-        by k-means, from one start by k-means++ and with at most 30 iterations. A single
-        image per class is the class mean. With targets, the columns of both are
-        clustered together. Columns of larger scale weigh more: standardise tables,
-        and targets, first. Needs `eqdistill[data]`.
+        r"""Like [`eqdistill.DistilledSet.from_real`][], but with the k-means centroids
+        of each class, from one k-means++ initialisation and at most 30 iterations. With
+        one image per class, this is the class mean. With targets, the columns of images
+        and targets are clustered together. Columns of larger scale weigh more:
+        standardise tabular data and targets first. Needs `eqdistill[data]`.
 
         Source: the k-means baseline of Wang et al., *Dataset Distillation*, 2018; Lloyd
         1982.
@@ -332,9 +332,9 @@ class DistilledSet(AbstractParameterisation):
         loss: AbstractLoss | None = None,
         key: PRNGKeyArray,
     ) -> "DistilledSet":
-        r"""As [`eqdistill.DistilledSet.from_real`][], with images chosen by greedy
-        herding in pixel space: each image brings the mean of the chosen images as close
-        as possible to the class mean $\mu$, without repeats,
+        r"""Like [`eqdistill.DistilledSet.from_real`][], but with images chosen by
+        greedy herding in pixel space: each image brings the mean of the chosen images
+        as close as possible to the class mean $\mu$, without repeats,
 
         $$x_{i} = \arg\min_x \left\| \mu - \frac{1}{i} \Big(x + \sum_{j<i} x_j\Big)
         \right\|.$$

@@ -53,7 +53,7 @@ eqd.plot.images(result.distilled).savefig(output / "distilled.png")
 _FROM_FOLDER = """\
 train = eqd.datasets.from_folder({0!r}{2})
 test = eqd.datasets.from_folder({1!r}{2}, class_names=train.class_names)"""
-# The settings keep a run short on a CPU.
+# These settings keep a run short on a CPU.
 _NETWORKS = {"ConvNet": ", widths=(16, 32, 64)", "LeNet": "", "MLP": ""}
 
 
@@ -69,27 +69,34 @@ def add_distill(commands: Any) -> None:
     parser.set_defaults(run=_distill, error=parser.error)
     add = parser.add_argument
     data = (
-        "a name of eqdistill.datasets.load, such as mnist; or a folder that holds the "
-        "folders train and test, with a folder of pictures for each class"
+        "a name that eqdistill.datasets.load accepts, such as mnist; or a folder that "
+        "holds folders train and test, each with a folder of pictures for each class"
     )
     add("data", metavar="DATASET", help=data)
     add("--ipc", type=int, default=10, metavar="N", help="images per class (10)")
     add("--steps", type=int, default=1000, metavar="N", help="outer steps (1000)")
     networks = "the network to distil for (ConvNet)"
     add("--network", choices=_NETWORKS, default="ConvNet", help=networks)
-    add("--seed", type=int, default=0, metavar="N", help="of all random numbers (0)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (0)")
     size = "resize the pictures of a folder to N x N pixels"
     add("--size", type=int, metavar="N", help=size)
     data_dir = "the folder with the files of the dataset"
     add("--data-dir", metavar="DIR", help=data_dir)
     output = "the folder to write to (output)"
     add("--output", default="output", metavar="DIR", help=output)
-    code = "only print the Python program that does the same"
+    code = "only print the equivalent Python program"
     add("--show-code", action="store_true", help=code)
 
 
 def _distill(args: argparse.Namespace) -> int:
     check_at_least(1, ipc=args.ipc, steps=args.steps)
+    is_folder = Path(args.data).is_dir()
+    for name, value, is_meant in (
+        ("--size", args.size, is_folder),
+        ("--data-dir", args.data_dir, not is_folder),
+    ):
+        if value is not None and not is_meant:
+            args.error(f"{name} does not apply to '{args.data}': see --help.")
     program = _program(args)
     if args.show_code:
         print(program, end="")
@@ -98,9 +105,9 @@ def _distill(args: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401
     network = f"{args.network}s"
     print(
-        f"Distils {args.data} into {args.ipc} images per class: {args.steps:,} steps "
-        f"with a pool of {network}.\nThen trains five fresh {network} on these images "
-        "and measures their test accuracy.",
+        f"Distilling {args.data} into {args.ipc} images per class: {args.steps:,} "
+        f"steps with a pool of {network}.\nFive fresh {network} are then trained on "
+        "these images, and their test accuracy is measured.",
         flush=True,
     )
     exec(program, {"__name__": "distill"})

@@ -38,11 +38,11 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
     unknowns are solved by Cholesky decomposition, larger ones by conjugate gradients.
 
     In float32 the fit is exact to rounding for ridges from 1 down to 1e-8, with hard or
-    soft labels, equal images, and more images than pixels. There is one exception:
-    equal images with different hard labels cannot be fitted in float32 with ridges
-    below 1e-4, and `converged` is `False`. Above 2,000 unknowns the images are not
-    decomposed, because that takes longer than the solve, and $W$ is the unknown. The
-    derivatives for soft labels are then exact down to ridges of 1e-4.
+    soft labels, and also with identical images or more images than pixels. There is one
+    exception: identical images with different hard labels cannot be fitted in float32
+    with ridges below 1e-4, and `converged` is `False`. Above 2,000 unknowns the images
+    are not decomposed, because that takes longer than the solve, and $W$ is the
+    unknown. The derivatives for soft labels are then exact down to ridges of 1e-4.
 
     The fit can be differentiated in forward and in reverse mode, but only once.
 
@@ -84,7 +84,7 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
         fixed = jax.lax.stop_gradient(problem)
         num_classes = model.head.weight.shape[0]
         span = Span(fixed.images, num_classes, model.head.bias is not None)
-        # Constants too, since they are used in branches.
+        # The constants must vary too, since they are used in branches.
         span, fixed = vary_like((span, fixed), (span, fixed))
         y, is_solved, steps = self._minimise(span, fixed, _start(state, span, fixed))
         found = Solution.of(y, span, fixed)
@@ -102,7 +102,7 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
 
     def _minimise(self, span, problem, y):
         """Newton's method for the root of the gradient. Returns the solution, whether
-        it is one, and the number of steps.
+        the method converged, and the number of steps.
 
         A step is halved until the slope of the loss along it is not much above zero.
         (The slope starts negative and increases along the step.) The last step is small
@@ -235,7 +235,7 @@ def _(primals, tangents):
 
 
 def _gradient_norm(head: eqx.nn.Linear, problem: SpanProblem) -> Float[Array, ""]:
-    """As `gradient_norm`, but to full relative precision. With a ridge of 1e-16 the
+    """Like `gradient_norm`, but to full relative precision. With a ridge of 1e-16 the
     gradient of the ridge is smaller than the rounding errors of the probabilities,
     whose differences `gradient_norm` takes."""
     weight, bias = head.weight, head.bias

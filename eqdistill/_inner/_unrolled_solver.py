@@ -29,8 +29,8 @@ class UnrolledSolver(AbstractInnerSolver[None]):
     derivative of these steps. To draw new initial parameters in each outer step, use
     [`eqdistill.Fresh`][]: `Bilevel(Fresh(make), UnrolledSolver(...))`.
 
-    The fit has `converged` if its parameters are finite. `gradient_norm` is the norm of
-    the gradient in the last step, before the update.
+    `converged` is true if the fitted parameters are finite. `gradient_norm` is the norm
+    of the gradient in the last step, before the update.
 
     A model with `equinox.nn.Dropout` is called with a `key` in each step. The fitted
     model is used in inference mode.
@@ -86,7 +86,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
         - `batch_size`: the number of distilled images in a step. Defaults to all.
         - `shuffle`: if `True`, batches are drawn without replacement, and an epoch ends
-            when fewer images than a batch are left. If `False`, batches are taken in
+            when fewer images than one batch are left. If `False`, batches are taken in
             order, and the first image follows the last.
         - `augmentation`: applied to each image at random in every step. Defaults to
             none.

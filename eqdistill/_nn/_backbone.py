@@ -11,14 +11,14 @@ from .._conversions import as_ints
 
 
 class Backbone(eqx.Module):
-    r"""A pre-trained network as features of images of any size, grey or in colour. Grey
-    images become colour images of three equal channels. Images are enlarged or
-    downsampled by bilinear interpolation, and each channel is standardised as the
-    network expects, $(x_c - \mu_c) / \sigma_c$.
+    r"""A pre-trained network as a feature extractor for images of any size, greyscale
+    or colour. Greyscale images become colour images with three equal channels. Images
+    are enlarged or downsampled by bilinear interpolation, and each channel is
+    standardised as the network expects, $(x_c - \mu_c) / \sigma_c$.
 
     !!! Example
-        A vision transformer of [Equimo](https://github.com/clementpoiret/Equimo), whose
-        features of the real images are kept in the folder `features`:
+        A vision transformer from [Equimo](https://github.com/clementpoiret/Equimo),
+        with its features of the real images cached in the folder `features`:
 
         ```python
         vit = equimo.models.dinov3_vits16_pretrain_lvd1689m(pretrained=True)
@@ -46,12 +46,12 @@ class Backbone(eqx.Module):
     ):
         r"""**Arguments:**
 
-        - `network`: any module from one image to a vector of features. Dropout in it is
-            turned off. Bind a `key` or other arguments that it needs by
+        - `network`: any module that maps one image to a vector of features. Dropout in
+            it is turned off. Bind a `key`, or other arguments that it needs, with
             `equinox.Partial(network, key=key)`.
         - `shape`: the shape of the images that it takes, `(channels, height, width)`.
-        - `mean`, `deviation`: $\mu$ and $\sigma$ for each channel, of images from 0 to
-            1. By default, those of ImageNet. (Keyword only arguments.)
+        - `mean`, `deviation`: $\mu$ and $\sigma$ for each channel, for images with
+            values from 0 to 1. By default, those of ImageNet. (Keyword only arguments.)
         """
         self.network = eqx.nn.inference_mode(network)
         self.shape = as_ints("shape", shape)

@@ -20,7 +20,7 @@ from ._network import instance_norm, Network
 
 
 Activation = Callable[[Array], Array]
-# Makes a normalisation layer for a number of channels.
+# Makes a normalisation layer for a given number of channels.
 Norm = Callable[[int], Callable]
 
 
@@ -37,7 +37,7 @@ def ConvNet(
     key: PRNGKeyArray,
 ) -> Network:
     """The convolutional network of dataset distillation: blocks of a 3 x 3 convolution,
-    a normalisation, an activation and a pooling, followed by a linear layer.
+    a normalisation, an activation and a pooling layer, followed by a linear layer.
 
     The defaults are the network of Zhao et al. With `widths=(128, 256, 512)` and
     `norm=None` it is the network of FRePo and RCIG.
@@ -50,22 +50,22 @@ def ConvNet(
     All other arguments are keyword only.
 
     - `widths`: the number of channels of each block.
-    - `norm`: makes a layer for a number of channels, such as
+    - `norm`: a function that makes a layer for a given number of channels, such as
         [`eqdistill.nn.instance_norm`][], or `None`.
     - `norm_last`: whether the normalisation follows the pooling instead of the
         convolution.
     - `activation`: a function of an array. Use a smooth one, such as
         `jax.nn.softplus`, with [`eqdistill.ArgminSolver`][].
     - `pool`: `eqdistill.nn.average_pool` or `eqdistill.nn.max_pool`, over 2 x 2 pixels.
-    - `size`: images are padded with zeros to this height and width. Grey images of
-        28 x 28 pixels are often padded to 32.
+    - `size`: images are padded with zeros to this height and width. Greyscale
+        images of 28 x 28 pixels are often padded to 32.
     - `key`: a `jax.random.key` for the weights, which are drawn as in PyTorch. For
         another distribution, use [`eqdistill.nn.initialise`][].
 
     **Raises:**
 
     A `ValueError` if `shape` is not the shape of an image, if `size` is smaller than
-    the image, or if the poolings leave no pixel.
+    the image, or if the pooling leaves no pixels.
 
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021;
     Zhou et al., *Dataset distillation using neural feature regression*, 2022.
@@ -79,7 +79,8 @@ def ConvNet(
         channels, height, width = new_channels, height // 2, width // 2
     if height * width == 0:
         raise ValueError(
-            "`widths` must have no more entries than an image can be halved; got "
+            "`widths` must not have more entries than the number of times that an "
+            "image can be halved; got "
             f"{len(widths)} for images of shape {settings['shape']}."
         )
     layers += _linear_head(channels * height * width, settings, key)
@@ -93,7 +94,7 @@ def LeNet(
     activation: Activation = jax.nn.relu,
     key: PRNGKeyArray,
 ) -> Network:
-    """LeNet-5 with maximum pooling, for images padded with zeros to 32 x 32.
+    """LeNet-5 with max pooling, for images padded with zeros to 32 x 32.
 
     **Arguments, returns and raises:** as [`eqdistill.nn.ConvNet`][] with `size=32`.
 
@@ -219,7 +220,7 @@ def ResNet18(
 
 def _from_plan(name: str, plan, settings: dict[str, Any], key) -> Network:
     """A network of convolutional blocks, given by their width and kernel size, and of
-    poolings, given by `None`."""
+    pooling layers, given by `None`."""
     layers, (channels, size, _) = _pad_input(settings["shape"], 32)
     block = ft.partial(
         _conv_block, activation=settings["activation"], norm=settings["norm"], key=key

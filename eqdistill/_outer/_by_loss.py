@@ -9,15 +9,15 @@ from ._objective import AbstractObjective, Outcome
 
 
 class ByLoss(AbstractObjective[PyTree]):
-    r"""Several objectives for one distilled set: one of them in each outer step, drawn
-    at random. The larger its loss, the more often it is drawn: objective $k$ with
-    probability
+    r"""Several objectives for one distilled set: each outer step draws one of
+    them at random. The larger an objective's loss, the more often it is drawn:
+    objective $k$ is drawn with probability
 
     $$\frac{\bar\ell_k^2}{\sum_j \bar\ell_j^2},$$
 
-    where $\bar\ell_k$ is a moving average of its losses. Each objective is taken once
-    before any is drawn. So no architecture among several is left behind, as it would be
-    if each took its turn.
+    where $\bar\ell_k$ is a moving average of its losses. Each objective is used once
+    before any is drawn. Drawing by loss keeps any one of several architectures from
+    being left behind, as would happen if they took turns.
 
     !!! Example
 
@@ -27,7 +27,7 @@ class ByLoss(AbstractObjective[PyTree]):
         ```
 
     Source: after Sagawa et al., *Distributionally robust neural networks for group
-    shifts*, 2020, who weigh the losses of groups.
+    shifts*, 2020, who weight the losses of groups.
     """
 
     objectives: tuple[AbstractObjective, ...]
@@ -36,15 +36,15 @@ class ByLoss(AbstractObjective[PyTree]):
     def __init__(self, *objectives: AbstractObjective):
         """**Arguments:**
 
-        - `objectives`: at least one objective. Their losses are positive, and can be
-            compared: those of one outer loss.
+        - `objectives`: at least one objective. Their losses must be positive and
+            comparable, that is, values of the same outer loss.
 
         **Raises:**
 
         A `ValueError` if there is no objective.
         """
         if not objectives:
-            raise ValueError("`objectives` must be at least one; got none.")
+            raise ValueError("`objectives` must have at least one objective; got none.")
         self.objectives = objectives
         self.failures = sum((x.failures for x in objectives), ())
 
@@ -57,10 +57,10 @@ class ByLoss(AbstractObjective[PyTree]):
         return states, jnp.zeros(len(states), distilled.images.dtype)
 
     def __call__(self, distilled, data, state, *, step, key):
-        """As [`eqdistill.AbstractObjective`][]. The metrics of other objectives than
-        that of the step are NaN. `"objective"` is the index of that of the step."""
+        """As in [`eqdistill.AbstractObjective`][]. Each step uses one objective: the
+        metrics of all others are NaN, and the metric `"objective"` is its index."""
         states, losses = state
-        # No objective has the last index.
+        # No objective has this index.
         turn_key = jr.fold_in(jr.fold_in(key, len(states)), step)
         is_new = losses == 0
         drawn = jr.categorical(turn_key, 2 * jnp.log(losses))

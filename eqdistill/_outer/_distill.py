@@ -34,12 +34,12 @@ from ._objective import AbstractObjective
 from ._problem import DistillState, Problem
 
 
-# The metrics are fetched after this number of steps, to see whether the run has failed.
+# The metrics are fetched at this interval, in steps, to see if the run has failed.
 # Fetching them more often would hold up an accelerator.
 _FETCH_EVERY = 10
 # After this time a run reports that it is still compiling.
 _PATIENCE_SECONDS = 10.0
-_WAIT = ("Still compiling the first step. Large networks may take some minutes.",)
+_WAIT = ("Still compiling the first step. Large networks may take a few minutes.",)
 _LOGGER = logging.getLogger("eqdistill")
 
 
@@ -60,19 +60,19 @@ def distill(
 
     $$\min_\theta F(\theta),$$
 
-    by the steps of an Optax optimiser along the gradient $\nabla F$. For
-    [`eqdistill.Bilevel`][], $F$ is the loss on real data of a model that is fitted to
-    the distilled set.
+    with an Optax optimiser and the gradient $\nabla F$. For [`eqdistill.Bilevel`][],
+    $F$ is the loss on real data of a model that is fitted to the distilled set.
 
     **Arguments:**
 
-    - `start`: the distilled set to start with; or another
+    - `start`: the distilled set to start from; or another
         [`eqdistill.AbstractParameterisation`][], such as [`eqdistill.Packed`][].
     - `objective`: the [`eqdistill.AbstractObjective`][]. A model, or a source of models
-        such as [`eqdistill.Pool`][], stands for `Bilevel` of it.
-    - `data`: the real data to distil. All of a [`eqdistill.Dataset`][] is used in each
-        step; [`eqdistill.Batches`][] use a part of it. Or a function from the number of
-        the step to its data, for data that are not in memory.
+        such as [`eqdistill.Pool`][], is shorthand for `Bilevel` of it.
+    - `data`: the real data to distil. Each step uses all of an
+        [`eqdistill.Dataset`][], or a part of it with [`eqdistill.Batches`][]. For data
+        that do not fit in memory, pass a function from the number of the step to its
+        data.
 
     All other arguments are keyword only.
 
@@ -80,22 +80,23 @@ def distill(
         `optax.lbfgs`, receive the value, the gradient and the function that they need.
         With a convex inner problem and all data in each step,
         `optax.lbfgs(learning_rate=1.0, linesearch=None)` converges in far fewer steps,
-        and with [`eqdistill.linear.whitened`][] around it in fewer still. `lookahead`,
-        `sam`, `sophia` and `schedule_free` are refused. Use [`eqdistill.averaged`][]
-        instead of `schedule_free`.
+        and in fewer still when wrapped in [`eqdistill.linear.whitened`][]. `lookahead`,
+        `sam`, `sophia` and `schedule_free` are not supported. Use
+        [`eqdistill.averaged`][] instead of `schedule_free`.
     - `steps`: the number of the step at which the run ends.
-    - `learn`: picks what is learned of `start`, as `where` in `equinox.tree_at`. It
+    - `learn`: selects what to learn in `start`, like `where` in `equinox.tree_at`. It
         defaults to the images. `lambda s: s` learns all of its floating-point arrays.
-    - `learn_objective`: picks what is learned of `objective`, such as a temperature,
+    - `learn_objective`: selects what to learn in `objective`, such as a temperature,
         `lambda o: o.loss.log_temperature`. It defaults to nothing.
     - `callbacks`: [`eqdistill.AbstractCallback`][]s, such as
         [`eqdistill.ProgressBar`][] and [`eqdistill.EarlyStopping`][]. With
         [`eqdistill.Checkpoints`][] among them, a run that was killed resumes.
     - `key`: a `jax.random.key` for all random numbers. Defaults to `jax.random.key(0)`.
-    - `state`: continues from this earlier result, as if it had not stopped. `steps`
-        counts from the start of the first run. The data, the objective and the settings
-        of the optimiser may change: the `changes` of the new result say how. Or the
-        `state` of an earlier result, with which the changes are not known.
+    - `state`: an earlier result to continue from, as if its run had not stopped.
+        `steps` counts from the start of the first run. The data, the objective and the
+        settings of the optimiser may change: the `changes` of the new result list them.
+        You can also pass the `state` of an earlier result, but then the changes are not
+        known.
 
     **Returns:**
 
@@ -103,16 +104,16 @@ def distill(
 
     **Raises:**
 
-    - A `TypeError` or `ValueError` for an argument that is out of its range, or does
-        not fit the others; or if checkpoints belong to another problem.
+    - A `TypeError` or `ValueError` for an argument that is out of range, or does not
+        fit the others; or if checkpoints belong to a different problem.
     - An [`eqdistill.DistillationError`][], with the last good distilled set, if the
         objective fails, for example because the inner solver did not converge; if the
-        loss, its gradient or the distilled set stop being finite; or if the data or a
-        callback raise an error.
+        loss, its gradient or the distilled set is no longer finite; or if the data or a
+        callback raises an error.
     """
     steps = as_int(steps)
     if key is not None and state is not None:
-        raise ValueError("`key` must not be given with `state`, which has the key.")
+        raise ValueError("`key` must not be given with `state`, which holds the key.")
     key = jr.key(0) if key is None else key
     check_concrete(
         "distill", start=start, objective=objective, data=data, state=state, key=key
@@ -227,7 +228,7 @@ class _Run:
         self._take_steps(step, num_steps)
         failure = self.problem.failure(self.snapshot.state)
         if failure is not None:
-            # What data that are read within a step have raised.
+            # The error raised by data that are read within a step, if any.
             cause = getattr(self.data_at, "error", None)
             reason = failure if cause is None else "`data` raised the error above"
             error = self._error(f"at step {self.step}: {reason}", has_failed=True)
@@ -237,8 +238,8 @@ class _Run:
             stops = self._call(lambda every: step % every == 0)
             self.snapshot = dataclasses.replace(self.snapshot, has_stopped=stops)
             is_last = self.has_ended()
-            # Before the last calls of the other callbacks: a run that continues to more
-            # steps must not contain what they make of a step that is the last one now.
+            # Save before the final calls of the other callbacks: a run that continues
+            # to more steps must not contain the effect of those calls.
             is_due = self.checkpoints and step % self.checkpoints.every == 0
             if self.store and (is_last or is_due):
                 snapshot = dataclasses.replace(self.snapshot, callbacks=self._arrays())
@@ -272,7 +273,7 @@ class _Run:
                         timer.cancel()
                 else:
                     records.append(self.compiled(data))
-                # At most two steps are under way, so that Ctrl-C is prompt.
+                # Keep at most two steps in flight, so that Ctrl-C acts promptly.
                 jax.block_until_ready(records[max(i - 1, 0)])
                 for callback, own in zip(self.callbacks, self.own, strict=True):
                     callback.on_step(step + max(i, 1), own)
@@ -322,8 +323,9 @@ def _as_function(objective, data) -> Callable[[int], AbstractData]:
 
 
 def _check_labels(distilled: DistilledSet, objective: Any, data: Any) -> None:
-    """Checks that real labels are for the outer loss, and warns of classes without real
-    images: an image of one is learned as one that is none of the others."""
+    """Checks that the real labels suit the outer loss, and warns of classes without
+    real images: a distilled image of such a class only learns not to look like the
+    other classes."""
     data = data.data if isinstance(data, Batches) else data
     if not isinstance(data, Dataset | FullBatch):
         return
@@ -333,11 +335,11 @@ def _check_labels(distilled: DistilledSet, objective: Any, data: Any) -> None:
     if distilled.labels.ndim == labels.ndim == 1:
         for y in np.setdiff1d(distilled.labels, labels):
             name = describe_class(y, distilled.class_names or data.class_names)
-            _LOGGER.warning(f"`data` has no images of {name}, but `start` has.")
+            _LOGGER.warning(f"`data` has no images of {name}, but `start` does.")
 
 
 def _settings(problem: Problem, data: Any) -> dict[str, str]:
-    """The arguments in words, without the arrays that the state holds."""
+    """The arguments as text, without the arrays that the state holds."""
     return describe_parts(
         start=eqx.filter(problem.start, eqx.is_array, inverse=True),
         objective=eqx.filter(problem.objective, problem.learn[1], inverse=True),
@@ -370,7 +372,7 @@ def _changes(old: Distillation, new: dict[str, str]) -> list[str]:
 def _check_state(problem: Problem, state: DistillState) -> DistillState:
     """Checks that a run can continue from a state, and returns the state with the
     structure of this problem."""
-    # `optax.tree.set` may have put Python numbers there.
+    # `optax.tree.set` may have put Python numbers into the state.
     to_array = lambda x: jnp.asarray(x, float) if isinstance(x, float) else x
     state = jax.tree.map(to_array, state)
     template = eqx.filter_eval_shape(problem.init, key=state.key)
@@ -384,14 +386,14 @@ def _check_state(problem: Problem, state: DistillState) -> DistillState:
         difference = array_difference(wanted, got, check_structure=False)
         if difference is not None:
             raise ValueError(
-                f"`state` must fit `{argument}`: {difference}. To go on from its "
-                "images alone, pass `start=result.start` and no `state`."
+                f"`state` must fit `{argument}`: {difference}. To continue "
+                "from its images only, pass `start=result.start` and no `state`."
             )
     _check_hyperparameters(problem, state)
     failure = problem.failure(state)
     if failure is not None:
         raise ValueError(
-            "`state` must be of a run that can continue; this run has stopped: "
+            "`state` must come from a run that can continue; this run has stopped: "
             f"{failure}."
         )
     return jax.tree.unflatten(jax.tree.structure(template), jax.tree.leaves(state))

@@ -33,7 +33,7 @@ class Evaluation(eqx.Module):
         other targets, `R2`, the mean over columns of the coefficient of determination,
         and `mean squared error`, the mean over all numbers. Last, for all, `loss`.
     - `per_class`: the accuracy of each class, or the average precision or $R^2$ of each
-        column. NaN for a class without examples, and a column that is constant.
+        column. NaN for a class without examples, or for a constant column.
     - `recipe`: how the models were made and trained.
     - `fitted`: the last model of the last set, as [`eqdistill.fit`][] returned it.
     - `key`: the key that the models were made with.
@@ -66,8 +66,8 @@ class Evaluation(eqx.Module):
         real data have targets."""
         if "accuracy" not in self.metrics:
             raise AttributeError(
-                "There is no accuracy, because the real data have targets. There are "
-                f"`metrics` {', '.join(map(repr, self.metrics))}, and `score`, the "
+                "There is no accuracy, because the real data have targets. Use "
+                f"`metrics` ({', '.join(map(repr, self.metrics))}), or `score`, the "
                 "mean of the first."
             )
         return float(np.mean(self.metrics["accuracy"]))
@@ -85,8 +85,8 @@ class Evaluation(eqx.Module):
 
     @property
     def std_sets(self) -> float:
-        """The sample standard deviation (`ddof=1`) over sets of the mean of the first
-        metric on one set. NaN for one set."""
+        """The sample standard deviation (`ddof=1`), over sets, of the mean of the
+        first metric on each set. NaN for one set."""
         return _pooled_std(np.mean(self.scores, axis=1)[None])
 
     def __repr__(self) -> str:
@@ -121,7 +121,7 @@ def evaluate(
 
     $$\frac{1}{N} \sum_{i=1}^N \left[\arg\max_k w^\star(\theta)(x_i)_k = y_i\right].$$
 
-    Nothing is chosen by the accuracy on `test`. To choose between recipes or distilled
+    Nothing is selected on `test`. To choose between recipes or distilled
     sets, evaluate on held-out training data.
 
     !!! Example
@@ -136,7 +136,7 @@ def evaluate(
     - `distilled`: a distilled set, or several, such as the sets of several seeds.
     - `recipe`: a recipe, such as [`eqdistill.recipes.dc`][] returns; a source of
         models, such as [`eqdistill.Fresh`][]; or a model.
-    - `test`: the real data, with images of the shape of the distilled ones.
+    - `test`: the real data, with images of the same shape as the distilled ones.
 
     - `inner`: how to train models that come without a recipe. Defaults to
         [`eqdistill.AutoSolver`][].
@@ -146,8 +146,8 @@ def evaluate(
         trained with the same keys for all sets.
 
     **Returns:** an [`Evaluation`][]. Its loss on real data is the `default_outer_loss`
-    of the loss that the models are trained with. A NaN output is a wrong
-    classification.
+    of the loss that the models are trained with. A NaN output counts as a
+    wrong classification.
 
     **Raises:** what [`eqdistill.fit`][] raises.
     """
@@ -168,7 +168,7 @@ def evaluate(
     for one in sets:
         if one.images.shape[1:] != test.shape:
             raise ValueError(
-                "`test` and `distilled` must have images of one shape; got "
+                "`test` and `distilled` must have images of the same shape; got "
                 f"{test.shape} and {one.images.shape[1:]}."
             )
         check_same_classes("`distilled`", one, "`test`", test)

@@ -23,8 +23,8 @@ from ._objective import AbstractObjective, Outcome
 class Rounds(AbstractObjective[PyTree]):
     """A bilevel objective whose outer steps come in rounds. All steps of a round share
     one network and one batch of real images. The network's features of the real images
-    do not depend on the distilled images, so they are computed once in a round, and the
-    network is trained once in a round. Only the last layer is fitted in every step.
+    do not depend on the distilled images, so they are computed once per round, and the
+    network is trained once per round. Only the last layer is fitted in every step.
 
     The larger the networks and the batch, the more this saves.
 
@@ -44,15 +44,15 @@ class Rounds(AbstractObjective[PyTree]):
     def __init__(self, objective: Bilevel, *, steps: int, examples: int):
         """**Arguments:**
 
-        - `objective`: the objective. Its models are [`eqdistill.Pool`][], or another
-            source of [`eqdistill.linear.LinearClassifier`][].
+        - `objective`: the objective. Its models must be an [`eqdistill.Pool`][] or
+            another source of [`eqdistill.linear.LinearClassifier`][]s.
 
         All other arguments are keyword only.
 
         - `steps`: the number of outer steps in a round.
-        - `examples`: the number of real examples of a round. Data that are passed to
-            [`eqdistill.distill`][] as a [`eqdistill.Dataset`][] are taken in batches of
-            this size. [`eqdistill.Batches`][] must have it.
+        - `examples`: the number of real examples in a round. An [`eqdistill.Dataset`][]
+            that is passed to [`eqdistill.distill`][] is drawn in batches of this size.
+            [`eqdistill.Batches`][] must already have this size.
 
         **Raises:**
 
@@ -65,12 +65,12 @@ class Rounds(AbstractObjective[PyTree]):
         self.failures = objective.failures
 
     def layout(self, dataset):
-        """As [`eqdistill.AbstractObjective`][]: batches of `examples`."""
+        """As in [`eqdistill.AbstractObjective`][], with batches of `examples`."""
         return Batches(dataset, self.examples)
 
     def init(self, distilled, *, key):
-        """**Raises:** as [`eqdistill.Bilevel`][]; and a `TypeError` for models that are
-        no [`eqdistill.linear.LinearClassifier`][]."""
+        """**Raises:** as [`eqdistill.Bilevel`][]; and a `TypeError` if the models are
+        not [`eqdistill.linear.LinearClassifier`][]s."""
         models, inner_state = self.objective.init(distilled, key=key)
         model = self.objective.models.draw(models, key=key)
         if not isinstance(model, LinearClassifier):
@@ -84,13 +84,14 @@ class Rounds(AbstractObjective[PyTree]):
         return models, inner_state, features, jnp.array(0)
 
     def __call__(self, distilled, data, state, *, step, key):
-        """**Raises:** a `TypeError` if the data are no [`eqdistill.Batches`][] of
+        """**Raises:** a `TypeError` if the data are not [`eqdistill.Batches`][] of
         `examples` on one device; and as [`eqdistill.Bilevel`][]."""
         del step
         data = self._check(data)
         models, inner_state, features, count = state
         data_key, models_key, inner_key = jr.split(key, 3)
-        # The seeds of a `vmap` take the same step: not all of them need features.
+        # All seeds of a `vmap` are at the same step, so features are computed only in
+        # the first step of a round.
         round_, place = jnp.divmod(eqxi.unvmap_max(count), self.steps)
         models_key = jr.fold_in(models_key, round_)
         model = stop_gradient(self.objective.models.draw(models, key=models_key))
@@ -127,12 +128,13 @@ class Rounds(AbstractObjective[PyTree]):
         if not isinstance(data, Batches) or data.size != self.examples:
             size = f" of {data.size}" if isinstance(data, Batches) else ""
             raise TypeError(
-                f"`data` must be a `Dataset`, or `Batches` of {self.examples}, as the "
+                f"`data` must be a `Dataset`, or `Batches` of {self.examples}, the "
                 f"`examples` of `Rounds`; got {type(data).__name__}{size}."
             )
         if data.sharding is not None:
             raise TypeError(
                 "`data` must be on one device for `Rounds`; they are spread over "
-                f"{data.sharding.mesh.size}. Use the objective without `Rounds`."
+                f"{data.sharding.mesh.size} devices. Use the objective without "
+                "`Rounds`."
             )
         return data
