@@ -36,7 +36,7 @@ HEAD = ("Dataset", "Images per class", "Bytes", "Recipe, network", "Here", "Publ
 
 def table(folder: Path) -> str:
     """One line for each file, in Markdown. The bytes are those of the whole file."""
-    rows = [to_row(file) for file in sorted(folder.glob("*.safetensors"))]
+    rows = sorted(to_row(file) for file in folder.glob("*.safetensors"))
     lines = [HEAD, ["---"] * len(HEAD), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
