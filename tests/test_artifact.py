@@ -6,7 +6,6 @@ import json
 import os
 import re
 import runpy
-import subprocess
 import sys
 from unittest import mock
 
@@ -492,16 +491,6 @@ def run(monkeypatch, capsys, *args):
     with pytest.raises(SystemExit) as info:
         runpy.run_module("eqdistill", run_name="__main__")
     return info.value.code, *capsys.readouterr()
-
-
-@pytest.mark.slow
-def test_command_in_a_fresh_process(published):
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "eqdistill"]
-    command += ["check", str(published), "--dataset", "digits"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    accuracy = f"{eqd.load(published).score:.3%}"
-    assert f"claimed {accuracy}, measured {accuracy}" in result.stdout
 
 
 @pytest.mark.slow
