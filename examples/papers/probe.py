@@ -51,6 +51,7 @@ def main(
     pretraining_steps: int,
     num_backbones: int,
     pool_every: int,
+    pool: list[str],
     start: Path | None,
     images: int,
     steps: int,
@@ -86,8 +87,8 @@ def main(
     objectives = [eqd.Bilevel(model, loss=loss) for model in probes.values()]
     order = list(range(num_backbones))
     if pool_every > 0:
-        pool = eqd.Pool(*(maker(network, train) for network in POOL.values()))
-        objectives.append(eqd.Bilevel(pool, loss=loss))
+        makes = (maker(POOL[name], train) for name in pool)
+        objectives.append(eqd.Bilevel(eqd.Pool(*makes), loss=loss))
         known = itertools.cycle(range(num_backbones))
         order = [
             num_backbones if i % pool_every == pool_every - 1 else next(known)
@@ -209,6 +210,13 @@ if __name__ == "__main__":
         type=int,
         default=0,
         help="one step in this number is for networks of a pool; 0 for none",
+    )
+    parser.add_argument(
+        "--pool",
+        nargs="+",
+        default=["plain", "norm"],
+        choices=list(POOL),
+        help="its networks",
     )
     parser.add_argument(
         "--start",
