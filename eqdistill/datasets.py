@@ -122,8 +122,9 @@ def load(
     source = _SOURCES[name]
     shipped = Path(__file__).parents[1] / "examples" / "data"
     roots = [os.environ.get("EQDISTILL_DATA_DIR"), shipped, source.system]
+    roots = [Path(root) for root in roots if root and Path(root).is_dir()]
+    roots = roots if data_dir is None else [data_dir]
     cifar = "cifar-10-batches-bin"
-    roots = [root for root in (roots if data_dir is None else [data_dir]) if root]
     subfolders = (name, f"{name}/{cifar}", "", cifar)
     folders = [Path(root, subfolder) for root in roots for subfolder in subfolders]
     for folder in folders:
@@ -132,14 +133,14 @@ def load(
             if all(path.is_file() for path in paths):
                 return source.read(paths, [*source.files.values()])
     if data_dir is None:
-        return source.read(_download(name, folders), [*source.files.values()])
+        return source.read(_download(name, roots), [*source.files.values()])
     raise FileNotFoundError(
         f"`data_dir` must be a folder with all files of {name!r}: "
         f"{', '.join(source.files)}; got {str(data_dir)!r}."
     )
 
 
-def _download(name: str, folders: list[Path]) -> list[Path]:
+def _download(name: str, looked_in: list) -> list[Path]:
     """Downloads what the cache lacks. Pooch keeps a file only if its hash is right."""
     source = _SOURCES[name]
     try:
@@ -156,11 +157,10 @@ def _download(name: str, folders: list[Path]) -> list[Path]:
         return [Path(cache.fetch(file)) for file in cache.registry]
     except (ImportError, OSError) as e:  # Pooch raises subclasses of `OSError`.
         raise FileNotFoundError(
-            f"The files of {name!r} are in none of these folders: "
-            f"{', '.join(map(str, folders))}; and could not be downloaded from "
-            f"{source.url}: {e}. To download files, pip install 'eqdistill[data]'. To "
-            f"use your own, put {', '.join(source.registry)} into a folder, and pass "
-            "it as `data_dir`."
+            f"The files of {name!r} could not be downloaded from {source.url} ({e}), "
+            f"and are not in {' or '.join(map(str, looked_in)) or 'any known folder'}. "
+            "Downloads need `pip install 'eqdistill[data]'`. To use your own copy, put "
+            f"{', '.join(source.registry)} into a folder, and pass it as `data_dir`."
         ) from e
 
 
