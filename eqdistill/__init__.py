@@ -8,12 +8,12 @@ from jaxtyping import install_import_hook as _install_import_hook
 from . import _typechecking as _typechecking
 
 
-# Before the hook, which would compile these packages again: that takes twice as long.
+# Import these before the hook, which would compile them again and take twice as long.
 for _package in ("equinox", "lineax", "optax", "optimistix", "scipy.linalg"):
     _import_module(_package)
 
 # Every argument's type and shape is checked at run time, for users too: a silent
-# broadcast is the one bug that a distilled set cannot show.
+# broadcast is the one bug that does not show in a distilled set.
 with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     from . import (
         adjoints as adjoints,

@@ -1,6 +1,6 @@
 """The commands `python -m eqdistill distill DATASET`, which distils a dataset,
 `check FILE`, which checks the score that a file claims, and `evaluate FILE`, which
-measures that of any images."""
+measures the score of any images."""
 
 import argparse
 import functools as ft
@@ -88,22 +88,22 @@ def _parser() -> argparse.ArgumentParser:
     add("file", metavar="FILE", help=file)
     _add_data(parser)
     units = (
-        "the units of the images: from 0 (black) to 1 (white), or as the training data "
-        "after eqdistill.datasets.Standardisation or ZCA. By default, exports store "
-        "their units, and all other images are pixels"
+        "the units of the images: from 0 (black) to 1 (white), or those of the "
+        "training data after eqdistill.datasets.Standardisation or ZCA. By default, "
+        "exports store their units, and all other images are pixels"
     )
     choices = ("pixels", "standardised", "zca")
     add("--units", choices=choices, help=units)
     regularisation = "the regularisation of ZCA (default: 0.1)"
     add("--regularisation", type=float, default=0.1, metavar="R", help=regularisation)
     choices = ("logits", "probabilities", "targets")
-    soft_labels = "what soft labels are: targets are of the squared error"
+    soft_labels = "how to read soft labels: targets are for the squared error"
     add("--soft-labels", choices=choices, help=soft_labels)
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--recipe", choices=_RECIPES, help="(default: dc)")
     rate = (
         "train as dc does, but with this learning rate, and with soft labels if there "
-        "are any. Defaults to learning_rate in the .npz, if it is there"
+        "are any. Defaults to learning_rate in the .npz, if present"
     )
     group.add_argument("--learning-rate", type=float, metavar="X", help=rate)
     add("--updates", type=int, metavar="N", help="the number of updates of the recipe")
@@ -121,8 +121,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     name = "the dataset, if the file names none"
     group.add_argument("--dataset", metavar="NAME", help=name)
     data = (
-        "your own data: a folder with the folders train and test, which have a folder "
-        "of pictures for each class; an .npz with train_images, train_labels, "
+        "your own data: a folder with the folders train and test, each of which has a "
+        "folder of pictures for each class; an .npz with train_images, train_labels, "
         "test_images and test_labels; or module:function, which returns the training "
         "and the test data"
     )
@@ -141,16 +141,16 @@ def _check(args: argparse.Namespace) -> int:
 def _check_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
     file, name = args.file, artifact.dataset or args.dataset
     if args.dataset not in (None, name):
-        raise ValueError(f"{file} is of {name!r}, but --dataset is {args.dataset!r}.")
+        raise ValueError(f"{file} is for {name!r}, but --dataset is {args.dataset!r}.")
     if artifact.score is None:
         raise ValueError(f"{file} claims no score, so there is none to check.")
     if artifact.sha256 not in ({}, _published_hashes(name or "")):
         raise ValueError(
-            f"{file} was made with other files of {name!r} than eqdistill loads: "
-            "their SHA-256 differ."
+            f"{file} was not made with the files of {name!r} that eqdistill loads: "
+            "their SHA-256 hashes differ."
         )
     if artifact.sha256 and args.data is not None:
-        raise ValueError(f"{file} is of {name!r}, so it needs no --data.")
+        raise ValueError(f"{file} is for {name!r}, so it needs no --data.")
     words, recipe = ascii(artifact.recipe_description), artifact.recipe
     if recipe is not None and args.recipe is not None:
         raise ValueError(f"{file} holds its recipe, so it needs no --recipe.")
@@ -158,7 +158,7 @@ def _check_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
         if args.recipe is None:
             raise ValueError(
                 f"The recipe of {file} cannot be rebuilt. To check it, pass --recipe "
-                f"module:function, which returns this recipe: {words}"
+                f"module:function for a function that returns this recipe: {words}"
             )
         recipe = artifact.restore(call(args.recipe, "--recipe"))
     train, test = load_data(name, args.data, args.data_dir)
@@ -181,7 +181,7 @@ def _check_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
     tolerance = args.tolerance
     if tolerance is None:
         tolerance = max(artifact.std or 0, 1e-4)
-    # Scores are float32, so further digits are rounding.
+    # Scores are float32, so further digits are rounding errors.
     difference = round(abs(artifact.score - found.score), 6)
     show = "{:.6f}".format
     words = f"{difference:.6f} (tolerance {tolerance:.3g})"
@@ -253,7 +253,7 @@ def _main() -> int:
     args = _parser().parse_args()
     try:
         return args.run(args)
-    # Every error: exit status 1 is only for scores that differ.
+    # Catch every error: exit status 1 is only for scores that differ.
     except (Exception, KeyboardInterrupt) as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         return args.error(lines[0][:1000])

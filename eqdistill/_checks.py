@@ -1,4 +1,4 @@
-"""Checks of arguments whose types are right, but whose values are not."""
+"""Checks for arguments whose types are right but whose values are not."""
 
 import contextlib
 import inspect
@@ -18,8 +18,8 @@ from ._typechecking import describe
 
 
 def error_if(x: Array, is_bad: Callable, message: str) -> Array:
-    """Raises a `ValueError` if `x` is bad. If `x` is traced and of floating point, it
-    becomes NaN instead. Traced integers are not checked."""
+    """Raises a `ValueError` if `x` is bad. If `x` is a traced floating-point array,
+    it becomes NaN instead. Traced integers are not checked."""
     # Don't use `eqx.error_if`: it hangs on several devices, and programs with callbacks
     # are not cached. Use NumPy where possible, so that nothing is compiled.
     if not isinstance(x, jax.core.Tracer):
@@ -63,7 +63,7 @@ def check_concrete(name: str, **values: PyTree) -> None:
 
 
 def check_lengths(name: str, images: Array, labels: Array) -> None:
-    """Checks that there is a label for each image, as `equinox.tree_at` may break."""
+    """Checks that there is a label for each image: `equinox.tree_at` may break this."""
     if len(labels) != len(images):
         raise ValueError(
             f"`{name}.labels` must have a label for each of the {len(images)} images; "
@@ -73,7 +73,7 @@ def check_lengths(name: str, images: Array, labels: Array) -> None:
 
 @contextlib.contextmanager
 def needs(name: str, package: str, extra: str) -> Iterator[None]:
-    """Adds to an `ImportError` how to install the package that `name` needs."""
+    """Adds to an `ImportError` the command that installs the package `name` needs."""
     try:
         yield
     except ImportError as e:
@@ -85,7 +85,7 @@ def check_callable(model: Any) -> None:
     """Checks that a model is callable, and not a class."""
     if not callable(model) or isinstance(model, type):
         raise TypeError(
-            "`model` must be a callable `equinox.Module`, from one image to its "
+            "`model` must be a callable `equinox.Module` that maps one image to its "
             f"outputs; got {describe(model)}."
         )
 
@@ -147,9 +147,8 @@ def count_outputs(name: str, model: Any, image: jax.ShapeDtypeStruct) -> int:
 def array_difference(
     wanted: PyTree, got: PyTree, *, check_structure: bool = True
 ) -> str | None:
-    """Describes where two pytrees of arrays differ in names, shapes or dtypes, and in
-    structure, or returns `None`. A leaf of `got` that is not an array is a
-    difference."""
+    """Describes how two pytrees of arrays differ in names, shapes, dtypes or structure,
+    or returns `None`. A leaf of `got` that is not an array counts as a difference."""
     texts: list[dict[str, str]] = []
     for tree, describe_other in ((wanted, lambda _: "an array"), (got, describe)):
         texts.append({})

@@ -13,11 +13,11 @@ CHUNK_BYTES = 2**24
 
 
 def chunk_size(of_chunk: Callable, examples: PyTree, chunk_bytes: int) -> int:
-    """The number of examples in a chunk, so that the results of all operations in
+    """The number of examples in a chunk for which the results of all operations in
     `of_chunk(chunk)` that are alive at once take about `chunk_bytes` bytes. All chunks
     have nearly the same size."""
     num = len(jax.tree.leaves(examples)[0])
-    # Enough examples that the arrays of a model weigh little.
+    # Use enough examples that the arrays of a model add little to the peak.
     some = min(num, 256)
     chunk = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((some, *x.shape[1:]), x.dtype), examples
@@ -28,8 +28,8 @@ def chunk_size(of_chunk: Callable, examples: PyTree, chunk_bytes: int) -> int:
 
 
 def _peak_bytes(jaxpr: Any) -> int:
-    """The most bytes of the results that are alive at once in a program, before the
-    compiler fuses any."""
+    """The largest number of bytes that results take at once in a program, before the
+    compiler fuses any operations."""
     last_use = {id(x): i for i, eqn in enumerate(jaxpr.eqns) for x in eqn.invars}
     last_use |= dict.fromkeys(map(id, jaxpr.outvars), len(jaxpr.eqns))
     live = peak = 0

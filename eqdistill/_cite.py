@@ -5,7 +5,7 @@ from typing import Any
 from ._describe import describe
 
 
-# The names of classes and functions by the paper in their docstrings.
+# The classes and functions whose docstrings cite each paper.
 _USES = {
     "maclaurin2015": "ReversibleSolver UnrolledSolver",
     "luketina2016": "NeumannSeries",
@@ -35,8 +35,8 @@ _NAME = re.compile(r"'?eqdistill\.[\w.<>]+'?|'\w+'")
 
 
 def cite(*objects: Any) -> str:
-    """Returns the BibTeX entries of this package, and of the papers behind everything
-    in some objects that comes from this package, each once.
+    """Returns the BibTeX entries of this package, and of the papers behind its classes
+    and functions that are used in the given objects. Each entry appears once.
 
     !!! Example
         ```python
@@ -45,7 +45,7 @@ def cite(*objects: Any) -> str:
 
     **Arguments:**
 
-    - `objects`: anything: the result of [`eqdistill.distill`][], which includes its
+    - `objects`: any objects: the result of [`eqdistill.distill`][], which includes its
         objective, optimiser and data; the result of [`eqdistill.evaluate`][], which
         includes its recipe; what [`eqdistill.load`][] returns, which includes the
         recipe but not the objective; or objects, classes and functions of this package.

@@ -38,7 +38,7 @@ class HasPenalised(Protocol):
 def parameters(model: PyTree) -> PyTree[bool]:
     """Selects the parameters of a model: every floating-point array that is not inside
     an [`eqdistill.nn.Frozen`][]. Returns a pytree of bools with the structure of
-    `model`, as `equinox.partition` takes it."""
+    `model`, as `equinox.partition` expects."""
 
     def of_node(node):
         is_fitted = not isinstance(node, Frozen)
@@ -148,7 +148,7 @@ def LogisticRegression(
 def last_layer(
     network: PyTree, where: Callable[[PyTree], eqx.nn.Linear] | None = None
 ) -> LinearClassifier:
-    """Makes a linear model of a network: all layers but the last are frozen, and the
+    """Turns a network into a linear model: all layers but the last are frozen, and the
     last one is the head.
 
     **Arguments:**

@@ -1,5 +1,5 @@
-"""Converters of arguments. Python's numbers are constants of a compiled program, but
-NumPy's would be traced."""
+"""Converters for arguments. Python numbers are constants of a compiled program, but
+NumPy numbers would be traced."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ Labels = Int[Array, " n"] | Float[Array, "n c"]
 
 
 def as_weights(weights: ArrayOrList, n: int) -> Float[Array | np.ndarray, " n"]:
-    """Weights of `n` examples, divided by their mean. Traced ones are not checked."""
+    """Divides weights of `n` examples by their mean. Traced weights are not checked."""
     weights_ = as_array("weights", weights)
     is_good = weights_.shape == (n,)
     if is_good and not isinstance(weights_, Tracer):

@@ -18,10 +18,10 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 
 
 def describe(**parts: Any) -> dict[str, str]:
-    """Describes each leaf of some objects, under its path. The names of the arguments
-    begin the paths.
+    """Describes each leaf of some objects, under its path. The paths begin with
+    the names of the arguments.
 
-    Functions are opened: the settings of Optax's optimisers are in their closures.
+    Closures are opened too, because they hold the settings of Optax's optimisers.
     Arrays are described by dtype and shape, and small arrays also by their values.
     """
     found = {}

@@ -22,8 +22,8 @@ def cross_entropies(logits: Float[Array, "n c"], labels: Labels) -> Float[Array,
 
 
 class AbstractLoss(eqx.Module):
-    """A loss: of the inner problem, which belongs to the distilled set, or of real
-    data, which belongs to the objective."""
+    """A loss. The loss of the inner problem belongs to the distilled set, and the loss
+    on real data to the objective."""
 
     @abc.abstractmethod
     def __call__(
@@ -38,15 +38,15 @@ class AbstractLoss(eqx.Module):
         """
 
     def default_outer_loss(self, labels: Labels) -> "AbstractLoss":
-        """Returns the loss that real data with such `labels` are scored with, if a
-        model was fitted by this loss and [`eqdistill.Bilevel`][] is given no other:
-        this loss, by default."""
+        """Returns the default outer loss for real data with such `labels`, if the
+        model was fitted with this loss. [`eqdistill.Bilevel`][] uses it if it is given
+        no other. By default, it is this loss itself."""
         del labels
         return self
 
     def targets(self, labels: Labels, num_classes: int) -> Float[Array, "n c"]:
-        """Returns labels in floating point, one row for each example, of class indices
-        or of labels with fewer columns. By default, raises a `TypeError`."""
+        """Converts class indices, or labels with fewer columns, to labels in floating
+        point, one row for each example. By default, raises a `TypeError`."""
         del labels, num_classes
         raise TypeError(
             f"`{type(self).__name__}` has no `targets`, which are needed to replace "
@@ -54,8 +54,8 @@ class AbstractLoss(eqx.Module):
         )
 
     def check_labels(self, labels: np.ndarray) -> None:
-        """Raises a `ValueError` if this loss is not for `labels`, class indices or
-        floating point of shape `(n, c)`. By default, it is for any."""
+        """Raises a `ValueError` if this loss cannot be used with `labels`, which are
+        class indices or floating point of shape `(n, c)`. By default, accepts any."""
         del labels
 
 
@@ -74,7 +74,7 @@ def mean_loss(
 
 
 class DefaultOuterLoss(AbstractLoss):
-    """The default outer loss of models that are fitted by the loss `inner`."""
+    """The default outer loss of models that are fitted with the loss `inner`."""
 
     inner: AbstractLoss
 
@@ -87,8 +87,8 @@ class CrossEntropy(AbstractLoss):
 
     $$-\frac{1}{n} \sum_{i=1}^n \sum_{k=1}^c t_{ik} \log \mathrm{softmax}(z_i / T)_k.$$
 
-    Class indices are one-hot $t_i$. Labels in floating point are the logits of soft
-    labels: $t_i$ is their softmax. The unit is nats per example. The loss and its
+    A class index stands for a one-hot $t_i$. Labels in floating point are the logits of
+    soft labels: $t_i$ is their softmax. The unit is nats per example. The loss and its
     gradient are NaN if a class index is not in $[0, c)$.
 
     **Attributes:** `log_temperature`: $\log T$, so that $T$ stays positive when it is
@@ -99,7 +99,7 @@ class CrossEntropy(AbstractLoss):
 
     def __init__(self, temperature: ArrayLike | None = None):
         """**Arguments:** `temperature`: $T$, a positive and finite scalar. Defaults to
-        one, which is not learned. Only the outer loss has a use for another: a fitted
+        one, which is not learned. Only in the outer loss is any other useful: a fitted
         model adapts to any temperature."""
         self.log_temperature = None
         if temperature is not None:
@@ -116,8 +116,8 @@ class CrossEntropy(AbstractLoss):
         return jnp.mean(cross_entropies(outputs, labels))
 
     def targets(self, labels, num_classes):
-        """The logits of a class index, or of soft labels of the first classes: other
-        classes have a probability of zero, to rounding."""
+        """The logits of class indices, or of soft labels for the first classes only:
+        other classes have a probability of zero, up to rounding."""
         if labels.ndim == 1:
             return _NEVER * (jax.nn.one_hot(labels, num_classes) - 1)
         never = jnp.min(labels, axis=1, keepdims=True) - _NEVER
@@ -134,7 +134,7 @@ class CrossEntropy(AbstractLoss):
             raise ValueError(
                 "`labels` in floating point must be logits for `CrossEntropy`; got "
                 f"{'zeros and ones' if is_binary else 'probabilities'}. Take the "
-                "logarithms of probabilities, replace one-hot rows by class indices, "
+                "logarithms of probabilities, replace one-hot rows with class indices, "
                 "or use `BinaryCrossEntropy` if an example can have several classes."
             )
 
@@ -147,7 +147,7 @@ class BinaryCrossEntropy(AbstractLoss):
     (1 - t_{ik}) \log(1 - \sigma(z_{ik})),$$
 
     with the logistic function $\sigma$. Labels in floating point are the probabilities
-    $t$, such as 0 and 1. Class indices are one-hot.
+    $t$, such as 0 and 1. A class index stands for a one-hot row.
     """
 
     def __call__(self, outputs, labels):
@@ -156,8 +156,8 @@ class BinaryCrossEntropy(AbstractLoss):
         return jnp.mean(jnp.sum(optax.sigmoid_binary_cross_entropy(outputs, labels), 1))
 
     def targets(self, labels, num_classes):
-        """One-hot rows, or labels of the first classes: others have a probability of
-        zero."""
+        """One-hot rows, or labels for the first classes only: the other classes have a
+        probability of zero."""
         if labels.ndim == 1:
             return jax.nn.one_hot(labels, num_classes)
         return _add_columns(labels, 0.0, num_classes)
@@ -172,7 +172,7 @@ class BinaryCrossEntropy(AbstractLoss):
 
 
 class SquaredError(AbstractLoss):
-    r"""Half the squared distance of the outputs $z$ from targets $t$,
+    r"""Half the squared distance of the outputs $z$ from the targets $t$,
 
     $$\frac{1}{2n} \sum_{i=1}^n \|z_i - t_i\|^2.$$
 
@@ -195,8 +195,8 @@ class SquaredError(AbstractLoss):
         return CrossEntropy(0.2) if labels.ndim == 1 else self
 
     def targets(self, labels, num_classes):
-        """The targets of class indices, or of targets of the first classes: if these
-        are centred one-hot vectors, so is the result."""
+        """The targets of class indices, or of targets for the first classes only. If
+        these are centred one-hot vectors, so is the result."""
         if labels.ndim == 1:
             return jax.nn.one_hot(labels, num_classes) - 1 / num_classes
         shift = 1 / labels.shape[1] - 1 / num_classes

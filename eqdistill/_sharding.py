@@ -60,7 +60,7 @@ def place(x: Array | np.ndarray, sharding: NamedSharding | None) -> Array:
     its own part."""
     if sharding is None:
         return jnp.asarray(x)
-    if isinstance(x, jax.Array):  # It is spread already, over another mesh of these.
+    if isinstance(x, jax.Array):  # Already spread, over another mesh of these devices.
         return jax.device_put(x, sharding)
     return jax.make_array_from_callback(x.shape, sharding, lambda rows: x[rows])
 
@@ -87,7 +87,7 @@ def to_host(x: Array | np.ndarray) -> np.ndarray:
 
 def vary_like(tree: PyTree, like: PyTree) -> PyTree:
     """Marks arrays as different on the devices where any array of `like` is, which
-    `jax.shard_map` demands of constants in loops and branches. Their values stay."""
+    `jax.shard_map` requires of constants in loops and branches. Their values stay."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -43,7 +43,7 @@ class ArgumentError(AnnotationError, TypeError):
 
 def typechecked(fn: _Fn) -> _Fn:
     """Like `beartype.beartype`, but an error is one line that names the argument, what
-    came, and what was wanted."""
+    was passed, and what was expected."""
     checked: Any = beartype(conf=_CONF)(fn)
     signature = inspect.signature(fn)
     name = fn.__qualname__.removesuffix(".__init__").removesuffix(".__call__")
@@ -67,12 +67,12 @@ def typechecked(fn: _Fn) -> _Fn:
 
 
 def suggest_arguments(module: types.ModuleType) -> None:
-    """Makes the error for an unknown keyword name the closest argument, for all public
+    """Makes errors for unknown keywords suggest the closest argument, for all public
     functions, classes and class methods of a module."""
     for name, x in list(vars(module).items()):
         is_ours = getattr(x, "__module__", "").startswith("eqdistill.")
         if is_ours and inspect.isfunction(x) and name[0] != "_":
-            # Functions are pickled by the names that they have at home.
+            # Functions are pickled by their names in the modules that define them.
             for place in (module, sys.modules[x.__module__]):
                 setattr(place, name, _suggest_arguments(x))
         elif is_ours and inspect.isclass(x) and not inspect.isabstract(x):
@@ -116,7 +116,7 @@ def _describe_violation(
         if _is_wrong(value, Sequence[hint] if is_many else hint):
             break
     else:  # Beartype looks at one item of a nested sequence, chosen at random.
-        return f"An argument of `{name}` must have another type."
+        return f"An argument of `{name}` has the wrong type."
     shapes = [
         f"`{other}` has shape {x.shape}"
         for other, x in given.items()
@@ -154,7 +154,7 @@ def _describe_hint(hint: Any) -> str:
         return f"a {kind}, each item {_describe_hint(get_args(hint)[-1])}"
     is_class = isinstance(hint, type)
     text = hint.__qualname__ if is_class else str(hint)
-    # Without the modules, as the public names have others.
+    # Drop the modules, which differ from those of the public names.
     text = f"`{re.sub(r'[A-Za-z_][A-Za-z_0-9]*[.](?=[A-Za-z_])', '', text)}`"
     is_plain = is_class and not issubclass(hint, AbstractArray)
     return _WORDS.get(hint, _with_article(text) if is_plain else text)

@@ -89,16 +89,16 @@ def load(
     | `"wine"` | rows of 13 measurements of wines, from scikit-learn | 3 | 133 | 45 |
     | `"breast_cancer"` | rows of 30 measurements, from scikit-learn | 2 | 426 | 143 |
 
-    The files are the IDX files of MNIST and Fashion-MNIST, compressed by gzip or not,
-    and the binary version of CIFAR-10, as one archive or as six files. Their SHA-256 is
-    checked; for CIFAR-10 the MD5 of a download, and of local files the size and the
-    number of labels.
+    The files are the IDX files of MNIST and Fashion-MNIST, with or without gzip
+    compression, and the binary version of CIFAR-10, as one archive or as six files. The
+    SHA-256 of IDX files is checked. For CIFAR-10, the MD5 of a download is checked, and
+    the size and the number of labels of local files.
 
     **Arguments:**
 
     - `name`: one of the names above.
     - `data_dir`: the folder of the files, or its parent with a subfolder `name`. By
-        default, these folders are searched: the environment variable
+        default, these folders are searched: the one in the environment variable
         `EQDISTILL_DATA_DIR`; `examples/data` of this repository, which has MNIST; and
         `/usr/share/datasets/fashion-mnist`, from Debian's `dataset-fashion-mnist`. If
         there are no files, `pooch` downloads them to the user's cache, or to

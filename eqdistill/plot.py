@@ -39,7 +39,7 @@ def images(
     classes above one half, for [`eqdistill.BinaryCrossEntropy`][]; or targets, as
     numbers if there are one or two, and otherwise as the column of the largest one.
     More images, or any number if `ax` is given, are drawn as a mosaic, with the images
-    of each class side by side and the class on the left. Examples without a class are
+    of each class side by side and the class on the left. Examples without a class form
     one block.
 
     **Arguments:**

@@ -63,8 +63,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "--dataset",
         default="mnist",
-        help="a name of eqdistill.datasets.load, or a folder that holds the folders "
-        "train and test, with a folder for each class",
+        help="a name that eqdistill.datasets.load takes, or a folder that holds the "
+        "folders train and test, each with a folder for each class",
     )
     parser.add_argument("--images-per-class", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5000)

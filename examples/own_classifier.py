@@ -1,7 +1,7 @@
 """Distils for a custom model: here a multilayer perceptron.
 
-Any `equinox.Module` from one image to its logits works. Perceptrons with other initial
-weights than the one that the images were distilled with are then trained on them.
+Any `equinox.Module` from one image to its logits works. Perceptrons with initial
+weights other than those used for the distillation are then trained on the images.
 Writes `own_classifier.png` and `own_classifier_loss.png`.
 """
 

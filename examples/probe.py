@@ -2,8 +2,9 @@
 
 The backbone is a convolutional network trained here on Fashion-MNIST: it stands for
 your own pre-trained network. Its features of the real images are computed once. Images,
-targets and the ridge are learned. Prints the test accuracy of the probe of as many real
-images and of the distilled ones. Several backbones at once are in `papers/probe.py`.
+targets and the ridge are learned. Prints the test accuracy of a probe fitted to the
+distilled images, and of one fitted to the same number of real images.
+`papers/probe.py` takes several backbones at once.
 """
 
 import argparse

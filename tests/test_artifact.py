@@ -303,7 +303,7 @@ def test_refuses_to_save(tmp_path, path):
 IMAGES, LABELS, LOG_L2 = (f"artifact.start.{x}" for x in ("images", "labels", "log_l2"))
 BAD_TENSORS = [
     (LABELS, None, "labels` must not be"),
-    ("weights", np.zeros(3), r"other tensors: \['weights'\]"),
+    ("weights", np.zeros(3), r"unexpected tensors: \['weights'\]"),
     (IMAGES, np.zeros((4, 2, 3), bool), "images`.*got bool"),
     (IMAGES, np.full((4, 2, 3), -np.inf), "images` must be finite"),
     (IMAGES, np.zeros((5, 2, 3)), "labels must have 5 rows"),
@@ -553,7 +553,7 @@ OWN_RECIPE = {"recipe": None, "artifact__recipe_description": "A recipe\nof mine
 @pytest.mark.parametrize(
     ("args", "changes", "match"),
     [
-        ("--dataset mnist", {}, "is of 'digits', but --dataset is 'mnist'"),
+        ("--dataset mnist", {}, "is for 'digits', but --dataset is 'mnist'"),
         ("--tolerance nan", {}, "`tolerance` must be finite; got nan"),
         ("", {"artifact__seed": "\x1b[31m"}, "seed` must be"),
         ("", NO_CLAIM, "no score"),
@@ -562,7 +562,7 @@ OWN_RECIPE = {"recipe": None, "artifact__recipe_description": "A recipe\nof mine
         (
             "",
             {"artifact__dataset": "mnist", "artifact__sha256": {"a": "b"}},
-            "other files of 'mnist'",
+            "not made with the files of 'mnist'",
         ),
         ("", OWN_RECIPE, r"be rebuilt.*'A recipe\\nof mine'"),
     ],

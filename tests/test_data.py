@@ -171,7 +171,7 @@ def test_cached_features_are_computed_once(logistic):
         np.testing.assert_array_equal(found, mean(cached, impostor, other))
     head = eqd.linear.LogisticRegression(6, 10).head
     objective = eqd.Bilevel(eqd.linear.LinearClassifier(impostor, head), OneStep())
-    with pytest.raises(ValueError, match="the module named 'one' is another one"):
+    with pytest.raises(ValueError, match="module named 'one' is a different one"):
         eqd.distill(start, objective, cached)
     with pytest.raises(ValueError, match="finite"):
         eqd.FullBatch(train, cached=[eqd.Cached(lambda x: x / 0, "a")])

@@ -260,7 +260,7 @@ def test_cifar10_is_downloaded_once(cifar, serve, tmp_path, monkeypatch):
 def test_bad_archives(cifar, tmp_path):
     folder, *_ = cifar
     few = pack(tmp_path / "few", [folder / "test_batch.bin"])
-    with pytest.raises(ValueError, match=r"has 1 '\.bin' files; 6 are wanted"):
+    with pytest.raises(ValueError, match=r"has 1 '\.bin' files; expected 6"):
         eqd.datasets.load("cifar10", few)
     (few / ARCHIVE).write_bytes(b"<html>")
     with pytest.raises(ValueError, match=rf"{ARCHIVE}: it cannot be unpacked"):

@@ -74,7 +74,7 @@ class OneOf(AbstractAugmentation):
         - `per_batch`: whether [`eqdistill.augment.augment`][] draws one augmentation
             for all images. Its random numbers still differ between images. This is
             several times faster. A custom augmentation that calls a `OneOf` sees single
-            images, so the draw is then for each image.
+            images, so it then draws one for each image.
         """
         if not augmentations:
             raise ValueError("`augmentations` must have at least one; got none.")
@@ -102,7 +102,7 @@ def augment_part(
     places: Int[Array, " n"],
     key: PRNGKeyArray,
 ) -> Float[Array, "n *shape"]:
-    """Augments the images at these places of a batch, as `augment` does all of it."""
+    """Augments the images at these places in a batch, exactly as `augment` would."""
     changed = _apply(augmentation, places, images, key)
     if difference := array_difference(images, changed):
         raise ValueError(
@@ -118,7 +118,7 @@ def _apply(
     x: Array,
     key: PRNGKeyArray,
 ) -> Any:
-    """Applies an augmentation to images at these places of a batch, or to one image."""
+    """Applies an augmentation to images at these places in a batch, or to one image."""
     if isinstance(augmentation, Compose):
         keys = jr.split(key, len(augmentation.augmentations))
         for part, own_key in zip(augmentation.augmentations, keys, strict=True):
@@ -148,13 +148,13 @@ class Affine(AbstractAugmentation):
 
     **Arguments:**
 
-    - `shift`: the largest shift of either axis, in pixels, at least 0.
+    - `shift`: the largest shift along either axis, in pixels, at least 0.
     - `rotation`: the largest angle in either direction, in degrees, at least 0.
-    - `scale`: the largest factor of either axis, at least 1. The smallest factor is
+    - `scale`: the largest factor along either axis, at least 1. The smallest factor is
         `1 / scale`.
 
     Source: Zhao and Bilen, *Dataset Condensation with Differentiable Siamese
-    Augmentation*, 2021, use `Affine(rotation=15)` and `Affine(scale=1.2)`.
+    Augmentation*, 2021, who use `Affine(rotation=15)` and `Affine(scale=1.2)`.
     """
 
     shift: float = eqx.field(default=0.0, converter=as_float, kw_only=True)
@@ -175,7 +175,7 @@ class Affine(AbstractAugmentation):
         middle = (height - 1) / 2, (width - 1) / 2
         y, x = jnp.indices((height, width), image.dtype)
         y, x = y - middle[0], x - middle[1]
-        # Not a matrix product, because some accelerators round these to 10 bits.
+        # Not a matrix product, because some accelerators round its factors to 10 bits.
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         rows = middle[0] + scale[0] * (cos * y - sin * x) + shift[0]
         columns = middle[1] + scale[1] * (sin * y + cos * x) + shift[1]

@@ -42,7 +42,7 @@ def describe_class(index: int, names: tuple[str, ...] | None) -> str:
 
 def check_same_classes(a: str, named_a: Any, b: str, named_b: Any) -> None:
     """Checks that two sets, called `a` and `b`, have the same classes in the same
-    order. Any classes may be those of a set without names."""
+    order. A set without names matches any classes."""
     x, y = (getattr(named, "class_names", None) for named in (named_a, named_b))
     if x is None or y is None or x == y:
         return
@@ -58,5 +58,5 @@ def check_same_classes(a: str, named_a: Any, b: str, named_b: Any) -> None:
     raise ValueError(
         f"{a} and {b} must have the same class names in the same order; "
         f"{', and '.join(reasons)}. `datasets.from_folder(path, class_names=...)` "
-        "takes the order of another set."
+        "uses the order of another set."
     )

@@ -22,7 +22,7 @@ class Dataset(eqx.Module):
     r"""Labelled real images, or other arrays such as the rows of a table, from which a
     set is distilled, or on which it is evaluated.
 
-    **Attributes:** as the arguments below.
+    **Attributes:** the same as the arguments below.
     """
 
     images: Float[Array, "N *shape"] | UInt8[Array, "N *shape"]
@@ -42,13 +42,13 @@ class Dataset(eqx.Module):
     ):
         r"""**Arguments:**
 
-        - `images`: an array or a list of shape `(N, *shape)`. Either `uint8` in 0 to
-            255, as on disk, or floating point in any units, finite in JAX's precision.
-            An array whose first axis is spread over devices stays there.
+        - `images`: an array or a list of shape `(N, *shape)`. Either `uint8` from 0
+            to 255, as on disk, or floating point in any units, finite in JAX's
+            precision. An array whose first axis is spread over devices stays there.
         - `labels`: class indices in `[0, num_classes)`, an array or a list of any
             integer type, of shape `(N,)`. Or targets of shape `(N, c)`, finite numbers
             of any type: what a regression predicts, 0 or 1 for each class that an image
-            may have, or soft labels. Their meaning is that of the loss.
+            may have, or soft labels. The loss determines their meaning.
         - `num_classes`: the number of classes, or of columns of the targets, $c$.
             Defaults to the number of columns, or of `class_names`. Without either, it
             is the largest label plus one, and each class must have an image.
@@ -56,8 +56,8 @@ class Dataset(eqx.Module):
             they have no names.
         - `weights`: how much each example counts in means such as the outer loss and
             the accuracy, positive numbers of shape `(N,)`. They are divided by their
-            mean. By default, all count the same. The choice of a start or of a batch
-            ignores them.
+            mean. By default, all count equally. The choice of initial images and of
+            batches ignores them.
         """
         check_concrete("Dataset", images=images, labels=labels, weights=weights)
         # On the host, because a dataset is made once, from concrete arrays.
@@ -93,7 +93,7 @@ class Dataset(eqx.Module):
         check_between(1, 2**31 - 1, num_classes=num_classes)
         if is_index and not 0 <= labels_.min() <= labels_.max() < num_classes:
             raise ValueError(
-                f"`labels` must be in [0, {num_classes}), by `num_classes` or "
+                f"`labels` must be in [0, {num_classes}), as set by `num_classes` or "
                 f"`class_names`; got {labels_.min()} to {labels_.max()}."
             )
         if not is_bytes:
@@ -159,7 +159,7 @@ class Dataset(eqx.Module):
         """Holds out a random `fraction` of the images, for early stopping and other
         choices. Returns the remaining images and the held-out images, both in random
         order. Neither part may be empty. Each device gets the same number of images of
-        a part, if the images are spread over devices."""
+        each part, if the images are spread over devices."""
         shards = num_shards(self.sharding)
         parts = len(self) // shards
         num_held_out = shards * round(fraction * parts) if 0 < fraction < 1 else 0
@@ -184,10 +184,10 @@ class Dataset(eqx.Module):
     ) -> "Dataset":
         """Returns a dataset of the images $f(x_i)$ with the same labels. The function
         $f$ maps one image, in the units of [`eqdistill.Dataset.floating`][], to a
-        floating-point image of any shape; such as an
+        floating-point image of any shape. The function may be an
         [`eqdistill.datasets.AbstractPreprocessing`][]. Its activations take at most
         `chunk_bytes` bytes at once. With a `directory`, the new images are kept there,
-        as by [`eqdistill.Cached`][]."""
+        as with [`eqdistill.Cached`][]."""
         check_positive(chunk_bytes=chunk_bytes)
         images = map_images(fn, self.images, self.sharding, chunk_bytes, directory)
         return self._with(images, self.labels, self.weights)
@@ -204,7 +204,7 @@ class Dataset(eqx.Module):
     def to_floating(
         images: Float[Array, "N *shape"] | UInt8[Array, "N *shape"],
     ) -> Float[Array, "N *shape"]:
-        """Converts some images of a dataset, as [`eqdistill.Dataset.floating`][]."""
+        """Converts some images of a dataset, like [`eqdistill.Dataset.floating`][]."""
         if images.dtype == jnp.uint8:
             return images.astype(jnp.result_type(float)) / 255
         return images
@@ -217,7 +217,7 @@ def map_images(
     chunk_bytes: int,
     directory: str | os.PathLike | None = None,
 ) -> Array:
-    """The function of each image. Each device works on its own images, in chunks."""
+    """Applies a function to each image. Each device maps its own images, in chunks."""
     if directory is not None:
         example = Dataset.to_floating(images[:1])[0]
         compute = lambda: to_host(map_images(fn, images, sharding, chunk_bytes))
@@ -226,7 +226,7 @@ def map_images(
     if sharding is not None:
         return _map_on_devices(fn, images, sharding, chunk_bytes)
     size = _chunk_size(fn, images, chunk_bytes)
-    # A loop in Python, because XLA's convolutions are slow in one of a program.
+    # Loop in Python, because XLA's convolutions are slow inside a compiled loop.
     chunks = (images[i : i + size] for i in range(0, len(images), size))
     return jnp.asarray(np.concatenate([np.asarray(_map(fn, x)) for x in chunks]))
 

@@ -25,8 +25,8 @@ def from_folder(
     """Loads a folder that has one folder of images for each class.
 
     Classes and their images are ordered by the names of folders and files. If all
-    folders are named by numbers, the classes are in the order of these numbers. Files
-    outside the class folders are ignored, and all names that begin with a dot.
+    folder names are numbers, the classes are in numerical order. Files outside the
+    class folders are ignored, as are files and folders whose names begin with a dot.
 
     Images may be PNG, JPEG, GIF (the first frame is read), BMP or WebP. A rotation in
     their metadata is not applied. Images with one channel, with or without
@@ -36,9 +36,9 @@ def from_folder(
     **Arguments:**
 
     - `path`: the folder.
-    - `size`: the `(height, width)` to resize all images to, by Pillow's bicubic filter
-        with antialiasing, without keeping the aspect ratio. By default, images are not
-        resized.
+    - `size`: the `(height, width)` to resize all images to, with Pillow's bicubic
+        filter and antialiasing, without keeping the aspect ratio. By default, images
+        are not resized.
     - `class_names`: the names of all folders in the order of the class indices, such
         as `train.class_names` for test images. Folders may then be empty or missing.
 
@@ -134,7 +134,7 @@ def _read(file: Path, size: Sequence[int] | None) -> np.ndarray:
         if not file.is_file():  # Opening a pipe would block.
             raise ValueError("not a file")
         with Image.open(file, formats=_FORMATS) as image:
-            # Pillow itself warns, and raises only at twice this number.
+            # Pillow itself only warns here, and raises at twice this number.
             pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS
             if most is not None and pixels > most:
                 raise ValueError(f"it has {pixels} pixels; the limit is {most}")

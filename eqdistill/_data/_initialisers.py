@@ -20,8 +20,9 @@ Rows = Float[np.ndarray, "_ p"]
 def choose_images(
     train: Dataset, n: int | Sequence[int] | None, choose: Callable, key: PRNGKeyArray
 ) -> tuple[Float[np.ndarray, "n *shape"], np.ndarray]:
-    """Makes the images of each class, by `choose(x, k, rng)` from its real images, and
-    their labels. Images with targets are chosen with them, as one class."""
+    """Makes the images of each class from its real images, by `choose(x, k, rng)`, and
+    their labels. With targets, there is one class, and each row is an image followed
+    by its targets."""
     rng = np.random.default_rng(np.asarray(jr.bits(key, (4,))))
     real, real_labels = to_host(train.floating()), to_host(train.labels)
     real = real.reshape(len(train), -1)
@@ -71,8 +72,8 @@ def class_labels(
         labels = np.arange(n) % train.num_classes
     if missing := sorted({*labels.tolist()} - {*np.flatnonzero(train.class_counts)}):
         raise ValueError(
-            f"`train` has no images of {train.class_name(missing[0])}. Ask for none by "
-            "a number of images for each class, `n=[...]`."
+            f"`train` has no images of {train.class_name(missing[0])}. To ask for "
+            "none, pass a number of images for each class, `n=[...]`."
         )
     return labels.astype(np.int32)
 

@@ -44,7 +44,7 @@ class Packed(AbstractParameterisation):
         if self.shape != (*least[:-2], factor * height, factor * width):
             raise ValueError(
                 "`shape` must be that of a small image with its height and width "
-                f"multiplied by one integer; got {self.shape} for {least}."
+                f"multiplied by the same integer; got {self.shape} for {least}."
             )
 
     @classmethod

@@ -156,9 +156,9 @@ _product = functools.partial(jnp.matmul, precision="highest")
 
 
 def _mean_of_chunks(train: Dataset, mean: Callable) -> np.ndarray:
-    """The mean over all images, in double precision, from that of chunks of images."""
+    """The mean over all images, in double precision, from the means of chunks."""
     total = 0
-    # Doubles of a few thousand small images, or of fewer large ones.
+    # A chunk holds a few thousand small images, or fewer large ones, as doubles.
     size = max(1, 2**26 // (8 * math.prod(train.shape)))
     for first in range(0, len(train), size):
         chunk = to_host(Dataset.to_floating(train.images[first : first + size]))

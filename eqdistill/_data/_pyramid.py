@@ -29,9 +29,9 @@ class Pyramid(AbstractParameterisation):
     where level $k$ has $2^k \times 2^k$ pixels, or as many as the image if that is
     fewer, and $\mathrm{up}$ enlarges it to the size of the image by bilinear
     interpolation. Learning all levels moves large structures faster than single pixels,
-    so there is less of the noise that works for one network only. Images of three
+    so there is less of the noise that works for one network only. Images with three
     channels have their colours decorrelated by the fixed $3 \times 3$ matrix $C$. For
-    other images it is the identity.
+    other images $C$ is the identity.
 
     !!! Example
         ```python
@@ -79,8 +79,8 @@ class Pyramid(AbstractParameterisation):
     def from_distilled(
         cls, distilled: DistilledSet, num_levels: int | None = None
     ) -> "Pyramid":
-        """The pyramid of the images of a distilled set. Each level is what the coarser
-        levels leave, downsampled.
+        """The pyramid of the images of a distilled set. Each level is the downsampled
+        residual of the coarser levels.
 
         **Arguments:**
 

@@ -20,7 +20,7 @@ _CLASSES = (
 
 def read_idx(paths: Sequence[Path], sha256: Sequence[str]) -> tuple[Dataset, Dataset]:
     """Reads the training and the test images and labels from IDX files that may be
-    compressed by gzip. `sha256` has the hashes of the decompressed files."""
+    compressed with gzip. `sha256` holds the hashes of the decompressed files."""
     images, labels, test_images, test_labels = map(_read_idx, paths, sha256)
     return Dataset(images, labels), Dataset(test_images, test_labels)
 
@@ -72,7 +72,7 @@ def _unpack(path: Path) -> list[bytes]:
     except (EOFError, OSError, tarfile.TarError, zlib.error) as e:
         raise _cannot_read(path, f"it cannot be unpacked ({e})") from e
     if len(contents) != 6:
-        raise _cannot_read(path, f"it has {len(contents)} '.bin' files; 6 are wanted")
+        raise _cannot_read(path, f"it has {len(contents)} '.bin' files; expected 6")
     return [contents[name] for name in sorted(contents)]  # The test file comes last.
 
 

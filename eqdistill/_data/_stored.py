@@ -29,8 +29,8 @@ def load_or_compute(
     of_image = lambda arrays, image: eqx.combine(arrays, static)(image)
     program, struct = jax.make_jaxpr(of_image, return_shape=True)(arrays, example)
     digest = hashlib.sha256()
-    # Not only the arrays: networks of other sizes or activations may have the same.
-    # Addresses of functions differ between processes.
+    # Include the program: different networks may have the same arrays. Leave out the
+    # addresses of functions, which differ between processes.
     digest.update(re.sub(r"\b0x[0-9a-f]+", "", str(program.jaxpr)).encode())
     for x in jax.tree.leaves((arrays, program.consts, images)):
         _update(digest, x)
@@ -42,7 +42,7 @@ def load_or_compute(
             unfinished = Path(folder) / path.name
             np.save(unfinished, compute(), allow_pickle=False)
             unfinished.replace(path)
-    # A file has bfloat16 as two bytes of no type.
+    # NumPy stores bfloat16 as two bytes without a type.
     return np.load(path, mmap_mode="r", allow_pickle=False).view(struct.dtype)
 
 

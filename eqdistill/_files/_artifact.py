@@ -54,7 +54,7 @@ class Artifact(eqx.Module):
     - `start`: the parameterisation that it was decoded from, such as an
         [`eqdistill.Packed`][]; or the distilled set itself.
     - `recipe`: the recipe that the score was measured with, or `None` if it cannot be
-        rebuilt from the file. `restore` then completes yours.
+        rebuilt from the file. `restore` then fills in the arrays of your own recipe.
     - `recipe_description`: the recipe in words, with all its settings.
     - `recipe_arrays`: the arrays of a recipe that cannot be rebuilt, by their paths:
         learned ones, such as step sizes, and fixed initial weights.
@@ -122,7 +122,7 @@ def _build(start, key, generator, **values) -> Artifact:
     is_consistent &= (values["std"] is None) == (num_models <= 1)
     check(is_consistent, f"its score must be of its {num_models} models")
     prepare = ft.partial(values["prepare"] or _unchanged).func
-    check(prepare in (_relabel, _unchanged), "its `prepare` must be of a recipe")
+    check(prepare in (_relabel, _unchanged), "its `prepare` must come from a recipe")
     if num_models:
         low, high = _RANGES.get(metric, (0.0, -1.0))
         problem = f"its {metric!r} must be from {low} to {high}; got {score}"
@@ -135,7 +135,7 @@ def _build(start, key, generator, **values) -> Artifact:
     if values["preprocessing"] is not None:
         image = distilled.images[0]
         shape = eqx.filter_eval_shape(values["preprocessing"].inverse, image).shape
-        check(shape == image.shape, "its preprocessing must be for its images")
+        check(shape == image.shape, "its preprocessing must fit its images")
     dictionaries = [values[x] for x in ("versions", "sha256", "backbones")]
     texts = [*(values["learned"] or ()), *(y for x in dictionaries for y in x.values())]
     texts += [values[x] or "" for x in ("recipe_description", "source")]
@@ -168,8 +168,8 @@ register(
 
 
 def to_bytes(artifact: Artifact) -> bytes:
-    """The content of a file from which the artifact can be loaded. Only the parts of a
-    recipe are stored if it cannot be rebuilt."""
+    """The content of a file from which the artifact can be loaded. If the recipe
+    cannot be rebuilt, only its parts are stored."""
     recipe = artifact.recipe
     try:
         data, loaded = _write(artifact)
@@ -211,7 +211,7 @@ def from_bytes(data: bytes) -> Artifact:
     artifact = decode(_json(raw["artifact"]), "artifact", content)
     check(isinstance(artifact, Artifact), "its `artifact` must be an `Artifact`")
     artifact = _with_recipe(artifact, _json(raw["recipe"]), content)
-    check(not content.tensors, f"it has other tensors: {sorted(content.tensors)}")
+    check(not content.tensors, f"it has unexpected tensors: {sorted(content.tensors)}")
     return artifact
 
 

@@ -28,12 +28,14 @@ class Checkpoints(AbstractCheckpoints):
         ```
 
     You can kill the run at any time: at most `every` steps are lost. A checkpoint
-    appears in the folder once it is complete. You get a warning if one cannot be read,
-    and the one before is used; or if one cannot be written, as on a full disk.
+    appears in the folder once it is complete. You get a warning if a checkpoint
+    cannot be read, in which case the previous one is used, or if one cannot be written,
+    as on a full disk.
 
-    A checkpoint of another problem is refused: of other shapes, settings of the
-    objective or the optimiser, or another key. The data and the number of steps may
-    change. Bits are the same on one machine with the same versions of all packages.
+    A checkpoint of another problem raises an error: shapes, settings of the objective
+    and the optimiser, and the key must be the same. The data and the number of steps
+    may change. Results are bitwise identical on the same machine with the same versions
+    of all packages.
     """
 
     directory: str
@@ -46,7 +48,7 @@ class Checkpoints(AbstractCheckpoints):
         """**Arguments:**
 
         - `directory`: a folder for this run only. It is created if necessary.
-        - `every`: a checkpoint is saved every so many steps, and at the end of the run.
+        - `every`: the number of steps between checkpoints. The run ends with one too.
         - `keep`: how many checkpoints are kept, at least 1.
         """
         check_at_least(1, every=every, keep=keep)
@@ -79,7 +81,7 @@ class _Store:
 
     def restore(self, template: Snapshot) -> Snapshot | None:
         """Returns the newest readable snapshot, with the structure of `template`.
-        Raises a `ValueError` if it is of another problem."""
+        Raises a `ValueError` if it is of a different problem."""
         parts = {"arrays": self._args.PyTreeRestore(), "run": self._args.JsonRestore()}
         args = self._args.Composite(**parts)
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -92,7 +94,7 @@ class _Store:
             changed = differences(run["problem"], self._describe(template))
             if changed:
                 raise ValueError(
-                    f"The checkpoints in {self._directory} are of another problem: "
+                    f"The checkpoints in {self._directory} are of a different problem: "
                     f"{changed[0]}. Pass the same arguments, or another `directory`."
                 )
             self._newest = step

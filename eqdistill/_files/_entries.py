@@ -52,7 +52,7 @@ def _build_unrolled(make, options, log_hyperparameters, **values) -> UnrolledSol
     are_arrays = all(map(eqx.is_inexact_array, log_hyperparameters.values()))
     check(are_arrays, "its hyperparameters must be arrays")
     make = ft.partial(make, **options) if options else make
-    # Set arrays afterwards: the constructor takes their exponentials, and would round.
+    # Set arrays afterwards: the constructor would round them by taking exponentials.
     solver = UnrolledSolver(make, dict.fromkeys(log_hyperparameters, 1.0), **values)
     return eqx.tree_at(lambda x: x.log_hyperparameters, solver, log_hyperparameters)
 

@@ -25,11 +25,12 @@ def export(
 ) -> None:
     r"""Exports a distilled set for use outside JAX: a file `distilled.npz` with the
     exact numbers and the recipe in words; a `README.txt`, which says how to use them;
-    and if it has images, one PNG for each, in a folder for each class.
+    and, if the set has images, a PNG of each, in one folder for each class.
     [Other frameworks](../how-to/elsewhere.md) shows how to retrain.
 
-    The PNGs are greyscale or colour, with 8 bits, in the units of the real images, from
-    0 to 1: the preprocessing of an artifact is undone. A level $k$ stands for
+    The PNGs are greyscale or colour, with 8 bits per channel, in the units of the real
+    images, from 0 to 1: the preprocessing of an artifact is undone. A level $k$ stands
+    for
 
     $$a + (b - a) \, k / 255,$$
 
@@ -40,13 +41,13 @@ def export(
     `numpy.load` reads `distilled.npz`, which holds these arrays:
 
     - `images`: the exact distilled images, in the units in which they were learned;
-    - `labels`: the class index of each image, or of the largest of its soft labels;
-        but not for other targets;
+    - `labels`: the class index of each image, or the index of its largest soft label.
+        There are none for other targets;
     - `targets`: shape `(n, c)`. The class probabilities for cross-entropy, or the
         targets of the other losses;
     - `loss`: `"CrossEntropy"` with its `temperature`, `"BinaryCrossEntropy"` or
         `"SquaredError"`;
-    - `weights`: of each image, with a mean of one, if they are not all one;
+    - `weights`: the weight of each image, with a mean of one, unless all are one;
     - `l2`: the ridge, or the weight decay of the recipe;
     - `low`, `high`: $a$ and $b$, if there are PNGs;
     - `mean`, `deviation`: real images $x$ from 0 to 1, or the rows of a table, become
@@ -55,26 +56,26 @@ def export(
     - `class_names`: the name of each class, which is also the name of its folder. By
         default, the class index;
     - `recipe`: how a model is trained, in words;
-    - if the artifact has them, `dataset`, and of what it claims, `claimed_metric`, such
-        as `"accuracy"`, `claimed_score` and `claimed_std`.
+    - if the artifact has them: `dataset`, and for its claim, `claimed_metric` (such as
+        `"accuracy"`), `claimed_score` and `claimed_std`.
 
     Targets of [`eqdistill.BinaryCrossEntropy`][] and of a regression have no class:
-    all PNGs are in the folder `images`. Targets of the squared error are taken as
-    those of classes if the set has `class_names`, or if the artifact claims an accuracy
+    all PNGs are in the folder `images`. Targets of the squared error are treated
+    as class targets if the set has `class_names`, or if the artifact claims an accuracy
     or names a dataset.
 
     PNGs need Pillow, which `eqdistill[plot]` installs.
 
     **Arguments:**
 
-    - `folder`: the folder to write to. It is created if necessary, and files of the
-        same names are replaced.
+    - `folder`: the folder to write to. It is created if necessary, and files with
+        the same names are replaced.
     - `distilled`: a distilled set, or the result of [`eqdistill.load`][], which has the
         recipe, the score and the preprocessing too. Images are written as PNGs if
-        their shape is `(height, width)`, apart from axes of size 1; or in colour,
+        their shape, apart from axes of size 1, is `(height, width)`; or, in colour,
         `(height, width, 3)` or `(3, height, width)`. Arrays of any other shape, such as
         the rows of a table, are only in `distilled.npz`. The `class_names` of the set,
-        if there are any, are valid names of folders.
+        if there are any, must be valid folder names.
 
     **Raises:** a `FileExistsError` if the folders in `folder` have other PNGs, which
     loaders would mistake for images of this set.
@@ -179,8 +180,8 @@ def _check_folders(names: Sequence[str]) -> None:
     for name in names:
         if not name or name.startswith(".") or Path(name).name != name:
             raise ValueError(
-                "`distilled` must have class names that are names of folders without a "
-                f"dot in front; got {name!r}."
+                "`distilled` must have class names that are names of folders and do "
+                f"not begin with a dot; got {name!r}."
             )
 
 
@@ -211,7 +212,7 @@ def _inner_problem(
         term = "half the squared distance of the outputs from `targets`"
     description = known.get("recipe_description") or ""
     l2, weights = float(distilled.l2), distilled.weights
-    if weights is not None:  # Learned ones may have another mean.
+    if weights is not None:  # Learned weights may have a different mean.
         scale = float(jnp.mean(weights))
         weights, l2 = np.asarray(weights) / scale, l2 / scale
     mean = "mean" if weights is None else "mean, weighted by `weights`,"
@@ -248,7 +249,7 @@ def _read_me(arrays: dict[str, Any], num_models: int) -> str:
             f"{real}. To undo it, solve for x."
         )
     elif not {"mean", "deviation"} <= {*arrays}:
-        units = "`images` are in the units of a preprocessing of its own."
+        units = "`images` are in the units of a custom preprocessing."
     elif np.ndim(arrays["mean"]):
         units = (
             f"`images` are in the units of z = (x - mean) / deviation, for x, {real}. "
@@ -279,7 +280,7 @@ def _read_me(arrays: dict[str, Any], num_models: int) -> str:
             f"model{'s' * (num_models > 1)})."
         )
     lines = (
-        f"A distilled set of {n} images of shape {tuple(shape)}, of the dataset "
+        f"A distilled set of {n} images of shape {tuple(shape)}, from the dataset "
         f"{arrays.get('dataset', '(no name)')}. Read distilled.npz with numpy.load.",
         f"Training: {arrays['recipe']}",
         f"Units: {units}",

@@ -36,7 +36,7 @@ def read_foreign(file: str) -> dict[str, np.ndarray]:
     low, high = _exported_range(path)
     arrays = read_npz(exported, "images") if exported.is_file() else {}
     if "weights" in arrays:
-        raise ValueError(f"The PNGs in {file} have weights, so pass {exported}.")
+        raise ValueError(f"The PNGs in {file} lack their weights, so pass {exported}.")
     return {name: arrays[name] for name in _FROM_EXPORT if name in arrays} | {
         "pictures": low + (high - low) * np.asarray(data.floating()),
         "labels": np.asarray(data.labels),
@@ -119,7 +119,7 @@ def _exported_preprocessing(
 
 
 def _to_floating(images: np.ndarray, units: str | None) -> np.ndarray:
-    """Converts bytes to pixels from 0 to 1, and refuses values in other units."""
+    """Converts bytes to pixels from 0 to 1. Raises a `ValueError` for unknown units."""
     if images.dtype == np.uint8:
         images = images / 255
     if images.dtype.kind in "iu":

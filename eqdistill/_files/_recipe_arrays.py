@@ -1,4 +1,4 @@
-"""The parts of recipes that a file keeps although it cannot rebuild the recipe: words,
+"""The parts of recipes that a file keeps even if it cannot rebuild the recipe: words,
 arrays, and digests of frozen backbones."""
 
 import dataclasses
@@ -22,12 +22,12 @@ from .._outer._recipes import _unchanged
 from ..recipes import Recipe
 
 
-_MOST_NUMBERS = 20  # Of an array or a tuple in words.
+_MOST_NUMBERS = 20  # Longer arrays and tuples are not written out.
 
 
 def to_words(x: Any) -> str:
     """An object as a call, such as `RelativeRidge(inner=RidgeSolver)`, with all its
-    settings. Of large arrays only the shapes."""
+    settings. Large arrays are given by their shapes."""
     if isinstance(x, tuple | list) and len(x) > _MOST_NUMBERS:
         return f"({len(x)} values from {to_words(x[0])} to {to_words(x[-1])})"
     if isinstance(x, tuple | list):
@@ -82,8 +82,8 @@ def _recipe_to_words(recipe: Recipe) -> str:
 
 
 def _published(recipe: Recipe) -> tuple[Any, Any] | None:
-    """The network and the function of `eqdistill.recipes` that return this recipe, if
-    they do."""
+    """The network, and the function of `eqdistill.recipes` that returns this recipe for
+    it. `None` if there is no such function."""
     function, models = getattr(recipes, recipe.name, None), recipe.models
     if function is None or not isinstance(models, Fresh):
         return None
@@ -141,7 +141,7 @@ def is_same_recipe(recipe: Any, other: Any) -> bool:
 
 
 def _trace(models: Any) -> Any:
-    """The program that makes models, or the model that is always the same."""
+    """The program that makes the models, or the models themselves."""
     if not isinstance(models, Fresh):
         return models
     make = eqx.filter_make_jaxpr(lambda key: models.make(key=key))
@@ -170,7 +170,7 @@ def named_arrays(tree: PyTree) -> dict[str, Any]:
 
 
 def fill(name: str, tree: PyTree, arrays: dict[str, Array]) -> PyTree:
-    """A tree with all its arrays outside of a `Frozen` replaced by these."""
+    """A tree with all its arrays outside any `Frozen` replaced with these."""
     show = lambda x: "none" if x is None else f"{x.dtype}{list(x.shape)}"
     wanted = named_arrays(tree)
     for path in sorted(wanted | arrays):
@@ -184,13 +184,13 @@ def fill(name: str, tree: PyTree, arrays: dict[str, Array]) -> PyTree:
 
 
 def backbones(models: AbstractModels, distilled: DistilledSet) -> dict[str, str]:
-    """The class of each `Frozen` of a model, and the SHA-256 of its arrays."""
+    """The class of each `Frozen` in a model, and the SHA-256 of its arrays."""
     if isinstance(models, Fixed):
         return _digests(models.model)
     shapes = model_struct(models, distilled)
     if not any(map(_frozen_arrays, _leaves(shapes).values())):
         return {}
-    # What differs from model to model is no backbone.
+    # A part that differs from model to model is not a backbone.
     draw = ft.partial(_draw, models, distilled)
     first, second = (_digests(eqx.filter_jit(draw)(jr.key(i))) for i in range(2))
     return {path: x for path, x in first.items() if x == second[path]}

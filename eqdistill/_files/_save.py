@@ -56,7 +56,7 @@ def save(
     - `path`: a file name that ends in `.safetensors`. An existing file is replaced once
         the new one is completely written.
     - `result`: the result of [`eqdistill.distill`][], which includes the names of the
-        learned arrays; or a distilled set, or an [`eqdistill.Packed`][]. Of a
+        learned arrays; or a distilled set, or an [`eqdistill.Packed`][]. For a
         parameterisation that is not registered, the decoded images are stored.
     - `evaluation`: the result of [`eqdistill.evaluate`][] on the test split, for one
         set. The file claims its score, and stores its recipe and key. By default the
@@ -65,14 +65,14 @@ def save(
     The recipe can be rebuilt if it is one of `eqdistill.recipes` with a network of
     `eqdistill.nn`, or if its models are networks of `eqdistill.nn`, fresh or with fixed
     initial weights, or logistic regression, and its inner solver is a solver of this
-    package with default settings except numbers. For [`eqdistill.UnrolledSolver`][],
-    the optimiser must be Optax's `sgd`, `adam`, `adamw`, `nadam`, `lion`, `rmsprop` or
-    `adagrad`, with any numbers.
+    package with default settings except for numbers. For
+    [`eqdistill.UnrolledSolver`][], the optimiser must be Optax's `sgd`, `adam`,
+    `adamw`, `nadam`, `lion`, `rmsprop` or `adagrad`, with any numbers.
 
-    Of any other recipe, the file stores a description with all settings; all arrays,
+    For any other recipe, the file stores a description with all settings; all arrays,
     such as learned step sizes and fixed initial weights; and for an
     [`eqdistill.nn.Frozen`][] backbone, not its arrays but their SHA-256. To check such
-    a file, a function that returns the recipe is needed: `restore` of the
+    a file, you need a function that returns the recipe. The `restore` method of the
     [`Artifact`][] fills in the arrays.
 
     - `preprocessing`: the preprocessing that was applied to the real images, such as an
@@ -83,7 +83,7 @@ def save(
 
     **Raises:** a `ValueError` if the loss or the preprocessing is not registered, if a
     value is not finite or out of range, or if the objective has learned arrays that the
-    recipe of `evaluation` does not use. Those of an outer loss may be lost.
+    recipe of `evaluation` does not use. Arrays of an outer loss need not be used.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -131,7 +131,7 @@ def load(path: str | os.PathLike) -> Artifact:
     """Loads a distilled set from a file that [`eqdistill.save`][] wrote.
 
     Files from strangers are safe to load: everything in the file is checked, and
-    nothing in it is executed or imported. At most 16 times the size of the file and 16
+    nothing in it is executed or imported. At most 16 times the size of the file plus 16
     MiB are allocated for the decoded images and the model.
 
     **Arguments:**
@@ -154,13 +154,13 @@ def load(path: str | os.PathLike) -> Artifact:
         check(size <= MAX_BYTES, f"it has {size} bytes, more than {MAX_BYTES}")
         with path.open("rb") as file:
             return from_bytes(file.read(size))
-    except Exception as e:  # A hostile file may cause any.
+    except Exception as e:  # A hostile file may cause any exception.
         raise _refusal("load", path, e) from e
 
 
 def _refusal(verb: str, path: Path, e: Exception) -> ValueError:
     reason = str(e).strip().rstrip(".") or type(e).__name__
-    # Hostile files may make it long.
+    # Hostile files may cause a long message.
     reason = reason if len(reason) <= 500 else f"{reason[:500]} ..."
     return ValueError(f"Cannot {verb} {path}: {reason}.")
 

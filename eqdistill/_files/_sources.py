@@ -51,12 +51,12 @@ def call(name: str, flag: str) -> Any:
     """Calls a function without arguments, named as `module:function`."""
     module, colon, function = name.partition(":")
     if not colon:
-        raise ValueError(f"{flag} {name} does not exist, and is no module:function.")
+        raise ValueError(f"{flag} {name} does not exist, and is not a module:function.")
     return getattr(importlib.import_module(module), function)()
 
 
 def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """All arrays of a file, which must include those of these names."""
+    """All arrays in a file, which must include arrays with these names."""
     with np.load(path, allow_pickle=False) as file:  # Pickles could run code.
         if not {*names} <= {*file}:
             raise ValueError(

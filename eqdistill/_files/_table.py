@@ -46,7 +46,7 @@ def check(ok: Any, reason: str) -> None:
 
 class Content:
     """The arrays of a file of `size` bytes, and the memory that is left for what is
-    built from it: 16 times the size, for images enlarged fourfold, and 16 MiB."""
+    built from it: 16 times the size, for images enlarged fourfold, plus 16 MiB."""
 
     def __init__(self, tensors: dict[str, np.ndarray], size: int):
         self.tensors, self.room = dict(tensors), min(16 * size, MAX_BYTES) + 2**24
@@ -249,13 +249,13 @@ def _build_cross_entropy(log_temperature) -> CrossEntropy:
 
 def _bytes_of_packed(small, shape) -> int:
     # Interpolation makes a matrix from the small to the large height, and one for the
-    # width. Its peak is 40 bytes for each entry.
+    # width. Its peak memory is 40 bytes for each entry.
     sides = zip(small.images.shape[-2:], shape[-2:], strict=True)
     return 8 * len(small.images) * math.prod(shape) + 40 * sum(a * b for a, b in sides)
 
 
 def _bytes_of_pyramid(levels, shape) -> int:
-    # As for `Packed`. A side of the finest level is less than the numbers of a row.
+    # As for `Packed`. A side of the finest level is less than the length of a row.
     sides = sum(min(levels.images.shape[1], side) * side for side in shape[-2:])
     return 8 * len(levels.images) * math.prod(shape) + 40 * sides
 

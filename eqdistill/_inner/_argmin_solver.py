@@ -37,9 +37,9 @@ class ArgminSolver(AbstractInnerSolver[None]):
     relative error of $w$. The fit has `collapsed` if the outputs on the distilled
     images vary a hundred times less than at the initial parameters.
 
-    Networks with normalisation are refused: they rarely have a stationary point within
-    reach. The ridge shrinks weights whose scale does not change the outputs, and the
-    curvature grows as they shrink.
+    Networks with normalisation raise an error: they rarely have a stationary point
+    within reach. The ridge shrinks weights whose scale does not change the outputs, and
+    the curvature grows as they shrink.
 
     Source: JAXopt's dataset-distillation notebook; Blondel et al., *Efficient and
     modular implicit differentiation*, 2022, equation (2).
@@ -73,8 +73,8 @@ class ArgminSolver(AbstractInnerSolver[None]):
                     f"`model` must not have normalisation for `ArgminSolver`; got a "
                     f"{type(node).__name__} at `{where}`. Distil for a pool of such "
                     "networks, `Pool(make)`; or fit its last layer, "
-                    "`linear.last_layer(model)`; or train it for a number of steps, by "
-                    "`UnrolledSolver`."
+                    "`linear.last_layer(model)`; or train it for a number of steps "
+                    "with `UnrolledSolver`."
                 )
 
     def __call__(self, distilled: DistilledSet, model, state, *, key):

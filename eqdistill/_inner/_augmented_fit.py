@@ -14,7 +14,7 @@ from ._inner_solver import AbstractInnerSolver, State
 
 class AugmentedFit(AbstractInnerSolver[State]):
     """Fits a model to several augmented copies of each distilled image. Each copy has
-    the label and the weight of its image, and every fit draws other copies.
+    the label and the weight of its image, and every fit draws new copies.
 
     !!! Example
         ```python

@@ -54,8 +54,8 @@ def fit(
     **Raises:**
 
     - A `TypeError` or `ValueError` if the model cannot be applied to the distilled
-        images, holds state, or does not return a vector; or if the labels are not of
-        its classes.
+        images, holds state, or does not return a vector; or if the labels do not
+        match its outputs.
     - A `TypeError` if the solver breaks [`eqdistill.AbstractInnerSolver`][]'s contract.
     - A `RuntimeError` if the fit fails and `throw` is true.
     """

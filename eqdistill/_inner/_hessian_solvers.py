@@ -45,7 +45,7 @@ class DampedCG(_AbstractHessianSolver):
     hypergradient, so this solver raises an error only if $r$ is above `max_residual`.
 
     Source: Pedregosa, *Hyperparameter optimization with approximate gradient*, 2016,
-    Algorithm 1, for solving the adjoint inexactly; Levenberg 1944 for the damping.
+    Algorithm 1, for inexact adjoint solves; Levenberg 1944 for the damping.
 
     **Attributes:**
 
@@ -120,7 +120,7 @@ class NeumannSeries(_AbstractHessianSolver):
 
     $$u = \alpha \sum_{k=0}^{K-1} (I - \alpha H)^k v.$$
 
-    One term replaces the inverse Hessian by a multiple of the identity. Each further
+    One term replaces the inverse Hessian with a multiple of the identity. Each further
     term costs one Hessian-vector product. For a positive definite $H$ the series
     converges if $\alpha$ is less than two over the largest eigenvalue. With the
     smallest eigenvalue $\mu$ its error decreases as $(1 - \alpha \mu)^K$, which equals

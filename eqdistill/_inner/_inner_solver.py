@@ -128,7 +128,7 @@ class AbstractInnerSolver(eqx.Module, Generic[State]):
 
         - `distilled`: the distilled set.
         - `model`: the model whose parameters are fitted. A solver that needs a start
-            may start at the parameters that the model has.
+            may start from the current parameters of the model.
         - `state`: the state from the previous fit.
         - `key`: a `jax.random.key`, different for each fit. (Keyword only argument.)
 

@@ -23,7 +23,7 @@ def check_linear(
     if takes_pixels(model) and jnp.finfo(dtype).bits < 32:
         raise TypeError(
             f"`distilled.images` must be float32 or float64 for `{solver}`, as LAPACK "
-            f"has no other precision; got {dtype}. The real data may be {dtype}."
+            f"supports no other precision; got {dtype}. The real data may be {dtype}."
         )
     return model
 
@@ -38,8 +38,8 @@ def check_loss(solver: str, distilled: DistilledSet, loss: type[AbstractLoss]) -
     inner = distilled.loss
     if isinstance(inner, CrossEntropy) and inner.log_temperature is not None:
         raise ValueError(
-            f"`distilled.loss` must have no temperature for `{solver}`. Give the outer "
-            "loss one, `Bilevel(model, loss=CrossEntropy(0.2))`."
+            f"`distilled.loss` must have no temperature for `{solver}`. Set it in the "
+            "outer loss instead, `Bilevel(model, loss=CrossEntropy(0.2))`."
         )
 
 

@@ -20,9 +20,9 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
 
     $$s = n \Big/ \sqrt{\textstyle \sum_{i=1}^n r_i \|\phi(\theta_i)\|^2},$$
 
-    so that the mean squared norm of the features of $n$ images is $n$: the mean with
-    the weights $r_i$ of the images, which are one by default. One ridge then suits
-    networks whose features differ in size.
+    so that the mean squared norm of the features of $n$ images is $n$. The mean is
+    weighted by the weights $r_i$ of the images, which are one by default. One ridge
+    then suits networks whose features differ in size.
 
     The fitted model takes the unscaled features. `gradient_norm` is the norm for the
     problem with scaled features.
@@ -43,7 +43,7 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
         return self.inner.init(distilled, scaled, key=key)
 
     def __call__(self, distilled: DistilledSet, model, state, *, key):
-        """**Raises:** a `TypeError` for another model, or if `inner` refuses it."""
+        """**Raises:** a `TypeError` for any other model, or if `inner` raises one."""
         scaled, factor = _scale(distilled, model)
         fitted, state = self.inner(distilled, scaled, state, key=key)
         if not isinstance(fitted.model, LinearClassifier):

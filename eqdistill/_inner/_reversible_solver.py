@@ -303,8 +303,8 @@ def _blocks(
 
 
 def _push(rate, gradient, like):
-    """The step along a gradient, in the fixed point of velocities. A step that is too
-    long is clipped to a value that takes the velocity out of its range."""
+    """The step along a gradient, in the fixed-point format of velocities. A step that
+    is too long is clipped to a value that takes the velocity out of its range."""
     bits = _bits_of(like)
     scale = 2.0 ** (bits - _VELOCITY_BITS)
     most = 2.0 ** (bits - 2)
@@ -312,5 +312,5 @@ def _push(rate, gradient, like):
 
 
 def _to_parameter_scale(velocity):
-    """A velocity in the fixed point of parameters."""
+    """A velocity in the fixed-point format of parameters."""
     return velocity >> (_PARAMETER_BITS - _VELOCITY_BITS)

@@ -19,7 +19,7 @@ class RidgeSolver(AbstractInnerSolver[None]):
     rows multiplied by the square roots of the weights of the images,
 
     $$W^\top = \Phi^\top (\Phi \Phi^\top + n \lambda I)^{-1} T
-    = (\Phi^\top \Phi + n \lambda I)^{-1} \Phi^\top T,$$
+    = (\Phi^\top \Phi + n \lambda I)^{-1} \Phi^\top T.$$
 
     The smaller of the two systems is solved by Cholesky decomposition. The solution can
     be differentiated any number of times. In float32 the ridge must not be small
@@ -34,7 +34,7 @@ class RidgeSolver(AbstractInnerSolver[None]):
         return None
 
     def __call__(self, distilled: DistilledSet, model: PyTree, state, *, key):
-        """**Raises:** a `TypeError` for another model or loss."""
+        """**Raises:** a `TypeError` for any other model or loss."""
         model = check_linear("RidgeSolver", distilled, model, SquaredError)
         assert isinstance(distilled.loss, SquaredError)
         features = jax.vmap(model.features)(distilled.images)

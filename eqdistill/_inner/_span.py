@@ -25,7 +25,7 @@ class SpanProblem(eqx.Module):
         return self.weigh(label_residual(logits, self.labels))
 
     def weigh(self, x: Float[Array, "n *rest"]) -> Float[Array, "n *rest"]:
-        """Multiplies what belongs to each image by its weight."""
+        """Multiplies the entries of each image by the weight of the image."""
         if self.weights is None:
             return x
         return jnp.expand_dims(self.weights.astype(x.dtype), range(1, x.ndim)) * x
@@ -77,7 +77,8 @@ class Span(eqx.Module):
             self.inverse = (left / jnp.where(is_zero, 1, singular_values)[None]).T
             self.shift = jnp.sum(self.inverse, axis=1)
         if use_intercept:
-            # What the images cannot reproduce of a constant. Zero at rounding level.
+            # The part of a constant that the images cannot reproduce. Zero at rounding
+            # level.
             outside = 1 - features @ self.shift
             is_large = jnp.max(jnp.abs(outside)) > len(images) * eps
             outside = jnp.where(is_large, outside, 0)

@@ -1,4 +1,4 @@
-"""Networks of any kind, whose parameters are stored in a row: one array is fast to
+"""Networks of any kind, whose parameters are stored as one flat array, which is fast to
 draw, to read from a pool and to write back."""
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from .._classifier import last_layer, LinearClassifier
 
 
-# The parameters of a network in a row, and its other arrays, mostly none.
+# The flattened parameters of a network, and its other arrays, usually none.
 Flat = tuple[Float[Array, "..."], PyTree]
 
 
@@ -28,7 +28,7 @@ class FlatNetworks:
     **Attributes:**
 
     - `make`: the constructor, a function of `key`.
-    - `where`: picks the last layer, as for [`eqdistill.linear.last_layer`][].
+    - `where`: selects the last layer, as for [`eqdistill.linear.last_layer`][].
     """
 
     make: Callable

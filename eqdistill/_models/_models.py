@@ -88,7 +88,7 @@ class Fresh(AbstractModels[None]):
 
         **Raises:**
 
-        A `TypeError` if `make` is a model, or needs other arguments than `key`.
+        A `TypeError` if `make` is a model, or needs arguments other than `key`.
         """
         check_make("make", make)
         self.make = make

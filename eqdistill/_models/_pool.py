@@ -24,7 +24,7 @@ class PoolState(eqx.Module):
 
     **Attributes:**
 
-    - `networks`: the arrays of the networks. Their first axis is that of the networks.
+    - `networks`: the arrays of the networks. Their first axis runs over the networks.
     - `training`: the states of their optimisers.
     - `ages`: the number of steps that each network has been trained for.
     """
@@ -36,7 +36,8 @@ class PoolState(eqx.Module):
 
 class Pool(AbstractModels[PoolState]):
     r"""The last layer of a network that is drawn at random from a pool of networks of
-    all ages. Images that are distilled for a pool train networks from scratch:
+    all ages. Images that are distilled for a pool can train networks from scratch. Each
+    step fits
 
     $$w^\star(\theta) = \arg\min_w f(\Phi_j(\theta) w; y) + \frac{\lambda}{2} \|w\|^2,$$
 
@@ -46,11 +47,11 @@ class Pool(AbstractModels[PoolState]):
 
     After each outer step, the network that was drawn takes one training step on the
     distilled images, without a ridge. After `max_age` steps it starts again, from fresh
-    initial weights. A hypergradient needs the features of the real images, and no
-    gradient of them.
+    initial weights. A hypergradient needs the features of the real images, but not
+    their gradients.
 
-    Dropout is on in the training of the networks, and off in their features. Networks
-    with batch normalisation are refused, as their state has no place here.
+    Dropout is on when the networks are trained, and off in their features. Networks
+    with batch normalisation raise an error, because a pool cannot hold their state.
 
     !!! Example
 
@@ -93,16 +94,16 @@ class Pool(AbstractModels[PoolState]):
 
         All other arguments are keyword only.
 
-        - `where`: picks the last layer of a network, as for
+        - `where`: selects the last layer of a network, as for
             [`eqdistill.linear.last_layer`][].
         - `size`: the number of networks of each architecture.
         - `max_age`: the number of training steps after which a network starts again.
         - `optimiser`: the Optax optimiser of the networks.
-        - `augmentation`: changes the distilled images in the training of the networks.
+        - `augmentation`: changes the distilled images when the networks are trained.
 
         **Raises:**
 
-        A `TypeError` if a function is a network, or needs other arguments than `key`. A
+        A `TypeError` if a function is a network, or needs arguments other than `key`. A
         `ValueError` if there is no function, or `size` or `max_age` is less than 1.
         """
         if not makes:
@@ -128,7 +129,7 @@ class Pool(AbstractModels[PoolState]):
             for own, own_keys in zip(self.networks, keys, strict=True)
         )
         training = tuple(jax.vmap(self.optimiser.init)(rows) for rows, _ in networks)
-        # The networks reach their maximal age one after the other.
+        # The networks reach their maximum age one after the other.
         age = jnp.arange(self.size) * self.max_age // self.size
         return PoolState(networks, training, tuple(age for _ in networks))
 
@@ -203,7 +204,7 @@ def check_networks(networks: tuple[FlatNetworks, ...], distilled: DistilledSet) 
 
 def _read(stack: PyTree, index: Int[Array, ""]) -> PyTree:
     """One entry of stacked arrays."""
-    # A branch makes arrays of the entry. Otherwise XLA would read each number from the
+    # A branch copies the entry first. Otherwise XLA would read each number from the
     # stack wherever the number is used, and a step would take half as long again.
     entry = jax.tree.map(lambda x: jax.lax.stop_gradient(x[index]), stack)
     zeros = lambda entry: jax.tree.map(jnp.zeros_like, entry)

@@ -37,8 +37,8 @@ class RandomFeatures(AbstractModels[None]):
 
         **Raises:**
 
-        A `TypeError` as [`eqdistill.Pool`][]; a `ValueError` if `num_networks` is less
-        than 1.
+        A `TypeError` as for [`eqdistill.Pool`][]; a `ValueError` if `num_networks` is
+        less than 1.
         """
         check_make("make", make)
         check_at_least(1, num_networks=num_networks)
@@ -46,7 +46,7 @@ class RandomFeatures(AbstractModels[None]):
         self.num_networks = num_networks
 
     def init(self, distilled, *, key):
-        """As [`eqdistill.AbstractModels`][]; raises as [`eqdistill.Pool`][]."""
+        """Like [`eqdistill.AbstractModels`][]. Raises as [`eqdistill.Pool`][] does."""
         del key
         check_networks((self.networks,), distilled)
         return None

@@ -57,7 +57,7 @@ class Conv2d(eqx.Module):
         *,
         key: PRNGKeyArray,
     ):
-        """**Arguments and raises:** as `equinox.nn.Conv2d`."""
+        """**Arguments and raises:** the same as `equinox.nn.Conv2d`."""
         ints = in_channels, out_channels, kernel_size, stride, padding, dilation, groups
         check_at_least(1, in_channels=in_channels, out_channels=out_channels)
         check_at_least(1, groups=groups)
@@ -65,7 +65,7 @@ class Conv2d(eqx.Module):
         for name, x in pairs.items():
             if np.size(x) > 2 or np.min(x) < 1:
                 raise ValueError(
-                    f"`{name}` must be one integer or two, of at least 1; got {x}."
+                    f"`{name}` must be one or two integers of at least 1; got {x}."
                 )
         convolution = eqx.nn.Conv2d(
             *map(_as_ints, ints),
@@ -88,8 +88,8 @@ class Conv2d(eqx.Module):
         """Returns the convolution of one image, of shape
         `(in_channels, height, width)`. The `key` is ignored.
 
-        **Raises:** a `ValueError` if the image has another number of axes or channels,
-        or if the padded image is smaller than the kernel."""
+        **Raises:** a `ValueError` if the image has the wrong number of axes or
+        channels, or if the padded image is smaller than the kernel."""
         if image.ndim != 3 or image.shape[0] != self.in_channels:
             raise ValueError(
                 f"`image` must have shape (in_channels={self.in_channels}, height, "
@@ -120,14 +120,14 @@ _PAD_MODES = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
 
 
 def _as_ints(x: Any) -> Any:
-    """Converts NumPy's integers, also in nested sequences."""
+    """Converts NumPy integers, including those in nested sequences."""
     if isinstance(x, str):
         return x
     return tuple(map(_as_ints, x)) if isinstance(x, Sequence) else operator.index(x)
 
 
 def _copy_fields(convolution: eqx.nn.Conv2d, new: Conv2d) -> Conv2d:
-    # `__init__` needs a key, and a frozen module refuses `setattr`.
+    # `__init__` needs a key, and a frozen module does not allow `setattr`.
     for field in dataclasses.fields(Conv2d):
         object.__setattr__(new, field.name, getattr(convolution, field.name))
     return new
@@ -156,11 +156,11 @@ _equinox_pool = eqx.nn.AvgPool2d(2, 2)
 
 
 def fast_convolutions(network: PyTree) -> PyTree:
-    """Replaces each `equinox.nn.Conv2d` by an [`eqdistill.nn.Conv2d`][], and each
-    `equinox.nn.AvgPool2d(2, 2)` by `eqdistill.nn.average_pool`.
+    """Replaces each `equinox.nn.Conv2d` with an [`eqdistill.nn.Conv2d`][], and each
+    `equinox.nn.AvgPool2d(2, 2)` with `eqdistill.nn.average_pool`.
 
     `network` is any pytree. Subclasses of `equinox.nn.Conv2d`, other pooling layers and
-    convolutions of other dimensions are unchanged. The returned network has the same
+    convolutions in other dimensions are unchanged. The returned network has the same
     parameters, and the same outputs up to rounding.
     """
 

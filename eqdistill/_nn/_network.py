@@ -76,8 +76,8 @@ def initialise(network: PyTree, initialiser: Callable, *, key: PRNGKeyArray) -> 
     **Arguments:**
 
     - `network`: any `equinox.Module` made of such layers.
-    - `initialiser`: a function as in `jax.nn.initializers`, for weights whose first two
-        axes are the outputs and the inputs: `eqdistill.nn.he` or
+    - `initialiser`: a function like those in `jax.nn.initializers`, for weights whose
+        first two axes are the outputs and the inputs: `eqdistill.nn.he` or
         `eqdistill.nn.lecun`.
     - `key`: a `jax.random.key`. (Keyword only argument.)
 
@@ -125,13 +125,13 @@ def zero_head(
 
 
 def _check_layers(network: PyTree) -> None:
-    """Refuses a network with weights that `initialise` would leave unchanged."""
+    """Raises a `TypeError` for weights that `initialise` would leave unchanged."""
     is_known = lambda x: isinstance(x, (*_WEIGHT_LAYERS, *_NORM_LAYERS, Frozen))
     for path, node in jax.tree.leaves_with_path(network, is_leaf=is_known):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         is_bad = eqx.is_inexact_array(node)
         if isinstance(node, _WEIGHT_LAYERS):
-            # A subclass may have other arrays than its layer.
+            # A subclass may have arrays that its base class lacks.
             fields = {
                 k: x for k, x in vars(node).items() if k not in ("weight", "bias")
             }
@@ -139,9 +139,10 @@ def _check_layers(network: PyTree) -> None:
             is_bad, name = bool(others), ".".join([name, *others[:1]])
         if is_bad:
             raise TypeError(
-                "`network` must have floating-point arrays only in linear, convolution "
-                "and normalisation layers, which `initialise` can redraw; got "
-                f"`{name}`. Draw its weights yourself, or hold it in a `Frozen`."
+                "`network` must have floating-point arrays only in linear, "
+                "convolutional and normalisation layers, which `initialise` can "
+                f"redraw; got `{name}`. Draw its weights yourself, or wrap it in a "
+                "`Frozen`."
             )
         if isinstance(node, _WEIGHT_LAYERS):
             kernel = () if isinstance(node, eqx.nn.Linear) else node.kernel_size

@@ -31,7 +31,7 @@ class Accumulated:
         result = eqd.distill(start, model, data, steps=50)
         ```
 
-    **Attributes:** `error`: what reading a batch has raised, or `None`.
+    **Attributes:** `error`: the error that reading a batch raised, or `None`.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Accumulated:
 
         **Raises:**
 
-        What reading the first batch raises. A run stops with an
+        Any error from reading the first batch. A run stops with an
         [`eqdistill.DistillationError`][] if another batch cannot be read, is not
-        finite, or has other shapes.
+        finite, or has different shapes.
         """
         check_source(source)
         check_at_least(1, num_batches=num_batches)
@@ -81,7 +81,7 @@ class Accumulated:
         return self._data
 
     def read(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Reads a batch on the host: JAX's operations may not run within a program."""
+        """Reads a batch with NumPy, because JAX must not be called within a program."""
         images, labels = map(np.asarray, read_batch(self.source, step))
         shapes = tuple(x.shape for x in self.struct)
         is_byte = images.dtype == self.struct[0].dtype == np.uint8
@@ -135,7 +135,7 @@ class _Accumulated(AbstractData):
                 return *batch, np.zeros(share, np.float32)
             except Exception as e:
                 # An error from within a program would leave other devices waiting. NaN
-                # stops the run by its status.
+                # stops the run through its status.
                 self.reader.error = e
                 empty = [np.zeros(x.shape, x.dtype) for x in parts[:2]]
                 return *empty, np.full(share, np.nan, np.float32)
@@ -154,7 +154,7 @@ class _Accumulated(AbstractData):
 
 
 def _of_read(model, example):
-    """As `of_example`. `zero` is NaN if the batch could not be read."""
+    """Like `of_example`. `zero` is NaN if the batch could not be read."""
     image, label, zero = example
     value = of_example(model, (image, label, None, {}))
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), value)

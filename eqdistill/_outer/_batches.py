@@ -20,11 +20,11 @@ from ._data import AbstractData, Cached, FullBatch, mean_of_some
 
 class Batches(AbstractData):
     """Some of the real examples in each outer step: drawn at random, without
-    replacement, until fewer are left than a batch needs. Then another epoch starts, in
-    another order.
+    replacement, until fewer are left than a batch needs. Then a new epoch starts, in
+    a new order.
 
-    The order is a function of the key and the epoch: of the run, or, if batches are
-    balanced, of each class.
+    The order is a function of the key and the epoch. If batches are balanced, each
+    class has its own epochs.
     """
 
     data: FullBatch
@@ -51,9 +51,9 @@ class Batches(AbstractData):
 
         All other arguments are keyword only.
 
-        - `balanced`: whether a batch has the same number of examples of each class. A
-            class with fewer examples is taken several times. Weights are then relative
-            to those of the same class.
+        - `balanced`: whether a batch has the same number of examples of each class. The
+            examples of smaller classes are used more often. Weights are then relative
+            to the mean weight of the class.
         - `augmentation`: changes each image at random, differently in each step.
         - `cached`, `chunk_bytes`, `sharding`: as for [`eqdistill.FullBatch`][]. Every
             device works on its own part of a batch, and the batches are the same for
@@ -63,7 +63,7 @@ class Batches(AbstractData):
 
         A `ValueError` if `size` is not from 1 to the number of examples; if a balanced
         batch cannot have the same number of examples of each class; if images with
-        cached outputs are to be augmented; and as [`eqdistill.FullBatch`][].
+        cached outputs are to be augmented; and as for [`eqdistill.FullBatch`][].
         """
         if not 1 <= size <= len(dataset):
             raise ValueError(
@@ -132,7 +132,7 @@ class Batches(AbstractData):
 
 
 def _balance(dataset: Dataset, weights: np.ndarray) -> Array:
-    """The weights divided by their mean over a class."""
+    """The weights, divided by the mean over their class."""
     counts, labels = dataset.class_counts, to_host(dataset.labels)
     total = np.bincount(labels, weights=weights, minlength=dataset.num_classes)
     mean = total / np.maximum(counts, 1)
@@ -149,14 +149,14 @@ class _Draws(eqx.Module):
 
 
 def _take(size: int, num: int, counts, rows: PyTree, draws: _Draws, _, device):
-    """The part of a device of a batch of `size` of `num` examples."""
+    """One device's part of a batch of `size` out of `num` examples."""
     chosen = _chosen(size, num, counts, draws)
     if device is None:
         place = jnp.arange(size)
         images, *others = jax.tree.map(lambda x: x[chosen], rows)
     else:
         # Each device takes the examples that it has, and all send them where they are
-        # wanted. The other entries are zero, so that a sum collects them.
+        # needed. The other entries are zero, so that a sum collects them.
         share = -(-size // device.count)
         chosen = jnp.pad(chosen, (0, share * device.count - size), mode="edge")
         place = device.index * share + jnp.arange(share)
@@ -178,7 +178,7 @@ def _take(size: int, num: int, counts, rows: PyTree, draws: _Draws, _, device):
 
 
 def _chosen(size: int, num: int, counts, draws: _Draws) -> Int[Array, " size"]:
-    """The numbers of the examples in a batch."""
+    """The indices of the examples in a batch."""
     step, key, by_class = draws.step, draws.key, draws.by_class
     if by_class is None:
         return batch_at(step, size, num, key=key)

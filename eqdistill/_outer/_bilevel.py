@@ -36,7 +36,7 @@ class Bilevel(AbstractObjective[PyTree]):
         ```
 
     Source: the bilevel problem is that of JAXopt's dataset-distillation notebook; its
-    gradient by implicit differentiation, Pedregosa 2016, equation (2).
+    gradient by implicit differentiation is from Pedregosa 2016, equation (2).
     """
 
     models: AbstractModels
@@ -58,10 +58,10 @@ class Bilevel(AbstractObjective[PyTree]):
             outputs, of shape `(c,)`. Or an [`eqdistill.AbstractModels`][], such as
             [`eqdistill.Pool`][], which provides a model in each step.
         - `inner`: how the model is fitted.
-        - `loss`: the outer loss $\\ell$, of the outputs as they are. Defaults to the
-            loss of the distilled set, except if that is the squared error and the real
-            data have class indices: then to the cross-entropy of five times the
-            outputs, because targets differ by one between classes.
+        - `loss`: the outer loss $\\ell$, applied to the unscaled outputs. Defaults to
+            the loss of the distilled set, unless that is the squared error and the real
+            data have class indices. The default is then the cross-entropy of five times
+            the outputs, because targets differ by one between classes.
 
         **Raises:**
 
@@ -73,7 +73,7 @@ class Bilevel(AbstractObjective[PyTree]):
         self.loss = loss
 
     def init(self, distilled, *, key):
-        """**Raises:** a `TypeError` or `ValueError` as [`eqdistill.fit`][]."""
+        """**Raises:** a `TypeError` or `ValueError` as for [`eqdistill.fit`][]."""
         models_key, draw_key, inner_key = jr.split(key, 3)
         models = self.models.init(distilled, key=models_key)
         model = self.models.draw(models, key=draw_key)
@@ -81,8 +81,8 @@ class Bilevel(AbstractObjective[PyTree]):
         return models, self.inner.init(distilled, model, key=inner_key)
 
     def __call__(self, distilled, data, state, *, step, key):
-        """**Raises:** a `ValueError` if the data have images of another shape than the
-        distilled set, or more classes than the model has outputs."""
+        """**Raises:** a `ValueError` if the data have images of a different shape from
+        the distilled set, or more classes than the model has outputs."""
         data_key, models_key, inner_key = jr.split(key, 3)
         models_key, inner_key = (
             jr.fold_in(own_key, step) for own_key in (models_key, inner_key)
@@ -118,8 +118,8 @@ class Bilevel(AbstractObjective[PyTree]):
         return value, Outcome(inner_state, failure, metrics)
 
     def layout(self, dataset):
-        """As [`eqdistill.AbstractObjective`][]. For logistic regression the pixels are
-        sorted, so that pixels that are mostly background cost little."""
+        """Like [`eqdistill.AbstractObjective`][]. For logistic regression the pixels
+        are sorted, so that pixels that are mostly background cost little."""
         is_linear = isinstance(self.models, Fixed) and takes_pixels(self.models.model)
         is_plain = dataset.sharding is None and not dataset.has_targets
         is_plain &= dataset.weights is None

@@ -25,8 +25,8 @@ class AbstractCallback(eqx.Module, Generic[Own]):
     """Watches a distillation, and may stop it.
 
     A callback has a state, which it receives and returns. The last states are the
-    `callbacks` of the [`Distillation`][]. [`eqdistill.Checkpoints`][] keep the
-    arrays in a state, which therefore have the same structure, shapes and dtypes
+    `callbacks` of the [`Distillation`][]. [`eqdistill.Checkpoints`][] saves the
+    arrays in a state, which must therefore have the same structure, shapes and dtypes
     throughout. Other leaves, such as an open file, are made by `init` again when a run
     resumes.
 
@@ -68,7 +68,7 @@ class AbstractCallback(eqx.Module, Generic[Own]):
 
     def on_step(self, step: int, own: Own) -> None:
         """Called after each step, whatever `every` is, with the number of steps taken.
-        Does nothing by default; a progress bar moves."""
+        Does nothing by default; `ProgressBar` advances its bar."""
         del step, own
 
     @abc.abstractmethod
@@ -106,9 +106,10 @@ class AbstractCheckpoints(eqx.Module):
 
 
 class ProgressBar(AbstractCallback[Any]):
-    """Shows a progress bar, and that the first step is being compiled, which the
-    displayed speed leaves out. The bar moves with each step, and shows the loss as
-    often as `every` says. Needs `tqdm`, which is in `eqdistill[progress]`."""
+    """Shows a progress bar. It reports that the first step is being compiled, and the
+    displayed speed leaves the compilation out. The bar advances in each step, and
+    updates the loss every `every` steps. Needs `tqdm`, which is in
+    `eqdistill[progress]`."""
 
     every: int = eqx.field(default=10, converter=as_int)
 
@@ -129,8 +130,8 @@ class ProgressBar(AbstractCallback[Any]):
             initial=int(state.step),
             desc="compiling the first step",
             unit="step",
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # A log file is not one.
-            miniters=1,  # Else tqdm skips updates when a run slows down.
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # Rarely in log files.
+            miniters=1,  # Without it, tqdm skips updates when a run slows down.
         )
 
     def __call__(self, problem, state, history, own):
@@ -155,7 +156,7 @@ class _Best(eqx.Module):
     step: Int[Array, ""]
     loss: Float[Array, ""]
     checks: Int[Array, ""]  # The number of checks since this step.
-    layout: Any  # Returns the held-out data: arrays would be in each checkpoint.
+    layout: Any  # Returns the held-out data: checkpoints would save arrays.
 
 
 class EarlyStopping(AbstractCallback[_Best]):
@@ -200,7 +201,7 @@ class EarlyStopping(AbstractCallback[_Best]):
         """**Raises:**
 
         A `ValueError` if the loss on the held-out data is not finite at the start, or
-        their classes have other names.
+        the names of the classes differ.
         """
         del steps
         data, distilled = self.data, problem.distilled(state)

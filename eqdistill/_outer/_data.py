@@ -36,7 +36,7 @@ class AbstractData(eqx.Module):
         **Arguments:**
 
         - `fn`: a function `fn(model, x, y)` of one example $x$ and its label $y$, that
-            returns an array or a tree of arrays. It closes over no traced arrays:
+            returns an array or a tree of arrays. It must not close over traced arrays:
             everything that is differentiated is in `model`.
         - `model`: any pytree.
         - `step`: the number of the outer step, from 0.
@@ -53,8 +53,9 @@ class Cached(eqx.Module):
     """A part of a model whose outputs on the real examples are computed only once.
 
     [`eqdistill.FullBatch`][] and [`eqdistill.Batches`][] evaluate it for all examples
-    if it is among their `cached`. An outer step then reads these outputs instead of
-    computing them. On other inputs, such as distilled images, it is computed as usual.
+    if it is one of their `cached` parts. An outer step then reads these outputs instead
+    of computing them. On other inputs, such as distilled images, it is computed as
+    usual.
 
     !!! Example
 
@@ -82,9 +83,10 @@ class Cached(eqx.Module):
         - `features`: any module from one example to an array.
         - `name`: identifies this part. Different parts need different names.
         - `directory`: a folder in which the outputs are kept, for other runs of the
-            program and for [`eqdistill.evaluate`][]. Each file is named by the SHA-256
-            of the computation, its arrays and the examples, so any number of networks
-            and datasets can share the folder. Delete files that are no longer needed.
+            program and for [`eqdistill.evaluate`][]. Each file is named after the
+            SHA-256 of the computation, its arrays and the examples, so any number of
+            networks and datasets can share the folder. Delete files that are no longer
+            needed.
         """
         self.features = eqx.nn.inference_mode(features)
         self.name = name
@@ -194,7 +196,7 @@ class FullBatch(AbstractData):
 def mean_of_some(
     data: FullBatch, fn: Callable, model: PyTree, num: int, others: PyTree, take
 ) -> PyTree[Array]:
-    """The mean over `num` of the data, which `take` takes: see `Examples`."""
+    """The mean over the `num` examples that `take` returns: see `Examples`."""
     rows = data.images, data.labels, data.weights, data.cached
     examples = Examples(rows, others, take, num, data.chunk_bytes, data.sharding)
     struct = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
@@ -214,7 +216,7 @@ def _spread(x: Array, sharding: NamedSharding | None) -> Array:
 
 
 def of_example(model: PyTree, example: tuple) -> PyTree:
-    """`fn(model, x, y)` times its weight, with the cached outputs in their places."""
+    """`fn(model, x, y)` times the weight of the example, using cached outputs."""
     (fn, model), (image, label, weight, cached) = model, example
     is_known = lambda node: isinstance(node, Cached) and node.name in cached
     model = jax.tree.map(
@@ -240,7 +242,7 @@ def example_loss(
     model: tuple[AbstractLoss, PyTree], x: Array, y: Array
 ) -> Float[Array, ""]:
     """The loss of a network on one example: the function that [`eqdistill.Bilevel`][]
-    takes the mean of. Data may recognise it, and take a faster way."""
+    takes the mean of. Data may recognise it, and use a faster method."""
     loss, network = model
     return loss(network(x)[None], y[None])
 
@@ -252,13 +254,13 @@ def find_cached(tree: PyTree) -> list[Cached]:
 
 
 def check_cached(objective: PyTree, data: PyTree) -> None:
-    """**Raises:** a `ValueError` if the data hold the outputs of another module than
-    the one of the same name in the objective."""
+    """**Raises:** a `ValueError` if the data hold the outputs of a module that differs
+    from the module of the same name in the objective."""
     known = {node.name: node for node in find_cached(data)}
     for node in find_cached(objective):
         other = known.get(node.name, node)
         if node is not other and not eqx.tree_equal(node, other):
             raise ValueError(
                 f"`cached` of the data must hold the modules of the objective; the "
-                f"module named {node.name!r} is another one."
+                f"module named {node.name!r} is a different one."
             )

@@ -17,7 +17,8 @@ class History(eqx.Module):
 
     **Attributes:**
 
-    - `loss`: the loss of the objective: on the batch of the step, with batches.
+    - `loss`: the loss of the objective. With batches, it is the loss on the batch of
+        the step.
     - `gradient_norm`: the Euclidean norm of its gradient in the learned arrays.
     - `metrics`: the metrics of the objective, under their names: for
         [`eqdistill.Bilevel`][], the `"inner_residual"`.
@@ -50,9 +51,9 @@ class Distillation(eqx.Module):
     - `learned`: the names of the learned arrays, such as `"images"` and `"log_l2"`.
     - `state`: the last state, from which [`eqdistill.distill`][] can continue.
     - `settings`: the arguments of the call in words, each part under its name.
-    - `changes`: how these differ from the arguments of the result that the call
-        continued, if it did, with the changes of that result before them. Data are
-        compared by 64 of their rows, other large arrays by shape.
+    - `changes`: how `settings` differ from those of the result that the call continued,
+        if any, after the changes of that result. Data are compared by 64 of their rows,
+        other large arrays by shape.
     - `callbacks`: the last states of the callbacks, without leaves that are not data,
         such as an open file; `None` for [`eqdistill.Checkpoints`][].
     """
@@ -70,7 +71,7 @@ class Distillation(eqx.Module):
     def average(self) -> "Distillation":
         """Returns the same result with the moving average of the learned arrays instead
         of their last values. The optimiser must be wrapped by [`eqdistill.averaged`][].
-        Runs continue from its `state` as from the `state` of this result."""
+        Runs continue from its `state` just as from the `state` of this result."""
         average = average_of(self.state.optimiser_state)
         start, objective = eqx.combine(average, (self.start, self.objective))
         changed = {"distilled": start.decode(), "start": start, "objective": objective}
@@ -90,8 +91,8 @@ class DistillationError(RuntimeError):
     """Raised when a distillation cannot continue.
 
     **Attributes:** `distillation`: the result so far, with the last good distilled set:
-    the last one from which a step found everything finite and the objective without
-    failure, or the one that the run started with.
+    the last one at which a step found that everything is finite and that the objective
+    does not fail, or the one that the run started with.
     """
 
     distillation: Distillation

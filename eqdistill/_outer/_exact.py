@@ -37,9 +37,9 @@ def distill_exactly(
 
     **Arguments:**
 
-    - `start`: provides the labels, and the images outside the span of $W$. Its loss is
-        [`eqdistill.CrossEntropy`][]. Class indices are kept. The logits of soft labels
-        are solved for with the images.
+    - `start`: provides the labels, and the images outside the span of $W$. Must have
+        the loss [`eqdistill.CrossEntropy`][]. Class indices are kept. The logits of
+        soft labels are solved for with the images.
     - `model`: the [`eqdistill.linear.LogisticRegression`][] to recover, up to a
         constant: fitted weights have mean zero over the classes.
     - `l2`: the ridge $\lambda$. Defaults to the largest of $\bar\lambda / 2,
@@ -52,7 +52,7 @@ def distill_exactly(
 
     **Raises:** a `ValueError` that names the reason if there is no solution:
 
-    - if there are fewer images than $\mathrm{rank}(W)$, which is mostly $c - 1$, or
+    - if there are fewer images than $\mathrm{rank}(W)$, which is usually $c - 1$, or
         fewer than $\mathrm{rank}(W) + 1$ with an intercept;
     - with an intercept and class indices, if a class has no image;
     - if the ridge is above $\bar\lambda = W_0((c - 1) / e) / \|W\|^2$, where $W_0$ is
@@ -78,10 +78,10 @@ def distill_exactly(
         hard, has_intercept = start.labels.ndim == 1, target.intercept is not None
         least = len(target.singular_values) + has_intercept
         if len(start) < least:
-            more = ", and one more for its intercept" if has_intercept else ""
+            more = " plus one for its intercept" if has_intercept else ""
             raise ValueError(
-                f"`start` must have at least {least} images, one for each rank of the "
-                f"weights of `model`{more}; got {len(start)}."
+                f"`start` must have at least {least} images, the rank of the weights "
+                f"of `model`{more}; got {len(start)}."
             )
         missing = np.setdiff1d(np.arange(target.contrasts.shape[1]), start.labels)
         if has_intercept and hard and len(missing) > 0:

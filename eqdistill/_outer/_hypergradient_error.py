@@ -61,13 +61,13 @@ def hypergradient_error(
 
     **Arguments:**
 
-    - `start`, `model`, `inner`: as for [`eqdistill.Bilevel`][]; but not a source of
-        models, which would draw other models in double precision.
+    - `start`, `model`, `inner`: as for [`eqdistill.Bilevel`][], but `model` must not be
+        a source of models, which would draw different models in double precision.
     - `data`: the real data.
-    - `reference`: how to fit the model for the reference. Defaults to `inner`, whose
-        default tolerances are finer in double precision: without its `window` if it is
-        an [`eqdistill.UnrolledSolver`][], and with the default adjoint if it is an
-        [`eqdistill.ArgminSolver`][].
+    - `reference`: how to fit the model for the reference. Defaults to `inner`, without
+        its `window` if it is an [`eqdistill.UnrolledSolver`][], and with the default
+        adjoint if it is an [`eqdistill.ArgminSolver`][]. The default tolerances of
+        solvers are tighter in double precision.
     - `key`: as for [`eqdistill.fit`][].
 
     **Raises:** a `ValueError` if the fit of the reference does not converge.
@@ -155,7 +155,7 @@ def _bound(
     u, _ = jax.scipy.sparse.linalg.cg(hessian, v, tol=1e-12, maxiter=1000)
     a, q = label_residual(logits, distilled.labels), images @ u
     change = softmax_change(logits, q)
-    # By the adjoint. The bound includes the distance of the given one from this.
+    # Via the adjoint. The bound adds the distance from this to the given one.
     follows = {
         "images": ((a @ u.T - change @ w.T) / n).reshape(distilled.images.shape),
         "log_l2": -l2 * jnp.sum(u * w),

@@ -42,7 +42,7 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
 
         - `objectives`: at least one objective.
         - `order`: the indices of the objectives of successive steps, repeated for as
-            long as the run takes. Defaults to each objective once. (Keyword only
+            long as the run lasts. Defaults to each objective once. (Keyword only
             argument.)
 
         **Raises:**
@@ -70,8 +70,8 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
         )
 
     def __call__(self, distilled, data, state, *, step, key):
-        """As [`eqdistill.AbstractObjective`][]. The metrics of other objectives than
-        that of the step are NaN. States under one `jax.vmap` must be at the same
+        """Like [`eqdistill.AbstractObjective`][]. The metrics of all objectives other
+        than that of the step are NaN. States under one `jax.vmap` must be at the same
         step."""
         # The seeds of a `vmap` take the same step: only one objective is computed.
         turn = jnp.array(self.order)[eqxi.unvmap_max(step) % len(self.order)]

@@ -27,8 +27,8 @@ class CompiledStep:
     """
 
     def __init__(self, problem: Problem, state: DistillState, data: AbstractData):
-        # On all devices of the data from the start, or the second step would compile
-        # again.
+        # Place everything on all devices of the data from the start. Otherwise the
+        # second step would compile again.
         sharding = getattr(data, "sharding", None)
         self._problem = _flatten(replicate(problem, sharding))
         structure, leaves = _flatten(replicate(state, sharding))
@@ -56,7 +56,7 @@ class CompiledStep:
 
 
 def _check_errors(jaxpr: Any) -> None:
-    """**Raises:** a `ValueError` if a program may raise an error of Equinox."""
+    """**Raises:** a `ValueError` if a program may raise an Equinox error."""
     for eqn in jaxpr.eqns:
         function = getattr(eqn.params.get("callback"), "callback_func", None)
         if "equinox" in getattr(function, "__module__", ""):
@@ -71,7 +71,7 @@ def _check_errors(jaxpr: Any) -> None:
 
 
 def copy_arrays(tree: PyTree) -> PyTree:
-    """Arrays that may be donated, or that outlive a loop that donates."""
+    """Copies arrays, which may then be donated, or outlive a loop that donates."""
     if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
         # Unlike `jnp.copy`, this compiles nothing.
         return jax.device_put(tree, may_alias=False)

@@ -32,14 +32,14 @@ class Examples(eqx.Module):
 
     - `rows`: arrays whose first axis is spread over the devices.
     - `others`: whatever else `take` needs. All of it is on every device.
-    - `take`: `take(rows, others, i, device)` returns the part of a device of read `i`
-        of the examples, a tree of arrays, from its part of `rows`. On one device,
-        `device` is `None`. All parts have the same size. The last ones may be padded,
-        by any examples.
+    - `take`: `take(rows, others, i, device)` returns a device's part of read `i` of the
+        examples, a tree of arrays, from its part of `rows`. On one device, `device` is
+        `None`. All parts have the same size. The last parts may be padded with any
+        examples.
     - `num`: the number of examples in a read, on all devices, without padding.
     - `chunk_bytes`: the memory for the activations of a chunk.
     - `sharding`: how the first axis of `rows` is spread over devices, if it is.
-    - `num_reads`: how often examples are taken.
+    - `num_reads`: how many times `take` is called.
     """
 
     rows: PyTree[Array]
@@ -55,11 +55,11 @@ def mean_over_examples(
     fn: Callable, model: PyTree, example: PyTree, examples: Examples
 ) -> PyTree[Array]:
     """The mean of `fn(model, example)` over the examples, differentiable in `model`. It
-    needs one sum over all devices. `example` has the shapes and dtypes of one."""
+    needs one sum over all devices. `example` is the struct of one example."""
     out = eqx.filter_eval_shape(fn, model, example)
     if isinstance(out, jax.ShapeDtypeStruct) and out.shape == ():
         return _scalar_mean(model, fn, examples)
-    # A chunk is computed again in the backward pass, so that memory is bounded.
+    # A chunk is recomputed in the backward pass, so that memory is bounded.
     return _over_chunks(eqx.filter_checkpoint(_sum), fn, model, (), examples)
 
 
@@ -74,7 +74,9 @@ def _(primals, tangents):
     model, fn, examples = primals
     model_dot, *others_dot = tangents
     if jax.tree.leaves(others_dot):
-        raise NotImplementedError("The outer loss cannot be differentiated in data.")
+        raise NotImplementedError(
+            "The outer loss cannot be differentiated with respect to the data."
+        )
     has_tangent = jax.tree.map(
         lambda dot: dot is not None, model_dot, is_leaf=lambda x: x is None
     )
@@ -100,7 +102,7 @@ def _sum(fn, learned, fixed, chunk, is_counted):
 
 
 def _over_chunks(of_chunk, fn, learned, fixed, examples):
-    """The sum of a function of a chunk over all chunks, over the number of examples."""
+    """The sum of a function over all chunks, divided by the number of examples."""
     sharding = examples.sharding
     arrays, static = eqx.partition((learned, fixed, examples.others), eqx.is_array)
 
@@ -127,7 +129,7 @@ def _over_chunks(of_chunk, fn, learned, fixed, examples):
             flat, unflatten = jax.flatten_util.ravel_pytree(total)
             return unflatten(jax.lax.psum(flat, axes))
 
-        # The functions of users may hold loops, whose carries the checks would refuse.
+        # User functions may contain loops, whose carries the checks would reject.
         total = jax.shard_map(
             of_shard,
             mesh=sharding.mesh,

@@ -18,11 +18,11 @@ from ._data import find_cached, FullBatch
 def measure(
     model: PyTree, loss: AbstractLoss, test: Dataset
 ) -> tuple[dict[str, float], Float[np.ndarray, " c"]]:
-    """The metrics of a model that was fitted by `loss`, and the first one for each
+    """The metrics of a model that was fitted with `loss`, and the first one for each
     class: see [`eqdistill.Evaluation`][]."""
     model = eqx.nn.inference_mode(model)
     labels = to_host(test.labels)
-    # A soft label is correctly classified by its most likely class.
+    # The most likely class of a soft label counts as the correct one.
     is_class = not test.has_targets or isinstance(loss, CrossEntropy)
     weights = np.ones(len(test)) if test.weights is None else to_host(test.weights)
     centre = None
@@ -37,7 +37,7 @@ def measure(
     per_class = np.full(known.shape, np.nan)
     per_class[known] = sums[0][known] / sums[1][known]
     if is_class:
-        # The second sum is one up to rounding: a perfect accuracy is exactly one.
+        # The second sum is one up to rounding. Divide, so that 100% is exactly one.
         metrics = {"accuracy": sums[0].sum() / sums[1].sum()}
         metrics["balanced accuracy"] = per_class[known].mean()
     elif isinstance(loss, BinaryCrossEntropy):
@@ -84,13 +84,13 @@ def average_precision(
 ) -> Float[np.ndarray, " c"]:
     """The mean over the positive examples of a column of the fraction of positives
     among the examples with an output at least as large. NaN without positives, or if an
-    output is."""
+    output is NaN."""
     found = np.full(outputs.shape[1], np.nan)
     for k, (scores, truth) in enumerate(zip(outputs.T, targets.T, strict=True)):
         order = np.argsort(-scores, kind="stable")
         is_positive, scores = truth[order] > 0.5, scores[order]
         w = weights[order].astype(np.float64)
-        # Examples with equal outputs have one rank: that of the last of them.
+        # Examples with equal outputs share the rank of the last one.
         last = np.searchsorted(-scores, -scores, side="right") - 1
         precision = (np.cumsum(w * is_positive) / np.cumsum(w))[last]
         if is_positive.any() and not np.isnan(scores).any():

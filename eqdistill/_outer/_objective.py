@@ -13,7 +13,7 @@ State = TypeVar("State")
 
 
 class Outcome(eqx.Module, Generic[State]):
-    """What an objective returns beside its loss.
+    """What an objective returns besides its loss.
 
     **Attributes:**
 
@@ -35,7 +35,7 @@ class AbstractObjective(eqx.Module, Generic[State]):
 
     @abc.abstractmethod
     def init(self, distilled: DistilledSet, *, key: PRNGKeyArray) -> State:
-        """Returns the first state, a pytree of arrays; or `None`, without arrays.
+        """Returns the first state: a pytree of arrays, or `None` if there are none.
         `distilled` is the distilled set at the start of the run."""
 
     @abc.abstractmethod

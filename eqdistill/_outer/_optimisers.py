@@ -12,8 +12,8 @@ from .._describe import describe
 def averaged(
     optimiser: optax.GradientTransformation, decay: float
 ) -> optax.GradientTransformationExtraArgs:
-    r"""An optimiser that keeps the exponential moving average of what it trains. After
-    update number $t$, with decay $\beta$, the average is
+    r"""An optimiser that keeps the exponential moving average of the arrays that it
+    trains. After update number $t$, with decay $\beta$, the average is
 
     $$\bar\theta_t = \frac{1 - \beta}{1 - \beta^t} \sum_{s=1}^t \beta^{t-s} \theta_s,$$
 
@@ -74,7 +74,7 @@ class _State(NamedTuple):
 
 _REFUSED = {
     "lookahead": "it needs two copies of the learned arrays.",
-    "sam": "it needs gradients at other points than the learned arrays.",
+    "sam": "it needs gradients at points other than the learned arrays.",
     "scale_by_sophia": "it needs the loss as `obj_fn`, and random numbers.",
     "schedule_free": "its result is not the learned arrays but their average. Wrap "
     "another optimiser in `eqdistill.averaged`.",
@@ -84,8 +84,8 @@ _REFUSED = {
 def as_optimiser(
     optimiser: optax.GradientTransformation | optax.MultiSteps,
 ) -> optax.GradientTransformation:
-    """Converts `optax.MultiSteps`, and refuses optimisers whose updates need more than
-    the loss and its gradient, or whose result is elsewhere."""
+    """Converts `optax.MultiSteps`. Raises an error for optimisers whose updates need
+    more than the loss and its gradient, or whose result is not the learned arrays."""
     for text in describe(optimiser=optimiser).values():
         name = text.partition(".<locals>")[0].rpartition(".")[2]
         if text.startswith("optax.") and name in _REFUSED:
@@ -109,8 +109,8 @@ def clip_by_running_norm(
     factor: float = 2.0, decay: float = 0.9
 ) -> optax.GradientTransformation:
     r"""Clips the gradient at a multiple of the running mean of its norm: an Optax
-    transformation, to be chained before an optimiser. Gradients of long training runs
-    have a few norms that are far beyond all others.
+    transformation, to be chained before an optimiser. In long training runs, a few
+    gradients have a far larger norm than all others.
 
     !!! Example
         ```python
@@ -120,7 +120,7 @@ def clip_by_running_norm(
     **Arguments:**
 
     - `factor`: the multiple, positive.
-    - `decay`: of the running mean, in [0, 1). Norms enter the mean as they are after
+    - `decay`: the decay of the running mean, in [0, 1). Norms enter the mean after
         clipping, and the first gradient is not clipped.
 
     Source: Feng, Vedantam and Kempe, *Embarrassingly simple dataset distillation*

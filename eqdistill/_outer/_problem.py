@@ -20,7 +20,7 @@ from ._optimisers import as_optimiser
 
 class Status(enum.IntEnum):
     """Whether a run continues, or why it has stopped. `FAILED` plus `i` stands for the
-    reason of index `i` among the `failures` of the objective."""
+    reason with index `i` among the `failures` of the objective."""
 
     RUNNING = 0
     UPDATE_NOT_FINITE = 1
@@ -45,8 +45,8 @@ class DistillState(eqx.Module):
 
     - `learned`: the learned arrays of the pair of `start` and `objective`.
     - `rest`: the other arrays of `start`.
-    - `last_good`: the learned arrays of the step before. `learned` has proved good only
-        after a step from it.
+    - `last_good`: the learned arrays of the previous step. Only a step from `learned`
+        shows whether it is good.
     - `optimiser_state`, `objective_state`: the states of the optimiser and of the
         objective.
     - `key`: the key of the run.
@@ -277,7 +277,7 @@ def _init(problem: Problem, arrays: PyTree, key: PRNGKeyArray) -> DistillState:
 
 
 def _strongly_typed(x: Array) -> Array:
-    # A weak type would make the first step another program than the second.
+    # A weak type would make the first step a different program from the second.
     return jax.lax.convert_element_type(x, x.dtype)
 
 

@@ -32,8 +32,9 @@ def _unchanged(distilled: DistilledSet, _: int) -> DistilledSet:
 
 
 class Recipe(eqx.Module):
-    """Everything that decides the accuracy of a distilled set: which models are trained
-    on it, and how. The functions in `eqdistill.recipes` return published recipes.
+    """Everything that determines the accuracy of a distilled set: which models are
+    trained on it, and how. The functions in `eqdistill.recipes` return published
+    recipes.
 
     !!! Example
         ```python
@@ -49,9 +50,9 @@ class Recipe(eqx.Module):
     - `inner`: the inner solver that trains each model.
     - `prepare`: called as `prepare(distilled, num_classes)`, with the number of classes
         of the real data. Returns the distilled set with the loss, labels and ridge of
-        the recipe. By default, the same set.
+        the recipe. By default, returns the same set.
     - `name`, `settings`: the function that returned the recipe, and its arguments after
-        `make`, in pairs: `recipes.dc(make, **dict(settings))` returns it again.
+        `make`, as pairs: `recipes.dc(make, **dict(settings))` returns it again.
     """
 
     models: AbstractModels = eqx.field(converter=as_models)
@@ -73,7 +74,7 @@ def dc(make: Callable, *, updates: int = 300, augment: bool = False) -> Recipe:
         for greyscale images of 28 x 28.
     - `updates`: the number of steps, from 2 to 100,000.
     - `augment`: whether to crop, scale or rotate each image at random in each step. The
-        paper's code does for MNIST, with 1,000 updates.
+        paper's code does so for MNIST, with 1,000 updates.
 
     Evaluating it raises a `ValueError` if the labels are not class indices.
 

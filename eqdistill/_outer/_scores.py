@@ -7,7 +7,7 @@ def label_robust_score(
     *, hard_label_recovery: float, improvement_over_random: float, weight: float = 0.5
 ) -> float:
     r"""DD-Ranking's label-robust score, from 0 to 1, which removes the effect of soft
-    labels from an accuracy. Higher is better,
+    labels from an accuracy. Higher is better:
 
     $$\frac{e^\alpha - e^{-1}}{e - e^{-1}}, \qquad
     \alpha = w \, \mathrm{IOR} - (1 - w) \, \mathrm{HLR}.$$
@@ -35,13 +35,13 @@ def augmentation_robust_score(
     *, improvement_with: float, improvement_without: float, weight: float = 0.5
 ) -> float:
     r"""DD-Ranking's augmentation-robust score, which removes the effect of augmentation
-    from an accuracy: as [`eqdistill.recipes.label_robust_score`][], with $\alpha = w \,
-    \mathrm{IOR}_\mathrm{aug} + (1 - w) \, \mathrm{IOR}_\mathrm{none}$.
+    from an accuracy: like [`eqdistill.recipes.label_robust_score`][], but with $\alpha
+    = w \, \mathrm{IOR}_\mathrm{aug} + (1 - w) \, \mathrm{IOR}_\mathrm{none}$.
 
     **Arguments:**
 
     - `improvement_with`, `improvement_without`: the improvement over random real images
-        if both are trained on with augmentation, and without.
+        when both are trained on with augmentation, and without it.
     - `weight`: $w$, from 0 to 1.
     """
     check_between(-1, 1, improvement_with=improvement_with)

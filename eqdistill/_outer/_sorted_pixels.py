@@ -13,9 +13,9 @@ from ._linear_layout import LinearLayout
 
 
 class SortedPixels(AbstractData):
-    """A full batch with a fast path: the cross-entropy of class indices, for a model
-    that is linear in the pixels, by a [`LinearLayout`][]. Anything else is computed as
-    by a full batch."""
+    """A full batch with a fast path: a [`LinearLayout`][] computes the cross-entropy of
+    class indices for a model that is linear in the pixels. Anything else is computed as
+    in a full batch."""
 
     full_batch: FullBatch
     sorted_pixels: LinearLayout
@@ -60,7 +60,9 @@ def _(primals, tangents):
     # The gradient is computed with the value, while the pixels are in the cache.
     (head, pixels), (head_dot, pixels_dot) = primals, tangents
     if jax.tree.leaves(pixels_dot):
-        raise NotImplementedError("The outer loss cannot be differentiated in data.")
+        raise NotImplementedError(
+            "The outer loss cannot be differentiated with respect to the data."
+        )
     loss, gradient = pixels.value_and_grad(head)
     is_none = lambda x: x is None
     has_tangent = jax.tree.map(lambda x: x is not None, head_dot, is_leaf=is_none)

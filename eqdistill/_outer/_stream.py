@@ -19,7 +19,7 @@ class Stream:
 
     A thread reads the next batches, checks them, and puts them on their devices, while
     a step runs. The batch is a function of the step alone, so that a run that was
-    killed resumes where it was.
+    killed resumes where it stopped.
 
     !!! Example
 
@@ -41,9 +41,9 @@ class Stream:
     ):
         """**Arguments:**
 
-        - `source`: any object whose item `source[step]` is a batch: a pair of images
-            and labels, as for [`eqdistill.Dataset`][], of NumPy. All batches have one
-            shape. A thread reads them.
+        - `source`: any object whose item `source[step]` is a batch: a pair of NumPy
+            arrays, images and labels, as for [`eqdistill.Dataset`][]. All batches have
+            the same shape. A thread reads them.
         - `num_classes`: the number of classes, or of columns of targets.
         - `ahead`: how many batches are read ahead. (Keyword only argument.)
         - `chunk_bytes`, `sharding`: as for [`eqdistill.FullBatch`][]. (Keyword only
@@ -52,8 +52,8 @@ class Stream:
         **Raises:**
 
         A `TypeError` if `source` has no items. A run stops with an
-        [`eqdistill.DistillationError`][] if reading a batch raises an error, or its
-        images are not finite.
+        [`eqdistill.DistillationError`][] if reading a batch raises an error, or the
+        images of a batch are not finite.
         """
         check_source(source)
         check_at_least(0, ahead=ahead)

@@ -51,7 +51,7 @@ def whitened(
         $s^2$.
 
     **Returns:** an Optax optimiser for the `images` of a distilled set. All other
-    learned arrays are only divided by $s$. Its state has two matrices of $p \times p$.
+    learned arrays are only divided by $s$. Its state holds two $p \times p$ matrices.
     Its `init` raises a `ValueError` if the learned arrays include no `images` of the
     shape of `train`.
 

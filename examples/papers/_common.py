@@ -36,7 +36,7 @@ RECIPES = {
 }
 DATASETS = (
     "mnist, fashion_mnist, digits, cifar10, or a folder that holds the folders train "
-    "and test, with a folder for each class"
+    "and test, each with a folder for each class"
 )
 
 
@@ -48,7 +48,7 @@ def maker(network: Callable, data: eqd.Dataset) -> Callable:
 def real_data(dataset: str, data_dir: Path | None, held_out=0.0, zca=False):
     """Standardised or whitened training and test images, and the preprocessing. With
     `held_out`, that fraction of the training images replaces the test images, so that
-    no choice is made on those."""
+    no choice is made on the test images."""
     if Path(dataset).is_dir():
         train = datasets.from_folder(Path(dataset, "train"))
         names = train.class_names

@@ -1,6 +1,6 @@
 """Small sets of images that were not distilled for a network, for comparison.
 
-Coresets see only training images: a tenth is held out to choose by.
+Coresets see only training images. The choice between them is made on a held-out tenth.
 """
 
 import functools as ft
@@ -21,7 +21,7 @@ from eqdistill import nn, recipes
 
 
 Sets = Callable[[], list[eqd.DistilledSet]]
-Labelled = dict[str, Sets]  # By the labels, "hard" or "soft".
+Labelled = dict[str, Sets]  # Keyed by the labels, "hard" or "soft".
 PER_CLASS = 2000  # The kernels of `coreax` are of size PER_CLASS x PER_CLASS.
 NUM_NETWORKS, WIDTH, SWAPS = 4, 128, 100
 
@@ -87,8 +87,9 @@ def linear(train: eqd.Dataset) -> eqd.linear.LinearClassifier:
 
 
 class Split(NamedTuple):
-    """Equally many images of each class, class by class, to choose from; and images to
-    choose by. `features` has a pair of arrays for each network."""
+    """The same number of images of each class, ordered by class, to choose from; and
+    held-out images to compare choices on. `features` has a pair of arrays for each
+    network."""
 
     rows: eqd.Dataset
     held_out: eqd.Dataset
@@ -100,7 +101,7 @@ class Split(NamedTuple):
 
 
 def split(train: eqd.Dataset, n: int) -> Split:
-    """Splits the training images, and computes their features by networks that are
+    """Splits the training images, and computes their features with networks that are
     trained on `n` of them."""
     rest, held_out = train.split(0.1, key=jr.key(1))
     labels = np.asarray(rest.labels)
@@ -121,16 +122,16 @@ def split(train: eqd.Dataset, n: int) -> Split:
 
 
 def principal(rows: eqd.Dataset, held_out: eqd.Dataset):
-    """The first principal components of two datasets, those of the first one."""
+    """Projects two datasets onto the first principal components of the first one."""
     x, y = (np.asarray(data.images).reshape(len(data), -1) for data in (rows, held_out))
     pca = PCA(min(WIDTH, *x.shape), random_state=0).fit(x)
     return pca.transform(x), pca.transform(y)
 
 
 def from_coreax(train: eqd.Dataset, n: int, recipe: recipes.Recipe) -> eqd.DistilledSet:
-    """The best of four coresets by the package `coreax`: kernel herding and randomly
-    pivoted Cholesky in each class, by the pixels and by the features of a network. The
-    best one has the highest held-out accuracy of a network, trained by the recipe."""
+    """The best of four coresets from the package `coreax`: kernel herding and randomly
+    pivoted Cholesky in each class, on the pixels and on the features of a network. The
+    best one has the highest held-out accuracy of a network trained with the recipe."""
     try:
         from coreax import Data
         from coreax.kernels import median_heuristic, SquaredExponentialKernel
@@ -158,8 +159,8 @@ def from_coreax(train: eqd.Dataset, n: int, recipe: recipes.Recipe) -> eqd.Disti
 
 def search_images(train: eqd.Dataset, n: int, seconds: float) -> eqd.DistilledSet:
     """Real images chosen by a search that takes `seconds` of CPU-time. It replaces a
-    random image by another one of its class, if this lowers the held-out squared error
-    of ridge regression on the features, in the mean over the networks."""
+    random image with another of its class if this lowers the held-out squared error of
+    ridge regression on the features, averaged over the networks."""
     began = time.process_time()
     parts, c = split(train, n), train.num_classes
     x, held_out = (jnp.stack(arrays) for arrays in zip(*parts.features, strict=True))

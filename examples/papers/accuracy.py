@@ -1,13 +1,13 @@
 """Accuracy against CPU time: the images of a pool, of the last layers of fresh
 networks, of distribution matching and of gradient matching, all in one run.
 
-The time of each method starts before it compiles anything, and is that of all threads
-of the process. Loading the data and evaluating are not counted. All methods learn one
-image per class, start at the same real images, use Adam with a learning rate that
-decays by a cosine, and take the moving average. Their learning rates are those that did
+The time of each method starts before it compiles anything, and includes all threads of
+the process. Loading the data and evaluating are not counted. All methods learn one
+image per class, start from the same real images, use Adam with a cosine-decayed
+learning rate, and return the moving average. Their learning rates are those that did
 best on held-out training images (`--held-out 0.1`).
 
-By default the labels are hard, and a ConvNet of 32-32-32 channels is trained by the
+By default the labels are hard, and a ConvNet of 32-32-32 channels is trained with the
 recipe of dataset condensation. With `--frepo` the targets are learned, the network is
 that of FRePo, a step takes 1,024 real images, and a pool is compared with the same pool
 in rounds.
@@ -42,7 +42,7 @@ from eqdistill import recipes
 @dataclasses.dataclass
 class Method:
     """The number of outer steps, the learning rate at the start, functions that make
-    the objective and the real data, and what is changed of the first distilled set."""
+    the objective and the real data, what to change in the start, and what to learn."""
 
     steps: int
     rate: float
@@ -59,7 +59,7 @@ PUBLISHED = {
 
 
 class DistributionMatching(eqd.AbstractObjective):
-    """The squared distance of the mean features of each class."""
+    """The squared distance between the mean features of each class."""
 
     models: eqd.AbstractModels
     num_classes: int
@@ -85,8 +85,8 @@ class DistributionMatching(eqd.AbstractObjective):
 
 
 class GradientMatching(eqd.AbstractObjective):
-    """The distance of the gradients of each class: one minus the cosine, summed over
-    the outputs of the layers."""
+    """The distance between the gradients of each class: one minus the cosine, summed
+    over the outputs of the layers."""
 
     models: eqd.AbstractModels
     num_classes: int
@@ -153,8 +153,8 @@ def dc_methods(network: Callable, small: Callable, c: int) -> dict[str, Method]:
         eqd.Batches, size=of_class * c, balanced=True
     )
     matching = lambda kind: lambda: kind(eqd.Fresh(network), c)
-    # Ours take narrower networks, and smaller batches. Ridge regression on the last
-    # layer of a fresh network compiles in half the time of a pool.
+    # Our methods use narrower networks and smaller batches. Ridge regression on the
+    # last layer of a fresh network compiles in half the time of a pool.
     some = ft.partial(eqd.Batches, size=128)
     last = lambda *, key: eqd.linear.last_layer(small(key=key))
     fresh = lambda: eqd.Bilevel(eqd.Fresh(last))
@@ -279,7 +279,7 @@ def draw(curves: dict[str, list], published: dict[str, float]) -> Figure:
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("CPU time of the distillation (minutes, with compiling)")
+    axis.set_xlabel("CPU time of the distillation (minutes, including compilation)")
     axis.set_ylabel("accuracy (%)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="lower right")

@@ -4,18 +4,19 @@ sets against networks.
 The sets are random real images, in several draws; class means; k-means; herding; the
 best coreset of the package `coreax`; with `--search`, real images chosen by a search
 that takes as much CPU-time as a distillation; images that are distilled for logistic
-regression with a learned ridge; and the sets in files of `eqdistill.save`, if any are
-given. For the recipe `supervised` the only set is all training images. All images are
-standardised. What is chosen is chosen on held-out training images.
+regression with a learned ridge; and the sets in any given files of
+`eqdistill.save`. For the recipe `supervised` the only set is all training images. All
+images are standardised. All choices are made on held-out training images.
 
 Each set has a column with hard labels; and, for the recipes that take them, one with
-soft labels, which are learned for ridge regression on the pixels. Files have the labels
-that they have.
+soft labels, which are learned for ridge regression on the pixels. Sets from files keep
+their own labels.
 
-Prints the CPU-seconds that the images of a set took, with compiling; its size with its
-labels; the mean test accuracy after the last training step, and the standard deviation
-over networks, as a table in Markdown; and plots the accuracies. Measurements are kept
-in `baselines.json`, so that the script can be stopped and resumed.
+Prints a table in Markdown: the CPU-seconds that the images of a set took, including
+compilation; its size with its labels; and the mean test accuracy after the last
+training step, with the standard deviation over networks. Plots the accuracies.
+Measurements are kept in `baselines.json`, so that the script can be stopped and
+resumed.
 """
 
 import argparse
@@ -266,7 +267,7 @@ if __name__ == "__main__":
         "--search",
         type=float,
         metavar="SECONDS",
-        help="add real images that a search of so many CPU-seconds finds",
+        help="add real images that a search of this many CPU-seconds finds",
     )
     parser.add_argument("--num-networks", type=int, default=3)
     parser.add_argument(

@@ -6,9 +6,9 @@ The backbone is a convolutional network that is trained here on another dataset.
 outer loss is the squared error, or the cross-entropy with a learned temperature. The
 images are learned as pixels or as an `eqdistill.Pyramid`, and the probe is fitted to
 them or to augmented copies of them, as in Linear Gradient Matching. Prints the accuracy
-of probes that are fitted in the same way, and for copies the mean over five draws: on
-the backbone that the images were distilled for, and the mean over three backbones of
-another architecture.
+of probes that are fitted in the same way, on the backbone that the images were
+distilled for, and the mean over three backbones of another architecture. With copies,
+each accuracy is the mean over five draws.
 """
 
 import argparse
@@ -169,7 +169,8 @@ if __name__ == "__main__":
         "--held-out",
         type=float,
         default=0.0,
-        help="a fraction of the training images to evaluate on, not the test images",
+        help="a fraction of the training images to evaluate on, instead of the test "
+        "images",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("output"), help="a folder")

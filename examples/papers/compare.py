@@ -2,11 +2,11 @@
 
 For each number of images, logistic regression is fitted only to them, and its accuracy
 on the test images is measured. The baselines are random real images, class means,
-k-means and herding. Each baseline has the best ridge of a grid, by the accuracy on a
-held-out tenth of the training images. They are compared with images distilled with the
-ridge fixed at 0.1; with a learned ridge; and with a learned ridge and soft labels. To
-save time, all sets are made from a part of the training images, whose number is
-`--train`. Prints a table in Markdown, and plots it in `compare.png`.
+k-means and herding. Each baseline uses the ridge from a grid that has the best
+accuracy on a held-out tenth of the training images. The baselines are compared with
+images distilled with the ridge fixed at 0.1; with a learned ridge; and with a learned
+ridge and soft labels. To save time, all sets are made from only `--train` of the
+training images. Prints a table in Markdown, and plots it in `compare.png`.
 """
 
 import argparse
@@ -272,7 +272,7 @@ if __name__ == "__main__":
         default=[1, 2, 5, 10, 20, 50, 100],
         help="numbers of images",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--steps", type=int, default=50, help="outer steps")
     parser.add_argument(
         "--train",

@@ -1,12 +1,12 @@
 """Trains PyTorch networks with the recipe `dc` on a set that `eqdistill.export` wrote,
-or on images that it makes itself.
+or on images that this script makes itself.
 
 Needs PyTorch, Pillow and NumPy, but not this package. Prints the claimed accuracy, and
 the mean accuracy and its standard deviation on the test images of MNIST, or of a
-dataset with the same files: for the images in `distilled.npz`, and for the PNGs.
+dataset in the same format: for the images in `distilled.npz`, and for the PNGs.
 
 With `--make`, it distils one image per class by distribution matching, and writes them
-to `res.pt`, in the format of the program of dataset condensation.
+to `res.pt`, in the format of the dataset-condensation code.
 """
 
 # pyright: reportMissingImports=false
@@ -36,7 +36,7 @@ def main(folder: Path, data_dir: Path, num_networks: int, make: int | None) -> N
         pictures, labels = read_pngs(folder)
         sets["from the PNGs alone"] = to_units(pictures), labels
     else:
-        to_units = lambda x: (x - 0.1307) / 0.3081  # Published, of MNIST.
+        to_units = lambda x: (x - 0.1307) / 0.3081  # Published values for MNIST.
         real, labels = read_idx(data_dir, "train")
         made = make_images(to_units(real / 255), labels, make)
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def read_pngs(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_batch(images: np.ndarray) -> torch.Tensor:
-    """Images with one channel, padded by zeros to 32 x 32."""
+    """Images with one channel, padded with zeros to 32 x 32."""
     batch = torch.tensor(images, dtype=torch.float32)[:, None]
     return nn.functional.pad(batch, (2, 2, 2, 2))
 
@@ -141,7 +141,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "folder",
         type=Path,
-        help="the folder that `eqdistill.export` wrote; or with --make, to write to",
+        help="the folder that `eqdistill.export` wrote; with --make, the folder to "
+        "write to",
     )
     parser.add_argument(
         "--data-dir",
@@ -154,6 +155,6 @@ if __name__ == "__main__":
         "--make",
         type=int,
         metavar="STEPS",
-        help="the number of steps in which to make images, instead of reading them",
+        help="make images in this number of steps, instead of reading them",
     )
     main(**vars(parser.parse_args()))

@@ -167,7 +167,7 @@ def to_text(losses: np.ndarray) -> str:
 
 
 def draw(rates: np.ndarray, constant: float) -> Figure:
-    """One panel for each layer: the lines cross too often for one."""
+    """One panel for each layer: the lines cross too often to share one."""
     layers = len(rates)
     figure = Figure(figsize=(6.5, 1.1 * layers + 0.6), dpi=150, layout="constrained")
     axes = np.ravel(figure.subplots(layers, 1, sharex=True, sharey=True, squeeze=False))

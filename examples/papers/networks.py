@@ -9,8 +9,8 @@ rounded to float16, which halves the file. All images are standardised, or white
 `--zca`.
 
 For FRePo's recipe the targets are ten times larger. Its networks start with a random
-last layer: with few images, the function of that layer is never unlearned, and weighs
-less beside larger targets. For the ridge regression of the pool only the units change.
+last layer, whose effect a few images cannot undo, but which matters less next to larger
+targets. For the ridge regression of the pool only the units change.
 
 Prints the accuracy of fresh networks that are trained only on the distilled images; and
 writes the images, the history of the run, and an artifact that claims the accuracy of
@@ -204,7 +204,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--linearised",
         action="store_true",
-        help="linearise the networks in all parameters, instead of their last layer",
+        help="linearise networks in all parameters, instead of fitting the last layer",
     )
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=128, help="real images per step")

@@ -6,7 +6,7 @@ computed once. The inner problem is ridge regression on the features of the dist
 images; targets, ridge and temperature are learned too. With several backbones, one set
 works for all of them: the outer steps take them in turn. With `--pool-every 5`, one
 step in five is for networks of a pool, which are trained on the distilled images, so
-that the set also works for backbones that are not at hand. Such a run is best started
+that the set also works for unseen backbones. Such a run is best started
 from a set that was distilled for the pool alone, by `networks.py`.
 
 Prints the test accuracy of the probes of random real images, of the distilled images

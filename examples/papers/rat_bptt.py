@@ -1,4 +1,4 @@
-"""Reproduces random truncated back-propagation through time (RaT-BPTT) of Feng,
+"""Reproduces random truncated back-propagation through time (RaT-BPTT) by Feng,
 Vedantam and Kempe, Embarrassingly simple dataset distillation, 2024, on MNIST, or on
 CIFAR-10 from a folder of images.
 

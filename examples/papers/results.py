@@ -96,11 +96,12 @@ if __name__ == "__main__":
         "--cifar10",
         type=Path,
         metavar="FOLDER",
-        help="CIFAR-10 as pictures: folders train and test, with one for each class",
+        help="CIFAR-10 as pictures: folders train and test, each with a folder for "
+        "each class",
     )
     args = parser.parse_args()
     files = sorted(args.sets.glob("*.safetensors")) if args.check else []
     wrong = [str(file) for file in files if not check(file, args.cifar10)]
     print(table(args.sets))
     if wrong:
-        raise SystemExit(f"These files claim another accuracy: {', '.join(wrong)}.")
+        raise SystemExit(f"These files claim a different accuracy: {', '.join(wrong)}.")

@@ -46,7 +46,7 @@ RIDGES = (0.001, 0.01, 0.1, 1.0)
 
 def main(splits: int, draws: int, steps: int, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    # Made once: another optimiser would be compiled again.
+    # Made once: a new optimiser would trigger recompilation.
     optimiser = optax.adam(optax.cosine_decay_schedule(0.05, steps))
     print(f"{'table':<14}{'rows':>5}", *(f"{method:>14}" for method in METHODS))
     for name, (n, model) in TABLES.items():
@@ -56,7 +56,7 @@ def main(splits: int, draws: int, steps: int, output: Path) -> None:
             standardisation = eqd.datasets.Standardisation.fit(train)
             train, test = train.map(standardisation), test.map(standardisation)
             distill = ft.partial(eqd.distill, optimiser=optimiser, steps=steps)
-            # As many as test rows, so that one program evaluates on both.
+            # The same number as test rows, so that one program evaluates on both.
             rows, held_out = train.split(len(test) / len(train), key=jr.key(split))
             sets = sets_of(rows, held_out, n, model, distill, draws, key=jr.key(split))
             for method, several in sets.items():
@@ -152,7 +152,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--splits", type=int, default=5, help="training and test rows")
+    parser.add_argument("--splits", type=int, default=5, help="of the table")
     parser.add_argument("--draws", type=int, default=3, help="of random rows per split")
     parser.add_argument("--steps", type=int, default=150, help="outer steps")
     run(main, parser)

@@ -83,7 +83,7 @@ def main(
     data = eqd.Batches(train, batch)
 
     def distil(real: eqd.DistilledSet, steps: int, *, images: bool):
-        """Learns the step sizes, and the images if `images`."""
+        """Learns the step sizes, and the images if `images` is true."""
         rate = optax.cosine_decay_schedule(learning_rate, steps)
         # Step sizes that grow fast make a run chaotic.
         optimiser = adam(rate, slower=60.0 if images else 3.0)
