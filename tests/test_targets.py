@@ -49,7 +49,7 @@ def test_regression():
     # Half the squared distance: the default outer loss is that of the distilled set.
     np.testing.assert_allclose(of_all.loss, error, rtol=1e-3)
     assert repr(of_all) == f"R2 {of_all.score:.4g}"
-    with pytest.raises(AttributeError, match="`metrics` 'R2', 'mean squared error'"):
+    with pytest.raises(AttributeError, match=r"`metrics` \('R2', 'mean squared error'"):
         _ = of_all.accuracy
 
     start = eqd.DistilledSet.from_real(train, 4, l2=1e-3, key=jr.key(0))
