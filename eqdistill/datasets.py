@@ -156,11 +156,13 @@ def _download(name: str, looked_in: list) -> list[Path]:
         )
         return [Path(cache.fetch(file)) for file in cache.registry]
     except (ImportError, OSError) as e:  # Pooch raises subclasses of `OSError`.
+        needs_pooch = isinstance(e, ImportError)
+        hint = " Downloads need `pip install 'eqdistill[data]'`." if needs_pooch else ""
         raise FileNotFoundError(
             f"The files of {name!r} could not be downloaded from {source.url} ({e}), "
             f"and are not in {' or '.join(map(str, looked_in)) or 'any known folder'}. "
-            "Downloads need `pip install 'eqdistill[data]'`. To use your own copy, put "
-            f"{', '.join(source.registry)} into a folder, and pass it as `data_dir`."
+            f"To use your own copy, put {', '.join(source.registry)} into a folder, "
+            f"and pass it as `data_dir`.{hint}"
         ) from e
 
 

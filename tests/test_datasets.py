@@ -183,8 +183,9 @@ def test_without_a_network(nowhere, monkeypatch, has_pooch):
     with pytest.raises(FileNotFoundError, match="could not be downloaded"):
         eqd.datasets.load("mnist")
     monkeypatch.setenv("EQDISTILL_DATA_DIR", str(nowhere))
-    with pytest.raises(FileNotFoundError, match=f"are not in {nowhere}"):
+    with pytest.raises(FileNotFoundError, match=f"are not in {nowhere}") as info:
         eqd.datasets.load("mnist")
+    assert ("pip install" in str(info.value)) != has_pooch
 
 
 # The binary version of CIFAR-10, with fewer images.

@@ -142,7 +142,8 @@ class ProgressBar(AbstractCallback[Any]):
         return own, False
 
     def on_step(self, step, own):
-        if own.desc:  # The clock starts after the compilation.
+        if own.desc:  # The clock starts after the compilation, and after a resumption.
+            own.initial = own.n = step - 1
             own.set_description(refresh=False)
             own.unpause()
         own.update(step - own.n)
