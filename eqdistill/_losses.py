@@ -38,7 +38,7 @@ class AbstractLoss(eqx.Module):
         """
 
     def default_outer_loss(self, labels: Labels) -> "AbstractLoss":
-        """Returns the default outer loss for real data with such `labels`, if the
+        """Returns the default outer loss for real data with the given `labels`, if the
         model was fitted with this loss. [`eqdistill.Bilevel`][] uses it if it is given
         no other. By default, it is this loss itself."""
         del labels
@@ -99,8 +99,8 @@ class CrossEntropy(AbstractLoss):
 
     def __init__(self, temperature: ArrayLike | None = None):
         """**Arguments:** `temperature`: $T$, a positive and finite scalar. Defaults to
-        one, which is not learned. Only in the outer loss is any other useful: a fitted
-        model adapts to any temperature."""
+        one, which is not learned. Other values are useful only in the outer loss: a
+        fitted model adapts to any temperature."""
         self.log_temperature = None
         if temperature is not None:
             t = np.asarray(as_array("temperature", temperature), np.float64)
@@ -163,7 +163,7 @@ class BinaryCrossEntropy(AbstractLoss):
         return _add_columns(labels, 0.0, num_classes)
 
     def check_labels(self, labels):
-        """**Raises:** a `ValueError` if `labels` are not from 0 to 1."""
+        """**Raises:** a `ValueError` if `labels` are not between 0 and 1."""
         if labels.ndim == 2 and not ((labels >= 0) & (labels <= 1)).all():
             raise ValueError(
                 "`labels` must be from 0 to 1 for `BinaryCrossEntropy`; got "

@@ -17,12 +17,12 @@ Image = Float[Array, "*channels height width"]
 
 
 class AbstractAugmentation(eqx.Module):
-    """A random change of one image, differentiable in the image.
+    """A random change to one image, differentiable in the image.
     [`eqdistill.augment.augment`][] applies an augmentation to a batch."""
 
     @abc.abstractmethod
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
-        """Returns the changed image, in the same shape and dtype. Images are in
+        """Returns the changed image, with the same shape and dtype. Images are in
         floating point, of shape `(height, width)` or `(channels, height, width)`."""
 
 
@@ -184,11 +184,11 @@ class Affine(AbstractAugmentation):
 
 
 class Crop(AbstractAugmentation):
-    """Pads the image with zeros, and crops it to its size at a random position.
+    """Pads the image with zeros and crops it to its original size at a random position.
 
     **Arguments:** `padding`: the number of pixels to add on each side, at least 0.
 
-    Source: He et al., *Deep Residual Learning*, 2016; Zhao and Bilen 2021 pad by an
+    Source: He et al., *Deep Residual Learning*, 2016; Zhao and Bilen (2021) pad by an
     eighth of the image.
     """
 
@@ -209,7 +209,7 @@ class Crop(AbstractAugmentation):
 class Flip(AbstractAugmentation):
     """Reflects the image from left to right, with a `probability` from 0 to 1.
 
-    Source: Zhao and Bilen 2021.
+    Source: Zhao and Bilen (2021).
     """
 
     probability: float = eqx.field(default=0.5, converter=as_float)
@@ -229,7 +229,7 @@ class Cutout(AbstractAugmentation):
     **Arguments:** `size`: the side of the square in pixels, at least 0.
 
     Source: DeVries and Taylor, *Improved Regularization of Convolutional Neural
-    Networks with Cutout*, 2017; Zhao and Bilen 2021 take half of the side of the image.
+    Networks with Cutout*, 2017; Zhao and Bilen (2021) take half the side of the image.
     """
 
     size: int = eqx.field(converter=as_int)
@@ -246,7 +246,7 @@ class Cutout(AbstractAugmentation):
 
 
 class ColourJitter(AbstractAugmentation):
-    r"""A random change of brightness, then of saturation, then of contrast,
+    r"""A random change in brightness, then in saturation, then in contrast,
 
     $$x \leftarrow x + b, \qquad x \leftarrow \bar x_c + s (x - \bar x_c), \qquad
     x \leftarrow \bar x + k (x - \bar x),$$
@@ -260,7 +260,7 @@ class ColourJitter(AbstractAugmentation):
     - `brightness`, `saturation`, `contrast`: the largest $|b|$, $|s - 1|$ and $|k -
         1|$, at least 0.
 
-    Source: Zhao and Bilen 2021, whose strengths are the defaults.
+    Source: Zhao and Bilen (2021), whose strengths are the defaults.
     """
 
     brightness: float = eqx.field(default=0.5, converter=as_float, kw_only=True)

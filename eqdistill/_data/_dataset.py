@@ -131,7 +131,7 @@ class Dataset(eqx.Module):
 
     @property
     def has_targets(self) -> bool:
-        """Whether the labels are targets, instead of class indices."""
+        """Whether the labels are targets rather than class indices."""
         return self.labels.ndim == 2
 
     @property

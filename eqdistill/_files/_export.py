@@ -47,7 +47,7 @@ def export(
         targets of the other losses;
     - `loss`: `"CrossEntropy"` with its `temperature`, `"BinaryCrossEntropy"` or
         `"SquaredError"`;
-    - `weights`: the weight of each image, with a mean of one, unless all are one;
+    - `weights`: the weight of each image, with a mean of one. Absent if all are one;
     - `l2`: the ridge, or the weight decay of the recipe;
     - `low`, `high`: $a$ and $b$, if there are PNGs;
     - `mean`, `deviation`: real images $x$ from 0 to 1, or the rows of a table, become
@@ -285,7 +285,7 @@ def _read_me(arrays: dict[str, Any], num_models: int) -> str:
         f"Training: {arrays['recipe']}",
         f"Units: {units}",
         pictures,
-        f"Order: row i of `images`, `labels` and `targets` belong together.{order}",
+        f"Order: rows i of `images`, `labels` and `targets` belong together.{order}",
         f"Expect: {expect}",
     )
     return "".join(f"{textwrap.fill(line, 80)}\n" for line in lines if line)

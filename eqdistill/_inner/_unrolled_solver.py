@@ -25,8 +25,8 @@ class UnrolledSolver(AbstractInnerSolver[None]):
     $$w_{t+1} = w_t - u_t\left(\nabla_w g(w_t; \theta)\right), \qquad
     w^\star(\theta) = w_T,$$
 
-    where $g$ is [`eqdistill.inner_loss`][], with its ridge. The derivative is the
-    derivative of these steps. To draw new initial parameters in each outer step, use
+    where $g$ is [`eqdistill.inner_loss`][], with its ridge. Derivatives are
+    taken through these steps. To draw new initial parameters in each outer step, use
     [`eqdistill.Fresh`][]: `Bilevel(Fresh(make), UnrolledSolver(...))`.
 
     `converged` is true if the fitted parameters are finite. `gradient_norm` is the norm
@@ -86,7 +86,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
 
         - `batch_size`: the number of distilled images in a step. Defaults to all.
         - `shuffle`: if `True`, batches are drawn without replacement, and an epoch ends
-            when fewer images than one batch are left. If `False`, batches are taken in
+            when less than a full batch is left. If `False`, batches are taken in
             order, and the first image follows the last.
         - `augmentation`: applied to each image at random in every step. Defaults to
             none.

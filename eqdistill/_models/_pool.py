@@ -50,8 +50,9 @@ class Pool(AbstractModels[PoolState]):
     initial weights. A hypergradient needs the features of the real images, but not
     their gradients.
 
-    Dropout is on when the networks are trained, and off in their features. Networks
-    with batch normalisation raise an error, because a pool cannot hold their state.
+    Dropout is on when the networks are trained, and off when their features are
+    computed. Networks with batch normalisation raise an error, because a pool cannot
+    hold their state.
 
     !!! Example
 
@@ -103,8 +104,9 @@ class Pool(AbstractModels[PoolState]):
 
         **Raises:**
 
-        A `TypeError` if a function is a network, or needs arguments other than `key`. A
-        `ValueError` if there is no function, or `size` or `max_age` is less than 1.
+        A `TypeError` if one of `makes` is a network, or needs arguments other than
+        `key`. A `ValueError` if there is no function, or `size` or `max_age` is less
+        than 1.
         """
         if not makes:
             raise ValueError("`makes` must be at least one function; got none.")
@@ -129,7 +131,7 @@ class Pool(AbstractModels[PoolState]):
             for own, own_keys in zip(self.networks, keys, strict=True)
         )
         training = tuple(jax.vmap(self.optimiser.init)(rows) for rows, _ in networks)
-        # The networks reach their maximum age one after the other.
+        # The networks reach their maximum age one after another.
         age = jnp.arange(self.size) * self.max_age // self.size
         return PoolState(networks, training, tuple(age for _ in networks))
 

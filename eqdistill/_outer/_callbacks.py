@@ -24,10 +24,10 @@ Own = TypeVar("Own")
 class AbstractCallback(eqx.Module, Generic[Own]):
     """Watches a distillation, and may stop it.
 
-    A callback has a state, which it receives and returns. The last states are the
+    A callback has a state, which it receives and returns. The final states are the
     `callbacks` of the [`Distillation`][]. [`eqdistill.Checkpoints`][] saves the
     arrays in a state, which must therefore have the same structure, shapes and dtypes
-    throughout. Other leaves, such as an open file, are made by `init` again when a run
+    throughout. Other leaves, such as an open file, are recreated by `init` when a run
     resumes.
 
     **Attributes:**
@@ -73,7 +73,7 @@ class AbstractCallback(eqx.Module, Generic[Own]):
 
     @abc.abstractmethod
     def close(self, own: Own) -> None:
-        """Called once at the end, also after an error, with the last state."""
+        """Called once at the end, even after an error, with the final state."""
 
 
 class Snapshot(eqx.Module):
@@ -107,7 +107,7 @@ class AbstractCheckpoints(eqx.Module):
 
 class ProgressBar(AbstractCallback[Any]):
     """Shows a progress bar. It reports that the first step is being compiled, and the
-    displayed speed leaves the compilation out. The bar advances in each step, and
+    displayed speed excludes the compilation. The bar advances after each step, and
     updates the loss every `every` steps. Needs `tqdm`, which is in
     `eqdistill[progress]`."""
 
@@ -117,7 +117,7 @@ class ProgressBar(AbstractCallback[Any]):
         check_at_least(1, every=self.every)
 
     def init(self, problem, state, steps):
-        """**Raises:** an `ImportError` without `tqdm`."""
+        """**Raises:** an `ImportError` if `tqdm` is not installed."""
         del problem
         try:
             from tqdm.auto import tqdm
@@ -161,9 +161,9 @@ class _Best(eqx.Module):
 
 
 class EarlyStopping(AbstractCallback[_Best]):
-    """Stops when the distilled set no longer improves on held-out data, and keeps the
-    best one: its state, `result.callbacks[i]`, has the fields `distilled`, `step` and
-    `loss`.
+    """Stops the run when the distilled set no longer improves on held-out data, and
+    keeps the best one: its state, `result.callbacks[i]`, has the fields `distilled`,
+    `step` and `loss`.
 
     !!! Example
 

@@ -68,7 +68,7 @@ def distill(
     - `start`: the distilled set to start from; or another
         [`eqdistill.AbstractParameterisation`][], such as [`eqdistill.Packed`][].
     - `objective`: the [`eqdistill.AbstractObjective`][]. A model, or a source of models
-        such as [`eqdistill.Pool`][], is shorthand for `Bilevel` of it.
+        such as [`eqdistill.Pool`][], is wrapped in `Bilevel`.
     - `data`: the real data to distil. Each step uses all of an
         [`eqdistill.Dataset`][], or a part of it with [`eqdistill.Batches`][]. For data
         that do not fit in memory, pass a function from the number of the step to its

@@ -31,7 +31,7 @@ class Evaluation(eqx.Module):
         correctly, and `balanced accuracy`, the mean over classes of this fraction. For
         targets of [`eqdistill.BinaryCrossEntropy`][], `mean average precision`. For
         other targets, `R2`, the mean over columns of the coefficient of determination,
-        and `mean squared error`, the mean over all numbers. Last, for all, `loss`.
+        and `mean squared error`, the mean over all numbers. `loss` is always last.
     - `per_class`: the accuracy of each class, or the average precision or $R^2$ of each
         column. NaN for a class without examples, or for a constant column.
     - `recipe`: how the models were made and trained.
@@ -117,7 +117,7 @@ def evaluate(
     key: PRNGKeyArray | None = None,
 ) -> Evaluation:
     r"""Trains models on a distilled set and measures how well they do on real data. For
-    class indices this is the accuracy,
+    class indices, this is the accuracy,
 
     $$\frac{1}{N} \sum_{i=1}^N \left[\arg\max_k w^\star(\theta)(x_i)_k = y_i\right].$$
 
@@ -134,8 +134,8 @@ def evaluate(
     **Arguments:**
 
     - `distilled`: a distilled set, or several, such as the sets of several seeds.
-    - `recipe`: a recipe, such as [`eqdistill.recipes.dc`][] returns; a source of
-        models, such as [`eqdistill.Fresh`][]; or a model.
+    - `recipe`: a recipe, such as the one returned by [`eqdistill.recipes.dc`][]; a
+        source of models, such as [`eqdistill.Fresh`][]; or a model.
     - `test`: the real data, with images of the same shape as the distilled ones.
 
     - `inner`: how to train models that come without a recipe. Defaults to

@@ -69,8 +69,8 @@ class Rounds(AbstractObjective[PyTree]):
         return Batches(dataset, self.examples)
 
     def init(self, distilled, *, key):
-        """**Raises:** as [`eqdistill.Bilevel`][]; and a `TypeError` if the models are
-        not [`eqdistill.linear.LinearClassifier`][]s."""
+        """**Raises:** as for [`eqdistill.Bilevel`][]; and a `TypeError` if the models
+        are not [`eqdistill.linear.LinearClassifier`][]s."""
         models, inner_state = self.objective.init(distilled, key=key)
         model = self.objective.models.draw(models, key=key)
         if not isinstance(model, LinearClassifier):
@@ -85,7 +85,7 @@ class Rounds(AbstractObjective[PyTree]):
 
     def __call__(self, distilled, data, state, *, step, key):
         """**Raises:** a `TypeError` if the data are not [`eqdistill.Batches`][] of
-        `examples` on one device; and as [`eqdistill.Bilevel`][]."""
+        `examples` on one device; and as for [`eqdistill.Bilevel`][]."""
         del step
         data = self._check(data)
         models, inner_state, features, count = state
