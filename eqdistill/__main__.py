@@ -121,10 +121,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     name = "the dataset, if the file names none"
     group.add_argument("--dataset", metavar="NAME", help=name)
     data = (
-        "your own data: a folder with the folders train and test, each of which has a "
-        "folder of pictures for each class; an .npz with train_images, train_labels, "
-        "test_images and test_labels; or module:function, which returns the training "
-        "and the test data"
+        "your own data: a folder with subfolders train and test, each with one folder "
+        "of pictures per class; an .npz with train_images, train_labels, test_images "
+        "and test_labels; or module:function, which returns the training and the test "
+        "data"
     )
     group.add_argument("--data", metavar="SOURCE", help=data)
     data_dir = "the folder with the files of the dataset"

@@ -145,7 +145,10 @@ def _download(name: str, looked_in: list) -> list[Path]:
     source = _SOURCES[name]
     try:
         # Pooch imports tqdm's progress bar for notebooks, which warns without widgets.
-        with warnings.catch_warnings(action="ignore"):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            needs("Downloading", "pooch", "data"),
+        ):
             import pooch
         cache = pooch.create(
             pooch.os_cache("eqdistill"),
@@ -156,13 +159,11 @@ def _download(name: str, looked_in: list) -> list[Path]:
         )
         return [Path(cache.fetch(file)) for file in cache.registry]
     except (ImportError, OSError) as e:  # Pooch raises subclasses of `OSError`.
-        needs_pooch = isinstance(e, ImportError)
-        hint = " Downloads need `pip install 'eqdistill[data]'`." if needs_pooch else ""
         raise FileNotFoundError(
             f"The files of {name!r} could not be downloaded from {source.url} ({e}), "
             f"and are not in {' or '.join(map(str, looked_in)) or 'any known folder'}. "
             f"To use your own copy, put {', '.join(source.registry)} into a folder, "
-            f"and pass it as `data_dir`.{hint}"
+            "and pass it as `data_dir`."
         ) from e
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._checks import check_at_least
+from .._checks import check_at_least, needs
 from .._conversions import as_int
 from .._data._class_names import check_same_classes
 from .._data._dataset import Dataset
@@ -119,12 +119,8 @@ class ProgressBar(AbstractCallback[Any]):
     def init(self, problem, state, steps):
         """**Raises:** an `ImportError` if `tqdm` is not installed."""
         del problem
-        try:
+        with needs("`ProgressBar`", "tqdm", "progress"):
             from tqdm.auto import tqdm
-        except ImportError as e:
-            raise ImportError(
-                "`ProgressBar` needs tqdm: pip install 'eqdistill[progress]'."
-            ) from e
         return tqdm(
             total=steps,
             initial=int(state.step),

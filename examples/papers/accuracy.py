@@ -4,8 +4,8 @@ networks, of distribution matching and of gradient matching, all in one run.
 The time of each method starts before it compiles anything, and includes all threads of
 the process. Loading the data and evaluating are not counted. All methods learn one
 image per class, start from the same real images, use Adam with a cosine-decayed
-learning rate, and return the moving average. Their learning rates are those that did
-best on held-out training images (`--held-out 0.1`).
+learning rate, and return the moving average. Each method uses the learning rate that
+did best on held-out training images (`--held-out 0.1`).
 
 By default the labels are hard, and a ConvNet of 32-32-32 channels is trained with the
 recipe of dataset condensation. With `--frepo` the targets are learned, the network is

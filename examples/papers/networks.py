@@ -161,6 +161,16 @@ def main(
     print(f"files           {', '.join(map(str, files))}")
 
 
+def add_pool(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pool",
+        nargs="+",
+        default=["plain", "norm"],
+        choices=list(POOL),
+        help="its networks",
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -183,13 +193,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--start-from", default="real", choices=list(STARTS), help="the first images"
     )
-    parser.add_argument(
-        "--pool",
-        nargs="+",
-        default=["plain", "norm"],
-        choices=list(POOL),
-        help="its networks",
-    )
+    add_pool(parser)
     parser.add_argument(
         "--max-age",
         type=int,

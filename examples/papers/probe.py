@@ -27,7 +27,7 @@ import jax.random as jr
 import numpy as np
 import optax
 from _common import adam, DATASETS, maker, real_data, run
-from networks import POOL
+from networks import add_pool, POOL
 
 import eqdistill as eqd
 from eqdistill import nn, recipes
@@ -211,13 +211,7 @@ if __name__ == "__main__":
         default=0,
         help="one step in this number is for networks of a pool; 0 for none",
     )
-    parser.add_argument(
-        "--pool",
-        nargs="+",
-        default=["plain", "norm"],
-        choices=list(POOL),
-        help="its networks",
-    )
+    add_pool(parser)
     parser.add_argument(
         "--start",
         type=Path,
