@@ -6,6 +6,7 @@ import argparse
 import functools as ft
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import jax
 import jax.random as jr
@@ -33,6 +34,7 @@ _NETWORKS = {
     "VGG11": nn.VGG11,
     "ResNet18": nn.ResNet18,
 }
+_HAS_BAR = find_spec("tqdm") is not None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,7 +174,7 @@ def _check_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
     for path, backbone in artifact.backbones.items():
         print(f"backbone `{path}`: {backbone}")
     models = {"num_models": artifact.num_models, "key": artifact.key}
-    found = evaluate(artifact.distilled, recipe, test, **models)
+    found = evaluate(artifact.distilled, recipe, test, progress=_HAS_BAR, **models)
     if found.metric != artifact.metric:
         raise ValueError(
             f"{file} claims the {artifact.metric}, but the labels of the data are for "
@@ -228,7 +230,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         settings |= {"learning_rate": rate}
     words = ", ".join(f"{name}={x}" for name, x in settings.items())
     models = {"num_models": args.num_networks, "key": jr.key(args.seed)}
-    found = evaluate(distilled, recipe, test, **models)
+    found = evaluate(distilled, recipe, test, progress=_HAS_BAR, **models)
     std = f" ± {found.std_models:.2%}" if args.num_networks > 1 else ""
     print(
         f"images          {len(distilled)}, {distilled.nbytes:,} bytes with labels\n"

@@ -45,7 +45,7 @@ def main(dataset: str, images_per_class: int, steps: int, output: Path) -> None:
     ).average()
 
     recipe = eqd.recipes.feature_regression(network)
-    evaluation = eqd.evaluate(result.distilled, recipe, test)
+    evaluation = eqd.evaluate(result.distilled, recipe, test, progress=True)
     print(f"size            {result.distilled.nbytes:,} bytes with labels")
     print(f"test accuracy   {evaluation}")
     output.mkdir(parents=True, exist_ok=True)

@@ -97,6 +97,13 @@ def test_own_models(real, digits, own, recipe):
     assert eqd.evaluate(real, recipe(own), test, num_models=1).accuracy > 0.2
 
 
+def test_progress_bar_counts_models(real, digits, capsys):
+    model = eqd.Fresh(lambda *, key: eqd.linear.LogisticRegression(64, 10))
+    test = subset(digits[1], 200)
+    eqd.evaluate(real, model, test, num_models=2, progress=True)
+    assert "2/2" in capsys.readouterr().err
+
+
 def test_output_of_nan_is_wrong():
     class Model(eqx.Module):
         weight: jax.Array

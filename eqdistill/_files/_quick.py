@@ -36,7 +36,7 @@ result = eqd.distill(
     callbacks=[eqd.ProgressBar()],
 ).average()
 recipe = eqd.recipes.feature_regression(network)
-evaluation = eqd.evaluate(result.distilled, recipe, test, key=key)
+evaluation = eqd.evaluate(result.distilled, recipe, test, key=key, progress=True)
 print(f"test accuracy   {evaluation}")
 output = Path($output)
 output.mkdir(parents=True, exist_ok=True)

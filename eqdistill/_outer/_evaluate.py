@@ -1,11 +1,12 @@
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.random as jr
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
-from .._checks import check_at_least
+from .._checks import check_at_least, needs
 from .._data._class_names import check_same_classes
 from .._data._dataset import Dataset
 from .._data._distilled_set import DistilledSet
@@ -115,6 +116,7 @@ def evaluate(
     inner: AbstractInnerSolver | None = None,
     num_models: int | None = None,
     key: PRNGKeyArray | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     r"""Trains models on a distilled set and measures how well they do on real data. For
     class indices, this is the accuracy,
@@ -144,12 +146,15 @@ def evaluate(
         model, and to 5 otherwise.
     - `key`: a `jax.random.key`; defaults to `jax.random.key(0)`. Model `i` is drawn and
         trained with the same keys for all sets.
+    - `progress`: whether to show a progress bar over the models of each set. Needs
+        `tqdm`, which is in `eqdistill[progress]`.
 
     **Returns:** an [`Evaluation`][]. Its loss on real data is the `default_outer_loss`
     of the loss that the models are trained with. A NaN output counts as a
     wrong classification.
 
-    **Raises:** what [`eqdistill.fit`][] raises.
+    **Raises:** what [`eqdistill.fit`][] raises. An `ImportError` if `progress` is set
+    and `tqdm` is not installed.
     """
     check_at_least(1, num_models=num_models)
     sets = [distilled] if isinstance(distilled, DistilledSet) else list(distilled)
@@ -181,7 +186,7 @@ def evaluate(
                 f"{describe(one.loss)}."
             )
         found.append([])
-        for j in range(num_models):
+        for j in _bar(num_models) if progress else range(num_models):
             draw_key, fit_key, init_key = jr.split(jr.fold_in(key, j), 3)
             model = _draw(recipe.models, prepared, init_key, draw_key)
             num_outputs = check_fit(prepared, model)
@@ -201,6 +206,12 @@ def evaluate(
     }
     per_class = collect(lambda _, per_class: per_class)
     return Evaluation(metrics, per_class, recipe, fitted, key)  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def _bar(num_models: int) -> Any:  # Checking an iterable's type would use it up.
+    with needs("`progress=True`", "tqdm", "progress"):
+        from tqdm.auto import tqdm
+    return tqdm(range(num_models), desc="training models", unit="model")
 
 
 @eqx.filter_jit  # Otherwise each layer of a network compiles several programs.

@@ -146,7 +146,12 @@ def main(
     for i, name in enumerate(networks):
         by = RECIPES[recipe](maker(NETWORKS[name], train))
         found = eqd.evaluate(
-            distilled, by, test, num_models=num_networks, key=jr.key(seed)
+            distilled,
+            by,
+            test,
+            num_models=num_networks,
+            key=jr.key(seed),
+            progress=True,
         )
         print(f"{on} accuracy {found}, {name}", flush=True)
         if i == 0:
