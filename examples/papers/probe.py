@@ -40,6 +40,7 @@ BACKBONES = {
         nn.ConvNet, widths=(16, 32, 64), norm=nn.group_norm, size=32
     ),
 }
+EXTRA = ft.partial(nn.ConvNet, widths=(16, 32, 64), size=32)
 UNSEEN = ft.partial(nn.ConvNet, widths=(32, 32, 32), size=32)
 NUM_UNSEEN = 3
 
@@ -50,6 +51,7 @@ def main(
     pretraining: str,
     pretraining_steps: int,
     num_backbones: int,
+    num_extra: int,
     pool_every: int,
     pool: list[str],
     start: Path | None,
@@ -83,18 +85,23 @@ def main(
         name: probe(name, network, source, train, pretraining_steps, key=jr.key(i))
         for i, (name, network) in enumerate(networks.items())
     }
+    extra = [
+        probe(f"{i}", EXTRA, source, train, pretraining_steps, key=jr.key(50 + i))
+        for i in range(num_extra)
+    ]
     loss = eqd.CrossEntropy(0.2)
-    objectives = [eqd.Bilevel(model, loss=loss) for model in probes.values()]
-    order = list(range(num_backbones))
+    models = [*probes.values(), *extra]
+    objectives = [eqd.Bilevel(model, loss=loss) for model in models]
+    order = list(range(len(models)))
     if pool_every > 0:
         makes = (maker(POOL[name], train) for name in pool)
         objectives.append(eqd.Bilevel(eqd.Pool(*makes), loss=loss))
-        known = itertools.cycle(range(num_backbones))
+        known = itertools.cycle(range(len(models)))
         order = [
-            num_backbones if i % pool_every == pool_every - 1 else next(known)
-            for i in range(num_backbones * pool_every)
+            len(models) if i % pool_every == pool_every - 1 else next(known)
+            for i in range(len(models) * pool_every)
         ]
-    cached = [model.features.module for model in probes.values()]
+    cached = [model.features.module for model in models]
     distilled, began = initial, time.perf_counter()
     if steps > 0:
         optimiser = adam(optax.cosine_decay_schedule(learning_rate, steps))
@@ -116,6 +123,8 @@ def main(
     print(f"ridge           {initial.l2:.2g} -> {distilled.l2:.2g}, of the features")
 
     backbones = {name: [model] for name, model in probes.items()}
+    if extra:
+        backbones["16-32-64, instance norm"] = extra
     backbones["not distilled for"] = [
         probe("unseen", UNSEEN, source, train, pretraining_steps, key=jr.key(100 + i))
         for i in range(NUM_UNSEEN)
@@ -160,14 +169,16 @@ def probe(
     train: eqd.Dataset,
     steps: int,
     *,
+    directory: Path | None = None,
     key: jax.Array,
 ) -> eqd.linear.LinearClassifier:
     """A linear head on the features of a network that is trained on `source`."""
     recipe = recipes.supervised(maker(network, source), updates=steps)
     everything = eqd.DistilledSet(source.images, source.labels, l2=1.0)
-    trained = eqd.evaluate(everything, recipe, source, num_models=1, key=key)
+    few = eqd.Dataset(source.images[:100], source.labels[:100], source.num_classes)
+    trained = eqd.evaluate(everything, recipe, few, num_models=1, key=key)
     last = eqd.linear.last_layer(trained.fitted.model)
-    features = eqd.Cached(last.features.module, name)
+    features = eqd.Cached(last.features.module, name, directory)
     width = last.head.weight.shape[1]
     head = eqd.linear.LogisticRegression(width, train.num_classes).head
     return eqd.linear.LinearClassifier(features, head)
@@ -178,7 +189,10 @@ def accuracy_of_all(
 ) -> float:
     """The test accuracy of the probe of all real images: ridge regression, in double
     precision."""
-    train, test = (data.map(model.features) for data in (train, test))
+    part = model.features.module
+    train, test = (
+        data.map(part.features, directory=part.directory) for data in (train, test)
+    )
     features = np.asarray(train.images, np.float64)
     targets = np.eye(train.num_classes)[np.asarray(train.labels)]
     moments = features.T @ features
@@ -204,6 +218,12 @@ if __name__ == "__main__":
     parser.add_argument("--pretraining-steps", type=int, default=500)
     parser.add_argument(
         "--num-backbones", type=int, default=1, choices=range(1, 1 + len(BACKBONES))
+    )
+    parser.add_argument(
+        "--num-extra",
+        type=int,
+        default=0,
+        help="further backbones, with instance norm, which take turns with the first",
     )
     parser.add_argument(
         "--pool-every",
