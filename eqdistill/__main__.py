@@ -52,10 +52,10 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="check the score that a file claims",
         description="Trains models on the distilled set in a file, with the recipe in "
-        "the file, and compares their score on the real test data, such as their "
-        "accuracy, with the score that the file claims. The exit status is 0 if the "
-        "two agree, 1 if they differ by more than the tolerance, and 2 if the file or "
-        "an argument is bad.",
+        "the file, and compares their score, such as the accuracy, on the real test "
+        "data with the score that the file claims. The exit status is 0 if the two "
+        "agree, 1 if they differ by more than the tolerance, and 2 if the file or an "
+        "argument is bad.",
     )
     parser.set_defaults(run=_check, error=parser.error)
     add = parser.add_argument
@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(parser)
     units = (
         "the units of the images: from 0 (black) to 1 (white), or those of the "
-        "training data after eqdistill.datasets.Standardisation or ZCA. By default, "
-        "exports store their units, and all other images are pixels"
+        "training data after eqdistill.datasets.Standardisation or ZCA. Defaults to "
+        "the units that an export stores, and to pixels for all other images"
     )
     choices = ("pixels", "standardised", "zca")
     add("--units", choices=choices, help=units)

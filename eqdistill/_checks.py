@@ -18,8 +18,8 @@ from ._typechecking import describe
 
 
 def error_if(x: Array, is_bad: Callable, message: str) -> Array:
-    """Raises a `ValueError` if `x` is bad. If `x` is a traced floating-point array,
-    it becomes NaN instead. Traced integers are not checked."""
+    """Raises a `ValueError` if `x` is bad. A traced floating-point array that is bad
+    becomes NaN instead. Traced integers are not checked."""
     # Don't use `eqx.error_if`: it hangs on several devices, and programs with callbacks
     # are not cached. Use NumPy where possible, so that nothing is compiled.
     if not isinstance(x, jax.core.Tracer):
@@ -53,7 +53,7 @@ def check_between(low: float, high: float, **values: float) -> None:
 
 
 def check_concrete(name: str, **values: PyTree) -> None:
-    """Checks that the arguments of a function have no traced arrays."""
+    """Checks that the arguments of a function contain no traced arrays."""
     for argument, value in values.items():
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value)):
             raise TypeError(
@@ -73,7 +73,7 @@ def check_lengths(name: str, images: Array, labels: Array) -> None:
 
 @contextlib.contextmanager
 def needs(name: str, package: str, extra: str) -> Iterator[None]:
-    """Adds to an `ImportError` the command that installs the package `name` needs."""
+    """Adds the command that installs the missing package to an `ImportError`."""
     try:
         yield
     except ImportError as e:

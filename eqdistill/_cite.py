@@ -35,8 +35,8 @@ _NAME = re.compile(r"'?eqdistill\.[\w.<>]+'?|'\w+'")
 
 
 def cite(*objects: Any) -> str:
-    """Returns the BibTeX entries of this package, and of the papers behind its classes
-    and functions that are used in the given objects. Each entry appears once.
+    """Returns the BibTeX entries of this package and of the papers behind the classes
+    and functions that the given objects use. Each entry appears once.
 
     !!! Example
         ```python
@@ -47,7 +47,7 @@ def cite(*objects: Any) -> str:
 
     - `objects`: any objects: the result of [`eqdistill.distill`][], which includes its
         objective, optimiser and data; the result of [`eqdistill.evaluate`][], which
-        includes its recipe; what [`eqdistill.load`][] returns, which includes the
+        includes its recipe; the result of [`eqdistill.load`][], which includes the
         recipe but not the objective; or objects, classes and functions of this package.
     """
     described = describe(objects=objects)

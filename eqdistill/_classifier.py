@@ -30,8 +30,8 @@ class HasPenalised(Protocol):
     intercept. It may be any part of a model."""
 
     def penalised(self) -> PyTree[bool]:
-        """Returns a pytree of bools with the structure of the module, which are true
-        for the leaves that the ridge applies to."""
+        """Returns a pytree of bools with the structure of the module: true for the
+        leaves that the ridge applies to."""
         ...
 
 
@@ -48,7 +48,7 @@ def parameters(model: PyTree) -> PyTree[bool]:
 
 
 def squared_norm(model: PyTree) -> Float[Array, ""]:
-    r"""Returns the squared norm $\|w\|^2$ of the parameters in the ridge."""
+    r"""The squared norm $\|w\|^2$ of the parameters that the ridge applies to."""
 
     def of_node(node):
         mask = parameters(node)
@@ -67,7 +67,7 @@ class LinearClassifier(eqx.Module):
     linear head on them, $x \mapsto W \phi(x) + b$.
 
     The inner problem of such a model is convex. The features are frozen: only the head
-    is fitted. The intercept $b$ is optional, and is not part of the ridge.
+    is fitted. The ridge does not apply to the intercept $b$, which is optional.
     """
 
     features: Frozen
@@ -127,7 +127,7 @@ def LogisticRegression(
 
     - `in_features`: the number of pixels $p$ of one image, of any shape.
     - `num_classes`: the number of classes $c$.
-    - `use_intercept`: whether to add the intercept $b$, which is not part of the ridge.
+    - `use_intercept`: whether to add the intercept $b$. The ridge does not apply to it.
     - `dtype`: the dtype of the parameters. Defaults to JAX's default floating dtype.
 
     **Returns:** a model whose parameters are zero. The inner problem is convex, so its

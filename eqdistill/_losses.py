@@ -39,8 +39,8 @@ class AbstractLoss(eqx.Module):
 
     def default_outer_loss(self, labels: Labels) -> "AbstractLoss":
         """Returns the default outer loss for real data with the given `labels`, if the
-        model was fitted with this loss. [`eqdistill.Bilevel`][] uses it if it is given
-        no other. By default, it is this loss itself."""
+        model was fitted with this loss. [`eqdistill.Bilevel`][] uses it unless you pass
+        another loss. By default, it is this loss itself."""
         del labels
         return self
 
@@ -140,11 +140,11 @@ class CrossEntropy(AbstractLoss):
 
 
 class BinaryCrossEntropy(AbstractLoss):
-    r"""The cross-entropy of each class by itself, for examples that have any number of
+    r"""The cross-entropy of each class separately, for examples with any number of
     classes (multi-label classification),
 
-    $$-\frac{1}{n} \sum_{i=1}^n \sum_{k=1}^c t_{ik} \log \sigma(z_{ik}) +
-    (1 - t_{ik}) \log(1 - \sigma(z_{ik})),$$
+    $$-\frac{1}{n} \sum_{i=1}^n \sum_{k=1}^c \big[t_{ik} \log \sigma(z_{ik}) +
+    (1 - t_{ik}) \log(1 - \sigma(z_{ik}))\big],$$
 
     with the logistic function $\sigma$. Labels in floating point are the probabilities
     $t$, such as 0 and 1. A class index stands for a one-hot row.
@@ -177,7 +177,7 @@ class SquaredError(AbstractLoss):
     $$\frac{1}{2n} \sum_{i=1}^n \|z_i - t_i\|^2.$$
 
     Labels in floating point are the targets. The target of a class index is its one-hot
-    vector less $1/c$, so that targets have a mean of zero.
+    vector minus $1/c$, so that targets have a mean of zero.
 
     Source: Zhou et al., *Dataset distillation using neural feature regression* (FRePo),
     2022, for the centred targets.

@@ -56,8 +56,8 @@ def num_shards(sharding: NamedSharding | None) -> int:
 
 
 def place(x: Array | np.ndarray, sharding: NamedSharding | None) -> Array:
-    """Puts an array on its devices. Every process has all of a NumPy array, and puts
-    its own part."""
+    """Puts an array on its devices. Every process holds all of a NumPy array, and
+    places its own part."""
     if sharding is None:
         return jnp.asarray(x)
     if isinstance(x, jax.Array):  # Already spread, over another mesh of these devices.
@@ -66,14 +66,14 @@ def place(x: Array | np.ndarray, sharding: NamedSharding | None) -> Array:
 
 
 def replicate(tree: PyTree, like: NamedSharding | None) -> PyTree:
-    """Puts all of each array on each device of a mesh."""
+    """Copies each array to every device of a mesh."""
     if like is None:
         return tree
     everywhere = NamedSharding(like.mesh, P())
     arrays, others = eqx.partition(tree, lambda x: isinstance(x, jax.Array))
     if like.is_fully_addressable:
         arrays = jax.device_put(arrays, everywhere)
-    else:  # The devices of other processes are reached only by a program.
+    else:  # Only a program can reach the devices of other processes.
         arrays = jax.jit(lambda x: x, out_shardings=everywhere)(arrays)
     return eqx.combine(arrays, others)
 
@@ -86,8 +86,9 @@ def to_host(x: Array | np.ndarray) -> np.ndarray:
 
 
 def vary_like(tree: PyTree, like: PyTree) -> PyTree:
-    """Marks arrays as different on the devices where any array of `like` is, which
-    `jax.shard_map` requires of constants in loops and branches. Their values stay."""
+    """Marks arrays as varying over the same devices as the arrays of `like`, which
+    `jax.shard_map` requires of constants in loops and branches. Their values do not
+    change."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -161,7 +161,7 @@ def _describe_hint(hint: Any) -> str:
 
 
 def describe(x: Any) -> str:
-    """Describes a scalar by value, an array by dtype and shape, and others by type."""
+    """Describes scalars by value, arrays by dtype and shape, and the rest by type."""
     if isinstance(x, bool | int | float | str | np.generic | None):
         return repr(x)[:60]
     if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct):

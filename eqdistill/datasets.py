@@ -92,7 +92,7 @@ def load(
     The files are the IDX files of MNIST and Fashion-MNIST, with or without gzip
     compression, and the binary version of CIFAR-10, as one archive or as six files. The
     SHA-256 of IDX files is checked. For CIFAR-10, the MD5 of a download is checked, and
-    the size and the number of labels of local files.
+    the sizes and the class counts of local files.
 
     **Arguments:**
 

@@ -127,7 +127,7 @@ def _mosaic(
     # A class with more images than columns has several rows, and a gap below them.
     rows = math.ceil(most / columns)
     class_height = rows * (height + gap) + (height // 4 if rows > 1 else 0)
-    # A column is left for four characters of the label.
+    # One column is reserved for every four characters of the label.
     label_columns = math.ceil(max(len(_name(c, names)) for c in members) / 4)
     class_width = (columns + label_columns) * (width + gap)
     # Blocks of classes stand side by side, so that the mosaic is about square.

@@ -1,8 +1,8 @@
 """Distils MNIST into ten images: the experiment of JAXopt's notebook.
 
 The inner problem is multiclass logistic regression on ten synthetic images, one per
-class, with the ridge l2/2 ||W||^2. The outer problem is the loss of the fitted model on
-all 60,000 training images. Writes `distilled.png` and `loss.png`.
+class, with the ridge l2/2 ||W||^2. The outer loss is that of the fitted model on all
+60,000 training images. Writes `distilled.png` and `loss.png`.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Distils for a custom model: here a multilayer perceptron.
 
-Any `equinox.Module` from one image to its logits works. Perceptrons with initial
+Any `equinox.Module` that maps one image to its logits works. Perceptrons with initial
 weights other than those used for the distillation are then trained on the images.
 Writes `own_classifier.png` and `own_classifier_loss.png`.
 """

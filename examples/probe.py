@@ -1,6 +1,6 @@
 """Distils MNIST into ten images for the linear probe of a frozen backbone.
 
-The backbone is a convolutional network trained here on Fashion-MNIST: it stands for
+The backbone is a convolutional network trained here on Fashion-MNIST: it stands in for
 your own pre-trained network. Its features of the real images are computed once. Images,
 targets and the ridge are learned. Prints the test accuracy of a probe fitted to the
 distilled images, and of one fitted to the same number of real images.
@@ -50,8 +50,8 @@ def main(
         callbacks=[eqd.ProgressBar()],
     )
     evaluation = eqd.evaluate(result.distilled, probe, test)
-    print(f"test accuracy   {eqd.evaluate(start, probe, test)} of real images")
-    print(f"                {evaluation} of distilled images")
+    print(f"test accuracy   {eqd.evaluate(start, probe, test)} with real images")
+    print(f"                {evaluation} with distilled images")
     output.mkdir(parents=True, exist_ok=True)
     images, file = output / "probe.png", output / "probe.safetensors"
     eqd.plot.images(result.distilled).savefig(images)

@@ -36,7 +36,7 @@ def test_average(logistic):
     half = run(steps=3)
     rest = run(steps=5, state=half.state)
     assert_same_bits(rest.average().distilled, average.distilled)
-    with pytest.raises(ValueError, match=r"must be wrapped by `eqdistill.averaged`"):
+    with pytest.raises(ValueError, match=r"must be wrapped in `eqdistill.averaged`"):
         plain.average()
 
 

@@ -163,7 +163,7 @@ def test_artifacts_have_an_accuracy_and_a_recipe(tmp_path):
 
 def test_refuses(tmp_path):
     for name in ("../d", "..", ".d", ""):
-        with pytest.raises(ValueError, match="class names that are names of folders"):
+        with pytest.raises(ValueError, match="class names that are valid folder names"):
             eqd.export(tmp_path, grey(class_names=("a", "b", "c", name)))
     assert not list(tmp_path.iterdir())
     eqd.export(tmp_path, grey(4))

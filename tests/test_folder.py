@@ -115,8 +115,8 @@ REFUSED = {
     "pipe": (lambda root: os.mkfifo(root / "a" / "x.png"), NOT_A_FILE),
     "truncated": (truncate, "x.png is not one "),
     "16 bits": (lambda root: save(root, GREY[0].astype(np.uint16)), "mode 'I"),
-    "link": (link_file, "links to outside .*x.png links to .*outside.png"),
-    "linked folder": (link_folder, "links to outside .*d links to .*outside"),
+    "link": (link_file, "point outside it; .*x.png links to .*outside.png"),
+    "linked folder": (link_folder, "point outside it; .*d links to .*outside"),
     "mixed": (
         lambda root: save(root, COLOUR[0]),
         "grey, and .*x.png is .* and in colour",

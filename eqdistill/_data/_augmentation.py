@@ -22,8 +22,9 @@ class AbstractAugmentation(eqx.Module):
 
     @abc.abstractmethod
     def __call__(self, image: Image, *, key: PRNGKeyArray) -> Image:
-        """Returns the changed image, with the same shape and dtype. Images are in
-        floating point, of shape `(height, width)` or `(channels, height, width)`."""
+        """Returns the changed image, with the same shape and dtype. Images are
+        floating-point arrays of shape `(height, width)` or `(channels, height,
+        width)`."""
 
 
 class Compose(AbstractAugmentation):
@@ -77,7 +78,9 @@ class OneOf(AbstractAugmentation):
             images, so it then draws one for each image.
         """
         if not augmentations:
-            raise ValueError("`augmentations` must have at least one; got none.")
+            raise ValueError(
+                "`augmentations` must have at least one augmentation; got none."
+            )
         self.augmentations = augmentations
         self.per_batch = per_batch
 

@@ -166,7 +166,7 @@ class Dataset(eqx.Module):
         if not 0 < num_held_out < len(self):
             raise ValueError(
                 "`fraction` must be between 0 and 1, and give each part at least one "
-                f"of {len(self)} images; got {fraction}."
+                f"of the {len(self)} images; got {fraction}."
             )
         order = jr.permutation(key, len(self))
         where = self.sharding

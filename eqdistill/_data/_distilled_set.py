@@ -154,7 +154,7 @@ class DistilledSet(AbstractParameterisation):
 
         - `sets`: at least one distilled set, and any number of other distilled sets and
             real data, with images of the same shape and in the same units. All
-            distilled sets have the same loss.
+            distilled sets must have the same loss.
 
         All other arguments are keyword only.
 

@@ -49,8 +49,8 @@ def from_folder(
     **Raises:** a `ValueError` if a folder is empty or not in `class_names`; if images
     differ in size and `size` is not given; if some are grey and some are in colour; or
     if anything in a class folder is not an image, is a grey image of more than 8 bits,
-    has more pixels than Pillow's `PIL.Image.MAX_IMAGE_PIXELS`, or is a link to outside
-    `path`.
+    has more pixels than Pillow's `PIL.Image.MAX_IMAGE_PIXELS`, or is a link that points
+    outside `path`.
     """
     with needs("`eqdistill.datasets.from_folder`", "Pillow", "data"):
         import PIL  # noqa: F401
@@ -96,7 +96,7 @@ def _entries(folder: Path, root: Path) -> list[Path]:
         target = Path(os.path.realpath(path))
         if not target.is_relative_to(os.path.realpath(root)):
             raise ValueError(
-                f"`path` must not have links to outside the folder; {path} links to "
+                f"`path` must not contain links that point outside it; {path} links to "
                 f"{target}."
             )
     return paths

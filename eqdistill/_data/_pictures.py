@@ -27,7 +27,8 @@ def to_pictures(images: np.ndarray) -> np.ndarray:
 
 
 def height_and_width(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Checks that the argument `name` has images, channels first."""
+    """Returns the height and the width of the images of the argument `name`. Raises a
+    `ValueError` unless their channels come first."""
     is_channels_last = len(shape) == 3 and shape[2] in (1, 3) and shape[0] > 3
     if len(shape) not in (2, 3) or is_channels_last:
         raise ValueError(

@@ -62,7 +62,7 @@ class Pyramid(AbstractParameterisation):
         """**Arguments:**
 
         - `levels`: the labels, the ridge and the loss, and instead of images one row
-            for each image: the pixels of its levels from the coarsest on, each of shape
+            for each image: the pixels of its levels, coarsest first, each of shape
             `(*channels, height, width)`, one after another.
         - `shape`: the shape of an image, `(h, w)` or `(channels, h, w)`.
         """
@@ -85,8 +85,8 @@ class Pyramid(AbstractParameterisation):
         **Arguments:**
 
         - `distilled`: a set of images of shape `(h, w)` or `(channels, h, w)`.
-        - `num_levels`: the number of levels, from the coarsest on. Defaults to all of
-            them, whose sum is the image up to rounding.
+        - `num_levels`: the number of levels, starting with the coarsest. Defaults to
+            all of them, whose sum is the image up to rounding.
         """
         shape = distilled.images.shape[1:]
         height_and_width("distilled", shape)
@@ -113,7 +113,7 @@ class Pyramid(AbstractParameterisation):
 
     def refined(self) -> "Pyramid":
         """Adds the next finer level, of zeros: the images stay the same. Raises a
-        `ValueError` if the pyramid has all levels."""
+        `ValueError` if the pyramid already has all levels."""
         rows = self.levels.images
         larger = [end for end in _ends(self.shape) if end > rows.shape[1]]
         if not larger:
@@ -131,7 +131,7 @@ class Pyramid(AbstractParameterisation):
 
 
 def _level_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes of all levels of an image, from the coarsest on."""
+    """The shapes of all levels of an image, coarsest first."""
     *channels, height, width = shape
     sides = [2**k for k in range((max(height, width) - 1).bit_length() + 1)]
     return [(*channels, min(side, height), min(side, width)) for side in sides]

@@ -47,7 +47,7 @@ def _read_idx(path: Path, sha256: str) -> np.ndarray:
 
 def read_cifar10(paths: Sequence[Path], _) -> tuple[Dataset, Dataset]:
     """Reads the binary version of CIFAR-10: the five training files and the test file,
-    or the archive that has them."""
+    or the archive that contains them."""
     if len(paths) == 1:
         contents, paths = _unpack(paths[0]), 6 * [paths[0]]
     else:

@@ -58,8 +58,8 @@ class Artifact(eqx.Module):
     - `recipe_description`: the recipe in words, with all its settings.
     - `recipe_arrays`: the arrays of a recipe that cannot be rebuilt, by their paths:
         learned ones, such as step sizes, and fixed initial weights.
-    - `backbones`: the frozen parts of its models, which are not in the file: the class
-        of each, and the SHA-256 of its arrays.
+    - `backbones`: the frozen parts of the recipe's models, which are not in the file:
+        the class of each, and the SHA-256 of its arrays.
     - `prepare`: the `prepare` of the recipe, or `None` if it cannot be rebuilt.
     - `metric`, `score`, `std`: what was measured on the test split, such as
         `"accuracy"`; its claimed mean and standard deviation over models. `None`
@@ -120,7 +120,7 @@ def _build(start, key, generator, **values) -> Artifact:
     parts = metric, score, values["recipe_description"]
     is_consistent = all((x is None) == (num_models == 0) for x in parts)
     is_consistent &= (values["std"] is None) == (num_models <= 1)
-    check(is_consistent, f"its score must be of its {num_models} models")
+    check(is_consistent, f"its claim must fit its number of models, {num_models}")
     prepare = ft.partial(values["prepare"] or _unchanged).func
     check(prepare in (_relabel, _unchanged), "its `prepare` must come from a recipe")
     if num_models:

@@ -48,7 +48,7 @@ class Checkpoints(AbstractCheckpoints):
         """**Arguments:**
 
         - `directory`: a folder for this run only. It is created if necessary.
-        - `every`: the number of steps between checkpoints. The run ends with one too.
+        - `every`: the number of steps between checkpoints. The run also ends with one.
         - `keep`: how many checkpoints are kept, at least 1.
         """
         check_at_least(1, every=every, keep=keep)

@@ -24,8 +24,8 @@ def export(
     distilled: DistilledSet | Artifact,
 ) -> None:
     r"""Exports a distilled set for use outside JAX: a file `distilled.npz` with the
-    exact numbers and the recipe in words; a `README.txt`, which says how to use them;
-    and, if the set has images, a PNG of each, in one folder for each class.
+    exact numbers and the recipe in words; a `README.txt`, which explains how to use
+    them; and, if the set has images, a PNG of each, in one folder for each class.
     [Other frameworks](../how-to/elsewhere.md) shows how to retrain.
 
     The PNGs are greyscale or colour, with 8 bits per channel, in the units of the real
@@ -42,7 +42,7 @@ def export(
 
     - `images`: the exact distilled images, in the units in which they were learned;
     - `labels`: the class index of each image, or the index of its largest soft label.
-        There are none for other targets;
+        Absent for other targets;
     - `targets`: shape `(n, c)`. The class probabilities for cross-entropy, or the
         targets of the other losses;
     - `loss`: `"CrossEntropy"` with its `temperature`, `"BinaryCrossEntropy"` or
@@ -180,7 +180,7 @@ def _check_folders(names: Sequence[str]) -> None:
     for name in names:
         if not name or name.startswith(".") or Path(name).name != name:
             raise ValueError(
-                "`distilled` must have class names that are names of folders and do "
+                "`distilled` must have class names that are valid folder names and do "
                 f"not begin with a dot; got {name!r}."
             )
 
@@ -201,7 +201,7 @@ def _inner_problem(
         temperature = 1.0 if logarithm is None else np.exp(np.asarray(logarithm))
         targets = scipy.special.softmax(targets, axis=1) if is_soft else targets
         divided = "" if temperature == 1 else f" / {temperature:.6g}"
-        term = f"the cross-entropy of `targets` and the softmax of outputs{divided}"
+        term = f"the cross-entropy of `targets` and the softmax of the outputs{divided}"
     if isinstance(loss, BinaryCrossEntropy):
         term = (
             "the sum over the columns of `targets` of their cross-entropy with the "
@@ -218,7 +218,7 @@ def _inner_problem(
     mean = "mean" if weights is None else "mean, weighted by `weights`,"
     words = (
         f"Minimise the {mean} over the images of {term}, plus l2 / 2 times the sum of "
-        f"the squares of the weights, but not of an intercept. l2 is {l2:.6g}."
+        f"the squares of the weights, excluding any intercept. l2 is {l2:.6g}."
     )
     if description and not description.startswith("Recipe("):
         # Published recipes may have several stages.

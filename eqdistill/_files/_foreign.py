@@ -36,7 +36,7 @@ def read_foreign(file: str) -> dict[str, np.ndarray]:
     low, high = _exported_range(path)
     arrays = read_npz(exported, "images") if exported.is_file() else {}
     if "weights" in arrays:
-        raise ValueError(f"The PNGs in {file} lack their weights, so pass {exported}.")
+        raise ValueError(f"The PNGs in {file} store no weights, so pass {exported}.")
     return {name: arrays[name] for name in _FROM_EXPORT if name in arrays} | {
         "pictures": low + (high - low) * np.asarray(data.floating()),
         "labels": np.asarray(data.labels),

@@ -41,7 +41,7 @@ def save(
     safetensors format.
 
     Images take half the bytes if they have been rounded to float16. The file then
-    claims what you measured with the rounded images:
+    claims the score that you measured with the rounded images:
 
     !!! Example
         ```python
@@ -185,8 +185,8 @@ def _claim(evaluation: Evaluation | None) -> dict[str, Any]:
 
 
 def _check_learned(result: Distillation, recipe: Recipe | None) -> None:
-    """Checks that the recipe has the learned arrays of an objective. Those of an outer
-    loss have served their purpose."""
+    """Checks that the recipe has the learned arrays of an objective. Arrays of an outer
+    loss are no longer needed."""
     is_loss = lambda x: isinstance(x, AbstractLoss)
     objective = jax.tree.map(
         lambda x: None if is_loss(x) else x, result.objective, is_leaf=is_loss

@@ -96,8 +96,8 @@ def register(
 
     - `build`: rebuilds an object from its fields. Defaults to `cls`. It should raise an
         error for invalid fields, because files may come from strangers.
-    - `read`: the fields of an object. Defaults to its attributes.
-    - `nbytes`: the size of what `build` allocates, from the fields.
+    - `read`: returns the fields of an object. Defaults to its attributes.
+    - `nbytes`: returns the number of bytes that `build` allocates for these fields.
     """
     default = lambda x: {name: getattr(x, name) for name in fields}
     TABLE[cls.__name__] = Entry(fields, build or cls, read or default, nbytes)
@@ -125,7 +125,7 @@ def encode(x: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
 
 
 def _narrow(x: np.ndarray, path: str) -> np.ndarray:
-    """Images in float32 that were rounded to float16 take half the bytes."""
+    """Converts float32 images to float16, half the bytes, if no value changes."""
     check(x.dtype != np.float16, f"`{path}` must be float32 or float64; got float16")
     if x.dtype != np.float32 or x.ndim < 2:
         return x

@@ -39,7 +39,7 @@ def fit(
     **Arguments:**
 
     - `distilled`: the distilled set.
-    - `model`: an `equinox.Module` from one example, of shape `(*shape,)`, to its
+    - `model`: an `equinox.Module` that maps one example, of shape `(*shape,)`, to its
         outputs, of shape `(c,)`. Its [`eqdistill.nn.parameters`][] are fitted.
     - `inner`: how to fit it.
     - `key`: a `jax.random.key`, for solvers that draw random numbers. Defaults to

@@ -37,7 +37,7 @@ class DampedCG(_AbstractHessianSolver):
     Solves $(H + \delta I) u = v$ with $\delta = 0$. If the relative residual
     $r = \|H u - v\| / \|v\|$ is above `accept`, the solver tries $\delta$ = 1e-4, 1e-3,
     ..., 1 times the scale $\|H v\| / \|v\|$ of the Hessian until $r$ is below `accept`.
-    It returns the $u$ with the smallest $r$, with $r$ and $\delta$ in
+    It returns the $u$ with the smallest $r$, and reports $r$ and $\delta$ in
     `stats["residual"]` and `stats["damping"]`. A step costs one Hessian-vector product.
 
     A Lineax solver called from a backward pass raises an error if it misses its

@@ -30,8 +30,8 @@ def inner_loss(
         $\ell$ and the weights $r$, which are one by default.
     - `model`: a map from one image to its outputs.
     - `key`: a `jax.random.key` for a model with dropout, which is called with a
-        different `key` for each image. By default, it is called without. (Keyword only
-        argument.)
+        different `key` for each image. By default, it is called without one. (Keyword
+        only argument.)
 
     **Returns:**
 
@@ -59,7 +59,7 @@ def inner_loss(
 
 def gradient_norm(distilled: DistilledSet, model: PyTree) -> Float[Array, ""]:
     """The Euclidean norm of the gradient of the inner loss in the parameters. It is a
-    diagnostic, and is not to be differentiated."""
+    diagnostic, and is not differentiated."""
     distilled, model = stop_gradient((distilled, model))
     params, static = eqx.partition(model, parameters(model))
     loss = lambda params: inner_loss(distilled, eqx.combine(params, static))
@@ -67,7 +67,7 @@ def gradient_norm(distilled: DistilledSet, model: PyTree) -> Float[Array, ""]:
 
 
 def stop_gradient(tree: PyTree) -> PyTree:
-    """A tree, of arrays and other leaves, that is not differentiated."""
+    """Stops the gradient of every floating-point array in a tree."""
     return jax.tree.map(
         lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree
     )

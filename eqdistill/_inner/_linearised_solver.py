@@ -61,7 +61,7 @@ class LinearisedSolver(AbstractInnerSolver[None]):
     layer.
 
     Source: Loo et al., *Dataset Distillation with Convexified Implicit Gradients*
-    (RCIG), 2023, which solves the system by 20 approximate steps.
+    (RCIG), 2023, which solves the system approximately, in 20 steps.
     """
 
     def init(self, distilled, model, *, key):

@@ -77,8 +77,8 @@ class Span(eqx.Module):
             self.inverse = (left / jnp.where(is_zero, 1, singular_values)[None]).T
             self.shift = jnp.sum(self.inverse, axis=1)
         if use_intercept:
-            # The part of a constant that the images cannot reproduce. Zero at rounding
-            # level.
+            # The part of a constant that the images cannot reproduce. Set it to zero if
+            # it is at rounding level.
             outside = 1 - features @ self.shift
             is_large = jnp.max(jnp.abs(outside)) > len(images) * eps
             outside = jnp.where(is_large, outside, 0)

@@ -83,7 +83,7 @@ def select_network(
     index: int | Int[Array, ""],
 ) -> LinearClassifier:
     """The last layer of one of several networks, without its bias. Features are padded
-    with zeros to the widest last layer: ridge regression does not see them."""
+    with zeros to the largest width, which does not affect ridge regression."""
     models = [x.last_layer(flat) for x, flat in zip(networks, flats, strict=True)]
     width = max(x.head.weight.shape[1] for x in models)
     pad = lambda weight: jnp.pad(weight, ((0, 0), (0, width - weight.shape[1])))

@@ -23,8 +23,8 @@ class AbstractModels(eqx.Module, Generic[State]):
 
     @abc.abstractmethod
     def draw(self, state: State, *, key: PRNGKeyArray) -> PyTree:
-        """Returns a model: an `equinox.Module` from one example to its outputs. The key
-        is different in each outer step."""
+        """Returns a model: an `equinox.Module` that maps one example to its outputs.
+        The key is different in each outer step."""
 
     @abc.abstractmethod
     def update(

@@ -16,8 +16,9 @@ from ._pool import check_networks
 
 class RandomFeatures(AbstractModels[None]):
     r"""One linear head on the concatenated features of several random networks,
-    $\phi(x) = (\phi_1(x), \dots, \phi_K(x))$, which are drawn again in each step. As
-    $K$ grows, the kernel of the features approaches the mean kernel of such networks.
+    $\phi(x) = (\phi_1(x), \dots, \phi_K(x))$. The networks are drawn again in each
+    step. As $K$ grows, the kernel of the features approaches the mean kernel of such
+    networks.
 
     Source: Loo et al., *Efficient Dataset Distillation Using Random Feature
     Approximation* (RFAD), 2022.

@@ -39,7 +39,7 @@ def ConvNet(
     """The convolutional network of dataset distillation: blocks of a 3 x 3 convolution,
     a normalisation, an activation and a pooling layer, followed by a linear layer.
 
-    The defaults are the network of Zhao et al. With `widths=(128, 256, 512)` and
+    The defaults give the network of Zhao et al. With `widths=(128, 256, 512)` and
     `norm=None` it is the network of FRePo and RCIG.
 
     **Arguments:**
@@ -96,7 +96,7 @@ def LeNet(
 ) -> Network:
     """LeNet-5 with max pooling, for images padded with zeros to 32 x 32.
 
-    **Arguments, returns and raises:** as [`eqdistill.nn.ConvNet`][] with `size=32`.
+    **Arguments, returns and raises:** as for [`eqdistill.nn.ConvNet`][] with `size=32`.
 
     Source: LeCun et al., *Gradient-based learning applied to document recognition*,
     1998, as modified by Zhao et al. 2021.
@@ -125,7 +125,7 @@ def MLP(
 ) -> Network:
     """A multilayer perceptron.
 
-    **Arguments and returns:** as [`eqdistill.nn.ConvNet`][]. `shape` may have any
+    **Arguments and returns:** as for [`eqdistill.nn.ConvNet`][]. `shape` may have any
     number of axes, and `widths` are the widths of the hidden layers.
 
     Source: the perceptron of Zhao et al. 2021.
@@ -151,7 +151,7 @@ def AlexNet(
     """A network similar to AlexNet, for images padded with zeros to 32 x 32. With
     `norm=None` it is the network of Zhao et al.
 
-    **Arguments, returns and raises:** as [`eqdistill.nn.ConvNet`][] with `size=32`.
+    **Arguments, returns and raises:** as for [`eqdistill.nn.ConvNet`][] with `size=32`.
     All numbers of channels are multiplied by `width_multiplier`, and rounded.
 
     Source: Krizhevsky et al. 2012, as modified by Zhao et al. 2021.
@@ -173,7 +173,7 @@ def VGG11(
     """A network similar to VGG-11 with one linear layer, for images padded with zeros
     to 32 x 32.
 
-    **Arguments, returns and raises:** as [`eqdistill.nn.AlexNet`][].
+    **Arguments, returns and raises:** as for [`eqdistill.nn.AlexNet`][].
 
     Source: Simonyan and Zisserman 2014, as modified by Zhao et al. 2021.
     """
@@ -193,7 +193,7 @@ def ResNet18(
 ) -> Network:
     """A network similar to ResNet-18, for images padded with zeros to 32 x 32.
 
-    **Arguments, returns and raises:** as [`eqdistill.nn.AlexNet`][].
+    **Arguments, returns and raises:** as for [`eqdistill.nn.AlexNet`][].
 
     Source: He et al., *Deep residual learning*, 2016, as modified by Zhao et al. 2021.
     """

@@ -89,9 +89,9 @@ class Batches(AbstractData):
             counts = dataset.class_counts
             if rest or not counts.min():
                 raise ValueError(
-                    f"`size` must be a multiple of the {dataset.num_classes} classes, "
-                    "each of which needs an example, for balanced batches; got "
-                    f"{size}, and {counts.min()} examples of "
+                    "`size` must be a multiple of the number of classes, "
+                    f"{dataset.num_classes}, each of which needs an example, for "
+                    f"balanced batches; got {size}, and {counts.min()} examples of "
                     f"{dataset.class_name(int(counts.argmin()))}."
                 )
             labels = to_host(dataset.labels)

@@ -138,7 +138,7 @@ class ProgressBar(AbstractCallback[Any]):
         return own, False
 
     def on_step(self, step, own):
-        if own.desc:  # The clock starts after the compilation, and after a resumption.
+        if own.desc:  # The clock starts after the compilation, and after resuming.
             own.initial = own.n = step - 1
             own.set_description(refresh=False)
             own.unpause()
@@ -153,7 +153,7 @@ class _Best(eqx.Module):
     step: Int[Array, ""]
     loss: Float[Array, ""]
     checks: Int[Array, ""]  # The number of checks since this step.
-    layout: Any  # Returns the held-out data: checkpoints would save arrays.
+    layout: Any  # A function, so that checkpoints do not save the held-out data.
 
 
 class EarlyStopping(AbstractCallback[_Best]):

@@ -22,7 +22,7 @@ from ._mean import Examples, mean_over_examples
 class AbstractData(eqx.Module):
     """Real data as an outer step sees them: an argument of the compiled step.
 
-    **Attributes:** none is needed. If there is a `sharding`, a
+    **Attributes:** none are required. If there is a `sharding`, a
     `jax.sharding.NamedSharding`, the state of a run is replicated on its devices. The
     `shape` of an image, `num_classes` and `class_names` are checked if they exist."""
 
@@ -35,7 +35,7 @@ class AbstractData(eqx.Module):
 
         **Arguments:**
 
-        - `fn`: a function `fn(model, x, y)` of one example $x$ and its label $y$, that
+        - `fn`: a function `fn(model, x, y)` of one example $x$ and its label $y$, which
             returns an array or a tree of arrays. It must not close over traced arrays:
             everything that is differentiated is in `model`.
         - `model`: any pytree.
@@ -80,7 +80,7 @@ class Cached(eqx.Module):
     ):
         """**Arguments:**
 
-        - `features`: any module from one example to an array.
+        - `features`: any module that maps one example to an array.
         - `name`: identifies this part. Different parts need different names.
         - `directory`: a folder in which the outputs are kept, for other runs of the
             program and for [`eqdistill.evaluate`][]. Each file is named after the

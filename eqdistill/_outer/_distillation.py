@@ -52,8 +52,8 @@ class Distillation(eqx.Module):
     - `state`: the last state, from which [`eqdistill.distill`][] can continue.
     - `settings`: the arguments of the call in words, each part under its name.
     - `changes`: how `settings` differ from those of the result that the call continued,
-        if any, after the changes of that result. Data are compared by 64 of their rows,
-        other large arrays by shape.
+        if any, preceded by the changes of that result. Data are compared by 64 of their
+        rows, other large arrays by shape.
     - `callbacks`: the last states of the callbacks, without leaves that are not data,
         such as an open file; `None` for [`eqdistill.Checkpoints`][].
     """
@@ -70,7 +70,7 @@ class Distillation(eqx.Module):
 
     def average(self) -> "Distillation":
         """Returns the same result with the moving average of the learned arrays instead
-        of their last values. The optimiser must be wrapped by [`eqdistill.averaged`][].
+        of their last values. The optimiser must be wrapped in [`eqdistill.averaged`][].
         Runs continue from its `state` just as from the `state` of this result."""
         average = average_of(self.state.optimiser_state)
         start, objective = eqx.combine(average, (self.start, self.objective))

@@ -39,7 +39,7 @@ def distill_exactly(
 
     - `start`: provides the labels, and the images outside the span of $W$. Must have
         the loss [`eqdistill.CrossEntropy`][]. Class indices are kept. The logits of
-        soft labels are solved for with the images.
+        soft labels are solved for together with the images.
     - `model`: the [`eqdistill.linear.LogisticRegression`][] to recover, up to a
         constant: fitted weights have mean zero over the classes.
     - `l2`: the ridge $\lambda$. Defaults to the largest of $\bar\lambda / 2,

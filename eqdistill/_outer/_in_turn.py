@@ -51,7 +51,7 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
         of each objective.
         """
         if not objectives:
-            raise ValueError("`objectives` must be at least one; got none.")
+            raise ValueError("`objectives` must have at least one objective; got none.")
         indices = range(len(objectives))
         self.order = tuple(indices) if order is None else as_ints("order", order)
         if set(self.order) != set(indices):

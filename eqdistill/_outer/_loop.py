@@ -20,7 +20,7 @@ class Record(eqx.Module):
 
 
 class CompiledStep:
-    """The step of a problem, compiled, on a state that is donated to each step.
+    """The compiled step of a problem. It holds the state, and donates it to each step.
 
     The trees are flattened once: flattening modules in each step would take longer than
     many steps do.

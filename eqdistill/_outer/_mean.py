@@ -173,8 +173,8 @@ def _of_read(of_chunk, fn, learned, fixed, own, first, examples):
 
 
 def _sum_of(fn: Callable, indices: Int[Array, " k"], like: PyTree) -> PyTree[Array]:
-    """The sum of a function over indices, one after another. It differs between devices
-    where any array of `like` does."""
+    """The sum of a function over indices, one after another. It varies over the same
+    devices as the arrays of `like`."""
     if len(indices) == 1:
         return fn(indices[0])
     zero = optax.tree.zeros_like(jax.eval_shape(fn, indices[0]))

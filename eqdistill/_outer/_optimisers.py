@@ -62,7 +62,7 @@ def averaged(
 def average_of(state: PyTree) -> PyTree:
     """The average in the state of an optimiser."""
     if not isinstance(state, _State):
-        raise ValueError("The optimiser must be wrapped by `eqdistill.averaged`.")
+        raise ValueError("The optimiser must be wrapped in `eqdistill.averaged`.")
     return state.average
 
 

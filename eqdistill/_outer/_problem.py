@@ -39,7 +39,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 class DistillState(eqx.Module):
     """Everything that changes in a run, or differs between runs of one problem. It
-    holds arrays only: a checkpoint of a run is its leaves.
+    holds arrays only: a checkpoint of a run consists of its leaves.
 
     **Attributes:**
 
@@ -165,7 +165,7 @@ class Problem(eqx.Module):
 
         The next state; and the metrics of the step, before its update: `"loss"`,
         `"gradient_norm"` and the metrics of the objective. If the step fails, or the
-        state has stopped before, the state stays the same, except for its `status`.
+        run has already stopped, the state stays the same, except for its `status`.
         """
 
         problem, data = vary_like((self, data), state.learned)
@@ -224,7 +224,7 @@ class Problem(eqx.Module):
             new_state,
             state,
         )
-        # A step that was good, but for its update, proves its own start good.
+        # If only the update of a step is not finite, the state before it was good.
         is_good = was_running & (status == Status.UPDATE_NOT_FINITE)
         last_good = optax.tree.where(is_good, state.learned, new_state.last_good)
         status = jnp.where(was_running, status, state.status)

@@ -232,7 +232,7 @@ def _make(
 def _relabel(
     hard: bool, weight_decay: float, distilled: DistilledSet, num_classes: int
 ) -> DistilledSet:
-    """Replaces the loss by cross-entropy on hard labels, or by squared error on
+    """Replaces the loss with cross-entropy on hard labels, or with squared error on
     targets. Soft labels become targets."""
     labels, loss = distilled.labels, CrossEntropy() if hard else SquaredError()
     if hard and labels.ndim != 1:

@@ -41,7 +41,7 @@ def augmentation_robust_score(
     **Arguments:**
 
     - `improvement_with`, `improvement_without`: the improvement over random real images
-        when both are trained on with augmentation, and without it.
+        if training on both uses augmentation, and if it does not.
     - `weight`: $w$, from 0 to 1.
     """
     check_between(-1, 1, improvement_with=improvement_with)

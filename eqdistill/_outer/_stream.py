@@ -42,8 +42,8 @@ class Stream:
         """**Arguments:**
 
         - `source`: any object whose item `source[step]` is a batch: a pair of NumPy
-            arrays, images and labels, as for [`eqdistill.Dataset`][]. All batches have
-            the same shape. A thread reads them.
+            arrays, images and labels, as for [`eqdistill.Dataset`][]. All batches must
+            have the same shape. A thread reads them.
         - `num_classes`: the number of classes, or of columns of targets.
         - `ahead`: how many batches are read ahead. (Keyword only argument.)
         - `chunk_bytes`, `sharding`: as for [`eqdistill.FullBatch`][]. (Keyword only
@@ -73,7 +73,7 @@ class Stream:
             self._reading.pop(i).cancel()
         for i in wanted:
             if i not in self._reading:
-                # The setting of a `with` block is unknown to the thread.
+                # The other thread does not see the setting of a `with` block.
                 is_double = jnp.result_type(float) == jnp.float64
                 self._reading[i] = self._thread.submit(self._read, i, is_double)
         return self._reading.pop(step).result()

@@ -158,7 +158,7 @@ def from_coreax(train: eqd.Dataset, n: int, recipe: recipes.Recipe) -> eqd.Disti
 
 
 def search_images(train: eqd.Dataset, n: int, seconds: float) -> eqd.DistilledSet:
-    """Real images chosen by a search that takes `seconds` of CPU-time. It replaces a
+    """Real images chosen by a search that takes `seconds` of CPU time. It replaces a
     random image with another of its class if this lowers the held-out squared error of
     ridge regression on the features, averaged over the networks."""
     began = time.process_time()

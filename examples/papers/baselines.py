@@ -3,18 +3,18 @@ sets against networks.
 
 The sets are random real images, in several draws; class means; k-means; herding; the
 best coreset of the package `coreax`; with `--search`, real images chosen by a search
-that takes as much CPU-time as a distillation; images that are distilled for logistic
-regression with a learned ridge; and the sets in any given files of
-`eqdistill.save`. For the recipe `supervised` the only set is all training images. All
-images are standardised. All choices are made on held-out training images.
+of that many CPU-seconds; images that are distilled for logistic regression with a
+learned ridge; and the sets in any given files of `eqdistill.save`. For the recipe
+`supervised` the only set is all training images. All images are standardised. All
+choices are made on held-out training images.
 
 Each set has a column with hard labels; and, for the recipes that take them, one with
 soft labels, which are learned for ridge regression on the pixels. Sets from files keep
 their own labels.
 
-Prints a table in Markdown: the CPU-seconds that the images of a set took, including
-compilation; its size with its labels; and the mean test accuracy after the last
-training step, with the standard deviation over networks. Plots the accuracies.
+Prints a table in Markdown: the CPU-seconds it took to make the images of a set,
+including compilation; its size with its labels; and the mean test accuracy after the
+last training step, with the standard deviation over networks. Plots the accuracies.
 Measurements are kept in `baselines.json`, so that the script can be stopped and
 resumed.
 """

@@ -52,7 +52,7 @@ def main(
     train, test, _ = real_data(dataset, data_dir, held_out=held_out)
 
     def make(network, number):
-        # The next run finds the features of the real images there.
+        # The next run finds the features of the real images in `directory`.
         settings = {"directory": output / "features", "key": jr.key(number)}
         return probe("backbone", network, source, train, pretraining_steps, **settings)
 
@@ -70,7 +70,7 @@ def main(
         eqd.evaluate(distilled, model, test, inner=fit, num_models=num).accuracy
         for model in (home, *unseen)
     ]
-    report("as many real images", score(real, eqd.AutoSolver(), 1))
+    report("same number of real images", score(real, eqd.AutoSolver(), 1))
     starts = {"pixels": real, "pyramid": eqd.Pyramid.from_distilled(real)}
     fits: dict[str, eqd.AbstractInnerSolver] = {
         "images": eqd.AutoSolver(),

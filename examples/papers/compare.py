@@ -1,8 +1,8 @@
 """Compares distilled images with the same number of real images, means and k-means.
 
-For each number of images, logistic regression is fitted only to them, and its accuracy
-on the test images is measured. The baselines are random real images, class means,
-k-means and herding. Each baseline uses the ridge from a grid that has the best
+For each number of images, logistic regression is fitted only to these images, and its
+accuracy on the test images is measured. The baselines are random real images, class
+means, k-means and herding. The ridge of each baseline is chosen from a grid by the
 accuracy on a held-out tenth of the training images. The baselines are compared with
 images distilled with the ridge fixed at 0.1; with a learned ridge; and with a learned
 ridge and soft labels. To save time, all sets are made from only `--train` of the

@@ -65,8 +65,9 @@ def read_idx(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_images(real: np.ndarray, labels: np.ndarray, steps: int) -> list[torch.Tensor]:
-    """Distribution matching (Zhao and Bilen, 2023): in fresh random networks, narrower
-    ones here, the features of an image become the mean features of its class."""
+    """Distribution matching (Zhao and Bilen, 2023): matches the features of each image
+    to the mean features of its class, in fresh random networks, which are narrower
+    here."""
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     rows = [np.flatnonzero(labels == class_) for class_ in range(10)]

@@ -1,5 +1,5 @@
 """Compares hypergradients: implicit, unrolled, truncated and approximate ones on the
-same problem, by error, time, memory and by the images that are distilled with each.
+same problem, by error, time and memory, and by the images distilled with each.
 
 The problem is MNIST, ten images and logistic regression, in double precision, where the
 exact hypergradient is known. Each part prints a table in Markdown:

@@ -138,7 +138,7 @@ def main(
     print(f"outer steps     {steps}, {seconds:.0f} s")
     assert isinstance(result.start, eqd.DistilledSet | eqd.Packed)
     print(f"size            {result.start.nbytes:,} bytes with labels")
-    print(f"ridge           0.001 -> {distilled.l2:.2g}, of the features")
+    print(f"ridge           0.001 -> {distilled.l2:.2g}, relative to the features")
     files = [output / f"network.{end}" for end in ("png", "safetensors")]
     columns = train.num_classes if pack > 1 else None
     eqd.plot.images(distilled, columns=columns).savefig(files[0])
@@ -172,7 +172,7 @@ def add_pool(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["plain", "norm"],
         choices=list(POOL),
-        help="its networks",
+        help="the networks of the pool",
     )
 
 

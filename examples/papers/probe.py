@@ -1,7 +1,7 @@
 """Distils a dataset into images for linear probes of frozen networks.
 
 The backbones are convolutional networks, which are trained here on another dataset:
-they stand for your own pre-trained networks. Their features of the real images are
+they stand in for your own pre-trained networks. Their features of the real images are
 computed once. The inner problem is ridge regression on the features of the distilled
 images; targets, ridge and temperature are learned too. With several backbones, one set
 works for all of them: the outer steps take them in turn. With `--pool-every 5`, one
@@ -9,8 +9,8 @@ step in five is for networks of a pool, which are trained on the distilled image
 that the set also works for unseen backbones. Such a run is best started
 from a set that was distilled for the pool alone, by `networks.py`.
 
-Prints the test accuracy of the probes of random real images, of the distilled images
-and of all real images: on the backbones that the images were distilled for, and the
+Prints the test accuracy of probes fitted to random real images, to the distilled images
+and to all real images: on the backbones that the images were distilled for, and the
 mean over three unseen backbones of another architecture. Writes the images and an
 artifact.
 """
@@ -69,7 +69,7 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     if source.shape != train.shape:
         raise SystemExit(
-            f"--pretraining must have images of shape {train.shape}, as --dataset has; "
+            f"--pretraining must have images of shape {train.shape}, like --dataset; "
             f"got {source.shape}."
         )
     n = images * train.num_classes
@@ -118,9 +118,12 @@ def main(
         )
         distilled = result.distilled
     seconds = time.perf_counter() - began
-    print(f"outer steps     {steps}, {seconds:.0f} s with compiling")
+    print(f"outer steps     {steps}, {seconds:.0f} s including compilation")
     print(f"size            {distilled.nbytes:,} bytes with labels")
-    print(f"ridge           {initial.l2:.2g} -> {distilled.l2:.2g}, of the features")
+    print(
+        f"ridge           {initial.l2:.2g} -> {distilled.l2:.2g}, relative to the "
+        "features"
+    )
 
     backbones = {name: [model] for name, model in probes.items()}
     if extra:

@@ -91,7 +91,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="measure again first")
-    parser.add_argument("--sets", type=Path, default=SETS, help="their folder")
+    parser.add_argument("--sets", type=Path, default=SETS, help="folder of the files")
     parser.add_argument(
         "--cifar10",
         type=Path,

@@ -1,6 +1,6 @@
 """Distils the rows of a table: wines, breast cancer, and the prices of houses.
 
-Wines and tumours are classified by logistic regression, from one distilled row per
+Wines and tumours are classified by logistic regression, fitted to one distilled row per
 class. The houses are generated, with skewed columns of very different scales. Their
 prices are predicted from ten distilled rows, whose prices are learned too, by ridge
 regression on the features of random networks, which are drawn again in each step.
@@ -9,8 +9,8 @@ Prints the test scores, accuracy or R2, of random rows, of the centroids of k-me
 the distilled rows and of all training rows: the mean and the standard deviation over
 splits of the table, and over draws of the random rows. Each method chooses its ridge on
 the same held-out part of the training rows; the distilled rows start from the centroids
-and their ridge, and learn it. Writes the distilled rows of the first split as an
-artifact and an export.
+and their ridge, which is then learned too. Writes the distilled rows of the first split
+as an artifact and an export.
 """
 
 import argparse

@@ -5,7 +5,7 @@ training run of LeNet on MNIST, learned by differentiating the run.
 - `--start random`: a hundred images for random initialisations, with new weights in
   each outer step. The paper reaches 79.5 +- 8.1%, over 200 networks.
 - `--start adapted`: a hundred images for networks that were trained on scikit-learn's
-  digits, resized to 28 x 28. The paper uses USPS, which cannot be downloaded here.
+  digits, resized to 28 x 28. The paper uses USPS.
 
 Each training step takes ten images, one per class, and has its own learned step size.
 The training is by gradient descent, as in the paper, but with momentum: without it, the
