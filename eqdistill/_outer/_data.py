@@ -101,8 +101,8 @@ class Cached(eqx.Module):
 class FullBatch(AbstractData):
     """All real examples in each outer step.
 
-    They are processed in chunks, whose activations take at most `chunk_bytes` bytes:
-    the activations of one example are counted in the traced derivative of the model.
+    They are processed in chunks, whose activations take at most `chunk_bytes` bytes, as
+    counted in the traced derivative of the model.
 
     On several devices, each works on its own part of the examples, and one sum over
     the devices adds up their parts of the loss and of its gradient.

@@ -140,6 +140,8 @@ def evaluate(
         source of models, such as [`eqdistill.Fresh`][]; or a model.
     - `test`: the real data, with images of the same shape as the distilled ones.
 
+    All other arguments are keyword only.
+
     - `inner`: how to train models that come without a recipe. Defaults to
         [`eqdistill.AutoSolver`][].
     - `num_models`: the number of models for each set. Defaults to 1 if `recipe` is a
