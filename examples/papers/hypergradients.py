@@ -194,7 +194,9 @@ def accuracy(train: eqd.Dataset, test: eqd.Dataset, steps: int) -> None:
         "unrolled, 100 steps": descent(100),
         "the last 10 of 100": descent(100, window=adjoints.LastSteps(10)),
         "random 10 of 100": descent(100, window=adjoints.RandomWindow(10)),
-        "10 of 100, gradient-weighted": descent(100, window=adjoints.GradientWindow(10)),
+        "10 of 100, gradient-weighted": descent(
+            100, window=adjoints.GradientWindow(10)
+        ),
         "unrolled, 10 steps": descent(10),
         "Neumann series, 10 terms": neumann(10),
         "Neumann series, one term": neumann(1),
