@@ -55,7 +55,8 @@ class AbstractLoss(eqx.Module):
 
     def check_labels(self, labels: np.ndarray) -> None:
         """Raises a `ValueError` if this loss cannot be used with `labels`, which are
-        class indices or floating point of shape `(n, c)`. By default, accepts any."""
+        class indices or a floating-point array of shape `(n, c)`. By default, accepts
+        any labels."""
         del labels
 
 
@@ -195,8 +196,8 @@ class SquaredError(AbstractLoss):
         return CrossEntropy(0.2) if labels.ndim == 1 else self
 
     def targets(self, labels, num_classes):
-        """The targets of class indices, or of targets for the first classes only. If
-        these are centred one-hot vectors, so is the result."""
+        """The targets of class indices, or targets for the first classes only, extended
+        to all classes. If those are centred one-hot vectors, so are the results."""
         if labels.ndim == 1:
             return jax.nn.one_hot(labels, num_classes) - 1 / num_classes
         shift = 1 / labels.shape[1] - 1 / num_classes

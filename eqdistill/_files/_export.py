@@ -249,11 +249,11 @@ def _read_me(arrays: dict[str, Any], num_models: int) -> str:
             f"{real}. To undo it, solve for x."
         )
     elif not {"mean", "deviation"} <= {*arrays}:
-        units = "`images` are in the units of a custom preprocessing."
+        units = "`images` are in the units of a custom preprocessing step."
     elif np.ndim(arrays["mean"]):
         units = (
-            f"`images` are in the units of z = (x - mean) / deviation, for x, {real}. "
-            "To undo it: x = mean + deviation * z."
+            "`images` are in the units of z = (x - mean) / deviation, where x is "
+            f"{real}. To undo it: x = mean + deviation * z."
         )
         if np.size(arrays["mean"]) <= 3:
             mean, deviation = (np.ravel(arrays[x]) for x in ("mean", "deviation"))
@@ -285,7 +285,8 @@ def _read_me(arrays: dict[str, Any], num_models: int) -> str:
         f"Training: {arrays['recipe']}",
         f"Units: {units}",
         pictures,
-        f"Order: rows i of `images`, `labels` and `targets` belong together.{order}",
+        "Order: row i of `labels` and row i of `targets` belong to row i of `images`."
+        f"{order}",
         f"Expect: {expect}",
     )
     return "".join(f"{textwrap.fill(line, 80)}\n" for line in lines if line)

@@ -90,10 +90,10 @@ class UnrolledSolver(AbstractInnerSolver[None]):
             order, and the first image follows the last.
         - `augmentation`: applied to each image at random in every step. Defaults to
             none.
-        - `window`: the steps that are differentiated, such as
+        - `window`: chooses the steps that are differentiated, for example
             [`eqdistill.adjoints.LastSteps`][] or
-            [`eqdistill.adjoints.RandomWindow`][], at most as many as `steps`. The run
-            ends with the window. Defaults to all steps.
+            [`eqdistill.adjoints.RandomWindow`][]. Its size is at most `steps`. The run
+            ends with the last step of the window. Defaults to all steps.
         - `adjoint`: [`eqdistill.adjoints.DirectAdjoint`][], or
             [`eqdistill.adjoints.RecursiveCheckpointAdjoint`][] for runs that do not fit
             in memory.

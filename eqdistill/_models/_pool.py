@@ -90,8 +90,9 @@ class Pool(AbstractModels[PoolState]):
         """**Arguments:**
 
         - `makes`: functions `make(*, key)`, each of which builds a network, with the
-            initial weights of your choice. Their last layers may have different widths.
-            The images work for the architectures that are in the pool.
+            initial weights of your choice. The last layers of the networks may have
+            different widths. The images work for the architectures that are in the
+            pool.
 
         All other arguments are keyword only.
 

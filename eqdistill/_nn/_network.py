@@ -141,7 +141,7 @@ def _check_layers(network: PyTree) -> None:
             raise TypeError(
                 "`network` must have floating-point arrays only in linear, "
                 "convolutional and normalisation layers, which `initialise` can "
-                f"redraw; got `{name}`. Draw its weights yourself, or wrap it in a "
+                f"handle; got `{name}`. Draw its weights yourself, or wrap it in a "
                 "`Frozen`."
             )
         if isinstance(node, _WEIGHT_LAYERS):

@@ -89,9 +89,9 @@ class Batches(AbstractData):
             counts = dataset.class_counts
             if rest or not counts.min():
                 raise ValueError(
-                    "`size` must be a multiple of the number of classes, "
-                    f"{dataset.num_classes}, each of which needs an example, for "
-                    f"balanced batches; got {size}, and {counts.min()} examples of "
+                    "For balanced batches, `size` must be a multiple of "
+                    f"{dataset.num_classes}, the number of classes, each of which "
+                    f"needs an example; got {size}, and {counts.min()} examples of "
                     f"{dataset.class_name(int(counts.argmin()))}."
                 )
             labels = to_host(dataset.labels)
@@ -155,8 +155,8 @@ def _take(size: int, num: int, counts, rows: PyTree, draws: _Draws, _, device):
         place = jnp.arange(size)
         images, *others = jax.tree.map(lambda x: x[chosen], rows)
     else:
-        # Each device takes the examples that it has, and all send them where they are
-        # needed. The other entries are zero, so that a sum collects them.
+        # Each device fills in the examples that it has, and zeros elsewhere. The sum
+        # over devices sends each example to the device that needs it.
         share = -(-size // device.count)
         chosen = jnp.pad(chosen, (0, share * device.count - size), mode="edge")
         place = device.index * share + jnp.arange(share)

@@ -413,8 +413,8 @@ def _check_hyperparameters(problem: Problem, state: DistillState) -> None:
             if not jnp.array_equal(before, now):
                 before, now = np.asarray(before), np.asarray(now)
                 raise ValueError(
-                    f"`optimiser` must have the `{name}` of `state`, where "
-                    f"`optax.inject_hyperparams` keeps it: {before!s}; got {now!s}. To "
-                    "change it, also pass "
+                    f"`optimiser` must have the `{name}` of `state`, {before!s}; got "
+                    f"{now!s}. `optax.inject_hyperparams` keeps the value in the "
+                    "state. To change it, also pass "
                     f"`state=optax.tree.set(result.state, {name}={now!s})`."
                 )
