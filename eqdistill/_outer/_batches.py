@@ -90,7 +90,7 @@ class Batches(AbstractData):
             if rest or not counts.min():
                 raise ValueError(
                     "For balanced batches, `size` must be a multiple of "
-                    f"{dataset.num_classes}, the number of classes, each of which "
+                    f"{dataset.num_classes}, the number of classes, and each class "
                     f"needs an example; got {size}, and {counts.min()} examples of "
                     f"{dataset.class_name(int(counts.argmin()))}."
                 )

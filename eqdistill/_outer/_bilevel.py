@@ -55,9 +55,8 @@ class Bilevel(AbstractObjective[PyTree]):
         """**Arguments:**
 
         - `model`: the model that is fitted, an `equinox.Module` that maps one example
-            to its outputs, of shape `(c,)`. Or an
-            [`eqdistill.AbstractModels`][], such as [`eqdistill.Pool`][], which provides
-            a model in each step.
+            to its outputs, of shape `(c,)`. Or an [`eqdistill.AbstractModels`][], such
+            as [`eqdistill.Pool`][], which provides a model in each step.
         - `inner`: how the model is fitted.
         - `loss`: the outer loss $\\ell$, applied to the unscaled outputs. Defaults to
             the loss of the distilled set, unless that is the squared error and the real

@@ -52,9 +52,15 @@ def main(
     train, test, _ = real_data(dataset, data_dir, held_out=held_out)
 
     def make(network, number):
-        # The next run finds the features of the real images in `directory`.
-        settings = {"directory": output / "features", "key": jr.key(number)}
-        return probe("backbone", network, source, train, pretraining_steps, **settings)
+        return probe(
+            "backbone",
+            network,
+            source,
+            train,
+            pretraining_steps,
+            directory=output / "features",  # Where the next run finds them.
+            key=jr.key(number),
+        )
 
     home = make(BACKBONES["16-32-64"], 0)
     unseen = [make(UNSEEN, 100 + i) for i in range(num_unseen)]

@@ -172,7 +172,7 @@ def add_pool(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["plain", "norm"],
         choices=list(POOL),
-        help="the networks of the pool",
+        help="the networks of the pool; one named twice is drawn twice as often",
     )
 
 

@@ -86,7 +86,7 @@ def main(
         for i, (name, network) in enumerate(networks.items())
     }
     extra = [
-        probe(f"{i}", EXTRA, source, train, pretraining_steps, key=jr.key(50 + i))
+        probe(str(i), EXTRA, source, train, pretraining_steps, key=jr.key(50 + i))
         for i in range(num_extra)
     ]
     loss = eqd.CrossEntropy(0.2)
