@@ -147,5 +147,5 @@ def test_classes_of_unequal_sizes(digits):
             make(absent, l2=0.1, key=jr.key(0))
     with pytest.raises(ValueError, match=r"no images of class 3 \('digit 3'\)"):
         eqd.DistilledSet.from_noise(absent, l2=0.1, scale=0.1, key=jr.key(0))
-    with pytest.raises(ValueError, match=r"each of which needs an example"):
+    with pytest.raises(ValueError, match=r"each class needs an example"):
         eqd.Batches(absent, 20, balanced=True)
