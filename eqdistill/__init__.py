@@ -55,7 +55,6 @@ with _install_import_hook("eqdistill", "eqdistill._typechecking.typechecked"):
     from ._models._random_features import RandomFeatures as RandomFeatures
     from ._outer._batches import Batches as Batches
     from ._outer._bilevel import Bilevel as Bilevel
-    from ._outer._by_loss import ByLoss as ByLoss
     from ._outer._callbacks import (
         AbstractCallback as AbstractCallback,
         EarlyStopping as EarlyStopping,

@@ -13,7 +13,6 @@ _USES = {
     "wang2018": "Fresh UnrolledSolver from_kmeans from_real learned_rates",
     "shaban2019": "LastSteps",
     "lorraine2020": "NeumannSeries",
-    "sagawa2020": "ByLoss",
     "nguyen2021": "ZCA",
     "zhao2021condensation": "AlexNet ConvNet LeNet MLP ResNet18 VGG11 dc",
     "zhao2021augmentation": "Affine ColourJitter Crop Cutout Flip OneOf",
@@ -106,14 +105,6 @@ _BIBTEX = """\
   author = {Lorraine, Jonathan and Vicol, Paul and Duvenaud, David},
   title = {Optimizing Millions of Hyperparameters by Implicit Differentiation},
   booktitle = {Artificial Intelligence and Statistics}, year = {2020},
-}
-
-@inproceedings{sagawa2020,
-  author = {Sagawa, Shiori and Koh, Pang Wei and Hashimoto, Tatsunori B. and
-            Liang, Percy},
-  title = {Distributionally Robust Neural Networks for Group Shifts: On the Importance
-           of Regularization for Worst-Case Generalization},
-  booktitle = {International Conference on Learning Representations}, year = {2020},
 }
 
 @inproceedings{nguyen2021,

@@ -110,12 +110,12 @@ case(eqd.UnrolledSolver, {"make": optax.sgd, "hyperparameters": {"learning_rate"
      "steps": 2}, make=ADAM, hyperparameters={"learning_rate": 0}, steps=0,
      batch_size=0, window=eqd.adjoints.LastSteps(3))
 case(eqd.Fresh, {"make": MAKE}, make=NETWORK)
-case(eqd.Pool, {"makes": (MAKE,)}, makes=(MAKE, eqd.nn.MLP), size=0, max_age=0)
+case(eqd.Pool, {"makes": (MAKE,)}, makes=(MAKE, eqd.nn.MLP), weights=[1.0, -1.0],
+     size=0, max_age=0)
 case(eqd.RandomFeatures, {"make": MAKE}, make=eqd.nn.MLP, num_networks=0)
 
 case(eqd.Bilevel, {"model": MODEL}, "model")
 case(eqd.InTurn, {"objectives": (OBJECTIVE,)}, objectives=(), order=[1])
-case(eqd.ByLoss, {"objectives": (OBJECTIVE,)}, objectives=())
 case(eqd.Rounds, {"objective": OBJECTIVE, "steps": 2, "examples": 2}, steps=0,
      examples=0)
 case(eqd.Outcome, {"state": None, "failure": COUNT, "metrics": {}}, "state", failure=0)

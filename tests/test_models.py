@@ -103,18 +103,21 @@ def test_the_last_layer_is_fitted_by_ridge_regression_on_scaled_features(start):
     assert widths == {12, 64}
 
 
-def test_networks_keep_the_initialisation_of_their_constructor(start):
+@pytest.mark.parametrize(("weights", "share"), [(None, 0.5), ([6.0, 2], 0.75)])
+def test_networks_keep_the_initialisation_of_their_constructor(start, weights, share):
     networks = sequential(key=jr.key(1)), ConvNet(key=jr.key(2))
-    source = pool(*(lambda *, key, own=own: own for own in networks))
+    makes = (lambda *, key, own=own: own for own in networks)
+    source = pool(*makes, weights=weights)
     state = source.init(start, key=KEY)
     wanted = [
         eqd.linear.last_layer(network)(start.images[0]) - network.layers[-1].bias
         for network in networks
     ]
-    found = [source.draw(state, key=key)(start.images[0]) for key in jr.split(KEY, 8)]
+    draw = lambda key: source.draw(state, key=key)(start.images[0])
+    found = jax.vmap(draw)(jr.split(KEY, 400))
     which = [[np.allclose(x, y, rtol=1e-5, atol=1e-6) for y in wanted] for x in found]
     np.testing.assert_array_equal(np.sum(which, axis=1), 1)
-    assert np.any(which, axis=0).all()
+    np.testing.assert_allclose(np.mean(which, axis=0), [share, 1 - share], atol=0.06)
 
 
 @pytest.mark.slow

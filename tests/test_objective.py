@@ -158,34 +158,3 @@ def test_in_turn_gives_the_losses_of_its_members(logistic):
     wanted = hypergradient(start, members[1], train)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
     np.testing.assert_allclose(found[1].images, wanted[1].images, rtol=1e-4, atol=1e-7)
-
-
-class Constant(eqd.AbstractObjective[None]):
-    value: float
-    failures: tuple[str, ...] = ("bad luck",)
-    fails: bool = False
-
-    def init(self, distilled, *, key):
-        return None
-
-    def __call__(self, distilled, data, state, *, step, key):
-        loss = self.value + 0 * jnp.sum(distilled.images)
-        return loss, eqd.Outcome(None, jnp.array(int(self.fails)), {})
-
-
-def test_by_loss_draws_in_proportion_to_the_squared_loss(logistic):
-    start, _, train = logistic
-    objective = eqd.ByLoss(Constant(1.0), Constant(3.0), Constant(2.0))
-    history = eqd.distill(start, objective, train, steps=400).history
-    turns = history.metrics["objective"].astype(int)
-    assert turns[:3].tolist() == [0, 1, 2]
-    np.testing.assert_array_equal(history.loss, np.array([1, 3, 2])[turns])
-    shares = np.bincount(turns, minlength=3) / 400
-    np.testing.assert_allclose(shares, np.array([1, 9, 4]) / 14, atol=0.06)
-
-
-def test_by_loss_reports_the_failure_of_a_member(logistic):
-    start, _, train = logistic
-    objective = eqd.ByLoss(Constant(1.0), Constant(1.0, ("out of ink",), fails=True))
-    with pytest.raises(eqd.DistillationError, match="stopped at step 1: out of ink"):
-        eqd.distill(start, objective, train)

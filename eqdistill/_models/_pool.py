@@ -1,5 +1,5 @@
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -8,8 +8,8 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from .._checks import check_at_least, check_make, check_model
-from .._conversions import as_int
+from .._checks import check_at_least, check_make, check_model, check_positive
+from .._conversions import as_float, as_int
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
 from .._inner._unrolled_solver import has_dropout
@@ -73,6 +73,7 @@ class Pool(AbstractModels[PoolState]):
     """
 
     networks: tuple[FlatNetworks, ...] = eqx.field(static=True)
+    weights: tuple[float, ...] | None = eqx.field(static=True)
     size: int = eqx.field(static=True, converter=as_int)
     max_age: int = eqx.field(static=True, converter=as_int)
     optimiser: optax.GradientTransformation
@@ -81,6 +82,7 @@ class Pool(AbstractModels[PoolState]):
     def __init__(
         self,
         *makes: Callable,
+        weights: Sequence[float] | None = None,
         where: Callable | None = None,
         size: int = 10,
         max_age: int = 100,
@@ -96,6 +98,9 @@ class Pool(AbstractModels[PoolState]):
 
         All other arguments are keyword only.
 
+        - `weights`: positive numbers, in proportion to which the architectures are
+            drawn. Defaults to equal weights. Give an architecture that learns poorly
+            from the images a larger weight.
         - `where`: selects the last layer of a network, as for
             [`eqdistill.linear.last_layer`][].
         - `size`: the number of networks of each architecture.
@@ -106,14 +111,24 @@ class Pool(AbstractModels[PoolState]):
         **Raises:**
 
         A `TypeError` if one of `makes` is a network, or needs arguments other than
-        `key`. A `ValueError` if there is no function, or `size` or `max_age` is less
-        than 1.
+        `key`. A `ValueError` if there is no function, if there is not one positive
+        weight for each, or if `size` or `max_age` is less than 1.
         """
         if not makes:
             raise ValueError("`makes` must be at least one function; got none.")
         for make in makes:
             check_make("makes", make)
         check_at_least(1, size=size, max_age=max_age)
+        self.weights = None
+        if weights is not None:
+            self.weights = tuple(map(as_float, weights))
+            if len(weights) != len(makes):
+                raise ValueError(
+                    f"`weights` must have a number for each of the {len(makes)} "
+                    f"`makes`; got {len(weights)}."
+                )
+            for weight in self.weights:
+                check_positive(weights=weight)
         self.networks = tuple(FlatNetworks(make, where) for make in makes)
         self.size = size
         self.max_age = max_age
@@ -154,7 +169,8 @@ class Pool(AbstractModels[PoolState]):
 
     def _place(self, key: PRNGKeyArray):
         kind_key, index_key, key = jr.split(key, 3)
-        kind = jr.randint(kind_key, (), 0, len(self.networks))
+        weights = None if self.weights is None else jnp.array(self.weights)
+        kind = jr.choice(kind_key, len(self.networks), p=weights)
         return kind, jr.randint(index_key, (), 0, self.size), key
 
     def _train(self, networks, distilled, flat, training, age, *, key):

@@ -5,12 +5,10 @@ import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
 from .._conversions import as_ints
-from .._data._distilled_set import DistilledSet
 from .._sharding import vary_like
-from ._data import AbstractData
 from ._objective import AbstractObjective, Outcome
 
 
@@ -73,49 +71,31 @@ class InTurn(AbstractObjective[tuple[PyTree, ...]]):
         """Like [`eqdistill.AbstractObjective`][]. The metrics of all objectives other
         than that of the step are NaN. States under one `jax.vmap` must be at the same
         step."""
+
+        def of(i, distilled):
+            loss, outcome = self.objectives[i](
+                distilled, data, state[i], step=step, key=jr.fold_in(key, i)
+            )
+            before = sum(len(x.failures) for x in self.objectives[:i])
+            failure = jnp.where(outcome.failure > 0, before + outcome.failure, 0)
+            new_state = (*state[:i], outcome.state, *state[i + 1 :])
+            return loss, Outcome(new_state, failure, outcome.metrics)
+
+        # The branches must return the same metrics.
+        indices = range(len(self.objectives))
+        metrics = lambda i: jax.eval_shape(lambda: of(i, distilled)[1].metrics)
+        items = [item for i in indices for item in metrics(i).items()]
+        absent = {name: jnp.array(jnp.nan, x.dtype) for name, x in items}
+        absent = vary_like(absent, distilled)
+
+        def branch(i):
+            def call(distilled):
+                loss, outcome = of(i, distilled)
+                metrics = {**absent, **outcome.metrics}
+                return loss, Outcome(outcome.state, outcome.failure, metrics)
+
+            return call
+
         # The seeds of a `vmap` take the same step: only one objective is computed.
         turn = jnp.array(self.order)[eqxi.unvmap_max(step) % len(self.order)]
-        return take_turn(
-            self.objectives, turn, distilled, data, state, step=step, key=key
-        )
-
-
-def take_turn(
-    objectives: tuple[AbstractObjective, ...],
-    turn: Int[Array, ""],
-    distilled: DistilledSet,
-    data: AbstractData,
-    states: tuple[PyTree, ...],
-    *,
-    step: Int[Array, ""],
-    key: PRNGKeyArray,
-) -> tuple[Float[Array, ""], Outcome[tuple[PyTree, ...]]]:
-    """The loss and the outcome of one of several objectives. The metrics of the others
-    are NaN."""
-
-    def of(i, distilled):
-        loss, outcome = objectives[i](
-            distilled, data, states[i], step=step, key=jr.fold_in(key, i)
-        )
-        before = sum(len(x.failures) for x in objectives[:i])
-        failure = jnp.where(outcome.failure > 0, before + outcome.failure, 0)
-        new_states = (*states[:i], outcome.state, *states[i + 1 :])
-        return loss, Outcome(new_states, failure, outcome.metrics)
-
-    # The branches must return the same metrics.
-    indices = range(len(objectives))
-    shapes = [jax.eval_shape(lambda i=i: of(i, distilled)[1].metrics) for i in indices]
-    absent = {
-        name: jnp.array(jnp.nan, x.dtype) for s in shapes for name, x in s.items()
-    }
-    absent = vary_like(absent, distilled)
-
-    def branch(i):
-        def call(distilled):
-            loss, outcome = of(i, distilled)
-            metrics = {**absent, **outcome.metrics}
-            return loss, Outcome(outcome.state, outcome.failure, metrics)
-
-        return call
-
-    return jax.lax.switch(turn, [branch(i) for i in indices], distilled)
+        return jax.lax.switch(turn, [branch(i) for i in indices], distilled)

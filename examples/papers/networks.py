@@ -64,8 +64,8 @@ def main(
     hard: bool,
     start_from: str,
     pool: list[str],
+    weights: list[float] | None,
     max_age: int,
-    by_loss: bool,
     linearised: bool,
     steps: int,
     batch: int,
@@ -99,18 +99,14 @@ def main(
     # Targets differ by one between classes, and logits by about five.
     loss = eqd.CrossEntropy() if hard else eqd.CrossEntropy(0.2)
 
-    def objective_of(*makes):
-        networks = eqd.Pool(*makes, max_age=max_age, augmentation=augmentation)
-        objective = eqd.Bilevel(networks, inner, loss)
-        if share == 1:
-            return objective
-        return eqd.Rounds(objective, steps=share, examples=batch)
-
-    objective = objective_of(*makes)
-    temperature = lambda o: (o if share == 1 else o.objective).loss.log_temperature
-    if by_loss:
-        objective = eqd.ByLoss(*map(objective_of, makes))
-        of_one, temperature = temperature, lambda o: [of_one(x) for x in o.objectives]
+    models = eqd.Pool(
+        *makes, weights=weights, max_age=max_age, augmentation=augmentation
+    )
+    objective = eqd.Bilevel(models, inner, loss)
+    temperature = lambda o: o.loss.log_temperature
+    if share > 1:
+        objective = eqd.Rounds(objective, steps=share, examples=batch)
+        temperature = lambda o: o.objective.loss.log_temperature
 
     optimiser = adam(optax.cosine_decay_schedule(learning_rate, steps))
     began = time.perf_counter()
@@ -172,7 +168,7 @@ def add_pool(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["plain", "norm"],
         choices=list(POOL),
-        help="the networks of the pool; one named twice is drawn twice as often",
+        help="the networks of the pool",
     )
 
 
@@ -200,15 +196,16 @@ if __name__ == "__main__":
     )
     add_pool(parser)
     parser.add_argument(
+        "--weights",
+        type=float,
+        nargs="+",
+        help="how often each of them is drawn, relative to the others",
+    )
+    parser.add_argument(
         "--max-age",
         type=int,
         default=100,
         help="the number of training steps after which a network starts again",
-    )
-    parser.add_argument(
-        "--by-loss",
-        action="store_true",
-        help="draw a kind of network more often if its loss is large",
     )
     parser.add_argument(
         "--linearised",
