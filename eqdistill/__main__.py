@@ -62,15 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     add("file", metavar="FILE", help="a file that eqdistill.save wrote")
     _add_data(parser)
     recipe = (
-        "your function, without arguments, that returns the recipe, if the recipe in "
-        "the file cannot be rebuilt. Its arrays, such as learned step sizes, are then "
-        "replaced by those in the file"
+        "a function of yours that takes no arguments and returns the recipe, for a "
+        "file whose recipe cannot be rebuilt. The arrays of the recipe, such as "
+        "learned step sizes, are replaced by those in the file"
     )
     add("--recipe", metavar="MODULE:FUNCTION", help=recipe)
     tolerance = (
         "the largest difference allowed between the scores; accuracies are from 0 to "
         "1. Defaults to the claimed standard deviation over models, but at least "
-        "0.0001: one test image in 10,000"
+        "0.0001 (one test image in 10,000)"
     )
     add("--tolerance", type=float, metavar="T", help=tolerance)
 
@@ -177,8 +177,8 @@ def _check_artifact(args: argparse.Namespace, artifact: Artifact) -> int:
     found = evaluate(artifact.distilled, recipe, test, progress=_HAS_BAR, **models)
     if found.metric != artifact.metric:
         raise ValueError(
-            f"{file} claims the {artifact.metric}, but the labels of the data are for "
-            f"the {found.metric}."
+            f"The metric claimed in {file} is {artifact.metric}, but the metric for "
+            f"the labels of the data is {found.metric}."
         )
     tolerance = args.tolerance
     if tolerance is None:

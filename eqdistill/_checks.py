@@ -63,7 +63,7 @@ def check_concrete(name: str, **values: PyTree) -> None:
 
 
 def check_lengths(name: str, images: Array, labels: Array) -> None:
-    """Checks that there is a label for each image: `equinox.tree_at` may break this."""
+    """Checks that there is a label for each image. `equinox.tree_at` can break this."""
     if len(labels) != len(images):
         raise ValueError(
             f"`{name}.labels` must have a label for each of the {len(images)} images; "

@@ -1,4 +1,4 @@
-"""Sizes of chunks whose activations fit into memory."""
+"""Sizes of chunks whose activations fit in memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,9 @@ CHUNK_BYTES = 2**24
 
 
 def chunk_size(of_chunk: Callable, examples: PyTree, chunk_bytes: int) -> int:
-    """The number of examples in a chunk for which the results of all operations in
-    `of_chunk(chunk)` that are alive at once take about `chunk_bytes` bytes. All chunks
-    have nearly the same size."""
+    """The number of examples in a chunk for which the intermediate results of
+    `of_chunk(chunk)` take about `chunk_bytes` bytes at their peak. All chunks have
+    nearly the same size."""
     num = len(jax.tree.leaves(examples)[0])
     # Use enough examples that the arrays of a model add little to the peak.
     some = min(num, 256)
@@ -28,7 +28,7 @@ def chunk_size(of_chunk: Callable, examples: PyTree, chunk_bytes: int) -> int:
 
 
 def _peak_bytes(jaxpr: Any) -> int:
-    """The largest number of bytes that results take at once in a program, before the
+    """The peak size of the intermediate results of a program, in bytes, before the
     compiler fuses any operations."""
     last_use = {id(x): i for i, eqn in enumerate(jaxpr.eqns) for x in eqn.invars}
     last_use |= dict.fromkeys(map(id, jaxpr.outvars), len(jaxpr.eqns))

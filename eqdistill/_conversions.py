@@ -1,4 +1,4 @@
-"""Converters for arguments. Python numbers are constants of a compiled program, but
+"""Converters for arguments. Python numbers are constants in a compiled program, but
 NumPy numbers would be traced."""
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def as_weights(weights: ArrayOrList, n: int) -> Float[Array | np.ndarray, " n"]:
             f"`weights` must be positive and finite, one for each of the {n} examples; "
             f"got {describe(weights)}."
         )
-    weights_ = weights_ / weights_.max()  # The sum of large ones would overflow.
+    weights_ = weights_ / weights_.max()  # The sum of large weights could overflow.
     return weights_ / weights_.mean()
 
 
@@ -50,7 +50,7 @@ def as_float_or_none(x: float | None) -> float | None:
 
 
 def as_ints(name: str, x: Sequence) -> tuple[int, ...]:
-    """Converts all items. (Beartype checks only one of them.)"""
+    """Checks and converts all items. (Beartype checks only one of them.)"""
     if any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in x):
         raise TypeError(f"`{name}` must be integers; got {describe(x)}.")
     return tuple(int(i) for i in x)

@@ -18,8 +18,8 @@ _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 
 
 def describe(**parts: Any) -> dict[str, str]:
-    """Describes each leaf of some objects, under its path. The paths begin with
-    the names of the arguments.
+    """Describes each leaf of the given objects under its path. The paths begin with the
+    names of the arguments.
 
     Closures are opened too, because they hold the settings of Optax's optimisers.
     Arrays are described by dtype and shape, and small arrays also by their values.

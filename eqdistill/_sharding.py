@@ -32,7 +32,7 @@ def as_rows(name: str, sharding: NamedSharding) -> NamedSharding:
         raise ValueError(
             "`jax.set_mesh` must be given a mesh with automatic axes, such as "
             "`jax.make_mesh((8,), ('data',), (jax.sharding.AxisType.Auto,))`, or not "
-            "be used at all; it was given explicit ones."
+            "be used at all; it was given a mesh with explicit axes."
         )
     first, *others = sharding.spec or (None,)
     if first is None or any(x is not None for x in others):

@@ -22,8 +22,8 @@ from ._outer._stream import Stream as Stream
 
 
 class _Source(NamedTuple):
-    """Where a dataset is published, and how its files are read: the hash of each
-    download, and the SHA-256 of each unpacked file."""
+    """Where a dataset is published and how its files are read, with the hash of each
+    download and the SHA-256 of each unpacked file."""
 
     url: str
     registry: dict[str, str]
@@ -91,15 +91,15 @@ def load(
 
     The files are the IDX files of MNIST and Fashion-MNIST, with or without gzip
     compression, and the binary version of CIFAR-10, as one archive or as six files. The
-    SHA-256 of IDX files is checked. For CIFAR-10, the MD5 of a download is checked, and
-    the sizes and the class counts of local files.
+    SHA-256 of IDX files is checked. For CIFAR-10, the MD5 of a download is checked, as
+    are the sizes and the class counts of local files.
 
     **Arguments:**
 
     - `name`: one of the names above.
     - `data_dir`: the folder of the files, or its parent with a subfolder `name`. By
         default, these folders are searched: the one in the environment variable
-        `EQDISTILL_DATA_DIR`; `examples/data` of this repository, which has MNIST; and
+        `EQDISTILL_DATA_DIR`; `examples/data` in this repository, which has MNIST; and
         `/usr/share/datasets/fashion-mnist`, from Debian's `dataset-fashion-mnist`. If
         there are no files, `pooch` downloads them to the user's cache, or to
         `EQDISTILL_DATA_DIR` if it is set.

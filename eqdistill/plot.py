@@ -44,8 +44,8 @@ def images(
 
     **Arguments:**
 
-    - `distilled`: a distilled set of grey images of shape `(height, width)`, up to axes
-        of size 1, or of colour images of shape `(3, height, width)` or
+    - `distilled`: a distilled set of grey images of shape `(height, width)`, apart from
+        axes of size 1, or of colour images of shape `(3, height, width)` or
         `(height, width, 3)`.
     - `columns`: the largest number of images in a row. Defaults to 5, or to 50 in a
         mosaic.

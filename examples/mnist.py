@@ -66,7 +66,9 @@ if __name__ == "__main__":
     parser.add_argument("--l2", type=float, default=0.1, help="the ridge")
     parser.add_argument("--steps", type=int, default=50, help="outer steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("output"), help="a folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="the folder to write to"
+    )
     args = parser.parse_args()
     # The next run loads what this one compiles.
     jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))

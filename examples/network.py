@@ -2,8 +2,8 @@
 
 In each step, the last layer of a network from a pool is fitted to the distilled images.
 Images, labels and the ridge are learned. Prints the accuracy of larger fresh networks,
-and writes the images and a file that `python -m eqdistill check` checks. All options
-are in `papers/networks.py`.
+and writes the images and a file that `python -m eqdistill check` checks. For more
+options, see `papers/networks.py`.
 """
 
 import argparse
@@ -63,12 +63,14 @@ if __name__ == "__main__":
     parser.add_argument(
         "--dataset",
         default="mnist",
-        help="a name that eqdistill.datasets.load takes, or a folder that holds the "
-        "folders train and test, each with a folder for each class",
+        help="a name that eqdistill.datasets.load accepts, or a folder with subfolders "
+        "train and test, each with one folder per class",
     )
     parser.add_argument("--images-per-class", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--output", type=Path, default=Path("output"), help="a folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="the folder to write to"
+    )
     args = parser.parse_args()
     # The next run loads what this one compiles.
     jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))

@@ -1,4 +1,4 @@
-"""Distils MNIST into ten images for the linear probe of a frozen backbone.
+"""Distils MNIST into ten images for a linear probe on a frozen backbone.
 
 The backbone is a convolutional network trained here on Fashion-MNIST: it stands in for
 your own pre-trained network. Its features of the real images are computed once. Images,
@@ -67,7 +67,9 @@ if __name__ == "__main__":
     parser.add_argument("--pretraining", default="fashion_mnist")
     parser.add_argument("--images-per-class", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--output", type=Path, default=Path("output"), help="a folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="the folder to write to"
+    )
     args = parser.parse_args()
     # The next run loads what this one compiles.
     jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))

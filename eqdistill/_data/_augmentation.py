@@ -73,9 +73,9 @@ class OneOf(AbstractAugmentation):
 
         - `augmentations`: at least one.
         - `per_batch`: whether [`eqdistill.augment.augment`][] draws one augmentation
-            for all images. Its random numbers still differ between images. This is
-            several times faster. A custom augmentation that calls a `OneOf` sees single
-            images, so it then draws one for each image.
+            for all images, which is several times faster. Its random numbers still
+            differ between images. A custom augmentation that calls a `OneOf` sees
+            single images, so it then draws one for each image.
         """
         if not augmentations:
             raise ValueError(

@@ -57,6 +57,6 @@ def check_same_classes(a: str, named_a: Any, b: str, named_b: Any) -> None:
         reasons = [f"class {i} is {x[i]!r} in {a} and {y[i]!r} in {b}"]
     raise ValueError(
         f"{a} and {b} must have the same class names in the same order; "
-        f"{', and '.join(reasons)}. `datasets.from_folder(path, class_names=...)` "
-        "uses the order of another set."
+        f"{', and '.join(reasons)}. To load a folder with the class order of another "
+        "set, pass `class_names` to `datasets.from_folder`."
     )

@@ -60,7 +60,7 @@ class Dataset(eqx.Module):
             batches ignores them.
         """
         check_concrete("Dataset", images=images, labels=labels, weights=weights)
-        # On the host, because a dataset is made once, from concrete arrays.
+        # Work on the host, because a dataset is made once, from concrete arrays.
         images_ = as_array("images", images)
         labels_ = to_host(as_array("labels", labels))
         sharding = sharding_of(images_)
@@ -184,10 +184,10 @@ class Dataset(eqx.Module):
     ) -> "Dataset":
         """Returns a dataset of the images $f(x_i)$ with the same labels. The function
         $f$ maps one image, in the units of [`eqdistill.Dataset.floating`][], to a
-        floating-point image of any shape. The function may be an
-        [`eqdistill.datasets.AbstractPreprocessing`][]. Its activations take at most
-        `chunk_bytes` bytes at once. With a `directory`, the new images are kept there,
-        as with [`eqdistill.Cached`][]."""
+        floating-point image of any shape. It may be an
+        [`eqdistill.datasets.AbstractPreprocessing`][]. The activations of $f$ take at
+        most `chunk_bytes` bytes at once. With a `directory`, the new images are kept
+        there, as with [`eqdistill.Cached`][]."""
         check_positive(chunk_bytes=chunk_bytes)
         images = map_images(fn, self.images, self.sharding, chunk_bytes, directory)
         return self._with(images, self.labels, self.weights)

@@ -23,9 +23,9 @@ class DistilledSet(AbstractParameterisation):
     needed to train a model on them.
 
     **Attributes:** `images`, `labels`, `loss` and `class_names` as below, and `log_l2`
-    and `log_weights`: the logarithms of the ridge $\lambda$ and of the weights, which
-    keep them positive when they are learned. `log_weights` is `None` if all examples
-    count equally.
+    and `log_weights`: the logarithms of the ridge $\lambda$ and of the weights. Storing
+    logarithms keeps both positive when they are learned. `log_weights` is `None` if all
+    examples count equally.
     """
 
     images: Float[Array, "n *shape"]
@@ -152,20 +152,21 @@ class DistilledSet(AbstractParameterisation):
 
         **Arguments:**
 
-        - `sets`: at least one distilled set, and any number of other distilled sets and
-            real data, with images of the same shape and in the same units. All
-            distilled sets must have the same loss.
+        - `sets`: one or more distilled sets, and any number of real datasets, with
+            images of the same shape and in the same units. All distilled sets must have
+            the same loss.
 
         All other arguments are keyword only.
 
         - `weights`: a positive number for each of the `sets`, which multiplies the
             weights of its examples. Defaults to one.
-        - `num_classes`: the number of classes of the union, if some labels are soft or
-            targets and have fewer columns. The classes of each set are the first of
-            these. Its examples belong to none of the classes that the set lacks.
+        - `num_classes`: the number of classes of the union, if some of the sets have
+            soft labels or targets with fewer columns. The classes of each set are the
+            first of these. Its examples belong to none of the classes that the set
+            lacks.
         - `l2`: the ridge. Defaults to that of the first distilled set.
 
-        If some labels are soft or targets, class indices are converted by
+        If some labels are soft labels or targets, class indices are converted by
         `loss.targets`, for example to the logits of a probability of one.
 
         The class names are those of the set with the most names. The names of every
@@ -279,7 +280,7 @@ class DistilledSet(AbstractParameterisation):
         r"""Random real images of each class, without repeats. Arguments and result are
         as for [`eqdistill.DistilledSet.from_noise`][]. Raises a `ValueError` if `train`
         has too few images of a class. Images with targets are treated as one class, and
-        each image has its own target.
+        each image keeps its own target.
 
         Source: the baseline of random real images in Wang et al., *Dataset
         Distillation*, 2018.
@@ -314,7 +315,7 @@ class DistilledSet(AbstractParameterisation):
         r"""Like [`eqdistill.DistilledSet.from_real`][], but with the k-means centroids
         of each class, from one k-means++ initialisation and at most 30 iterations. With
         one image per class, this is the class mean. With targets, the columns of images
-        and targets are clustered together. Columns of larger scale weigh more:
+        and targets are clustered together. Columns of larger scale weigh more, so
         standardise tabular data and targets first. Needs `eqdistill[data]`.
 
         Source: the k-means baseline of Wang et al., *Dataset Distillation*, 2018; Lloyd

@@ -20,7 +20,7 @@ Rows = Float[np.ndarray, "_ p"]
 def choose_images(
     train: Dataset, n: int | Sequence[int] | None, choose: Callable, key: PRNGKeyArray
 ) -> tuple[Float[np.ndarray, "n *shape"], np.ndarray]:
-    """Makes the images of each class from its real images, by `choose(x, k, rng)`, and
+    """Makes images for each class from its real images, with `choose(x, k, rng)`, and
     their labels. With targets, there is one class, and each row is an image followed
     by its targets."""
     rng = np.random.default_rng(np.asarray(jr.bits(key, (4,))))
@@ -72,8 +72,8 @@ def class_labels(
         labels = np.arange(n) % train.num_classes
     if missing := sorted({*labels.tolist()} - {*np.flatnonzero(train.class_counts)}):
         raise ValueError(
-            f"`train` has no images of {train.class_name(missing[0])}. To ask for "
-            "none, pass a number of images for each class, `n=[...]`."
+            f"`train` has no images of {train.class_name(missing[0])}. To leave a "
+            "class out, pass a number of images for each class, `n=[...]`."
         )
     return labels.astype(np.int32)
 

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
 
 class AbstractParameterisation(eqx.Module):
-    """What is learned instead of the pixels of a distilled set, such as
-    [`eqdistill.Packed`][]. A [`eqdistill.DistilledSet`][] is its own parameterisation.
+    """The arrays that are learned instead of the pixels of a distilled set, such as
+    [`eqdistill.Packed`][]. An [`eqdistill.DistilledSet`][] is its own parameterisation.
     """
 
     @abc.abstractmethod

@@ -13,8 +13,8 @@ def batch_at(
     key: PRNGKeyArray,
 ) -> Int[Array, " size"]:
     """The indices of the batch at a step. Each epoch draws batches without replacement
-    in a new random order, and drops what is left at its end. A function of the key and
-    the step only."""
+    in a new random order, and drops the images left over at its end. The batch depends
+    only on the key and the step."""
     epoch, batch = jnp.divmod(step, num_images // size)
     place = batch * size + jnp.arange(size)
     return _permute(place, num_images, jr.fold_in(key, epoch))
@@ -25,10 +25,10 @@ def _permute(
 ) -> Int[Array, " size"]:
     """Applies a random permutation of all images to some of their indices.
 
-    A Feistel network permutes the integers of an even number of bits, of which there
-    are at most four times as many as images. Indices that are out of range are permuted
-    again. `jax.random.permutation` would sort all images in each step, which takes 47
-    ms for 60,000.
+    A Feistel network permutes all integers with a given even number of bits. There are
+    at most four times as many of these as images. Indices that are out of range are
+    permuted again. `jax.random.permutation` would sort all images in each step, which
+    takes 47 ms for 60,000.
 
     Source: Black and Rogaway, *Ciphers with arbitrary finite domains*, 2002.
     """

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def are_pictures(shape: Sequence[int]) -> bool:
-    """Whether images of this shape are grey or in colour."""
+    """Whether arrays of this shape are pictures, in grey or in colour."""
     is_colour = len(shape) == 3 and 1 not in shape and 3 in (shape[0], shape[2])
     return len(shape) == 2 or is_colour or sum(size != 1 for size in shape) == 2
 
@@ -15,9 +15,9 @@ def to_pictures(images: np.ndarray) -> np.ndarray:
     n, *shape = images.shape
     if not are_pictures(shape):
         raise ValueError(
-            "`distilled` must have grey images of shape (height, width), up to axes of "
-            "size 1, or colour images of shape (height, width, 3) or (3, height, "
-            f"width); got {tuple(shape)}."
+            "`distilled` must have grey images of shape (height, width), apart from "
+            "axes of size 1, or colour images of shape (height, width, 3) or (3, "
+            f"height, width); got {tuple(shape)}."
         )
     if len(shape) == 2:
         return images

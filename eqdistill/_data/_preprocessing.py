@@ -38,8 +38,8 @@ class Standardisation(AbstractPreprocessing):
 
     **Attributes:** `mean` and `deviation`: $\mu$ and $\sigma$, of the same shape.
 
-    - For images of shape `(channels, height, width)`, it is `(channels, 1, 1)`.
-    - For the rows of a table, of shape `(columns,)`, it is `(columns,)`. A flattened
+    - For images of shape `(channels, height, width)`, this is `(channels, 1, 1)`.
+    - For the rows of a table, of shape `(columns,)`, this is `(columns,)`. A flattened
         image is such a row. To scale all its pixels alike, standardise it before it is
         flattened.
     - Anything else has one channel, so all axes have size 1.
@@ -50,9 +50,9 @@ class Standardisation(AbstractPreprocessing):
 
     @classmethod
     def fit(cls, train: Dataset) -> "Standardisation":
-        """Returns the standardisation by the mean and the standard deviation of the
+        """Returns the standardisation with the mean and the standard deviation of the
         images of `train`. A constant channel or column becomes zero: its `deviation` is
-        set to one. Raises a `ValueError` if all are constant."""
+        set to one. Raises a `ValueError` if all channels or columns are constant."""
         all_axes = tuple(range(train.images.ndim))
         axes = {1: (0,), 3: (0, 2, 3)}.get(len(train.shape), all_axes)
         mean_over = lambda x: np.mean(x, axis=axes, dtype=np.float64, keepdims=True)
@@ -110,9 +110,9 @@ class ZCA(AbstractPreprocessing):
 
     @classmethod
     def fit(cls, train: Dataset, *, regularisation: float = 0.1) -> "ZCA":
-        r"""Returns the whitening by the covariance of the images of `train`, in $O(N
-        p^2 + p^3)$ operations. The `regularisation` $\rho \ge 0$ must be positive for a
-        singular covariance."""
+        r"""Returns the whitening fitted to the covariance of the images of `train`, in
+        $O(N p^2 + p^3)$ operations. The `regularisation` $\rho \ge 0$ must be positive
+        if the covariance is singular."""
         check_at_least(0, regularisation=regularisation)
         mean = _mean_of_chunks(train, lambda x: np.mean(x, axis=0, dtype=np.float64))
 

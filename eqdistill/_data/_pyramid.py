@@ -61,9 +61,9 @@ class Pyramid(AbstractParameterisation):
     def __init__(self, levels: DistilledSet, shape: Sequence[int]):
         """**Arguments:**
 
-        - `levels`: the labels, the ridge and the loss, and instead of images one row
-            for each image: the pixels of its levels, coarsest first, each of shape
-            `(*channels, height, width)`, one after another.
+        - `levels`: a distilled set with one row in place of each image. The row holds
+            the pixels of the image's levels, coarsest first, one after another. Each
+            level has shape `(*channels, height, width)`.
         - `shape`: the shape of an image, `(h, w)` or `(channels, h, w)`.
         """
         self.levels, self.shape = levels, as_ints("shape", shape)
@@ -112,7 +112,7 @@ class Pyramid(AbstractParameterisation):
         return _with_images(self.levels, _mix(_COLOURS, total))
 
     def refined(self) -> "Pyramid":
-        """Adds the next finer level, of zeros: the images stay the same. Raises a
+        """Adds the next finer level, of zeros, so the images stay the same. Raises a
         `ValueError` if the pyramid already has all levels."""
         rows = self.levels.images
         larger = [end for end in _ends(self.shape) if end > rows.shape[1]]
@@ -138,7 +138,7 @@ def _level_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _ends(shape: tuple[int, ...]) -> list[int]:
-    """Where the pixels of each level end in a row."""
+    """The index in a row at which the pixels of each level end."""
     sizes = map(math.prod, _level_shapes(shape))
     return [*itertools.accumulate(sizes)]
 

@@ -33,7 +33,7 @@ def _read_idx(path: Path, sha256: str) -> np.ndarray:
     size = header + int(np.prod(shape))
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            data = file.read(size + 1)  # Files that are larger are not unpacked.
+            data = file.read(size + 1)  # Larger files are not unpacked in full.
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise _cannot_read(path, f"it is truncated or not a gzip file ({e})") from e
     found = hashlib.sha256(data).hexdigest()

@@ -99,10 +99,10 @@ class Artifact(eqx.Module):
         """Returns your recipe with the arrays in the file, for a file whose recipe
         cannot be rebuilt.
 
-        **Arguments:** `recipe`: the recipe that `recipe_description` describes, with
-        any values in its `recipe_arrays`.
+        **Arguments:** `recipe`: the recipe that `recipe_description` describes. The
+        values of the arrays that are in `recipe_arrays` do not matter.
 
-        **Raises:** a `ValueError` if it has other arrays, or another backbone.
+        **Raises:** a `ValueError` if `recipe` has other arrays, or another backbone.
         """
         found = backbones(recipe.models, self.distilled)
         for path in sorted(found | self.backbones):

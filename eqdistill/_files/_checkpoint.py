@@ -30,7 +30,7 @@ class Checkpoints(AbstractCheckpoints):
     You can kill the run at any time: at most `every` steps are lost. A checkpoint
     appears in the folder once it is complete. You get a warning if a checkpoint
     cannot be read, in which case the previous one is used, or if one cannot be written,
-    as on a full disk.
+    for example on a full disk.
 
     A checkpoint of another problem raises an error: shapes, settings of the objective
     and the optimiser, and the key must be the same. The data and the number of steps
@@ -81,7 +81,7 @@ class _Store:
 
     def restore(self, template: Snapshot) -> Snapshot | None:
         """Returns the newest readable snapshot, with the structure of `template`.
-        Raises a `ValueError` if it is of a different problem."""
+        Raises a `ValueError` if it belongs to a different problem."""
         parts = {"arrays": self._args.PyTreeRestore(), "run": self._args.JsonRestore()}
         args = self._args.Composite(**parts)
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -94,8 +94,9 @@ class _Store:
             changed = differences(run["problem"], self._describe(template))
             if changed:
                 raise ValueError(
-                    f"The checkpoints in {self._directory} are of a different problem: "
-                    f"{changed[0]}. Pass the same arguments, or another `directory`."
+                    f"The checkpoints in {self._directory} belong to a different "
+                    f"problem: {changed[0]}. Pass the same arguments, or another "
+                    "`directory`."
                 )
             self._newest = step
             empty = np.zeros(0, np.float32)
@@ -125,7 +126,7 @@ class _Store:
         args = self._args.Composite(arrays=parts[0], run=parts[1])
         try:
             for later in self._manager.all_steps():
-                if later >= step:  # It cannot be read.
+                if later >= step:  # This one cannot be read.
                     self._manager.delete(later)
             self._manager.save(step, args=args, force=True)
             self._newest = step

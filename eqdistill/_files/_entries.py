@@ -110,7 +110,7 @@ def _build_network(make, arrays) -> nn.Network:
 
 
 def _find_make(models: Any) -> ft.partial:
-    """The constructor of `eqdistill.nn` for the networks of an [`eqdistill.Fresh`][].
+    """The constructor in `eqdistill.nn` for the networks of an [`eqdistill.Fresh`][].
     Raises [`NotInTable`][] for other models."""
     network = model_struct(models, None)
     if not isinstance(network, nn.Network):

@@ -77,7 +77,7 @@ def export(
         the rows of a table, are only in `distilled.npz`. The `class_names` of the set,
         if there are any, must be valid folder names.
 
-    **Raises:** a `FileExistsError` if the folders in `folder` have other PNGs, which
+    **Raises:** a `FileExistsError` if the folders in `folder` contain other PNGs, which
     loaders would mistake for images of this set.
     """
     known: dict[str, Any] = {}

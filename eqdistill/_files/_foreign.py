@@ -23,7 +23,7 @@ _WEIGHT_DECAY = 5e-4  # As in `recipes.dc`.
 
 def read_foreign(file: str) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` file; or the `pictures` of a folder, in the units of real
-    images, with their labels and, after an export, the preprocessing."""
+    images, with their labels and, if `export` wrote them, the preprocessing."""
     path = Path(file)
     exported = path / "distilled.npz"
     if exported.is_file() and not any(path.glob("*/*")):

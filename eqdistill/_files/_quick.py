@@ -69,20 +69,32 @@ def add_distill(commands: Any) -> None:
     parser.set_defaults(run=_distill, error=parser.error)
     add = parser.add_argument
     data = (
-        "a name that eqdistill.datasets.load accepts, such as mnist; or a folder that "
-        "holds folders train and test, each with a folder of pictures for each class"
+        "a name that eqdistill.datasets.load accepts, such as mnist; or a folder with "
+        "subfolders train and test, each with one folder of pictures per class"
     )
     add("data", metavar="DATASET", help=data)
-    add("--ipc", type=int, default=10, metavar="N", help="images per class (10)")
-    add("--steps", type=int, default=1000, metavar="N", help="outer steps (1000)")
-    networks = "the network to distil for (ConvNet)"
+    add(
+        "--ipc",
+        type=int,
+        default=10,
+        metavar="N",
+        help="images per class (default: 10)",
+    )
+    add(
+        "--steps",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="outer steps (default: 1000)",
+    )
+    networks = "the network to distil for (default: ConvNet)"
     add("--network", choices=_NETWORKS, default="ConvNet", help=networks)
-    add("--seed", type=int, default=0, metavar="N", help="random seed (0)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     size = "resize the pictures of a folder to N x N pixels"
     add("--size", type=int, metavar="N", help=size)
     data_dir = "the folder with the files of the dataset"
     add("--data-dir", metavar="DIR", help=data_dir)
-    output = "the folder to write to (output)"
+    output = "the folder to write to (default: output)"
     add("--output", default="output", metavar="DIR", help=output)
     code = "only print the equivalent Python program"
     add("--show-code", action="store_true", help=code)

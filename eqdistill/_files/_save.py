@@ -62,10 +62,10 @@ def save(
         set. The file claims its score, and stores its recipe and key. By default the
         file claims nothing.
 
-    The recipe can be rebuilt if it is one of `eqdistill.recipes` with a network of
-    `eqdistill.nn`, or if its models are networks of `eqdistill.nn`, fresh or with fixed
-    initial weights, or logistic regression, and its inner solver is a solver of this
-    package with default settings except for numbers. For
+    The recipe can be rebuilt in two cases: it is one of `eqdistill.recipes` with a
+    network of `eqdistill.nn`; or its models are logistic regression or networks of
+    `eqdistill.nn`, fresh or with fixed initial weights, and its inner solver is a
+    solver of this package, of which only numbers differ from the defaults. For
     [`eqdistill.UnrolledSolver`][], the optimiser must be Optax's `sgd`, `adam`,
     `adamw`, `nadam`, `lion`, `rmsprop` or `adagrad`, with any numbers.
 
@@ -75,6 +75,8 @@ def save(
     a file, you need a function that returns the recipe. The `restore` method of the
     [`Artifact`][] fills in the arrays.
 
+    All other arguments are keyword only.
+
     - `preprocessing`: the preprocessing that was applied to the real images, such as an
         [`eqdistill.datasets.Standardisation`][]. The distilled images are in its units.
     - `dataset`: the name of the dataset, as in [`eqdistill.datasets.load`][].
@@ -82,8 +84,8 @@ def save(
     - `source`: the source code of your own network, as text for whoever reads the file.
 
     **Raises:** a `ValueError` if the loss or the preprocessing is not registered, if a
-    value is not finite or out of range, or if the objective has learned arrays that the
-    recipe of `evaluation` does not use. Arrays of an outer loss need not be used.
+    value is not finite or is out of range, or if the objective has learned arrays that
+    the recipe of `evaluation` does not use. Arrays of an outer loss need not be used.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

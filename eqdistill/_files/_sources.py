@@ -67,8 +67,8 @@ def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
 
 
 def check_fitted(file: str, preprocessing: Any, train: Dataset) -> None:
-    """Checks that a preprocessing is the one fitted to the training data. Any other
-    could itself contain what models are supposed to learn from the images."""
+    """Checks that the preprocessing was fitted to the training data. Any other could
+    itself contain what models are supposed to learn from the images."""
     if isinstance(preprocessing, ZCA):
         wanted = ZCA.fit(train, regularisation=preprocessing.regularisation)
     else:

@@ -45,8 +45,8 @@ def check(ok: Any, reason: str) -> None:
 
 
 class Content:
-    """The arrays of a file of `size` bytes, and the memory that is left for what is
-    built from it: 16 times the size, for images enlarged fourfold, plus 16 MiB."""
+    """The arrays of a file of `size` bytes, and the memory left for the objects built
+    from it: 16 times the size, for images enlarged fourfold, plus 16 MiB."""
 
     def __init__(self, tensors: dict[str, np.ndarray], size: int):
         self.tensors, self.room = dict(tensors), min(16 * size, MAX_BYTES) + 2**24
@@ -76,7 +76,7 @@ def register(
     nbytes: Callable[..., int] = lambda **_: 0,
 ) -> None:
     """Lets [`eqdistill.save`][] store a class of your own and [`eqdistill.load`][]
-    rebuild it: a loss, a parameterisation, a preprocessing or an inner solver.
+    rebuild it: a loss, a parameterisation, a preprocessing step or an inner solver.
 
     !!! Example
         ```python

@@ -11,7 +11,7 @@ from ._span_solver import SpanSolver
 
 
 class AutoSolver(AbstractInnerSolver[PyTree]):
-    r"""Chooses an inner solver by the model and the loss of the distilled set:
+    r"""Chooses an inner solver for the model and the loss of the distilled set:
 
     | model | cross-entropy | squared error |
     |---|---|---|

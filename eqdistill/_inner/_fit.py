@@ -41,7 +41,7 @@ def fit(
     - `distilled`: the distilled set.
     - `model`: an `equinox.Module` that maps one example, of shape `(*shape,)`, to its
         outputs, of shape `(c,)`. Its [`eqdistill.nn.parameters`][] are fitted.
-    - `inner`: how to fit it.
+    - `inner`: how to fit the model.
     - `key`: a `jax.random.key`, for solvers that draw random numbers. Defaults to
         `jax.random.key(0)`. (Keyword only argument.)
     - `throw`: whether to raise an error if the fit does not converge, or collapses. If

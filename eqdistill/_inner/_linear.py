@@ -11,7 +11,7 @@ from .._typechecking import describe
 def check_linear(
     solver: str, distilled: DistilledSet, model: PyTree, loss: type[AbstractLoss]
 ) -> LinearClassifier:
-    """Checks that the model and the loss are those that a convex solver can fit."""
+    """Checks that a convex solver supports the model and the loss."""
     if not isinstance(model, LinearClassifier):
         raise TypeError(
             f"`model` must be a `LinearClassifier` for `{solver}`; got "

@@ -56,9 +56,9 @@ class LinearisedSolver(AbstractInnerSolver[None]):
 
     The features of an [`eqdistill.linear.LinearClassifier`][] are trained too, except
     for any [`eqdistill.nn.Frozen`][] inside them. The gradient in the distilled images
-    differentiates the gradient of the network, and the loss on real images needs a
-    Jacobian-vector product. A step therefore costs several times that of fitting a last
-    layer.
+    needs second derivatives of the network, and the loss on real images needs a
+    Jacobian-vector product. A step therefore costs several times as much as one that
+    fits a last layer.
 
     Source: Loo et al., *Dataset Distillation with Convexified Implicit Gradients*
     (RCIG), 2023, which solves the system approximately, in 20 steps.

@@ -43,7 +43,8 @@ class RelativeRidge(AbstractInnerSolver[PyTree]):
         return self.inner.init(distilled, scaled, key=key)
 
     def __call__(self, distilled: DistilledSet, model, state, *, key):
-        """**Raises:** a `TypeError` for any other model, or if `inner` raises one."""
+        """**Raises:** a `TypeError` if the model is not a `LinearClassifier`, or if
+        `inner` raises one or returns another model."""
         scaled, factor = _scale(distilled, model)
         fitted, state = self.inner(distilled, scaled, state, key=key)
         if not isinstance(fitted.model, LinearClassifier):

@@ -177,8 +177,8 @@ def _orthonormal_rows(images: Float[Array, "n p"]) -> Float[Array, "r p"]:
 
 
 class Solution(eqx.Module):
-    r"""A solution $W = Q V_0$ of the inner problem, with what its derivative needs: $W$
-    leaves the span of the old images when the images change.
+    r"""A solution $W = Q V_0$ of the inner problem, with the arrays that its derivative
+    needs: $W$ leaves the span of the old images when the images change.
 
     Let $A$ be the residuals at the solution. To first order in a change of the images
     and the ridge, the weights are

@@ -66,7 +66,7 @@ class RecursiveCheckpointAdjoint(AbstractUnrolledAdjoint):
 
     Source: Griewank, *Achieving logarithmic growth of temporal and spatial complexity
     in reverse automatic differentiation*, 1992; Stumm and Walther, *New algorithms for
-    optimal online checkpointing*, 2010, in the implementation of Equinox.
+    optimal online checkpointing*, 2010, as implemented in Equinox.
 
     **Attributes:**
 

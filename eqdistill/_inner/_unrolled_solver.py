@@ -25,8 +25,8 @@ class UnrolledSolver(AbstractInnerSolver[None]):
     $$w_{t+1} = w_t - u_t\left(\nabla_w g(w_t; \theta)\right), \qquad
     w^\star(\theta) = w_T,$$
 
-    where $g$ is [`eqdistill.inner_loss`][], with its ridge. Derivatives are
-    taken through these steps. To draw new initial parameters in each outer step, use
+    where $g$ is [`eqdistill.inner_loss`][], including its ridge. Derivatives are taken
+    through these steps. To draw new initial parameters in each outer step, use
     [`eqdistill.Fresh`][]: `Bilevel(Fresh(make), UnrolledSolver(...))`.
 
     `converged` is true if the fitted parameters are finite. `gradient_norm` is the norm
@@ -35,7 +35,7 @@ class UnrolledSolver(AbstractInnerSolver[None]):
     A model with `equinox.nn.Dropout` is called with a `key` in each step. The fitted
     model is used in inference mode.
 
-    !!! example
+    !!! Example
 
         ```python
         inner = eqd.UnrolledSolver(optax.sgd, {"learning_rate": 0.1}, steps=100)

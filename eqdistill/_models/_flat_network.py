@@ -1,5 +1,5 @@
-"""Networks of any kind, whose parameters are stored as one flat array, which is fast to
-draw, to read from a pool and to write back."""
+"""Networks of any kind with their parameters in one flat array, which is fast to draw,
+to read from a pool and to write back."""
 
 import dataclasses
 import functools as ft

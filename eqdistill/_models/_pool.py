@@ -137,7 +137,7 @@ class Pool(AbstractModels[PoolState]):
 
     def init(self, distilled, *, key):
         """**Raises:** a `TypeError` or `ValueError` for a network that cannot be
-        applied to the distilled images or holds a state, or if the networks differ
+        applied to the distilled images or holds state, or if the networks differ
         in their number of outputs."""
         check_networks(self.networks, distilled)
         keys = jr.split(key, (len(self.networks), self.size))
@@ -207,7 +207,7 @@ def check_networks(networks: tuple[FlatNetworks, ...], distilled: DistilledSet) 
     """**Raises:**
 
     A `TypeError` or `ValueError` for a network that cannot be applied to the distilled
-    images or holds a state, or if the networks differ in their number of outputs.
+    images or holds state, or if the networks differ in their number of outputs.
     """
     image = jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
     found = set()

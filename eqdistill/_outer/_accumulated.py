@@ -20,8 +20,8 @@ class Accumulated:
     """Several batches of a source in each outer step, read from within the step one
     after another. The model is fitted once per step, and only one batch is in memory.
 
-    With all batches of an epoch, this is the full batch of data that do not fit into
-    memory. Like a [`eqdistill.datasets.Stream`][], it is a function from the number of
+    With all batches of an epoch, this is the full batch of data that do not fit in
+    memory. Like an [`eqdistill.datasets.Stream`][], it is a function from the number of
     the step to its data.
 
     !!! Example

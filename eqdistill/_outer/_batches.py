@@ -140,7 +140,7 @@ def _balance(dataset: Dataset, weights: np.ndarray) -> Array:
 
 
 class _Draws(eqx.Module):
-    """What the examples of a batch depend on."""
+    """Everything that determines the examples of a batch."""
 
     by_class: Int[Array, " N"] | None
     augmentation: AbstractAugmentation | None

@@ -55,7 +55,7 @@ class Distillation(eqx.Module):
         if any, preceded by the changes of that result. Data are compared by 64 of their
         rows, other large arrays by shape.
     - `callbacks`: the last states of the callbacks, without leaves that are not data,
-        such as an open file; `None` for [`eqdistill.Checkpoints`][].
+        such as open files; `None` for [`eqdistill.Checkpoints`][].
     """
 
     distilled: DistilledSet
@@ -90,9 +90,9 @@ class Distillation(eqx.Module):
 class DistillationError(RuntimeError):
     """Raised when a distillation cannot continue.
 
-    **Attributes:** `distillation`: the result so far, with the last good distilled set:
-    the last one at which a step found that everything is finite and that the objective
-    does not fail, or the one that the run started with.
+    **Attributes:** `distillation`: the result so far, with the last good distilled set.
+    This is the last one for which a step found that everything was finite and that the
+    objective did not fail, or the one that the run started with.
     """
 
     distillation: Distillation

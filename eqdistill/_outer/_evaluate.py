@@ -21,9 +21,9 @@ from ._recipes import Recipe
 
 
 class Evaluation(eqx.Module):
-    """How well models do on real data after training on distilled sets. It is printed
-    as `95.7% ± 0.4% (5 models)`: the mean of the first metric and its standard
-    deviation.
+    """How well models do on real data after training on distilled sets. An evaluation
+    is printed as `95.7% ± 0.4% (5 models)`: the mean of the first metric and its
+    standard deviation.
 
     **Attributes:**
 

@@ -22,7 +22,7 @@ def distill_exactly(
     start: DistilledSet, model: PyTree, *, l2: float | None = None
 ) -> DistilledSet:
     r"""Constructs a distilled set from which training recovers a given linear model,
-    with weights $W$ and intercept $b$. It needs no real data and no outer loop.
+    with weights $W$ and intercept $b$. This needs no real data and no outer loop.
 
     The inner problem is convex, so $W$ and $b$ are its solution if and only if
 
@@ -32,7 +32,7 @@ def distill_exactly(
     where $T$ are the probabilities of the labels. Without an intercept, the second
     equation is dropped. The Levenberg-Marquardt method solves these equations, in
     double precision, for the component of the images in the span of $W$. The orthogonal
-    component is taken from `start`, after removing what would change $\theta^\top A$.
+    component is that of `start`, minus the part that would change $\theta^\top A$.
     The more images there are, the closer they stay to `start`.
 
     **Arguments:**
@@ -50,7 +50,7 @@ def distill_exactly(
     precision, the relative error of the recovered weights is below a millionth. In
     single precision, it is dominated by rounding of the images.
 
-    **Raises:** a `ValueError` that names the reason if there is no solution:
+    **Raises:** a `ValueError`, which names the reason:
 
     - if there are fewer images than $\mathrm{rank}(W)$, which is usually $c - 1$, or
         fewer than $\mathrm{rank}(W) + 1$ with an intercept;

@@ -56,8 +56,8 @@ def hypergradient_error(
     the default of [`eqdistill.Bilevel`][].
 
     A bound is known for [`eqdistill.linear.LogisticRegression`][] without an intercept,
-    with cross-entropy. It is pessimistic, as it divides by the ridge twice: at small
-    ridges it may exceed the hypergradient itself.
+    with cross-entropy. It is pessimistic, because it divides by the ridge twice: at
+    small ridges it may exceed the hypergradient itself.
 
     **Arguments:**
 
@@ -155,7 +155,7 @@ def _bound(
     u, _ = jax.scipy.sparse.linalg.cg(hessian, v, tol=1e-12, maxiter=1000)
     a, q = label_residual(logits, distilled.labels), images @ u
     change = softmax_change(logits, q)
-    # Via the adjoint. The bound adds the distance from this to the given one.
+    # The hypergradient by the adjoint. The bound adds its distance to the given one.
     follows = {
         "images": ((a @ u.T - change @ w.T) / n).reshape(distilled.images.shape),
         "log_l2": -l2 * jnp.sum(u * w),

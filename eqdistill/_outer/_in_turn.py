@@ -13,8 +13,8 @@ from ._objective import AbstractObjective, Outcome
 
 
 class InTurn(AbstractObjective[tuple[PyTree, ...]]):
-    """Several objectives for one distilled set: one of them in each outer step, on the
-    same data.
+    """Several objectives for one distilled set: each outer step uses one of them. All
+    objectives use the same data.
 
     !!! Example
 

@@ -20,8 +20,8 @@ class LinearLayout(eqx.Module):
     only the features up to the rarest one in the chunk: for MNIST, on average 450 of
     784 pixels.
 
-    The features are the first axis of a chunk: a CPU is fastest at both products, the
-    logits $W X$ and the gradient $R X^\top$, in this form.
+    The features are the first axis of a chunk, because a CPU is then fastest at both
+    products, the logits $W X$ and the gradient $R X^\top$.
     """
 
     chunks: tuple["_Chunk", ...]
@@ -195,7 +195,7 @@ def _take(array: Float[Array, "p c"], order: Int[Array, " p"]) -> Float[Array, "
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:
-    """Blocks of rows that fit into the cache."""
+    """Blocks of rows that fit in the cache."""
     return [rows[i : i + _BLOCK] for i in range(0, len(rows), _BLOCK)]
 
 

@@ -61,9 +61,9 @@ def _check_errors(jaxpr: Any) -> None:
         function = getattr(eqn.params.get("callback"), "callback_func", None)
         if "equinox" in getattr(function, "__module__", ""):
             raise ValueError(
-                "`objective` must not raise errors from within a step on several "
-                "devices, such as those of Equinox, Lineax and `ArgminSolver`: the "
-                "other devices would wait forever. Set `EQX_ON_ERROR=nan` in the "
+                "`objective` must not raise errors, such as those of Equinox, Lineax "
+                "and `ArgminSolver`, from within a step on several devices: the other "
+                "devices would wait forever. Set `EQX_ON_ERROR=nan` in the "
                 "environment: NaN stops the run instead."
             )
         for inner in jex.jaxprs_in_params(eqn.params):

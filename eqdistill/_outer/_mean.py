@@ -1,4 +1,4 @@
-"""Means over many examples, in chunks that fit into memory, on one or more devices."""
+"""Means over many examples, in chunks that fit in memory, on one or more devices."""
 
 from collections.abc import Callable
 from typing import Any

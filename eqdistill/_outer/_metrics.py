@@ -82,9 +82,9 @@ def average_precision(
     targets: Float[np.ndarray, "N c"],
     weights: Float[np.ndarray, " N"],
 ) -> Float[np.ndarray, " c"]:
-    """The mean over the positive examples of a column of the fraction of positives
-    among the examples with an output at least as large. NaN without positives, or if an
-    output is NaN."""
+    """The average precision of each column. For each positive example, take the
+    fraction of positives among the examples with an output at least as large, and
+    average these fractions. NaN without positives, or if an output is NaN."""
     found = np.full(outputs.shape[1], np.nan)
     for k, (scores, truth) in enumerate(zip(outputs.T, targets.T, strict=True)):
         order = np.argsort(-scores, kind="stable")

@@ -76,7 +76,7 @@ def dc(make: Callable, *, updates: int = 300, augment: bool = False) -> Recipe:
     - `augment`: whether to crop, scale or rotate each image at random in each step. The
         paper's code does so for MNIST, with 1,000 updates.
 
-    Evaluating it raises a `ValueError` if the labels are not class indices.
+    An evaluation raises a `ValueError` if the labels are not class indices.
 
     Source: Zhao, Mopuri and Bilen, *Dataset condensation with gradient matching*, 2021.
     """
@@ -89,8 +89,8 @@ def dc(make: Callable, *, updates: int = 300, augment: bool = False) -> Recipe:
 def frepo(make: Callable, *, updates: int = 1000, augment: bool = False) -> Recipe:
     """The recipe of neural feature regression: squared error on centred targets, from
     LeCun's initial weights, by Adam on all distilled images. The learning rate rises to
-    3e-4 over 500 steps, or half of the steps if that is less. It then decays by a
-    cosine to a hundredth.
+    3e-4 over 500 steps, or half of the steps if that is less. It then decays along a
+    cosine to a hundredth of that.
 
     Learned targets are used as they are. Soft labels become their probabilities minus
     $1/c$.
@@ -113,9 +113,9 @@ def frepo(make: Callable, *, updates: int = 1000, augment: bool = False) -> Reci
 
 def zero_start(make: Callable, *, updates: int = 500) -> Recipe:
     """This package's recipe for training all layers: squared error on centred targets,
-    as in [`eqdistill.recipes.frepo`][], with a last layer that starts at zero. Few
-    images cannot undo the effect of a random one. The training is by Adam, with a
-    learning rate that decays by a cosine from 1e-3 to a hundredth.
+    as in [`eqdistill.recipes.frepo`][], with a last layer that starts at zero. A few
+    images cannot undo the effect of a random last layer. The training is by Adam, with
+    a learning rate that decays along a cosine from 1e-3 to a hundredth of that.
 
     **Arguments:** as for [`eqdistill.recipes.dc`][]. The last layer of the models is
     found and set to zero by [`eqdistill.nn.zero_head`][].
@@ -126,8 +126,8 @@ def zero_start(make: Callable, *, updates: int = 500) -> Recipe:
 
 def feature_regression(make: Callable, *, updates: int = 100) -> Recipe:
     """This package's recipe for images that were distilled with an
-    [`eqdistill.Pool`][]: a short training by squared error on centred targets, after
-    which the last layer is fitted as in the distillation. The training is as in
+    [`eqdistill.Pool`][]: a short training run with squared error on centred targets,
+    after which the last layer is fitted as in the distillation. The training is as in
     [`eqdistill.recipes.zero_start`][], but from LeCun's initial weights and with a
     learning rate of 3e-4. Then ridge regression on the features replaces the last
     layer, without an intercept. Its ridge is 1e-3, relative to the features as in
@@ -143,8 +143,8 @@ def feature_regression(make: Callable, *, updates: int = 100) -> Recipe:
 
 def supervised(make: Callable, *, updates: int = 1000, batch_size: int = 128) -> Recipe:
     """Ordinary training on real data, for comparison: cross-entropy on hard labels, by
-    Adam on batches. The learning rate decays by a cosine from 1e-3 to a hundredth. Pass
-    all real images as the distilled set.
+    Adam on batches. The learning rate decays along a cosine from 1e-3 to a hundredth of
+    that. Pass all real images as the distilled set.
 
     **Arguments:** as for [`eqdistill.recipes.dc`][], and
 

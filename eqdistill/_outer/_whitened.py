@@ -29,7 +29,7 @@ def whitened(
 
     For a linear model, the Hessian of the outer loss is roughly a multiple of $C$. It
     is far better conditioned in these coordinates, which cuts the number of steps of
-    L-BFGS to between a half and a quarter. $C$ is estimated from at most 1,024 evenly
+    L-BFGS to between a quarter and a half. $C$ is estimated from at most 1,024 evenly
     spaced real images.
 
     !!! warning
@@ -97,7 +97,7 @@ def _matrices(
         one = np.eye(len(moments), dtype=moments.dtype)
         moments += one * (damping * np.trace(moments) or 1.0)  # If all images are zero.
         factor = scipy.linalg.cholesky(moments, lower=True)
-        # It is well conditioned, and products are faster than solves.
+        # The factor is well conditioned, and products are faster than solves.
         inverse = scipy.linalg.solve_triangular(factor, one, lower=True)
     return jnp.asarray(factor / scale), jnp.asarray(inverse * scale)
 

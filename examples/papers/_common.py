@@ -1,4 +1,4 @@
-"""What several examples share: networks, recipes, data and the command line."""
+"""Networks, recipes, data and command-line options that several examples share."""
 
 import argparse
 import functools as ft
@@ -35,8 +35,8 @@ RECIPES = {
     "supervised": recipes.supervised,
 }
 DATASETS = (
-    "mnist, fashion_mnist, digits, cifar10, or a folder that holds the folders train "
-    "and test, each with a folder for each class"
+    "mnist, fashion_mnist, digits, cifar10, or a folder with subfolders train and "
+    "test, each with one folder per class"
 )
 
 
@@ -73,7 +73,9 @@ def adam(schedule: optax.Schedule, slower: float = 10.0):
 
 def run(main: Callable[..., None], parser: argparse.ArgumentParser) -> None:
     """Calls `main` with the arguments of the command line."""
-    parser.add_argument("--output", type=Path, default=Path("output"), help="a folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="the folder to write to"
+    )
     args = parser.parse_args()
     # The next run loads what this one compiles.
     jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))

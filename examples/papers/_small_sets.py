@@ -1,6 +1,6 @@
 """Small sets of images that were not distilled for a network, for comparison.
 
-Coresets see only training images. The choice between them is made on a held-out tenth.
+Coresets see only training images. A held-out tenth of these decides between them.
 """
 
 import functools as ft

@@ -1,5 +1,5 @@
-"""Accuracy against CPU time: the images of a pool, of the last layers of fresh
-networks, of distribution matching and of gradient matching, all in one run.
+"""Accuracy against CPU time, all in one run: for images distilled with a pool, with the
+last layers of fresh networks, by distribution matching and by gradient matching.
 
 The time of each method starts before it compiles anything, and includes all threads of
 the process. Loading the data and evaluating are not counted. All methods learn one
@@ -9,7 +9,7 @@ did best on held-out training images (`--held-out 0.1`).
 
 By default the labels are hard, and a ConvNet of 32-32-32 channels is trained with the
 recipe of dataset condensation. With `--frepo` the targets are learned, the network is
-that of FRePo, a step takes 1,024 real images, and a pool is compared with the same pool
+that of FRePo, a step uses 1,024 real images, and a pool is compared with the same pool
 in rounds.
 
 The objectives of distribution matching (Zhao and Bilen 2023) and of gradient matching
@@ -59,7 +59,8 @@ PUBLISHED = {
 
 
 class DistributionMatching(eqd.AbstractObjective):
-    """The squared distance between the mean features of each class."""
+    """The squared distance between the mean features of the real and of the distilled
+    images, summed over the classes."""
 
     models: eqd.AbstractModels
     num_classes: int
@@ -85,8 +86,8 @@ class DistributionMatching(eqd.AbstractObjective):
 
 
 class GradientMatching(eqd.AbstractObjective):
-    """The distance between the gradients of each class: one minus the cosine, summed
-    over the outputs of the layers."""
+    """The distance between the gradients on the real and on the distilled images of
+    each class: one minus the cosine, summed over the outputs of the layers."""
 
     models: eqd.AbstractModels
     num_classes: int
@@ -130,7 +131,7 @@ cosine = ft.partial(optax.losses.cosine_similarity, epsilon=1e-6)
 
 
 class Clock(eqd.AbstractCallback[list]):
-    """Keeps the state, and the CPU time, at some of the steps."""
+    """Keeps the state and the CPU time at some of the steps."""
 
     marks: tuple[int, ...]
     every: int
@@ -300,11 +301,17 @@ if __name__ == "__main__":
         action="store_true",
         help="compare pools with and without rounds, at the size of FRePo",
     )
-    parser.add_argument("--shorter", type=int, default=1, help="divides the steps")
-    parser.add_argument("--learning-rate", type=float, help="instead of the method's")
+    parser.add_argument(
+        "--shorter", type=int, default=1, help="divide the numbers of steps by this"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, help="replaces that of each method"
+    )
     parser.add_argument("--num-networks", type=int, default=5)
     parser.add_argument("--held-out", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     # No cache of compiled programs: compiling is part of the time.
-    parser.add_argument("--output", type=Path, default=Path("output"), help="a folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), help="the folder to write to"
+    )
     main(**vars(parser.parse_args()))

@@ -4,9 +4,9 @@ sets against networks.
 The sets are random real images, in several draws; class means; k-means; herding; the
 best coreset of the package `coreax`; with `--search`, real images chosen by a search
 of that many CPU-seconds; images that are distilled for logistic regression with a
-learned ridge; and the sets in any given files of `eqdistill.save`. For the recipe
-`supervised` the only set is all training images. All images are standardised. All
-choices are made on held-out training images.
+learned ridge; and the sets in any given files that `eqdistill.save` wrote. For the
+recipe `supervised` the only set is all training images. All images are standardised.
+All choices are made on held-out training images.
 
 Each set has a column with hard labels; and, for the recipes that take them, one with
 soft labels, which are learned for ridge regression on the pixels. Sets from files keep
@@ -66,7 +66,7 @@ def main(
         everything = ft.partial(eqd.DistilledSet, train.images, train.labels, l2=1.0)
         made, sets = {"all training images": {"hard": lambda: [everything()]}}, None
     made = {name: made[name] for name in (made if sets is None else sets)}
-    # What else the sets depend on.
+    # Everything else that the sets depend on.
     own: dict[str, Any] = {
         "searched": search,
         "best coreset": [recipe, updates, networks[0]],
@@ -257,7 +257,11 @@ if __name__ == "__main__":
     )
     parser.add_argument("--sets", nargs="*", help="defaults to all", metavar="SET")
     parser.add_argument(
-        "--artifacts", nargs="*", type=Path, default=[], help="files of eqdistill.save"
+        "--artifacts",
+        nargs="*",
+        type=Path,
+        default=[],
+        help="files that eqdistill.save wrote",
     )
     parser.add_argument("--images", type=int, default=1, help="images per class")
     parser.add_argument(

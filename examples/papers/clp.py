@@ -111,14 +111,18 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--dataset", default="mnist", help=DATASETS)
-    parser.add_argument("--pretraining", default="fashion_mnist", help="of backbones")
+    parser.add_argument(
+        "--pretraining",
+        default="fashion_mnist",
+        help="the dataset that the backbones are trained on",
+    )
     parser.add_argument(
         "--data-dir", type=Path, help="the folder with the files of both datasets"
     )
     parser.add_argument("--pretraining-steps", type=int, default=500)
     parser.add_argument("--num-unseen", type=int, default=3)
-    parser.add_argument("--images", type=int, default=1, help="per class")
-    parser.add_argument("--copies", type=int, default=2, help="of each image")
+    parser.add_argument("--images", type=int, default=1, help="images per class")
+    parser.add_argument("--copies", type=int, default=2, help="copies of each image")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=1000, help="real images per step")
     parser.add_argument("--learning-rate", type=float, default=0.03)

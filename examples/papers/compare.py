@@ -2,7 +2,7 @@
 
 For each number of images, logistic regression is fitted only to these images, and its
 accuracy on the test images is measured. The baselines are random real images, class
-means, k-means and herding. The ridge of each baseline is chosen from a grid by the
+means, k-means and herding. The ridge of each baseline is chosen from a grid by its
 accuracy on a held-out tenth of the training images. The baselines are compared with
 images distilled with the ridge fixed at 0.1; with a learned ridge; and with a learned
 ridge and soft labels. To save time, all sets are made from only `--train` of the
@@ -126,8 +126,8 @@ def methods(steps: int) -> dict[str, Method]:
 
 
 def full_data_accuracy(setting: Setting) -> float:
-    """The accuracy of a fit to all training images. It needs few steps: an approximate
-    argmin is enough."""
+    """The accuracy of a fit to all training images. A few steps suffice, because an
+    approximate argmin is enough."""
     data = setting.everything
     everything = eqd.DistilledSet(data.floating(), data.labels, l2=1e-4)
     fitted = eqd.fit(

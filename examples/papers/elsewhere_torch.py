@@ -1,9 +1,9 @@
 """Trains PyTorch networks with the recipe `dc` on a set that `eqdistill.export` wrote,
 or on images that this script makes itself.
 
-Needs PyTorch, Pillow and NumPy, but not this package. Prints the claimed accuracy, and
-the mean accuracy and its standard deviation on the test images of MNIST, or of a
-dataset in the same format: for the images in `distilled.npz`, and for the PNGs.
+Needs PyTorch, Pillow and NumPy, but not this package. Prints the claimed accuracy. Then
+prints the mean and the standard deviation of the test accuracy, on MNIST or a dataset
+in the same format, for the images in `distilled.npz` and for the PNGs.
 
 With `--make`, it distils one image per class by distribution matching, and writes them
 to `res.pt`, in the format of the dataset-condensation code.

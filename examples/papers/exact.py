@@ -2,7 +2,7 @@
 
 Fits a logistic regression to all training images. Then finds a few images, near real
 ones, whose fit has the same weights. This takes no gradient of an outer loss and no
-pass over the data. Finally eqdistill and scikit-learn are fitted to these images from
+pass over the data. Finally, eqdistill and scikit-learn are fitted to these images from
 scratch. Writes `exact.png`, with the images before and after and the weights of both
 fits; and `exact.safetensors`, whose accuracy `python -m eqdistill check` measures
 again.

@@ -217,7 +217,7 @@ def accuracy(train: eqd.Dataset, test: eqd.Dataset, steps: int) -> None:
 def unrolled_loss(
     network: Callable, shape: tuple[int, ...], inner: eqd.AbstractInnerSolver
 ) -> Callable:
-    """The loss on ten images of a network that was trained on ten others."""
+    """The loss of a network on ten images, after training on ten others."""
     images = jr.normal(jr.key(0), (10, *shape))
     start = eqd.DistilledSet(images, jnp.arange(10), l2=1e-4)
     real = eqd.Dataset(jr.normal(jr.key(1), (10, *shape)), jnp.arange(10), 10)
@@ -301,5 +301,7 @@ if __name__ == "__main__":
     parser.add_argument("--parts", nargs="+", choices=every, default=every)
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--steps", type=int, default=50, help="outer steps")
-    parser.add_argument("--repeats", type=int, default=5, help="of each timing")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="repetitions of each timing"
+    )
     run(main, parser)

@@ -1,7 +1,7 @@
 """Learns the ridge together with ten images, which then do as well as 60,000.
 
 With the ridge fixed at 0.1, ten images cannot reach more than 88% on MNIST. Here the
-same hypergradient also learns the ridge. A tenth of the training images is held out, to
+same hypergradient also learns the ridge. A tenth of the training images is held out to
 find the number of steps after which the distilled set overfits. Then all training
 images are distilled for that number of steps. Writes `learned_ridge.png`, with the
 images before and after and the history of the loss and the ridge; and
@@ -145,8 +145,8 @@ if __name__ == "__main__":
         "--held-out",
         type=float,
         default=0.1,
-        help="the fraction of the training images that decides the number of steps; 0 "
-        "takes all steps",
+        help="the fraction of the training images held out to choose the number of "
+        "steps; 0 takes all steps",
     )
     parser.add_argument("--seed", type=int, default=0)
     run(main, parser)

@@ -2,7 +2,7 @@
 reversible learning, 2015, on MNIST:
 
 - Ten images for logistic regression, learned from blank ones (Section 3.3; the paper
-  shows the images, and gives no accuracy). The training run is reversed exactly.
+  shows the images, but gives no accuracy). The training run is reversed exactly.
 - A schedule of step sizes for each layer of a 784-50-50-50-10 network (Section 3.1),
   compared with the best constant step size, by the training loss of networks and
   batches that were not used to learn it.

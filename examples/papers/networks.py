@@ -5,12 +5,12 @@ with and without instance normalisation. The images, their targets, the ridge an
 temperature are learned. With `--hard` the labels stay fixed, the loss is the
 cross-entropy, and the images suit recipes with hard labels. `--pack 2` stores four
 small images in the space of one. The result is the moving average over the steps,
-rounded to float16, which halves the file. All images are standardised, or whitened with
-`--zca`.
+rounded to float16, which halves the size of the file. All images are standardised, or
+whitened with `--zca`.
 
 For FRePo's recipe the targets are ten times larger. Its networks start with a random
 last layer, whose effect a few images cannot undo, but which matters less next to larger
-targets. For the ridge regression of the pool only the units change.
+targets. For the pool's ridge regression, this changes only the units.
 
 Prints the accuracy of fresh networks that are trained only on the distilled images; and
 writes the images, the history of the run, and an artifact that claims the accuracy of
@@ -190,9 +190,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--pack", type=int, default=1, help="the factor by which images are enlarged"
     )
-    parser.add_argument("--hard", action="store_true", help="labels are not learned")
+    parser.add_argument("--hard", action="store_true", help="keep the labels fixed")
     parser.add_argument(
-        "--start-from", default="real", choices=list(STARTS), help="the first images"
+        "--start-from", default="real", choices=list(STARTS), help="the initial images"
     )
     add_pool(parser)
     parser.add_argument(
@@ -221,7 +221,10 @@ if __name__ == "__main__":
         help="the number of steps that share a network and its features of a batch",
     )
     parser.add_argument(
-        "--learning-rate", type=float, default=0.03, help="of the images, at the start"
+        "--learning-rate",
+        type=float,
+        default=0.03,
+        help="the initial learning rate of the images",
     )
     parser.add_argument(
         "--held-out",
@@ -240,7 +243,7 @@ if __name__ == "__main__":
         nargs="+",
         choices=list(NETWORKS),
         default=["ConvNet, instance norm", "ConvNet"],
-        help="to train on the distilled images",
+        help="networks to train on the distilled images",
     )
     parser.add_argument("--num-networks", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

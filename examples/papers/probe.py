@@ -1,4 +1,4 @@
-"""Distils a dataset into images for linear probes of frozen networks.
+"""Distils a dataset into images for linear probes on frozen networks.
 
 The backbones are convolutional networks, which are trained here on another dataset:
 they stand in for your own pre-trained networks. Their features of the real images are
@@ -6,8 +6,8 @@ computed once. The inner problem is ridge regression on the features of the dist
 images; targets, ridge and temperature are learned too. With several backbones, one set
 works for all of them: the outer steps take them in turn. With `--pool-every 5`, one
 step in five is for networks of a pool, which are trained on the distilled images, so
-that the set also works for unseen backbones. Such a run is best started
-from a set that was distilled for the pool alone, by `networks.py`.
+that the set also works for unseen backbones. Such a run is best started from a set that
+was distilled for the pool alone, by `networks.py`.
 
 Prints the test accuracy of probes fitted to random real images, to the distilled images
 and to all real images: on the backbones that the images were distilled for, and the
@@ -132,7 +132,7 @@ def main(
         probe("unseen", UNSEEN, source, train, pretraining_steps, key=jr.key(100 + i))
         for i in range(NUM_UNSEEN)
     ]
-    print(f"{on} accuracy of probes: as many real images, distilled, all real images")
+    print(f"{on} accuracy of probes: random real images, distilled, all real images")
     for name, models in backbones.items():
         found = np.array(
             [
@@ -190,8 +190,8 @@ def probe(
 def accuracy_of_all(
     model: eqd.linear.LinearClassifier, train: eqd.Dataset, test: eqd.Dataset
 ) -> float:
-    """The test accuracy of the probe of all real images: ridge regression, in double
-    precision."""
+    """The test accuracy of a probe fitted to all real images, by ridge regression in
+    double precision."""
     part = model.features.module
     train, test = (
         data.map(part.features, directory=part.directory) for data in (train, test)
@@ -232,7 +232,7 @@ if __name__ == "__main__":
         "--pool-every",
         type=int,
         default=0,
-        help="one step in this number is for networks of a pool; 0 for none",
+        help="one step in this many is for networks of a pool; 0 for none",
     )
     add_pool(parser)
     parser.add_argument(
@@ -242,11 +242,14 @@ if __name__ == "__main__":
     )
     parser.add_argument("--images", type=int, default=1, help="real images per class")
     parser.add_argument(
-        "--steps", type=int, default=6000, help="zero evaluates the set of `--start`"
+        "--steps", type=int, default=6000, help="0 only evaluates the set of `--start`"
     )
     parser.add_argument("--batch", type=int, default=1000, help="real images per step")
     parser.add_argument(
-        "--learning-rate", type=float, default=0.03, help="of the images, at the start"
+        "--learning-rate",
+        type=float,
+        default=0.03,
+        help="the initial learning rate of the images",
     )
     parser.add_argument(
         "--held-out",

@@ -140,7 +140,7 @@ if __name__ == "__main__":
         nargs="+",
         choices=list(NETWORKS),
         default=["ConvNet, instance norm"],
-        help="to train on the distilled images with the recipe",
+        help="networks to train on the distilled images with the recipe",
     )
     parser.add_argument("--num-networks", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)

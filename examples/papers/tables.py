@@ -2,8 +2,9 @@
 
 Wines and tumours are classified by logistic regression, fitted to one distilled row per
 class. The houses are generated, with skewed columns of very different scales. Their
-prices are predicted from ten distilled rows, whose prices are learned too, by ridge
-regression on the features of random networks, which are drawn again in each step.
+prices are predicted by ridge regression on the features of random networks, which are
+drawn again in each step. It is fitted to ten distilled rows, whose prices are learned
+too.
 
 Prints the test scores, accuracy or R2, of random rows, of the centroids of k-means, of
 the distilled rows and of all training rows: the mean and the standard deviation over
@@ -152,7 +153,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--splits", type=int, default=5, help="of the table")
-    parser.add_argument("--draws", type=int, default=3, help="of random rows per split")
+    parser.add_argument("--splits", type=int, default=5, help="splits of the table")
+    parser.add_argument(
+        "--draws", type=int, default=3, help="draws of random rows per split"
+    )
     parser.add_argument("--steps", type=int, default=150, help="outer steps")
     run(main, parser)

@@ -7,7 +7,7 @@ training run of LeNet on MNIST, learned by differentiating the run.
 - `--start adapted`: a hundred images for networks that were trained on scikit-learn's
   digits, resized to 28 x 28. The paper uses USPS.
 
-Each training step takes ten images, one per class, and has its own learned step size.
+Each training step uses ten images, one per class, and has its own learned step size.
 The training is by gradient descent, as in the paper, but with momentum: without it, the
 steps must be so large that the run becomes chaotic and its derivative overflows.
 `--adam` trains with Adam, which is better for random initial weights, and worse for
@@ -200,7 +200,7 @@ if __name__ == "__main__":
         "--learning-rate",
         type=float,
         default=0.06,
-        help="of the images, at the start",
+        help="the initial learning rate of the images",
     )
     parser.add_argument(
         "--held-out",
