@@ -4,6 +4,7 @@ from ._inner._hessian_solvers import (
     DampedCG as DampedCG,
     NeumannSeries as NeumannSeries,
 )
+from ._inner._lbfgs import LBFGS as LBFGS
 from ._inner._reversible_solver import ReversibleSolver as ReversibleSolver
 from ._inner._unrolled_adjoint import (
     AbstractUnrolledAdjoint as AbstractUnrolledAdjoint,
@@ -14,5 +15,4 @@ from ._inner._unrolled_adjoint import (
     RandomWindow as RandomWindow,
     RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
 )
-from ._inner._warm_lbfgs import WarmLBFGS as WarmLBFGS
 from ._outer._optimisers import clip_by_running_norm as clip_by_running_norm

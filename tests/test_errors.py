@@ -169,7 +169,7 @@ case(eqd.adjoints.NeumannSeries, {"terms": 2}, terms=0, step_size=0)
 case(eqd.adjoints.ReversibleSolver, {"learning_rate": 0.1, "steps": 2}, momentum=1,
      learning_rate=[1.0, np.nan], steps=0)
 case(eqd.adjoints.RecursiveCheckpointAdjoint, checkpoints=0)
-case(eqd.adjoints.WarmLBFGS, rtol=-1, atol=-1, warm_up=-1, learning_rate=0)
+case(eqd.adjoints.LBFGS, rtol=-1, atol=-1)
 case(eqd.adjoints.GradientWindow, {"size": 2}, size=0, power=np.nan)
 case(eqd.adjoints.LastSteps, {"size": 2}, size=0)
 case(eqd.adjoints.RandomWindow, {"size": 2}, size=0)
@@ -374,7 +374,6 @@ THREE, ONE, HALF = np.int64(3), np.int32(1), np.float32(0.5)
 NUMBERS = [
     (eqd.ArgminSolver(max_steps=THREE, tolerance=HALF), ("max_steps", "tolerance")),
     (eqd.adjoints.DampedCG(accept=1, max_steps=THREE), ("accept", "max_steps")),
-    (eqd.adjoints.WarmLBFGS(warm_up=THREE, learning_rate=1), ("warm_up",)),
     (eqd.UnrolledSolver(optax.sgd, {}, THREE, batch_size=ONE), ("steps", "batch_size")),
     (eqd.adjoints.ReversibleSolver(1, momentum=HALF, steps=THREE), ("steps",)),
     (eqd.augment.Affine(shift=THREE, scale=THREE), ("shift", "scale")),

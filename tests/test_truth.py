@@ -85,9 +85,10 @@ def test_linear_models_do_not_collapse(weak, inner):
         fitted = eqd.fit(scaled, model, inner)
         assert fitted.converged
         assert not fitted.collapsed
-    # The squares of these pixels overflow.
-    huge = eqx.tree_at(lambda d: d.images, weak, 6.4e31 * weak.images)
-    assert not eqd.fit(huge, model, inner, throw=False).converged
+    # The squares of the larger pixels overflow.
+    for scale in (1e20, 6.4e31):
+        huge = eqx.tree_at(lambda d: d.images, weak, scale * weak.images)
+        assert not eqd.fit(huge, model, inner, throw=False).converged
 
 
 def test_a_label_that_is_no_class():

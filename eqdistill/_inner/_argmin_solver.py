@@ -11,7 +11,7 @@ from .._conversions import as_float, as_int
 from .._data._distilled_set import DistilledSet
 from ._hessian_solvers import DampedCG
 from ._inner_solver import AbstractInnerSolver, Fitted, gradient_norm, inner_loss
-from ._warm_lbfgs import WarmLBFGS
+from ._lbfgs import LBFGS
 
 
 _NORMALISATIONS = eqx.nn.GroupNorm | eqx.nn.LayerNorm | eqx.nn.RMSNorm
@@ -54,7 +54,7 @@ class ArgminSolver(AbstractInnerSolver[None]):
     - `tolerance`: the tolerance above.
     """
 
-    solver: optx.AbstractMinimiser = WarmLBFGS()
+    solver: optx.AbstractMinimiser = LBFGS()
     adjoint: optx.AbstractAdjoint = optx.ImplicitAdjoint(DampedCG())
     max_steps: int = eqx.field(default=2000, converter=as_int)
     tolerance: float = eqx.field(default=1e-2, converter=as_float)
@@ -95,8 +95,10 @@ class ArgminSolver(AbstractInnerSolver[None]):
         )
         fitted = eqx.combine(solution.value, static)
         norm = gradient_norm(distilled, fitted)
-        # The solution may be zero, and then the scale below is too.
-        rounding = 10 * jnp.finfo(norm.dtype).eps
+        # The solution may be zero, and then the scale below is too. The larger the
+        # images, the smaller are the weights.
+        size = jnp.max(jnp.abs(jax.lax.stop_gradient(distilled.images)))
+        rounding = 10 * jnp.finfo(norm.dtype).eps / jnp.maximum(size, 1)
         scale = l2 * jnp.sqrt(jax.lax.stop_gradient(squared_norm(fitted)))
         spreads = [_spread(distilled, m) for m in (model, fitted)]
         return Fitted(

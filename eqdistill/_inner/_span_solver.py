@@ -35,7 +35,7 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
     $\theta$. The remaining problem for $V$ has $r c$ unknowns, $r = \min(n, p)$. It is
     solved by Newton's method with a line search, starting from the previous weights,
     and differentiated by the implicit function theorem. Linear systems of up to 100
-    unknowns, and larger ones that are ill-conditioned, are solved by Cholesky
+    unknowns, and ill-conditioned ones of up to 2,000, are solved by Cholesky
     decomposition, all others by conjugate gradients.
 
     In float32 the fit is exact to rounding for ridges from 1 down to 1e-8, with hard or

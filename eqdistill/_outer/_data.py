@@ -101,7 +101,7 @@ class Cached(eqx.Module):
 class FullBatch(AbstractData):
     """All real examples in each outer step.
 
-    They are processed in chunks, whose activations take at most `chunk_bytes` bytes, as
+    They are processed in chunks, whose activations take about `chunk_bytes` bytes, as
     counted in the traced derivative of the model.
 
     On several devices, each works on its own part of the examples, and one sum over

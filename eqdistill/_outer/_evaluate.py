@@ -28,8 +28,9 @@ class Evaluation(eqx.Module):
     **Attributes:**
 
     - `metrics`: each metric by its name, with one row for each distilled set. For class
-        indices, `accuracy`, the fraction of the examples that a model classifies
-        correctly, and `balanced accuracy`, the mean over classes of this fraction. For
+        indices and soft labels, `accuracy`, the fraction of the examples that a model
+        classifies correctly, and `balanced accuracy`, the mean over classes of this
+        fraction. The most likely class of a soft label counts as correct. For
         targets of [`eqdistill.BinaryCrossEntropy`][], `mean average precision`. For
         other targets, `R2`, the mean over columns of the coefficient of determination,
         and `mean squared error`, the mean over all numbers. `loss` is always last.
@@ -63,8 +64,8 @@ class Evaluation(eqx.Module):
 
     @property
     def accuracy(self) -> float:
-        """The mean accuracy over sets and models. Raises an `AttributeError` if the
-        real data have targets."""
+        """The mean accuracy over sets and models. Raises an `AttributeError` if it was
+        not measured, because the real data have targets."""
         if "accuracy" not in self.metrics:
             raise AttributeError(
                 "There is no accuracy, because the real data have targets. Use "

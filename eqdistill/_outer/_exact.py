@@ -50,8 +50,9 @@ def distill_exactly(
     precision, the relative error of the recovered weights is below a millionth. In
     single precision, it is dominated by rounding of the images.
 
-    **Raises:** a `ValueError`, which names the reason:
+    **Raises:** a `TypeError` for another model or loss, or a `ValueError`:
 
+    - if `start` has weights;
     - if there are fewer images than $\mathrm{rank}(W)$, which is usually $c - 1$, or
         fewer than $\mathrm{rank}(W) + 1$ with an intercept;
     - with an intercept and class indices, if a class has no image;

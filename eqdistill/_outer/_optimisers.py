@@ -114,7 +114,9 @@ def clip_by_running_norm(
 
     !!! Example
         ```python
-        optimiser = optax.chain(eqd.clip_by_running_norm(), optax.adam(1e-3))
+        optimiser = optax.chain(
+            eqd.adjoints.clip_by_running_norm(), optax.adam(1e-3)
+        )
         ```
 
     **Arguments:**

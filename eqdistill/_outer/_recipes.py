@@ -63,9 +63,9 @@ class Recipe(eqx.Module):
 
 
 def dc(make: Callable, *, updates: int = 300, augment: bool = False) -> Recipe:
-    """The recipe of dataset condensation: cross-entropy on hard labels, by stochastic
-    gradient descent on all distilled images. The learning rate is 0.01, and 0.001 in
-    the second half of the steps. The momentum is 0.9 and the weight decay 5e-4.
+    """The recipe of dataset condensation: cross-entropy on hard labels, by gradient
+    descent on all distilled images. The learning rate is 0.01, and 0.001 in the second
+    half of the steps. The momentum is 0.9 and the weight decay 5e-4.
 
     **Arguments:**
 

@@ -1,11 +1,12 @@
 """Compares hypergradients: implicit, unrolled, truncated and approximate ones on the
 same problem, by error, time and memory, and by the images distilled with each.
 
-The problem is MNIST, ten images and logistic regression, in double precision, where the
-exact hypergradient is known. Each part prints a table in Markdown:
+Each part prints a table in Markdown. The first two are for ten images of MNIST and
+logistic regression:
 
 - `errors`: the relative error of the hypergradient, its time and its memory; with a
-  plot of the error and of its predicted decay.
+  plot of the error and of its predicted decay. In double precision, where the exact
+  hypergradient is known.
 - `accuracy`: the outer loss and the test accuracy after fifty outer steps with each.
 - `memory`: the memory for a hypergradient through LeNet's training, for 10 to 10,000
   steps, as the compiler reports it.

@@ -110,7 +110,7 @@ def argmin(real: eqd.Dataset, repeats: int) -> dict[str, float]:
     steps = 30
     distilled = eqd.DistilledSet(real.floating()[:10], jnp.arange(10), l2=1e-3)
     network = eqd.nn.fast_convolutions(conv_net(jr.key(0)))
-    minimiser = eqd.adjoints.WarmLBFGS(rtol=0.0, atol=0.0, warm_up=0)
+    minimiser = eqd.adjoints.LBFGS(rtol=0.0, atol=0.0)
     inner = eqd.ArgminSolver(minimiser, max_steps=steps)
     params, static = eqx.partition(network, eqd.nn.parameters(network))
     tags = frozenset()

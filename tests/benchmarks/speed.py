@@ -291,7 +291,7 @@ def inner_solves(train, repeats):
     kinds = {
         "from zero": FromZero(),
         "from the last fit": eqd.linear.SpanSolver(),
-        "L-BFGS": eqd.ArgminSolver(eqd.adjoints.WarmLBFGS(warm_up=0)),
+        "L-BFGS": eqd.ArgminSolver(),
     }
     rows, table = {}, []
     data = eqd.Bilevel(MODEL).layout(train)

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import optax
 import optimistix as optx
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, PyTree, Scalar
+from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._checks import check_at_least, check_positive
-from .._conversions import as_float, as_float_or_none, as_int
+from .._checks import check_at_least
+from .._conversions import as_float_or_none
 from .._sharding import vary_like
 
 
-_LBFGS = optax.scale_by_lbfgs(memory_size=20)
+_DIRECTIONS = optax.scale_by_lbfgs(memory_size=20)
 
 
 class _State(eqx.Module):
@@ -29,22 +29,15 @@ class _State(eqx.Module):
     low: Scalar
     high: Scalar
     lbfgs: optax.OptState
-    adam: optax.OptState
-    count: Int[Array, ""]
 
 
-class WarmLBFGS(optx.AbstractMinimiser):
-    r"""Minimises with some steps of Adam followed by L-BFGS, and reaches a small
-    gradient even in float32.
+class LBFGS(optx.AbstractMinimiser):
+    r"""Minimises by L-BFGS, and reaches a small gradient even in float32.
 
-    The Adam steps, with a cosine-decayed learning rate, keep networks with
-    normalisation from collapsing to constant outputs, which the first long steps of
-    L-BFGS can cause. Other networks converge in fewer steps without them.
-
-    The line search of L-BFGS finds a step that satisfies the weak Wolfe conditions by
-    bisection and doubling. If the loss changes only in its last digits, the slope along
-    the line decides (the approximate Wolfe conditions). The gradient can therefore fall
-    far below the square root of the machine precision, where a line search that only
+    The line search finds a step that satisfies the weak Wolfe conditions by bisection
+    and doubling. If the loss changes only in its last digits, the slope along the line
+    decides (the approximate Wolfe conditions). The gradient can therefore fall far
+    below the square root of the machine precision, where a line search that only
     compares values stops.
 
     Each step evaluates the loss and its gradient once, so a compiled program contains
@@ -61,24 +54,14 @@ class WarmLBFGS(optx.AbstractMinimiser):
     - `rtol`, `atol`: the tolerances above. They default to 1e-3 and 1e-7 in float32,
         and to 1e-9 and 1e-14 in float64.
     - `norm`: the norm of the gradient and of the parameters.
-    - `warm_up`: the number of Adam steps. Zero saves time for networks without
-        normalisation.
-    - `learning_rate`: the initial learning rate of Adam.
     """
 
     rtol: float | None = eqx.field(default=None, converter=as_float_or_none)  # pyright: ignore[reportIncompatibleVariableOverride]
     atol: float | None = eqx.field(default=None, converter=as_float_or_none)  # pyright: ignore[reportIncompatibleVariableOverride]
     norm: Callable[[PyTree], Scalar] = optx.two_norm
-    warm_up: int = eqx.field(default=200, converter=as_int)
-    learning_rate: float = eqx.field(default=3e-3, converter=as_float)
 
     def __check_init__(self):
-        check_at_least(0, rtol=self.rtol, atol=self.atol, warm_up=self.warm_up)
-        check_positive(learning_rate=self.learning_rate)
-
-    def _adam(self) -> optax.GradientTransformation:
-        steps = max(self.warm_up, 1)
-        return optax.adam(optax.cosine_decay_schedule(self.learning_rate, steps))
+        check_at_least(0, rtol=self.rtol, atol=self.atol)
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         point, _ = ravel_pytree(y)
@@ -91,9 +74,7 @@ class WarmLBFGS(optx.AbstractMinimiser):
             size=zero,
             low=zero,
             high=inf,
-            lbfgs=_LBFGS.init(point),
-            adam=self._adam().init(point),
-            count=jnp.array(0),
+            lbfgs=_DIRECTIONS.init(point),
         )
         return vary_like(state, point)
 
@@ -114,10 +95,6 @@ class WarmLBFGS(optx.AbstractMinimiser):
         is_too_long = ~(is_first | decreases | is_flat)
         is_too_short = ~is_first & ~is_too_long & (slope < 0.9 * old_slope)
 
-        def warm_up():
-            update, adam = self._adam().update(gradient, state.adam)
-            return replace(state, point=optax.tree.add(trial, update), adam=adam)
-
         def continue_search():
             low = jnp.where(is_too_short, state.size, state.low)
             high = jnp.where(is_too_long, state.size, state.high)
@@ -125,7 +102,7 @@ class WarmLBFGS(optx.AbstractMinimiser):
             return replace(state, size=size, low=low, high=high)
 
         def accept():
-            update, lbfgs = _LBFGS.update(gradient, state.lbfgs, trial)
+            update, lbfgs = _DIRECTIONS.update(gradient, state.lbfgs, trial)
             return replace(
                 state,
                 point=trial,
@@ -138,10 +115,7 @@ class WarmLBFGS(optx.AbstractMinimiser):
                 lbfgs=lbfgs,
             )
 
-        searches = jnp.where(is_too_long | is_too_short, 1, 2)
-        branch = jnp.where(state.count < self.warm_up, 0, searches)
-        state = jax.lax.switch(branch, [warm_up, continue_search, accept])
-        state = replace(state, count=state.count + 1)
+        state = jax.lax.cond(is_too_long | is_too_short, continue_search, accept)
         return unravel(state.point + state.size * state.direction), state, aux
 
     def terminate(self, fn, y, args, options, state: _State, tags):
