@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -17,6 +16,7 @@ from .._checks import count_outputs
 from .._data._distilled_set import DistilledSet
 from .._data._parameterisation import AbstractParameterisation
 from .._data._preprocessing import AbstractPreprocessing
+from .._inner._fit import image_struct
 from .._outer._recipes import _relabel, _unchanged
 from ..recipes import Recipe
 from . import _entries  # noqa: F401  Fills the table.
@@ -230,8 +230,7 @@ def _with_recipe(artifact: Artifact, raw: Any, content: Content) -> Artifact:
     check(isinstance(recipe, Recipe), "its `recipe` must be a `Recipe`")
     distilled = artifact.distilled
     model = model_struct(recipe.models, distilled)
-    image = jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
-    outputs = count_outputs("recipe", model, image)
+    outputs = count_outputs("recipe", model, image_struct(distilled))
     content.reserve("labels", 8 * len(distilled.images) * outputs)
     words = to_words(recipe)
     return dataclasses.replace(artifact, recipe=recipe, recipe_description=words)

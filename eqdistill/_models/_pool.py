@@ -12,6 +12,7 @@ from .._checks import check_at_least, check_make, check_model, check_positive
 from .._conversions import as_float, as_int
 from .._data._augmentation import AbstractAugmentation, augment
 from .._data._distilled_set import DistilledSet
+from .._inner._fit import image_struct
 from .._inner._unrolled_solver import has_dropout
 from .._losses import mean_loss
 from .._sharding import vary_like
@@ -209,7 +210,7 @@ def check_networks(networks: tuple[FlatNetworks, ...], distilled: DistilledSet) 
     A `TypeError` or `ValueError` for a network that cannot be applied to the distilled
     images or holds state, or if the networks differ in their number of outputs.
     """
-    image = jax.ShapeDtypeStruct(distilled.images.shape[1:], distilled.images.dtype)
+    image = image_struct(distilled)
     found = set()
     for own in networks:
         check = lambda network: found.add(check_model(network, image))
