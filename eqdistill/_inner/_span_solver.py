@@ -32,10 +32,10 @@ class SpanSolver(AbstractInnerSolver[eqx.nn.Linear]):
     where $A$ is the difference between the label probabilities $T$ and the fitted
     probabilities, multiplied by the weight of each image. The parameters $W$ therefore
     lie in the span of the images: $W = Q V$, with the right singular vectors $Q$ of
-    $\theta$. The remaining problem for $V$ has $r c$ unknowns, $r = \min(n, p)$. It is
-    solved by Newton's method with a line search, starting from the previous weights,
-    and differentiated by the implicit function theorem. Linear systems of up to 100
-    unknowns, and ill-conditioned ones of up to 2,000, are solved by Cholesky
+    $\theta$. The remaining problem for $V$ has $r (c - 1)$ unknowns, $r = \min(n, p)$.
+    It is solved by Newton's method with a line search, starting from the previous
+    weights, and differentiated by the implicit function theorem. Linear systems of up
+    to 100 unknowns, and ill-conditioned ones of up to 2,000, are solved by Cholesky
     decomposition, all others by conjugate gradients.
 
     In float32 the fit is exact to rounding for ridges from 1 down to 1e-8, with hard or
