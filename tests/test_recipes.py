@@ -100,8 +100,10 @@ def test_own_models(real, digits, own, recipe):
 def test_progress_bar_counts_models(real, digits, capsys):
     model = eqd.Fresh(lambda *, key: eqd.linear.LogisticRegression(64, 10))
     test = subset(digits[1], 200)
-    eqd.evaluate(real, model, test, num_models=2, progress=True)
-    assert "2/2" in capsys.readouterr().err
+    found = eqd.evaluate(real, model, test, num_models=2, progress=True)
+    shown = capsys.readouterr().err
+    assert "2/2" in shown
+    assert f"accuracy={found.accuracy:.4f}" in shown
 
 
 def test_output_of_nan_is_wrong():

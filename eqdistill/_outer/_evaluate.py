@@ -149,8 +149,9 @@ def evaluate(
         model, and to 5 otherwise.
     - `key`: a `jax.random.key`; defaults to `jax.random.key(0)`. Model `i` is drawn and
         trained with the same keys for all sets.
-    - `progress`: whether to show a progress bar over the models of each set. Needs
-        `tqdm`, which is in `eqdistill[progress]`.
+    - `progress`: whether to show a progress bar over the models of each set, with the
+        mean of the first metric so far. Needs `tqdm`, which is in
+        `eqdistill[progress]`.
 
     **Returns:** an [`Evaluation`][]. Its loss on real data is the `default_outer_loss`
     of the loss that the models are trained with. A NaN output counts as a
@@ -189,7 +190,8 @@ def evaluate(
                 f"{describe(one.loss)}."
             )
         found.append([])
-        for j in _bar(num_models) if progress else range(num_models):
+        bar: Any = _bar(num_models) if progress else range(num_models)
+        for j in bar:
             draw_key, fit_key, init_key = jr.split(jr.fold_in(key, j), 3)
             model = _draw(recipe.models, prepared, init_key, draw_key)
             num_outputs = check_fit(prepared, model)
@@ -202,6 +204,10 @@ def evaluate(
                 )
             fitted = fit(prepared, model, recipe.inner, key=fit_key)
             found[-1].append(measure(fitted.model, prepared.loss, test))
+            if progress:
+                name = next(iter(found[-1][0][0]))
+                mean = np.mean([values[name] for values, _ in found[-1]])
+                bar.set_postfix({name: f"{mean:.4f}"})
     collect = lambda of: np.array([[of(*x) for x in row] for row in found])
     metrics = {
         name: collect(lambda values, _, name=name: values[name])
