@@ -186,7 +186,7 @@ class Dataset(eqx.Module):
         $f$ maps one image, in the units of [`eqdistill.Dataset.floating`][], to a
         floating-point image of any shape. It may be an
         [`eqdistill.datasets.AbstractPreprocessing`][]. The activations of $f$ take
-        about `chunk_bytes` bytes at once. With a `directory`, the new images are kept
+        about `chunk_bytes` bytes at a time. With a `directory`, the new images are kept
         there, as with [`eqdistill.Cached`][]."""
         check_positive(chunk_bytes=chunk_bytes)
         images = map_images(fn, self.images, self.sharding, chunk_bytes, directory)

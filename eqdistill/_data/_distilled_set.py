@@ -314,8 +314,8 @@ class DistilledSet(AbstractParameterisation):
     ) -> "DistilledSet":
         r"""Like [`eqdistill.DistilledSet.from_real`][], but with the k-means centroids
         of each class, from one k-means++ initialisation and at most 30 iterations. With
-        one image per class, this is the class mean. With targets, the columns of images
-        and targets are clustered together. Columns of larger scale weigh more, so
+        one image per class, this is the class mean. With targets, each image is
+        clustered together with its targets. Columns of larger scale weigh more, so
         standardise tabular data and targets first. Needs `eqdistill[data]`.
 
         Source: the k-means baseline of Wang et al., *Dataset Distillation*, 2018; Lloyd

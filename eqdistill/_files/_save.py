@@ -63,9 +63,9 @@ def save(
         file claims nothing.
 
     The recipe can be rebuilt in two cases: it is one of `eqdistill.recipes` with a
-    network of `eqdistill.nn`; or its models are logistic regression or networks of
+    network from `eqdistill.nn`; or its models are logistic regression or networks from
     `eqdistill.nn`, fresh or with fixed initial weights, and its inner solver is a
-    solver of this package, of which only numbers differ from the defaults. For
+    solver from this package in which only numbers differ from the defaults. For
     [`eqdistill.UnrolledSolver`][], the optimiser must be Optax's `sgd`, `adam`,
     `adamw`, `nadam`, `lion`, `rmsprop` or `adagrad`, with any numbers.
 

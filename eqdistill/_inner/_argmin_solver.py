@@ -96,7 +96,7 @@ class ArgminSolver(AbstractInnerSolver[None]):
         fitted = eqx.combine(solution.value, static)
         norm = gradient_norm(distilled, fitted)
         # The solution may be zero, and then the scale below is too. The larger the
-        # images, the smaller are the weights.
+        # images, the smaller the weights.
         size = jnp.max(jnp.abs(jax.lax.stop_gradient(distilled.images)))
         rounding = 10 * jnp.finfo(norm.dtype).eps / jnp.maximum(size, 1)
         scale = l2 * jnp.sqrt(jax.lax.stop_gradient(squared_norm(fitted)))

@@ -100,8 +100,8 @@ class Pool(AbstractModels[PoolState]):
         All other arguments are keyword only.
 
         - `weights`: positive numbers, in proportion to which the architectures are
-            drawn. Defaults to equal weights. Give an architecture that learns poorly
-            from the images a larger weight.
+            drawn. Defaults to equal weights. Give a larger weight to an
+            architecture that learns poorly from the images.
         - `where`: selects the last layer of a network, as for
             [`eqdistill.linear.last_layer`][].
         - `size`: the number of networks of each architecture.

@@ -71,8 +71,8 @@ def distill(
         such as [`eqdistill.Pool`][], is wrapped in `Bilevel`.
     - `data`: the real data to distil. Each step uses all of an
         [`eqdistill.Dataset`][], or a part of it with [`eqdistill.Batches`][]. For data
-        that do not fit in memory, pass a function from the number of the step to its
-        data.
+        that do not fit in memory, pass a function from the step number to the data
+        for that step.
 
     All other arguments are keyword only.
 

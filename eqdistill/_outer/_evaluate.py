@@ -31,7 +31,7 @@ class Evaluation(eqx.Module):
         indices and soft labels, `accuracy`, the fraction of the examples that a model
         classifies correctly, and `balanced accuracy`, the mean over classes of this
         fraction. The most likely class of a soft label counts as correct. For
-        targets of [`eqdistill.BinaryCrossEntropy`][], `mean average precision`. For
+        targets for [`eqdistill.BinaryCrossEntropy`][], `mean average precision`. For
         other targets, `R2`, the mean over columns of the coefficient of determination,
         and `mean squared error`, the mean over all numbers. `loss` is always last.
     - `per_class`: the accuracy of each class, or the average precision or $R^2$ of each
@@ -136,7 +136,7 @@ def evaluate(
 
     **Arguments:**
 
-    - `distilled`: a distilled set, or several, such as the sets of several seeds.
+    - `distilled`: a distilled set, or several, such as sets from several seeds.
     - `recipe`: a recipe, such as the one returned by [`eqdistill.recipes.dc`][]; a
         source of models, such as [`eqdistill.Fresh`][]; or a model.
     - `test`: the real data, with images of the same shape as the distilled ones.

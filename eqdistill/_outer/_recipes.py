@@ -114,8 +114,8 @@ def frepo(make: Callable, *, updates: int = 1000, augment: bool = False) -> Reci
 def zero_start(make: Callable, *, updates: int = 500) -> Recipe:
     """This package's recipe for training all layers: squared error on centred targets,
     as in [`eqdistill.recipes.frepo`][], with a last layer that starts at zero. A few
-    images cannot undo the effect of a random last layer. The training is by Adam, with
-    a learning rate that decays along a cosine from 1e-3 to a hundredth of that.
+    images cannot undo the effect of a random last layer. Training uses Adam, with a
+    learning rate that decays along a cosine from 1e-3 to a hundredth of that.
 
     **Arguments:** as for [`eqdistill.recipes.dc`][]. The last layer of the models is
     found and set to zero by [`eqdistill.nn.zero_head`][].
