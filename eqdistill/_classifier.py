@@ -169,7 +169,8 @@ def last_layer(
     if not isinstance(head, eqx.nn.Linear):
         wanted = "`network` must end with" if where is None else "`where` must select"
         got = describe(network if where is None else head)
-        raise TypeError(f"{wanted} an `equinox.nn.Linear`; got {got}.")
+        hint = " To select another layer, pass `where`." if where is None else ""
+        raise TypeError(f"{wanted} an `equinox.nn.Linear`; got {got}.{hint}")
     return LinearClassifier(eqx.tree_at(select, network, eqx.nn.Identity()), head)
 
 
