@@ -66,15 +66,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--dataset", default="mnist", help="mnist, fashion_mnist or digits"
-    )
+    parser.add_argument("--dataset", default="mnist", help="or fashion_mnist, digits")
     parser.add_argument("--images-per-class", type=int, default=1)
     parser.add_argument("--width", type=int, default=32, help="hidden units")
     parser.add_argument("--steps", type=int, default=60, help="outer steps")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output"), help="the folder to write to"
-    )
+    parser.add_argument("--output", type=Path, default=Path("output"), help="a folder")
     args = parser.parse_args()
     # The next run loads what this one compiles.
     jax.config.update("jax_compilation_cache_dir", str(args.output / "cache"))

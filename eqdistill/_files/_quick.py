@@ -73,20 +73,10 @@ def add_distill(commands: Any) -> None:
         "subfolders train and test, each with one folder of pictures per class"
     )
     add("data", metavar="DATASET", help=data)
-    add(
-        "--ipc",
-        type=int,
-        default=10,
-        metavar="N",
-        help="images per class (default: 10)",
-    )
-    add(
-        "--steps",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="outer steps (default: 1000)",
-    )
+    images = "images per class (default: 10)"
+    add("--ipc", type=int, default=10, metavar="N", help=images)
+    steps = "outer steps (default: 1000)"
+    add("--steps", type=int, default=1000, metavar="N", help=steps)
     networks = "the network to distil for (default: ConvNet)"
     add("--network", choices=_NETWORKS, default="ConvNet", help=networks)
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
